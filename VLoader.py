@@ -1,0 +1,535 @@
+"""Videos from disk to batches: readers, what a data folder holds, dataset, loader.
+
+    <data_dir>/{train,val,test}/<class>/<video>      <video> = x.pt | x.mp4 .avi ... | a folder of frames
+    <data_dir>/{train,val,test}/metadata.jsonl       optional: captions, texts, labels; see README.md
+
+Every reader gives the same RGB uint8 [T, C, H, W] for the same clip. A file that cannot be read is an
+error that names it; it is never replaced by another clip.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from config import UserError
+from transforms import Preprocessing, sample_indices
+
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}  # fmt: skip
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+VAL_FRACTION, VAL_SALT = 0.1, "val"
+
+
+class ReadError(UserError):
+    """A video that cannot be read: names the file and the cause."""
+
+    def __init__(self, path: Path, cause: object):
+        super().__init__(f"cannot read {path}: {cause}")
+        self.path = path
+
+
+# -- readers: len(reader) frames, reader.frames(indices) -> uint8 [len(indices), C, H, W] -------------
+
+
+class TensorVideo:
+    """A .pt file with one tensor [T, 3, H, W]: uint8, or floating point in [0, 1]."""
+
+    def __init__(self, path: Path):
+        try:
+            video = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises a dozen kinds; a pickle of objects is refused here
+            raise ReadError(path, f"not a tensor saved with torch.save ({type(error).__name__})") from None
+        self.video = self._checked(video, path)
+
+    @staticmethod
+    def _checked(video: Any, path: Path) -> torch.Tensor:
+        if not isinstance(video, torch.Tensor):
+            raise ReadError(path, f"holds a {type(video).__name__}, not a tensor")
+        if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
+            raise ReadError(path, f"expected a tensor [T, 3, H, W], not {list(video.shape)}")
+        if video.dtype == torch.uint8:
+            return video
+        if not video.dtype.is_floating_point:
+            raise ReadError(path, f"expected uint8 or floats in [0, 1], not {video.dtype}")
+        video = video.float()
+        if not (video.amin() >= 0 and video.amax() <= 1):  # also false for NaN
+            raise ReadError(path, "floating-point pixels must lie in [0, 1]")
+        return (video * 255).round().to(torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+    def frames(self, indices: np.ndarray) -> torch.Tensor:
+        return self.video[torch.as_tensor(indices)]
+
+
+class FrameFolder:
+    """A folder of images in natural order (frame_2 before frame_10), all of one size."""
+
+    def __init__(self, path: Path):
+        self.images = list_images(path)
+        if not self.images:
+            raise ReadError(path, "no images in this folder")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def frames(self, indices: np.ndarray) -> torch.Tensor:
+        from PIL import Image, ImageOps
+
+        wanted = [self.images[i] for i in indices]
+        arrays: dict[Path, np.ndarray] = {}
+        for file in dict.fromkeys(wanted):
+            try:
+                with Image.open(file) as image:
+                    arrays[file] = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            except Exception as error:  # PIL raises many kinds, SyntaxError among them
+                raise ReadError(file, error) from None
+            if arrays[file].shape != arrays[wanted[0]].shape:
+                (h, w), (h0, w0) = arrays[file].shape[:2], arrays[wanted[0]].shape[:2]
+                raise ReadError(file, f"it is {w}x{h} pixels, {wanted[0].name} is {w0}x{h0}")
+        return torch.from_numpy(np.stack([arrays[f] for f in wanted])).permute(0, 3, 1, 2)  # [T, C, H, W]
+
+
+class VideoFile:
+    """Any file that FFmpeg decodes (PyAV). Frames are counted and chosen in the decoder's order.
+
+    One pass over the packets, without decoding, finds all timestamps and keyframes. Where these can be
+    trusted, it seeks when a keyframe lies between here and the next wanted frame; else it decodes on.
+    """
+
+    def __init__(self, path: Path):
+        import av
+
+        self.path = path
+        try:
+            with av.open(str(path)) as container:
+                stream = container.streams.best("video")
+                if stream is None:
+                    raise ReadError(path, "no video in this file")
+                packets = [p for p in container.demux(stream) if p.size]
+                # AVI stores no presentation times: with B-frames those of its packets are wrong
+                ordered = container.format.name != "avi"
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise ReadError(path, getattr(error, "strerror", None) or error) from None
+        times = [p.pts for p in packets]
+        self.times = sorted(times) if ordered and None not in times and len(set(times)) == len(times) else None
+        self.keyframes = sorted(p.pts for p in packets if p.is_keyframe) if self.times else []
+        self.count = len(packets)
+        if not packets:
+            raise ReadError(path, "no frames in this file")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def frames(self, indices: np.ndarray) -> torch.Tensor:
+        wanted = [int(i) for i in indices]
+        found = self._read(sorted(set(wanted)))
+        return torch.from_numpy(np.stack([found[i] for i in wanted])).permute(0, 3, 1, 2)  # [T, C, H, W]
+
+    def _read(self, wanted: list[int]) -> dict[int, np.ndarray]:
+        import av
+
+        try:
+            with av.open(str(self.path)) as container:
+                stream = container.streams.best("video")
+                # one thread in a loader's worker: the workers already fill the cores
+                stream.thread_type = "AUTO"
+                stream.thread_count = 1 if get_worker_info() else 0
+                found = self._seek(container, stream, wanted) if self.times else None
+            if found is None:
+                found = self._decode_all(wanted)
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise ReadError(self.path, getattr(error, "strerror", None) or error) from None
+        return found
+
+    def _seek(self, container, stream, wanted: list[int]) -> dict[int, np.ndarray] | None:
+        """The wanted frames by timestamp; None if the decoder's timestamps are not the packets'."""
+        decoded, position, found = container.decode(stream), self.times[0] - 1, {}
+        for index in wanted:
+            target = self.times[index]
+            key = self.keyframes[max(0, bisect_right(self.keyframes, target) - 1)] if self.keyframes else position
+            if key > position + 1 and key > self.times[0]:
+                decoded = self._jump(container, stream, target, key)
+            for frame in decoded:
+                position = frame.pts if frame.pts is not None else target + 1
+                if position >= target:
+                    break
+            if position != target:
+                return None
+            found[index] = upright(frame)
+        return found
+
+    @staticmethod
+    def _jump(container, stream, target: int, key: int) -> Iterator:
+        """Frames from the last keyframe at or before `target` on."""
+        container.seek(target, stream=stream, backward=True)
+        decoded = container.decode(stream)
+        first = next(decoded)
+        if first.pts is not None and first.pts > target:  # the demuxer landed on the keyframe after it
+            container.seek(key, stream=stream, backward=True)
+            return container.decode(stream)
+        return itertools.chain([first], decoded)
+
+    def _decode_all(self, wanted: list[int]) -> dict[int, np.ndarray]:
+        """The wanted frames by counting decoded frames. Raises ReadError if fewer come than there are packets."""
+        import av
+
+        found, chosen = {}, set(wanted)
+        with av.open(str(self.path)) as container:
+            for index, frame in enumerate(container.decode(container.streams.best("video"))):
+                if index in chosen:
+                    found[index] = upright(frame)
+                if len(found) == len(chosen):
+                    return found
+        raise ReadError(self.path, f"frame {min(chosen - set(found))} of {self.count} does not decode")
+
+
+def upright(frame) -> np.ndarray:
+    """A decoded frame as uint8 [H, W, C], turned as the file's display matrix says (PyAV does not)."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90).copy()
+
+
+def natural_key(path: Path | str) -> list:
+    """Sorts frame_2 before frame_10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", str(path))]
+
+
+def list_images(folder: Path) -> list[Path]:
+    files = (f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+    return sorted(files, key=lambda f: natural_key(f.name))
+
+
+def open_video(path: Path) -> TensorVideo | FrameFolder | VideoFile:
+    """The reader for a path. Raises ReadError, naming the file, if it is missing or cannot be read."""
+    if path.is_dir():
+        return FrameFolder(path)
+    if not path.is_file():
+        raise ReadError(path, "no such file or folder")
+    if path.stat().st_size == 0:
+        raise ReadError(path, "the file is empty")
+    return TensorVideo(path) if path.suffix == ".pt" else VideoFile(path)
+
+
+def read_clip(
+    path: Path, num_frames: int, stride: int = 0, rng: np.random.Generator | None = None
+) -> torch.Tensor:
+    """`num_frames` frames of a video, uint8 [T, C, H, W]; see `transforms.sample_indices` for which."""
+    reader = open_video(path)
+    return reader.frames(sample_indices(len(reader), num_frames, stride, rng))
+
+
+# -- what a folder holds ----------------------------------------------------------------------------
+
+
+def is_video(path: Path) -> bool:
+    """A video file, a .pt, or a folder with images directly inside."""
+    if path.is_dir():
+        return any(f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".") for f in path.iterdir())
+    return path.suffix.lower() in VIDEO_SUFFIXES or path.suffix == ".pt"
+
+
+def find_videos(folder: Path) -> list[Path]:
+    """Every video at or below `folder`, in natural order; hidden files are passed over."""
+    if is_video(folder):
+        return [folder]
+    if not folder.is_dir():
+        return []
+    below = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: natural_key(p.name))
+    return [video for path in below for video in find_videos(path)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One video and what is known of it; `label` is the class folder's name or metadata.jsonl's label."""
+
+    path: Path
+    label: str | None = None
+    captions: tuple[str, ...] = ()
+    text: str | None = None
+    attributes: dict[str, str] = field(default_factory=dict, hash=False)
+
+
+def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
+    """metadata.jsonl of a folder as {path: row}, {} if there is none. Errors name the line."""
+    file = folder / "metadata.jsonl"
+    if not file.is_file():
+        return {}
+    rows: dict[Path, dict[str, Any]] = {}
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({error})") from None
+        path = folder / check_row(row, where)
+        if path in rows:
+            raise UserError(f"{where}: file_name {row['file_name']!r} stands twice")
+        rows[path] = row
+    return rows
+
+
+def check_row(row: Any, where: str) -> str:
+    """The row's file_name; raises UserError where a field has the wrong type."""
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
+        raise UserError(f'{where}: expected {{"file_name": "...", ...}}')
+    for key in ("text", "label"):
+        if not isinstance(row.get(key), str | None):
+            raise UserError(f"{where}: {key} must be a text")
+    captions = row.get("caption", [])
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(c, str) and c.strip() for c in captions):
+        raise UserError(f"{where}: caption must be a text or a list of texts, none of them empty")
+    if not isinstance(row.get("attributes", {}), dict):
+        raise UserError(f'{where}: attributes must be {{"name": "value"}}')
+    return row["file_name"]
+
+
+def sample_of(path: Path, row: dict[str, Any], folder: Path) -> Sample:
+    """One row of metadata, or {} for a video that none speaks of."""
+    label = row.get("label")
+    if label is None:  # the class folder, if the video lies in one
+        inside = Path(os.path.relpath(path, folder)).parts
+        label = inside[0] if len(inside) > 1 and inside[0] != os.pardir else None
+    captions = row.get("caption", ())
+    return Sample(
+        path=path,
+        label=label,
+        captions=(captions,) if isinstance(captions, str) else tuple(captions),
+        text=row.get("text"),
+        attributes=row.get("attributes", {}),
+    )
+
+
+def read_folder(folder: Path) -> list[Sample]:
+    """Every video of a folder, with its class folder and its row of metadata.jsonl. Sorted by name.
+
+    Raises:
+        UserError: the folder is missing or empty, or metadata.jsonl is bad or names a missing file.
+    """
+    if not folder.exists():
+        raise UserError(f"no such file or folder: {folder}")
+    rows = read_metadata(folder) if folder.is_dir() else {}
+    missing = [path for path in rows if not path.exists()]
+    if missing:
+        raise UserError(f"{folder / 'metadata.jsonl'} names {len(missing)} files that do not exist, first {missing[0]}")
+    videos = {*rows, *find_videos(folder)}
+    if not videos:
+        raise UserError(f"no videos in {folder}: expected {', '.join(sorted(VIDEO_SUFFIXES))}, .pt or folders of images")
+    return [sample_of(path, rows.get(path, {}), folder) for path in sorted(videos, key=natural_key)]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The samples of each split, the class names in order, and where val comes from."""
+
+    train: list[Sample]
+    val: list[Sample]
+    test: list[Sample]
+    class_names: list[str]
+    note: str
+
+
+def read_splits(data_dir: Path) -> Splits:
+    """train, val and test of a data folder. Without val/, a tenth of train is held out, of each class.
+
+    Which ones depends on the names alone (hashed), not on the machine, the seed or the order of files.
+    Raises UserError if there is no train/.
+    """
+    if not data_dir.is_dir():
+        hint = "; python dummy_data.py draws one" if data_dir.name == "synthetic_dataset" else ""
+        raise UserError(f"no data folder {data_dir}{hint}")
+    if not (data_dir / "train").is_dir():
+        raise UserError(f"{data_dir} has no folder train/ (expected {data_dir}/train/<class>/<video>)")
+    splits = {name: read_folder(data_dir / name) for name in ("train", "val", "test") if (data_dir / name).is_dir()}
+    note = ""
+    if "val" not in splits:
+        splits["train"], splits["val"] = hold_out(splits["train"], data_dir / "train")
+        note = f"no val/: {len(splits['val'])} of the training videos are held out for it, always the same"
+    class_names = sorted({s.label for s in splits["train"] if s.label is not None}, key=natural_key)
+    return Splits(splits["train"], splits["val"], splits.get("test", []), class_names, note)
+
+
+def read_display_names(data_dir: Path, class_names: list[str]) -> dict[str, str]:
+    """classes.json's display name of every class; the class's own name where it has none."""
+    file = data_dir / "classes.json"
+    try:
+        names = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+        raise UserError(f'{file}: expected {{"class": "display name", ...}}')
+    return {name: names.get(name, name) for name in class_names}
+
+
+def hold_out(samples: list[Sample], folder: Path) -> tuple[list[Sample], list[Sample]]:
+    """(train, val): a tenth of each class, at least one video where the class has two or more."""
+
+    def rank(sample: Sample) -> str:
+        name = Path(os.path.relpath(sample.path, folder)).as_posix()
+        return hashlib.sha256(f"{VAL_SALT}/{name}".encode("utf-8", "surrogateescape")).hexdigest()
+
+    held: set[Path] = set()
+    for label in {s.label for s in samples}:
+        ranked = sorted((s for s in samples if s.label == label), key=rank)
+        count = max(1, round(VAL_FRACTION * len(ranked))) if len(ranked) > 1 else 0
+        held |= {s.path for s in ranked[:count]}
+    if not held:
+        raise UserError(f"{folder}: too few videos to hold any out for val; add a folder val/ beside it")
+    return [s for s in samples if s.path not in held], [s for s in samples if s.path in held]
+
+
+def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
+    """Raises UserError unless every sample has what the task needs: a known class, or captions; texts."""
+    for name in ("train", "val", "test"):
+        samples = getattr(splits, name)
+        if captioning:
+            bad = [s for s in samples if not s.captions]
+            what = "no caption in metadata.jsonl"
+        else:
+            bad = [s for s in samples if s.label not in splits.class_names]
+            what = f"a class that train does not have ({bad[0].label})" if bad and bad[0].label else "no class: no folder, no label"
+        if bad:
+            raise UserError(f"{len(bad)} of {len(samples)} videos of {name} have {what}, first {bad[0].path}")
+        if use_text and not captioning and all(s.text is None for s in samples) and samples:
+            raise UserError(f"--use_text True: no video of {name} has a text in metadata.jsonl")
+    if not captioning and len(splits.class_names) < 2:
+        raise UserError(f"classification needs two classes or more, train has {splits.class_names}")
+
+
+# -- dataset and loader -----------------------------------------------------------------------------
+
+
+class ClipDataset(Dataset):
+    """Clips of samples; item (epoch, index) depends on nothing but (seed, epoch, index).
+
+    In training the frames are jittered and one caption is drawn; else centres and the first caption.
+    """
+
+    def __init__(
+        self, samples: list[Sample], preprocessing: Preprocessing, num_frames: int, stride: int,
+        class_names: list[str], train: bool = False, seed: int = 0,
+    ):  # fmt: skip
+        self.samples = samples
+        self.preprocessing = preprocessing
+        self.num_frames, self.stride = num_frames, stride
+        self.class_index = {name: i for i, name in enumerate(class_names)}
+        self.train, self.seed = train, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        sample = self.samples[index]
+        rng = np.random.default_rng([self.seed, epoch, index]) if self.train else None
+        try:
+            clip = read_clip(sample.path, self.num_frames, self.stride, rng)
+        except ReadError as error:  # raised by ClipLoader: a worker's exception would arrive as a traceback
+            return {"error": str(error)}
+        captions = sample.captions or ("",)
+        return {
+            "pixel_values": self.preprocessing.pixels(clip),  # [T, C, H, W] uint8
+            "label": self.class_index.get(sample.label, -100),
+            "caption": captions[int(rng.integers(len(captions))) if rng else 0],
+            "text": sample.text or "",
+            "index": index,
+        }
+
+
+class EpochBatches:
+    """Yields lists of (epoch, index); the order is a permutation from (seed, epoch), or plain."""
+
+    def __init__(self, count: int, batch_size: int, shuffle: bool = False, seed: int = 0):
+        self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.arange(self.count)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
+        for start in range(0, self.count, self.batch_size):
+            yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
+
+
+@dataclass(frozen=True)
+class TextCodec:
+    """Texts to right-padded (input_ids, attention_mask), (B, L) each: bos + tokens, cut to length, + eos."""
+
+    tokenizer: Any
+    bos: tuple[int, ...]  # what leads every text
+    eos: int
+    max_tokens: int  # of the text itself
+
+    def __call__(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [[*self.bos, *ids[: self.max_tokens], self.eos] for ids in tokens]
+        longest = max(map(len, rows))
+        return {
+            # what stands in the padding is never read: the mask says so
+            "input_ids": torch.tensor([row + [self.eos] * (longest - len(row)) for row in rows]),  # (B, L)
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+        }
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Items to a batch of the model's arguments, plus `index` (the samples' places)."""
+
+    codec: TextCodec | None  # None: the model reads no text
+    source: str  # which text the model reads: "caption" or "text"
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        errors = [item for item in items if "error" in item]
+        if errors:
+            return errors[0]
+        batch = {
+            "pixel_values": torch.stack([item["pixel_values"] for item in items]),  # (B, T, C, H, W) uint8
+            "index": torch.tensor([item["index"] for item in items]),
+        }
+        if self.source != "caption":
+            batch["labels"] = torch.tensor([item["label"] for item in items])
+        if self.codec is not None:
+            batch |= self.codec([item[self.source] for item in items])
+        return batch
+
+
+class ClipLoader(DataLoader):
+    """Yields a collator's batches. Raises UserError for a video that a worker could not read."""
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in super().__iter__():
+            if "error" in batch:
+                raise UserError(batch["error"])
+            yield batch
+
+
+def build_loader(
+    dataset: ClipDataset, collator: Collator, batch_size: int, num_workers: int, pin_memory: bool = False
+) -> ClipLoader:
+    """A loader of `dataset`; set `loader.batch_sampler.epoch` before each pass in training."""
+    batches = EpochBatches(len(dataset), batch_size, shuffle=dataset.train, seed=dataset.seed)
+    return ClipLoader(
+        dataset, batch_sampler=batches, collate_fn=collator, num_workers=num_workers,
+        persistent_workers=num_workers > 0, pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(dataset.seed),  # so that making an iterator draws nothing global
+    )  # fmt: skip

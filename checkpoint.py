@@ -1,0 +1,259 @@
+"""Saves a run, finds it again, and rebuilds its model from the folder alone.
+
+    checkpoints/<run>/model.safetensors   exactly the trained tensors (its header: epoch, step, val metrics)
+                      config.yaml         every option, resolved
+                      metadata.json       task, classes, backbones with fingerprints, preprocessing, versions
+                      vision/ language/   configuration and tokenizer of a tower that was trained in full
+                      log.jsonl metrics.json curves.png
+
+Loading is strict both ways, and no pickle is ever read.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from build_model import Source, VideoModel, build_model, fully_trained, locate, trained_tensors
+from config import FIELDS, NAMING, ROOT, Config, UserError, as_flags, read_yaml, run_name, to_dict, write_yaml
+
+FORMAT_VERSION = 1
+WEIGHTS, SETTINGS, METADATA = "model.safetensors", "config.yaml", "metadata.json"
+PROVIDED = ROOT / "checkpoints" / "provided"
+
+
+# -- saving -----------------------------------------------------------------------------------------
+
+
+def replace_file(path: Path, write: Any) -> None:
+    """write(temporary path), then rename, so that `path` is always whole: the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_json(values: Any, path: Path) -> None:
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def new_run(config: Config) -> Path:
+    """Makes the run's folder. Raises UserError if the run exists and --overwrite is not given."""
+    run_dir = Path(config.output_dir) / run_name(config)
+    if run_dir.resolve().is_relative_to(PROVIDED.resolve()):
+        raise UserError(f"{PROVIDED} holds the provided checkpoints and is never written; choose another --output_dir")
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        if not (run_dir / METADATA).is_file():
+            raise UserError(f"{run_dir} is not empty and no run of this program; choose another --run_name")
+        if not config.overwrite:
+            raise UserError(f"the run {run_dir} exists: add --overwrite True to replace it, or --run_name <another name>")
+        shutil.rmtree(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {run_dir}: {error.strerror}") from None
+    return run_dir
+
+
+def git_commit() -> str | None:
+    """This program's commit, if it lies in a git checkout."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def describe_run(model: VideoModel, config: Config, class_names: list[str], display: dict[str, str]) -> dict[str, Any]:
+    """metadata.json: what the run is, in readable form."""
+    import peft
+    import transformers
+
+    whole = fully_trained(config)
+    backbones = {
+        name: {"source": source.path, "revision": source.revision, "fingerprint": source.fingerprint, "in_checkpoint": whole[name]}
+        for name, source in model.sources.items()
+    }  # fmt: skip
+    return {
+        "format_version": FORMAT_VERSION,
+        "task": model.task,
+        "class_names": class_names,
+        "display_names": display,
+        "backbones": backbones,
+        "preprocessing": asdict(model.vision_encoder.preprocessing),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "commit": git_commit(),
+    }
+
+
+def start_run(run_dir: Path, model: VideoModel, config: Config, metadata: dict[str, Any]) -> None:
+    """Writes all that does not change while the run trains."""
+    for name, whole in fully_trained(config).items():
+        if whole and name in model.sources:
+            save_tower_files(model, name, run_dir / name)
+    replace_file(run_dir / SETTINGS, lambda p: write_yaml(to_dict(config), p))
+    write_json(metadata, run_dir / METADATA)
+
+
+def save_tower_files(model: VideoModel, name: str, folder: Path) -> None:
+    """What rebuilds a tower around the checkpoint's tensors: its published configuration, and its
+    preprocessor or tokenizer."""
+    from build_model import load_preprocessor, read_config
+
+    source = model.sources[name]
+    settings = read_config(source)
+    settings.save_pretrained(folder)
+    if name == "vision":
+        values = load_preprocessor(source, settings.model_type)
+        write_json(values, folder / "preprocessor_config.json")
+    else:
+        model.tokenizer.save_pretrained(folder)
+
+
+def save_weights(run_dir: Path, model: VideoModel, facts: dict[str, Any]) -> None:
+    """Writes the trained tensors, with `facts` (epoch, step, metrics) in the file's header."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in trained_tensors(model).items()}
+    header = {"format": "pt", "facts": json.dumps(facts)}
+    replace_file(run_dir / WEIGHTS, lambda p: save_file(tensors, str(p), metadata=header))
+
+
+# -- loading ----------------------------------------------------------------------------------------
+
+
+def load_weights(run_dir: Path, model: VideoModel) -> dict[str, Any]:
+    """Copies the checkpoint's tensors into the model and returns the facts saved with them.
+
+    Raises:
+        UserError: the file is missing or damaged, or its tensors are not exactly the model's trained ones.
+    """
+    file = run_dir / WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{run_dir} has no {WEIGHTS}: its training did not finish an epoch")
+    try:
+        with safe_open(str(file), framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, no mapping
+            facts = json.loads((stored.metadata() or {}).get("facts", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} is no whole safetensors file: {error}") from None
+    wanted = trained_tensors(model)
+    differences = sorted(
+        [f"missing {n}" for n in wanted.keys() - tensors.keys()]
+        + [f"unexpected {n}" for n in tensors.keys() - wanted.keys()]
+        + [f"{n} is {list(tensors[n].shape)}, not {list(wanted[n].shape)}"
+           for n in wanted.keys() & tensors.keys() if tensors[n].shape != wanted[n].shape]
+    )  # fmt: skip
+    if differences:
+        raise UserError(f"{file} does not fit the model ({len(differences)} tensors): {'; '.join(differences[:4])}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+    return facts
+
+
+def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
+    """A run's options and metadata. Raises UserError if the folder is no run or of a later format."""
+    try:
+        metadata = json.loads((run_dir / METADATA).read_text(encoding="utf-8"))
+        version = metadata["format_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{run_dir} is no run of this program: it has no readable {METADATA}") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{run_dir} has checkpoint format {version}; this program reads {FORMAT_VERSION}")
+    return Config(**read_yaml(run_dir / SETTINGS)), metadata
+
+
+def list_runs(folder: Path) -> list[tuple[Path, Config]]:
+    """Every readable run directly below a folder."""
+    runs = []
+    for path in sorted(folder.glob(f"*/{METADATA}")):
+        try:
+            runs.append((path.parent, read_run(path.parent)[0]))
+        except UserError:
+            continue
+    return runs
+
+
+def find_run(config: Config) -> Path:
+    """The run's folder: --checkpoint, or the run that the flags name, or a provided one of that name.
+
+    Raises UserError listing the runs there are if there is no such run.
+    """
+    if config.checkpoint is not None:
+        return Path(config.checkpoint)
+    name = run_name(config)
+    run_dir = Path(config.output_dir) / name
+    if run_dir.is_dir():
+        return run_dir
+    if (PROVIDED / name).is_dir():
+        print(f"{run_dir} does not exist: using the provided checkpoint {PROVIDED / name}")
+        return PROVIDED / name
+    runs = list_runs(Path(config.output_dir)) + list_runs(PROVIDED)
+    lines = "".join(f"\n  {path}: python inference.py {as_flags(c)} --video_dir ..." for path, c in runs)
+    raise UserError(
+        f"no run {run_dir}; train it: python main.py {as_flags(config)}".rstrip()
+        + (f"\nthe runs there are:{lines}" if runs else f"\nthere are no runs in {config.output_dir}/ yet")
+    )
+
+
+def check_typed(config: Config, typed: set[str], saved: Config, run_dir: Path) -> None:
+    """Raises UserError listing each typed flag that contradicts what the run was trained as."""
+    wrong = []
+    for name in NAMING:
+        if name not in typed or (name == "use_text" and saved.captioning):
+            continue
+        mine, its = getattr(config, name), getattr(saved, name)
+        moved = name in ("vision_model", "language_model") and Path(str(mine)).is_dir()  # its fingerprint decides
+        if mine != its and not moved:
+            wrong.append(f"--{name} {mine} (it has {its})")
+    if wrong:
+        raise UserError(f"{run_dir} was trained with other flags: {', '.join(wrong)}")
+
+
+def tower_source(name: str, option: str, run_dir: Path, metadata: dict, config: Config, typed: set[str], saved: Config) -> Source:
+    """Where a tower of a run comes from: the run's own folder, the named folder, or where it came from."""
+    if metadata["backbones"][name]["in_checkpoint"]:
+        return Source(str(run_dir / name), weights=False, fingerprint=metadata["backbones"][name]["fingerprint"])
+    named = getattr(config, option)
+    if option in typed and Path(str(named)).is_dir():
+        return Source(named)
+    return locate(getattr(saved, option), saved.weights)
+
+
+def load_run(run_dir: Path, config: Config = Config(), typed: set[str] = frozenset()) -> tuple[VideoModel, Config, dict[str, Any]]:  # fmt: skip
+    """(model in eval mode, options, metadata) of a run.
+
+    The run's options decide what the model is; `config` gives the inference and machine options, and
+    the folder of a backbone that moved.
+
+    Raises:
+        UserError: no run, a contradicting flag, another backbone than it was trained on, other tensors.
+    """
+    saved, metadata = read_run(run_dir)
+    check_typed(config, typed, saved, run_dir)
+    sources = {
+        name: tower_source(name, f"{name}_model", run_dir, metadata, config, typed, saved)
+        for name in metadata["backbones"]
+    }
+    model = build_model(saved, len(metadata["class_names"]), sources.get("vision"), sources.get("language"))
+    for name, source in sources.items():
+        wanted = metadata["backbones"][name]["fingerprint"]
+        if source.fingerprint != wanted:
+            raise UserError(
+                f"{run_dir} was trained on another {name} backbone than the one in {source.path}; "
+                f"name the folder of the right one with --{name}_model"
+            )
+    metadata["facts"] = load_weights(run_dir, model)
+    here = {n: getattr(config, n) for n, f in FIELDS.items() if f.metadata["group"] in ("inference", "run and machine")}
+    return model.eval(), replace(saved, **here), metadata

@@ -1,0 +1,358 @@
+"""Every option once: name, type, default, help, group, and which script reads it. Imports no torch.
+
+    config, typed = parse(argv, script="main")
+
+Precedence: the default below < config_file.yaml < a flag. yaml values go through the flags' own
+converters, since PyYAML reads 1e-3 as a string.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent  # where backbones/ and config_file.yaml lie
+CONFIG_FILE = ROOT / "config_file.yaml"
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the scripts print it as one line `error: ...` and exit with 2."""
+
+
+class Backbone(NamedTuple):
+    """Where one of the four short names leads: a folder of this repository, or a hub id."""
+
+    kind: str  # vision | encoder (BERT-like) | decoder (causal)
+    tiny: str
+    hub: str
+    revision: str
+    trained_on: str  # what --weights tiny has seen
+
+
+BACKBONES = {
+    "timesformer": Backbone("vision", "backbones/timesformer-tiny", "facebook/timesformer-base-finetuned-k400", "main", "synthetic shapes"),
+    "videomae": Backbone("vision", "backbones/videomae-tiny", "MCG-NJU/videomae-base-finetuned-kinetics", "main", "synthetic shapes"),
+    "bert": Backbone("encoder", "backbones/bert-tiny", "google-bert/bert-base-uncased", "main", "captions of synthetic shapes"),
+    "gpt2": Backbone("decoder", "backbones/gpt2-tiny", "openai-community/gpt2", "main", "captions of synthetic shapes"),
+}  # fmt: skip
+HUB_TABLE = ", ".join(f"{name} = {b.hub}@{b.revision}" for name, b in BACKBONES.items())
+TEXT_EXAMPLE = "a note says: it goes sideways"  # a text of the dummy dataset (dummy_data.HINTS)
+
+
+# -- converters: str -> value, raising ValueError with what is allowed ------------------------------
+
+
+def to_bool(text: str) -> bool:
+    """True or False, in any case; argparse's type=bool would read 'False' as True."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if str(text).lower() not in words:
+        raise ValueError("True or False")
+    return words[str(text).lower()]
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
+    """A converter to `kind` (int or float) that accepts low <= value <= high."""
+    name = "a whole number" if kind is int else "a number"
+    span = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{name}, {span}") from None
+        if isinstance(text, bool) or not low <= value <= high:
+            raise ValueError(f"{name}, {span}")
+        return value
+
+    return convert
+
+
+def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    def convert_or_auto(text: str) -> Any:
+        if text == "auto":
+            return "auto"
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise ValueError(f"auto, or {error}") from None
+
+    return convert_or_auto
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return text
+
+    return convert
+
+
+def text_value(text: Any) -> str:
+    if not isinstance(text, str | int | float) or isinstance(text, bool):
+        raise ValueError("a text")
+    return str(text)
+
+
+# -- the options ------------------------------------------------------------------------------------
+
+BOTH, TRAIN, INFER = "main inference", "main", "inference"
+
+
+def option(default: Any, convert: Callable[[str], Any], group: str, scripts: str, help: str) -> Any:
+    return field(default=default, metadata={"convert": convert, "group": group, "scripts": scripts, "help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of main.py and inference.py; `None` stands for 'not given'."""
+
+    # model
+    vision_model: str = option("timesformer", text_value, "model", BOTH, "video backbone: timesformer, videomae, a local folder written by save_pretrained, or a hub id of either family")  # fmt: skip
+    language_model: str | None = option(None, text_value, "model", BOTH, "language backbone, with --use_vlm True: bert (classification) or gpt2 (captioning), or a folder or hub id of such a model")  # fmt: skip
+    use_vlm: bool = option(False, to_bool, "model", BOTH, "join a language model to the video backbone")
+    captioning: bool = option(False, to_bool, "model", BOTH, "write a caption instead of naming a class; needs --use_vlm True")
+    use_text: bool = option(False, to_bool, "model", BOTH, "classification: the clip's own text is an input beside its frames; captioning: captions are the targets either way")  # fmt: skip
+    weights: str = option("tiny", one_of("tiny", "hub"), "model", BOTH, f"where the short names lead: tiny = the folders in backbones/, which know synthetic shapes only; hub = {HUB_TABLE}. Take hub for real videos")  # fmt: skip
+    token_grid: int = option(2, number(int, 1, 32), "model", TRAIN, "language models read this many x this many pooled video tokens per time step; more keeps finer detail and costs memory")  # fmt: skip
+    dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN, "before the new head, and inside the projector; raise it when val falls behind train")
+    # what is trained
+    freeze_visionbackbone: bool = option(False, to_bool, "what is trained", BOTH, "keep the video backbone as it is: fast, little memory, good for small sets")
+    freeze_llmbackbone: bool = option(False, to_bool, "what is trained", BOTH, "keep the language backbone as it is")
+    use_lora_vision: bool = option(False, to_bool, "what is trained", BOTH, "train low-rank adapters in the video backbone, its own weights frozen")
+    use_lora_llm: bool = option(False, to_bool, "what is trained", BOTH, "train low-rank adapters in the language backbone, its own weights frozen")
+    lora_r: int = option(16, number(int, 1, 1024), "what is trained", TRAIN, "rank of the adapters (alpha is twice this); 8 to 64, larger for larger sets")
+    # data
+    data_dir: str = option("synthetic_dataset", text_value, "data", TRAIN, "folder with train/, test/ and perhaps val/, each with one folder per class or a metadata.jsonl")
+    num_frames: int | str = option("auto", auto_or(number(int, 1, 1024)), "data", TRAIN, "frames taken from each video; auto = what the backbone was trained with. More frames see finer motion and cost time")  # fmt: skip
+    image_size: int | str = option("auto", auto_or(number(int, 8, 2048)), "data", TRAIN, "height and width in pixels that the backbone sees; auto = what it was trained with")
+    frame_stride: int = option(0, number(int, 0, 1000), "data", TRAIN, "0 spreads the frames over the whole video; S > 0 takes every S-th frame of one window, the middle one at evaluation")  # fmt: skip
+    # training
+    epochs: int = option(10, number(int, 1, 100_000), "training", TRAIN, "passes over the training videos; the best on val is kept")
+    batch_size: int | str = option("auto", auto_or(number(int, 1, 65_536)), "training", BOTH, "clips per step; lower it when memory runs out. auto: 16, at inference 8")
+    learning_rate: float | str = option("auto", auto_or(number(float, 0)), "training", TRAIN, "peak learning rate, reached after a tenth of the steps, cosine to zero after; auto: the table in README.md")  # fmt: skip
+    weight_decay: float = option(0.05, number(float, 0), "training", TRAIN, "AdamW's, on tensors of two or more dimensions; not on adapters")
+    gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", TRAIN, "batches per optimizer step: N with --batch_size B trains as N x B would, in the memory of B")
+    gradient_checkpointing: bool = option(False, to_bool, "training", TRAIN, "recompute activations in the backward pass: less memory, about a third slower")
+    seed: int = option(0, number(int, 0, 2**31 - 1), "training", TRAIN, "of new layers, sampling, dropout and order; the val split does not depend on it")
+    # inference
+    video_dir: str | None = option(None, text_value, "inference", INFER, "what to answer for: a video file, a folder of frames, a .pt, or a folder of any of these")
+    text_input: str | None = option(None, text_value, "inference", INFER, f"the text of every clip, for a classifier trained with --use_text True, e.g. '{TEXT_EXAMPLE}'; or give each clip its text in a metadata.jsonl in --video_dir")  # fmt: skip
+    top_k: int = option(3, number(int, 1), "inference", INFER, "how many classes to print with their scores")
+    max_new_tokens: int = option(40, number(int, 1, 4096), "inference", BOTH, "longest caption, in tokens")
+    num_beams: int = option(1, number(int, 1, 64), "inference", BOTH, "1 writes captions greedily; 3 to 5 searches wider and is slower")
+    output: str | None = option(None, text_value, "inference", INFER, "also write the answers to this file, one JSON object per line")
+    # run and machine
+    checkpoint: str | None = option(None, text_value, "run and machine", INFER, "folder of a run to load; it says itself what it is, no other flag is needed")
+    run_name: str | None = option(None, text_value, "run and machine", BOTH, "name of the run's folder; by default made of the flags above")
+    output_dir: str = option("checkpoints", text_value, "run and machine", BOTH, "folder of all runs")
+    overwrite: bool = option(False, to_bool, "run and machine", TRAIN, "replace an existing run of this name")
+    device: str = option("auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", BOTH, "auto: cuda, else mps, else cpu")
+    mixed_precision: str = option("auto", one_of("auto", "no", "bf16", "fp16"), "run and machine", BOTH, "auto: bf16 on a GPU that has it, else no")
+    num_workers: int = option(2, number(int, 0, 256), "run and machine", BOTH, "processes that decode videos beside the model; 0 decodes in turn")
+
+
+FIELDS = {f.name: f for f in fields(Config)}
+#: the options that make a run's name, and that a checkpoint is checked against when they are typed
+NAMING = (
+    "vision_model", "language_model", "use_vlm", "captioning", "use_text", "weights",
+    "freeze_visionbackbone", "freeze_llmbackbone", "use_lora_vision", "use_lora_llm",
+)  # fmt: skip
+
+
+def convert(name: str, value: Any, where: str) -> Any:
+    """`value` (from a flag or yaml) through the option's converter; None is kept where it is the default."""
+    if value is None and FIELDS[name].default is None:
+        return None
+    try:
+        return FIELDS[name].metadata["convert"](value)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}{name}: expected {error}, not {value!r}") from None
+
+
+def closest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A yaml file's options, converted. Raises UserError for a bad file, key or value."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected lines of `key: value`, not a {type(values).__name__}")
+    for key in values:
+        if key not in FIELDS:
+            raise UserError(f"{path}: unknown key {key!r}; {closest(str(key), list(FIELDS))}")
+    return {key: convert(key, value, f"{path}: ") for key, value in values.items()}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as UserError and the closest flag named."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def build_parser(script: str) -> Parser:
+    """The parser of main.py or inference.py. Both accept every flag, so that a run's flags can be typed
+    again at inference; --help shows the ones that the script reads."""
+    about = {
+        "main": "Train a video classifier, a video + language classifier or a video captioner.",
+        "inference": "Answer for videos with a trained run.",
+    }
+    parser = Parser(
+        prog=f"{script}.py", description=about[script], allow_abbrev=False,
+        epilog="Flags override config_file.yaml. A bare --use_vlm means --use_vlm True. Examples: README.md.",
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE", help=f"yaml file with defaults (default: {CONFIG_FILE.name})")
+    groups: dict[str, Any] = {}
+    for name, option_field in FIELDS.items():
+        meta = option_field.metadata
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        shown = script in meta["scripts"].split()
+        text = f"{meta['help']} (default: {option_field.default})".replace("%", "%%")
+        bare = {"nargs": "?", "const": "True"} if meta["convert"] is to_bool else {}
+        groups[meta["group"]].add_argument(
+            f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text if shown else argparse.SUPPRESS, **bare
+        )
+    return parser
+
+
+def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
+    """The options for `script` ("main" or "inference") and the names of those typed as flags.
+
+    Raises:
+        UserError: an unknown flag or key, a value of the wrong type, or an impossible combination.
+    """
+    parser = build_parser(script)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        known = ["--config", *(f"--{name}" for name in FIELDS)]
+        what = "unknown flag" if flag.startswith("-") else "unexpected word"
+        raise UserError(f"{what} {flag!r}; {closest(flag, known)}")
+    given = vars(args)
+    path = given.pop("config", None)
+    values = read_yaml(Path(path)) if path else read_yaml(CONFIG_FILE) if CONFIG_FILE.is_file() else {}
+    typed = {name: convert(name, value, "--") for name, value in given.items()}
+    config = complete(Config(**(values | typed)), set(typed))
+    if script == "inference" and config.video_dir is None:
+        raise UserError("say what to answer for: --video_dir <a video file, a folder of frames, or a folder of these>")
+    return config, set(typed)
+
+
+def family(name: str) -> Backbone | None:
+    """The table's row of a short name; None for a folder or hub id."""
+    return BACKBONES.get(name)
+
+
+def complete(config: Config, typed: set[str]) -> Config:
+    """Fills in the language model and refuses impossible combinations, saying what to do."""
+    if not config.use_vlm:
+        if config.captioning:
+            raise UserError("--captioning True needs a language model: add --use_vlm True")
+        for name in ("language_model", "use_text", "use_lora_llm", "freeze_llmbackbone"):
+            if getattr(config, name):
+                raise UserError(f"--{name} needs --use_vlm True")
+    elif config.language_model is None:
+        config = replace(config, language_model="gpt2" if config.captioning else "bert")
+    check_backbone("vision_model", config.vision_model, "vision")
+    if config.use_vlm:
+        check_backbone("language_model", config.language_model, "decoder" if config.captioning else "encoder")
+    if config.text_input is not None and config.captioning and "text_input" in typed:
+        raise UserError("--text_input: captioning reads no text, it writes one; leave the flag out")
+    return config
+
+
+def check_backbone(option_name: str, name: str, wanted: str) -> None:
+    """A short name must be of the wanted kind; a word that is neither a name, a folder nor a hub id is refused."""
+    known = family(name)
+    if known is None:
+        if "/" not in name and not Path(name).is_dir():
+            names = [n for n, b in BACKBONES.items() if (b.kind == "vision") == (wanted == "vision")]
+            raise UserError(
+                f"--{option_name} {name!r} is no short name ({', '.join(names)}), no folder and no hub id; {closest(name, names)}"
+            )
+        return
+    if known.kind == wanted:
+        return
+    advice = {
+        ("encoder", "decoder"): f"captioning needs a causal language model such as gpt2, not {name}",
+        ("decoder", "encoder"): f"{name} writes captions: add --captioning True, or take --language_model bert to classify",
+    }
+    message = advice.get((known.kind, wanted), f"--{option_name} cannot be {name}, a {known.kind} backbone")
+    raise UserError(message)
+
+
+def run_name(config: Config) -> str:
+    """The run's folder: vision model, language model, captioning, text, what is frozen, what has LoRA, hub."""
+    if config.run_name is not None:
+        return config.run_name
+    parts = [Path(config.vision_model).name]
+    if config.use_vlm:
+        parts.append(Path(config.language_model).name)
+        if config.captioning:
+            parts.append("caption")
+        elif config.use_text:
+            parts.append("text")
+    marks = {
+        "freeze_visionbackbone": "fvbb", "freeze_llmbackbone": "fllm",
+        "use_lora_vision": "loravision", "use_lora_llm": "lorallm",
+    }  # fmt: skip
+    parts += [mark for name, mark in marks.items() if getattr(config, name)]
+    if config.weights == "hub" and (config.vision_model in BACKBONES or config.language_model in BACKBONES):
+        parts.append("hub")
+    return "_".join(parts)
+
+
+def as_flags(config: Config) -> str:
+    """The naming flags that differ from the defaults, as one would type them."""
+    pairs = ((name, getattr(config, name)) for name in NAMING)
+    return " ".join(f"--{name} {value}" for name, value in pairs if value not in (None, FIELDS[name].default))
+
+
+def write_yaml(values: dict[str, Any], path: Path) -> None:
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def config_file_text() -> str:
+    """config_file.yaml: every option with its default and its help; `python config.py` writes it."""
+    lines = ["# Every option with its default. A flag of the same name overrides a line here."]
+    group = None
+    for name, option_field in FIELDS.items():
+        if option_field.metadata["group"] != group:
+            group = option_field.metadata["group"]
+            lines += ["", f"# {group}"]
+        value = yaml.safe_dump(option_field.default).splitlines()[0]
+        lines.append(f"{name}: {value}  # {option_field.metadata['help']}")
+    return "\n".join(lines) + "\n"
+
+
+def run_script(body: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
+    """Runs a script's body; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        return body(argv) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return asdict(config)
+
+
+if __name__ == "__main__":
+    CONFIG_FILE.write_text(config_file_text(), encoding="utf-8")
+    print(f"wrote {CONFIG_FILE}")

@@ -1,0 +1,67 @@
+"""Turns test clips of the dummy dataset into folders of frames, for inference.
+
+    python create_dummy.py             # frames_see/class_0_video_0/frame_000.png ..., frames_see/metadata.jsonl
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from config import UserError, run_script
+
+
+def body(argv: list[str] | None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Write test videos as folders of PNG frames, with a metadata.jsonl of label, caption and text.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--data_dir", type=Path, default=Path("synthetic_dataset"), help="dataset with a test/ folder")
+    parser.add_argument("--output", type=Path, default=Path("frames_see"), help="folder to write; an earlier one made by this script is replaced")  # fmt: skip
+    parser.add_argument("--per_class", type=int, default=3, help="videos of each class; the first ones")
+    args = parser.parse_args(argv)
+    if args.per_class < 1:
+        raise UserError(f"--per_class must be at least 1, not {args.per_class}")
+
+    from tqdm import tqdm
+
+    from dummy_data import save_frames
+    from VLoader import open_video, read_folder
+
+    samples = read_folder(args.data_dir / "test")
+    by_class = [list(group)[: args.per_class] for _, group in groupby(samples, key=lambda s: s.label)]
+    clear_frames(args.output)
+    rows = []
+    for sample in tqdm([s for group in by_class for s in group], unit="video"):
+        name = f"{sample.label}_{sample.path.stem}" if sample.label else sample.path.stem
+        reader = open_video(sample.path)
+        save_frames(reader.frames(range(len(reader))).numpy(), args.output / name)
+        row = {"file_name": name, "label": sample.label, "caption": list(sample.captions), "text": sample.text}
+        rows.append({k: v for k, v in row.items() if v not in (None, [])} | {"attributes": sample.attributes})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (args.output / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    print(f"wrote {len(rows)} folders of frames and metadata.jsonl to {args.output}/")
+    return 0
+
+
+def clear_frames(folder: Path) -> None:
+    """Empties a folder that this script made; refuses any other that is not empty."""
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "metadata.jsonl").is_file():
+            raise UserError(f"{folder}/ is not empty and was not made by this script; choose another --output")
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script(body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

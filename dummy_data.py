@@ -1,0 +1,314 @@
+"""Draws a synthetic video dataset in which the class can only be told from motion.
+
+    python dummy_data.py                      # synthetic_dataset/{train,test}/class_k/video_i.pt
+
+Ten classes = {circle, square} x {moving right, left, down, up, standing still}. The shape moves on a
+torus: what leaves the picture on one side comes in on the other. So the position in a single frame is
+uniform whatever the motion is, and one frame tells the shape (a chance of 1 in 5) and nothing more.
+Colour, size, speed, start, background and noise are drawn anew for every video.
+
+Shapes: B videos, T frames, H W pixels; a video is RGB uint8 [T, C, H, W].
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+COLOURS = {
+    "red": (0.90, 0.12, 0.12), "green": (0.15, 0.80, 0.20), "blue": (0.15, 0.25, 0.95),
+    "yellow": (0.95, 0.90, 0.15), "purple": (0.62, 0.15, 0.80), "cyan": (0.15, 0.88, 0.92),
+    "orange": (0.98, 0.55, 0.08), "white": (0.97, 0.97, 0.97),
+}  # fmt: skip
+MOTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1), "still": (0, 0)}
+RADII = {"small": (0.105, 0.135), "large": (0.170, 0.205)}  # of the picture's side; area as of a circle
+SPEEDS = (1.2, 3.0)  # sides per 64 frames, i.e. pixels per frame at 64 x 64
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    # signed distance to the edge in pixels, negative inside; dx, dy, radius broadcast to (B, T, H, W)
+    "circle": lambda dx, dy, radius: np.hypot(dx, dy) - radius,
+    "square": lambda dx, dy, radius: np.maximum(np.abs(dx), np.abs(dy)) - 0.886 * radius,
+}
+CLASSES = [(shape, motion) for shape in SHAPES for motion in MOTIONS]
+
+SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+SHAPE_WORDS = {"circle": ("circle", "disc"), "square": ("square", "box")}
+MOTION_PHRASES = {
+    "right": ("moves right", "slides to the right", "drifts rightwards", "glides towards the right"),
+    "left": ("moves left", "slides to the left", "drifts leftwards", "glides towards the left"),
+    "down": ("moves down", "slides to the bottom", "drifts downwards", "glides towards the bottom"),
+    "up": ("moves up", "slides to the top", "drifts upwards", "glides towards the top"),
+    "still": ("stands still", "stays in place", "does not move", "remains at rest"),
+}
+TEMPLATES = (
+    "a {size} {colour} {shape} {motion}",
+    "the {colour} {shape} is {size} and {motion}",
+    "there is a {size} {shape} in {colour} that {motion}",
+    "a {shape} of {colour} colour , {size} , {motion}",
+    "in this clip the {size} {colour} {shape} {motion}",
+    "a {size} {shape} {motion} ; it is {colour}",
+    "we see that the {shape} , {size} and {colour} , {motion}",
+)
+HINTS = {
+    "colour": {name: f"a note says: something {name}" for name in COLOURS},
+    "size": {"small": "a note says: not much to see", "large": "a note says: hard to overlook"},
+    "shape": {"circle": "a note says: it is round", "square": "a note says: it has corners"},
+    "motion": {
+        "right": "a note says: it goes sideways", "left": "a note says: it goes sideways",
+        "down": "a note says: it goes vertically", "up": "a note says: it goes vertically",
+        "still": "a note says: nothing happens",
+    },
+}  # fmt: skip
+CAPTIONS_PER_VIDEO = 5
+
+
+# -- words ------------------------------------------------------------------------------------------
+
+
+def _attribute_words() -> dict[str, tuple[str, str]]:
+    """Every word that says something: word -> (attribute, value)."""
+    words = {name: ("colour", name) for name in COLOURS}
+    for attribute, table in (("size", SIZE_WORDS), ("shape", SHAPE_WORDS)):
+        words |= {word: (attribute, value) for value, all_ in table.items() for word in all_}
+    motions = {
+        "right": "right rightwards", "left": "left leftwards", "down": "down downwards bottom",
+        "up": "up upwards top", "still": "still place not rest",
+    }  # fmt: skip
+    return words | {w: ("motion", value) for value, all_ in motions.items() for w in all_.split()}
+
+
+WORDS = _attribute_words()
+
+
+def attributes(caption: str) -> dict[str, str | None]:
+    """Reads {size, colour, shape, motion} out of any caption; None where it names none, or two."""
+    found: dict[str, set[str]] = {"size": set(), "colour": set(), "shape": set(), "motion": set()}
+    for word in re.findall(r"[a-z]+", caption.lower()):
+        if word in WORDS:
+            attribute, value = WORDS[word]
+            found[attribute].add(value)
+    return {name: values.pop() if len(values) == 1 else None for name, values in found.items()}
+
+
+def write_caption(
+    template: str,
+    truth: dict[str, str],
+    rng: np.random.Generator,
+    shape_words: dict[str, tuple[str, ...]] = SHAPE_WORDS,
+    motion_phrases: dict[str, tuple[str, ...]] = MOTION_PHRASES,
+) -> str:
+    """One caption that names the four attributes of `truth`, each in words drawn at random."""
+    return template.format(
+        size=rng.choice(SIZE_WORDS[truth["size"]]),
+        colour=truth["colour"],
+        shape=rng.choice(shape_words[truth["shape"]]),
+        motion=rng.choice(motion_phrases[truth["motion"]]),
+    )
+
+
+def write_hint(truth: dict[str, str], rng: np.random.Generator) -> str:
+    """A note on one attribute: true (65 %), misleading (20 %) or missing (15 %, an empty string)."""
+    attribute = rng.choice(list(HINTS))
+    notes = HINTS[attribute]
+    fate = rng.random()
+    if fate < 0.15:
+        return ""
+    if fate < 0.35:
+        others = sorted(set(notes.values()) - {notes[truth[attribute]]})
+        return str(rng.choice(others))
+    return notes[truth[attribute]]
+
+
+# -- pictures ---------------------------------------------------------------------------------------
+
+
+def draw_backgrounds(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    """Dim, nearly grey gradients, float32 in [0, 1]: (B, 1, C, H, W)."""
+    level = rng.uniform(0.08, 0.45, (count, 1, 1, 1, 1))
+    tint = rng.uniform(-0.05, 0.05, (count, 1, 3, 1, 1))
+    slope = rng.uniform(-0.15, 0.15, (2, count, 1, 1, 1, 1))
+    axis = np.linspace(-1, 1, size)
+    ramp = slope[0] * axis[None, :] + slope[1] * axis[:, None]  # (B, 1, 1, H, W)
+    return np.clip(level + tint + ramp, 0, 1).astype(np.float32)
+
+
+def trajectories(
+    start: np.ndarray, velocity: np.ndarray, times: np.ndarray, size: int
+) -> np.ndarray:
+    """Pixel positions on the torus at times (T,) or (B, T), from start and velocity (B, 2): (B, T, 2)."""
+    return (start[:, None] + velocity[:, None] * times[..., None]) % size
+
+
+def draw_masks(
+    shape: str, positions: np.ndarray, radius: np.ndarray, size: int, shapes: dict = SHAPES
+) -> np.ndarray:
+    """How much of each pixel the shape covers, from positions (B, T, 2) and radius (B,): (B, T, H, W)."""
+    grid = np.arange(size, dtype=np.float32) + 0.5
+    offset = grid - positions.astype(np.float32)[..., None]  # (B, T, 2, size)
+    offset = (offset + size / 2) % size - size / 2  # the nearest copy on the torus
+    dx, dy = offset[:, :, 0, None, :], offset[:, :, 1, :, None]  # (B, T, 1, W), (B, T, H, 1)
+    return np.clip(0.5 - shapes[shape](dx, dy, radius.astype(np.float32)[:, None, None, None]), 0, 1)
+
+
+def paint(frames: np.ndarray, masks: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Frames (B, 1 or T, C, H, W) with colours (B, 3) where masks (B, T, H, W) say: (B, T, C, H, W)."""
+    return frames + masks[:, :, None] * (colours.astype(np.float32)[:, None, :, None, None] - frames)
+
+
+def to_uint8(frames: np.ndarray, rng: np.random.Generator, noise: float = 8) -> np.ndarray:
+    """Frames in [0, 1] with uniform noise of +-noise grey levels, as uint8 of the same shape."""
+    grain = rng.random(frames.shape, dtype=np.float32)
+    grain *= 2 * noise
+    grain += frames * 255
+    grain -= noise - 0.5  # the half rounds: the cast below cuts
+    return np.clip(grain, 0, 255, out=grain).astype(np.uint8)
+
+
+def draw_class(
+    label: int, count: int, num_frames: int, size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, list[dict[str, str]]]:
+    """`count` videos of one class, uint8 (B, T, C, H, W), and the true attributes of each."""
+    shape, motion = CLASSES[label]
+    colours = rng.choice(list(COLOURS), count)
+    sizes = rng.choice(list(RADII), count)
+    radius = rng.uniform(*np.array([RADII[s] for s in sizes]).T) * size
+    speed = rng.uniform(*SPEEDS, (count, 1)) * size / 64
+    positions = trajectories(
+        rng.uniform(0, size, (count, 2)), speed * MOTIONS[motion], np.arange(num_frames), size
+    )
+    shades = np.array([COLOURS[c] for c in colours]) + rng.uniform(-0.04, 0.04, (count, 3))
+    frames = paint(
+        draw_backgrounds(rng, count, size),
+        draw_masks(shape, positions, radius, size),
+        np.clip(shades, 0, 1),
+    )
+    truths = [
+        {"size": str(s), "colour": str(c), "shape": shape, "motion": motion}
+        for s, c in zip(sizes, colours, strict=True)
+    ]
+    return to_uint8(frames, rng), truths
+
+
+# -- files ------------------------------------------------------------------------------------------
+
+
+def save_video(video: np.ndarray, path: Path, fps: int = 8) -> Path:
+    """Writes uint8 [T, C, H, W] as `path`.pt, `path`.mp4 or a folder of frames, by `path`'s suffix."""
+    if path.suffix == ".pt":
+        import torch
+
+        torch.save(torch.from_numpy(video), path)
+    elif path.suffix == ".mp4":
+        save_mp4(video, path, fps)
+    else:
+        save_frames(video, path)
+    return path
+
+
+def save_mp4(video: np.ndarray, path: Path, fps: int) -> None:
+    """H.264 in 4:4:4, nearly lossless, so that small coloured shapes keep their colour."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = *video.shape[2:], "yuv444p"
+        for frame in video.transpose(0, 2, 3, 1):  # [T, H, W, C]
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def save_frames(video: np.ndarray, folder: Path) -> None:
+    """One PNG a frame: folder/frame_000.png ..."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, frame in enumerate(video.transpose(0, 2, 3, 1)):  # [T, H, W, C]
+        Image.fromarray(frame).save(folder / f"frame_{index:03d}.png")
+
+
+def write_split(folder: Path, split: str, per_class: int, args: argparse.Namespace, bar) -> None:
+    """Draws one split, saves its videos and writes its metadata.jsonl."""
+    rows = []
+    suffix = "" if args.format == "frames" else f".{args.format}"
+    for label in range(args.classes):
+        rng = np.random.default_rng([args.seed, split == "test", label])
+        name = f"class_{label}"
+        (folder / split / name).mkdir(parents=True)
+        videos, truths = draw_class(label, per_class, args.frames, args.size, rng)
+        for index, (video, truth) in enumerate(zip(videos, truths, strict=True)):
+            save_video(video, folder / split / name / f"video_{index}{suffix}")
+            chosen = rng.permutation(len(TEMPLATES))[:CAPTIONS_PER_VIDEO]
+            rows.append({
+                "file_name": f"{name}/video_{index}{suffix}",
+                "caption": [write_caption(TEMPLATES[i], truth, rng) for i in chosen],
+                "text": write_hint(truth, rng),
+                "attributes": truth,
+            })  # fmt: skip
+            bar.update()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / split / "metadata.jsonl").write_text(lines, encoding="utf-8")
+
+
+def display_name(label: int) -> str:
+    shape, motion = CLASSES[label]
+    return f"{shape} standing still" if motion == "still" else f"{shape} moving {motion}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Draw a synthetic video dataset: a shape on a plain ground that moves or stands still.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--classes", type=int, default=10, help="the first N of the ten classes (2 to 10)")
+    parser.add_argument("--videos_per_class", type=int, default=80, help="training videos of each class")
+    parser.add_argument("--test_per_class", type=int, default=20, help="test videos of each class")
+    parser.add_argument("--frames", type=int, default=16, help="frames of each video")
+    parser.add_argument("--size", type=int, default=64, help="height and width in pixels, at least 16")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other videos")
+    parser.add_argument("--output", type=Path, default=Path("synthetic_dataset"), help="folder to write; must not exist or be empty, unless --overwrite")  # fmt: skip
+    parser.add_argument("--format", choices=("pt", "mp4", "frames"), default="pt", help="what each video is saved as: a tensor, an H.264 file, or a folder of PNGs")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset that is there")
+    args = parser.parse_args(argv)
+    low = {"classes": 2, "videos_per_class": 1, "test_per_class": 1, "frames": 1, "size": 16, "seed": 0}
+    for name, least in low.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    if args.classes > len(CLASSES):
+        parser.error(f"--classes must be at most {len(CLASSES)}, not {args.classes}")
+    if args.format == "mp4" and args.size % 2:
+        parser.error(f"--size must be even for mp4, not {args.size}")
+    clear_dataset(args.output, args.overwrite, parser)
+
+    from tqdm import tqdm
+
+    with tqdm(total=args.classes * (args.videos_per_class + args.test_per_class), unit="video") as bar:
+        write_split(args.output, "train", args.videos_per_class, args, bar)
+        write_split(args.output, "test", args.test_per_class, args, bar)
+    names = {f"class_{label}": display_name(label) for label in range(args.classes)}
+    (args.output / "classes.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {bar.n} videos of {args.classes} classes to {args.output}/")
+
+
+def clear_dataset(folder: Path, overwrite: bool, parser: argparse.ArgumentParser) -> None:
+    """Removes an earlier dataset of ours if asked to; anything else that lies there is left alone."""
+    import shutil
+
+    if folder.exists() and not folder.is_dir():
+        parser.error(f"--output {folder} is a file")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        parser.error(f"{folder}/ is not empty: add --overwrite to draw it anew, or choose another --output")
+    if not (folder / "classes.json").is_file():
+        parser.error(f"{folder}/ does not look like a dataset drawn by this script; it was left alone")
+    for name in ("train", "test"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Trains a run: a video classifier, a video + language classifier, or a video captioner.
+
+    python main.py --vision_model timesformer
+    python main.py --help
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from config import BACKBONES, Config, UserError, as_flags, parse, run_name, run_script
+
+
+def resolve(config: Config, model: Any) -> Config:
+    """Replaces every `auto` but device and precision by the value in force."""
+    from train_code import LEARNING_RATES, freest
+
+    rate, _ = LEARNING_RATES[(config.weights, freest(model))]
+    settings = model.vision_encoder.config
+    return replace(
+        config,
+        num_frames=settings.num_frames,
+        image_size=model.vision_encoder.preprocessing.image_size,
+        batch_size=16 if config.batch_size == "auto" else config.batch_size,
+        learning_rate=rate if config.learning_rate == "auto" else config.learning_rate,
+    )
+
+
+def print_towers(config: Config, model: Any) -> None:
+    """One line per backbone: what it is and what it has seen."""
+    vision = model.vision_encoder
+    clips = f"{vision.preprocessing.image_size}², {vision.config.num_frames} frames"
+    for option, tower in (("vision_model", vision), ("language_model", getattr(model, "language_model", None))):
+        if tower is None:
+            continue
+        name = getattr(config, option)
+        size = sum(p.numel() for p in tower.parameters()) / 1e6
+        tiny = name in BACKBONES and config.weights == "tiny"
+        seen = f"{BACKBONES[name].trained_on}, " if tiny else ""
+        line = f"{name}-tiny" if tiny else model.sources["vision" if tower is vision else "language"].path
+        line += f" ({seen}{size:.1f} M parameters{', ' + clips if tower is vision else ''})"
+        hint = "; for real videos add --weights hub" if tiny and tower is vision else ""
+        print(f"{option.split('_')[0]}: {line}{hint}")
+
+
+def print_settings(config: Config, model: Any, accelerator: Any) -> None:
+    from build_model import parameter_table
+    from checkpoint import git_commit
+
+    print(
+        f"{model.task} on {accelerator.device.type}, precision {accelerator.mixed_precision}, batch {config.batch_size}"
+        f"{f' x {config.gradient_accumulation_steps}' if config.gradient_accumulation_steps > 1 else ''}, "
+        f"learning rate {config.learning_rate:g}, {config.epochs} epochs, seed {config.seed}, commit {git_commit()}"
+    )
+    print(f"{'part':<16}{'trained':>12}{'total':>12}")
+    for name, trained, total in parameter_table(model):
+        print(f"{name:<16}{trained:>12,}{total:>12,}")
+
+
+def print_hints(config: Config, splits: Any) -> None:
+    if config.use_vlm and not (config.freeze_visionbackbone or config.use_lora_vision):
+        print("hint: the vision backbone is trained in full beside a language model; --freeze_visionbackbone True saves memory and time")
+    if config.captioning and not config.use_text:
+        print("note: captions are the targets of training with --use_text False as with True; both train the same")
+    synthetic = splits.train[0].attributes.keys() >= {"shape", "motion"}
+    if config.weights == "tiny" and config.vision_model in BACKBONES and not synthetic:
+        print("warning: the tiny backbones know synthetic shapes only, and these look like videos of your own; add --weights hub")
+
+
+def result_line(metrics: dict[str, Any]) -> str:
+    split = "test" if "test" in metrics else "val"
+    scores = metrics[split]
+    parts = [f"{split} of epoch {metrics['best_epoch']} on {scores['count']} clips: loss {scores['loss']:.3f}"]
+    if "accuracy" in scores:
+        parts.append(f"accuracy {100 * scores['accuracy']:.1f} %")
+    if "exact_match" in scores:
+        parts.append(f"exact match {100 * scores['exact_match']:.1f} %")
+    parts += [f"{name} {100 * value:.1f} %" for name, value in scores.get("attributes", {}).items()]
+    return ", ".join(parts)
+
+
+def body(argv: list[str] | None) -> int:
+    config, _ = parse(argv, "main")
+    from accelerate.utils import set_seed
+    from torch import OutOfMemoryError
+
+    import train_code
+    from build_model import build_model
+    from checkpoint import describe_run, new_run, start_run
+    from figures import plot_curves
+    from VLoader import check_samples, read_display_names, read_splits
+
+    splits = read_splits(Path(config.data_dir))
+    check_samples(splits, config.captioning, config.use_text)
+    accelerator = train_code.build_accelerator(config)
+    set_seed(config.seed)
+    model = build_model(config, len(splits.class_names))
+    config = resolve(config, model)
+    run_dir = new_run(config)
+    print_towers(config, model)
+    print_hints(config, splits)
+    print(f"data: {len(splits.train)} train, {len(splits.val)} val, {len(splits.test)} test videos, {len(splits.class_names)} classes in {config.data_dir}")  # fmt: skip
+    if splits.note:
+        print(splits.note)
+    print_settings(config, model, accelerator)
+    display = read_display_names(Path(config.data_dir), splits.class_names)
+    start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display))
+    try:
+        metrics = train_code.train(model, train_code.build_loaders(model, config, splits), config, accelerator, run_dir)
+    except OutOfMemoryError:
+        raise UserError(
+            "out of memory: lower --batch_size (--gradient_accumulation_steps makes up for it), --num_frames or "
+            "--image_size; or --gradient_checkpointing True, --freeze_visionbackbone True, --mixed_precision bf16"
+        ) from None
+    plot_curves(metrics.pop("log"), run_dir / "curves.png", run_name(config))
+    print(result_line(metrics))
+    print(f"run: {run_dir}/ (model.safetensors, config.yaml, metadata.json, log.jsonl, metrics.json, curves.png)")
+    flags = as_flags(config) if config.run_name is None else f"--checkpoint {run_dir}"
+    text = " --text_input '...'" if model.text_source == "text" else ""
+    print(f"next: python inference.py {flags} --video_dir <video, frame folder, or a folder of them>{text}".replace("  ", " "))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script(body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

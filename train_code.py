@@ -1,0 +1,317 @@
+"""Trains a model and evaluates it: the loop, the schedule, the optimizer, the checks of the first steps.
+
+val selects the best epoch; test is read once, at the end. Evaluation sums over what was really seen.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import dummy_data
+from build_model import VideoModel, adapters, trained_tensors
+from checkpoint import load_weights, save_weights, write_json
+from config import Config, UserError
+from metrics import accuracy, attribute_accuracy, exact_match, per_class_accuracy
+from VLoader import ClipDataset, build_loader
+
+WARMUP = 0.1  # share of all steps
+# peak learning rates: (weights, the freest tower) -> rate, and how much faster new layers learn
+LEARNING_RATES = {
+    ("tiny", "full"): (5e-4, 2.0), ("tiny", "lora"): (3e-3, 1.0), ("tiny", "frozen"): (3e-3, 1.0),
+    ("hub", "full"): (5e-5, 10.0), ("hub", "lora"): (5e-4, 2.0), ("hub", "frozen"): (1e-3, 1.0),
+}  # fmt: skip
+
+
+# -- schedule and optimizer -------------------------------------------------------------------------
+
+
+def lr_at(step: int, total: int, peak: float) -> float:
+    """The learning rate of optimizer step `step` of `total`: linear warmup over a tenth, then cosine to zero."""
+    warmup = max(1, round(WARMUP * total))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def freest(model: VideoModel) -> str:
+    """What the least restricted tower is: full, lora or frozen."""
+    names = [n for tower in model.towers().values() for n in trained_tensors(tower)]
+    if any(".lora_" not in n for n in names):
+        return "full"
+    return "lora" if names else "frozen"
+
+
+def build_optimizer(model: VideoModel, config: Config) -> torch.optim.AdamW:
+    """AdamW: decay on tensors of two or more dimensions, none on adapters; new layers by their own rate.
+
+    Every group carries `peak_lr`; `lr_at` of it is set before each step.
+    """
+    towers = {id(p) for tower in model.towers().values() for p in tower.parameters()}
+    rate, new_scale = LEARNING_RATES[("tiny" if config.weights == "tiny" else "hub", freest(model))]
+    rate = rate if config.learning_rate == "auto" else config.learning_rate
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trained_tensors(model).items():
+        decay = config.weight_decay if parameter.ndim >= 2 and ".lora_" not in name else 0.0
+        peak = rate if id(parameter) in towers else rate * new_scale
+        groups.setdefault((decay, peak), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": p, "weight_decay": decay, "peak_lr": peak} for (decay, peak), p in groups.items()],
+        lr=rate, betas=(0.9, 0.98), fused=True,
+    )  # fmt: skip
+
+
+# -- one epoch --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Engine:
+    """What the loop needs beside model and data; `accelerator` owns device, precision and processes."""
+
+    accelerator: Any
+    optimizer: torch.optim.Optimizer
+    total_steps: int
+    accumulate: int
+    step: int = 0  # optimizer steps taken
+
+
+def build_accelerator(config: Config) -> Any:
+    """The accelerator of `config`. Raises UserError if the device or precision is not to be had."""
+    from accelerate import Accelerator
+
+    device = config.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable NVIDIA GPU; --device auto takes what there is")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has no Apple GPU; --device auto takes what there is")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+    if precision == "fp16" and not on_gpu:
+        raise UserError("--mixed_precision fp16 needs an NVIDIA GPU; bf16 or no work everywhere")
+    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+
+
+def loss_sum(model: VideoModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(summed cross-entropy, logits (..., classes or V), targets (...)) of a batch; -100 does not count."""
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
+    logits = model(**inputs).float()
+    targets = model.targets(batch)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum"), logits, targets
+
+
+def groups_of(loader: DataLoader, size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """The loader's batches in lists of `size`, the last perhaps shorter: one list per optimizer step."""
+    batches = iter(loader)
+    while group := list(islice(batches, size)):
+        yield group
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine, epoch: int) -> dict[str, float]:
+    """One pass. A step's loss is the mean over all targets of its batches, however many they are."""
+    model.train()
+    accelerator, optimizer, device = engine.accelerator, engine.optimizer, engine.accelerator.device
+    loader.batch_sampler.epoch = epoch
+    total, count, right = 0.0, 0, 0
+    steps = -(-len(loader) // engine.accumulate)
+    bar = tqdm(groups_of(loader, engine.accumulate), total=steps, desc=f"epoch {epoch + 1}", leave=False, unit="step")
+    for group in bar:
+        for settings in optimizer.param_groups:
+            settings["lr"] = lr_at(engine.step, engine.total_steps, settings["peak_lr"])
+        group = [to_device(batch, device) for batch in group]
+        targets = sum(int((model.targets(batch) != -100).sum()) for batch in group)
+        for batch in group:
+            with accelerator.autocast():
+                loss, logits, truth = loss_sum(model, batch)
+            if not torch.isfinite(loss):
+                files = [str(loader.dataset.samples[i].path) for i in batch["index"].tolist()]
+                raise UserError(f"the loss is {loss.item()} at step {engine.step}; the batch: {', '.join(files)}")
+            accelerator.backward(loss / targets)
+            total += loss.item()
+            count += int((truth != -100).sum())
+            right += int((logits.argmax(-1) == truth).sum())
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        with first_steps_checked(model, engine.step):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        engine.step += 1
+        bar.set_postfix(loss=f"{total / count:.3f}", refresh=False)
+    return {"loss": total / count, "accuracy": right / count}
+
+
+class first_steps_checked:  # noqa: N801, used as a context like torch.no_grad
+    """Around the first two optimizer steps: every trained tensor has a gradient, every adapter is live
+    (lora_B in step 0, lora_A in step 1, since B starts at zero), and no frozen tensor moves.
+
+    Raises UserError naming the tensor.
+    """
+
+    def __init__(self, model: VideoModel, step: int):
+        self.active = step < 2
+        self.model, self.step = model, step
+
+    def __enter__(self) -> None:
+        if not self.active:
+            return
+        for name, parameter in trained_tensors(self.model).items():
+            if parameter.grad is None:
+                raise UserError(f"{name} is to be trained but gets no gradient")
+        half = ("lora_B", "lora_A")[self.step]
+        for name, adapter in adapters(self.model):
+            if not any(p.grad.abs().max() > 0 for p in getattr(adapter, half).parameters()):
+                raise UserError(f"the adapter {name} is dead: no gradient reaches its {half}")
+        self.frozen = {n: (p, p._version) for n, p in self.model.named_parameters() if not p.requires_grad}
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if not self.active or kind is not None:
+            return
+        for name, (parameter, version) in self.frozen.items():
+            if parameter.grad is not None or parameter._version != version:
+                raise UserError(f"{name} is frozen but was changed by the optimizer")
+
+
+# -- evaluation -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str = "val") -> dict[str, Any]:
+    """Mean loss over all targets; for classifiers accuracy and the predictions as well."""
+    model.eval()
+    total, count, seen = 0.0, 0, []
+    predicted: list[int] = []
+    truth: list[int] = []
+    for batch in tqdm(loader, desc=desc, leave=False, unit="batch"):
+        batch = to_device(batch, accelerator.device)
+        with accelerator.autocast():
+            loss, logits, targets = loss_sum(model, batch)
+        total += loss.item()
+        count += int((targets != -100).sum())
+        seen += batch["index"].tolist()
+        if targets.ndim == 1:
+            predicted += logits.argmax(-1).tolist()
+            truth += targets.tolist()
+    if sorted(seen) != list(range(len(loader.dataset))):
+        raise AssertionError(f"{desc}: {len(seen)} clips evaluated, the split has {len(loader.dataset)}")
+    result: dict[str, Any] = {"loss": total / count, "count": len(seen)}
+    if truth:
+        result |= {"accuracy": accuracy(predicted, truth), "predicted": predicted, "truth": truth}
+    return result
+
+
+@torch.no_grad()
+def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config: Config) -> list[str]:
+    """The generated caption of every sample, in their order."""
+    model.eval()
+    captions: dict[int, str] = {}
+    for batch in tqdm(loader, desc="captions", leave=False, unit="batch"):
+        with accelerator.autocast():
+            texts = model.generate(batch["pixel_values"].to(accelerator.device), config.max_new_tokens, config.num_beams)
+        captions |= dict(zip(batch["index"].tolist(), texts, strict=True))
+    return [captions[i] for i in range(len(loader.dataset))]
+
+
+def score_captions(captions: list[str], dataset: ClipDataset) -> dict[str, Any]:
+    """Exact match with a reference and, on dummy data, what the captions get right about size, colour, shape, motion."""
+    scores: dict[str, Any] = {"exact_match": exact_match(captions, [s.captions for s in dataset.samples])}
+    names = dummy_data.attributes("").keys()
+    if all(s.attributes.keys() == names for s in dataset.samples):
+        found = [dummy_data.attributes(c) for c in captions]
+        scores["attributes"] = attribute_accuracy(found, [s.attributes for s in dataset.samples])
+    return scores
+
+
+def final_scores(model: VideoModel, loader: DataLoader, accelerator: Any, config: Config, split: str) -> dict[str, Any]:
+    """What metrics.json says of a split; the test split is read here and nowhere else."""
+    result = evaluate(model, loader, accelerator, desc=split)
+    dataset = loader.dataset
+    if config.captioning:
+        captions = caption_all(model, loader, accelerator, config)
+        result |= score_captions(captions, dataset)
+        result["examples"] = [
+            {"file": str(s.path), "caption": c, "reference": s.captions[0]}
+            for s, c in islice(zip(dataset.samples, captions, strict=True), 8)
+        ]
+    else:
+        names = list(dataset.class_index)
+        recalls = per_class_accuracy(result.pop("predicted"), result.pop("truth"), len(names))
+        result["per_class_accuracy"] = dict(zip(names, recalls, strict=True))
+    return result
+
+
+# -- the run ----------------------------------------------------------------------------------------
+
+
+def build_loaders(model: VideoModel, config: Config, splits: Any) -> dict[str, DataLoader]:
+    """A loader for every split that has samples; `config` is resolved (no auto)."""
+    return {
+        name: build_loader(
+            ClipDataset(
+                samples, model.vision_encoder.preprocessing, config.num_frames, config.frame_stride,
+                splits.class_names, train=name == "train", seed=config.seed,
+            ),
+            model.collator(), config.batch_size, config.num_workers, pin_memory=torch.cuda.is_available(),
+        )
+        for name, samples in (("train", splits.train), ("val", splits.val), ("test", splits.test)) if samples
+    }  # fmt: skip
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    parts = [f"epoch {row['epoch']}/{epochs}", f"train loss {row['train_loss']:.3f}", f"val loss {row['val_loss']:.3f}"]
+    if "val_accuracy" in row:
+        parts.append(f"val accuracy {100 * row['val_accuracy']:.1f} %")
+    return "  ".join([*parts, f"{row['seconds']:.1f} s", *(["best so far"] if row["best"] else [])])
+
+
+def train(model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, run_dir: Path) -> dict[str, Any]:
+    """Trains for config.epochs, keeps the epoch that is best on val, tests it once, writes log and metrics.
+
+    Returns what metrics.json holds. Raises UserError for a loss that is not finite or a dead adapter.
+    """
+    started = time.perf_counter()
+    model.to(accelerator.device)
+    steps = config.epochs * -(-len(loaders["train"]) // config.gradient_accumulation_steps)
+    optimizer = build_optimizer(model, config)
+    engine = Engine(accelerator, accelerator.prepare(optimizer), steps, config.gradient_accumulation_steps)
+    best: tuple[float, ...] | None = None
+    log: list[dict[str, Any]] = []
+    for epoch in range(config.epochs):
+        clock = time.perf_counter()
+        trained = train_one_epoch(model, loaders["train"], engine, epoch)
+        seconds = time.perf_counter() - clock
+        val = evaluate(model, loaders["val"], accelerator)
+        rank = (val.get("accuracy", 0.0), -val["loss"])
+        row = {"epoch": epoch + 1, "step": engine.step, "train_loss": trained["loss"], "val_loss": val["loss"]}
+        if "accuracy" in val:
+            row |= {"train_accuracy": trained["accuracy"], "val_accuracy": val["accuracy"]}
+        row |= {"best": best is None or rank > best, "seconds": round(seconds, 2)}
+        row["clips_per_second"] = round(len(loaders["train"].dataset) / seconds, 1)
+        if row["best"]:
+            best = rank
+            save_weights(run_dir, model, {k: row[k] for k in ("epoch", "step", "val_loss")})
+        log.append(row)
+        with (run_dir / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        tqdm.write(epoch_line(row, config.epochs))
+    facts = load_weights(run_dir, model)
+    metrics = {"best_epoch": facts["epoch"], "val": final_scores(model, loaders["val"], accelerator, config, "val")}
+    if "test" in loaders:
+        metrics["test"] = final_scores(model, loaders["test"], accelerator, config, "test")
+    metrics["seconds"] = round(time.perf_counter() - started, 1)
+    metrics["seconds_per_epoch"] = round(sum(row["seconds"] for row in log) / len(log), 2)
+    write_json(metrics, run_dir / "metrics.json")
+    return metrics | {"log": log}
