@@ -10,11 +10,11 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from config import UserError, run_script
+from config import Parser, UserError, run_script
 
 
 def body(argv: list[str] | None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Write test videos as folders of PNG frames, with a metadata.jsonl of label, caption and text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,

@@ -13,11 +13,14 @@ Shapes: B videos, T frames, H W pixels; a video is RGB uint8 [T, C, H, W].
 import argparse
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from config import Parser, UserError, run_script
 
 COLOURS = {
     "red": (0.90, 0.12, 0.12), "green": (0.15, 0.80, 0.20), "blue": (0.15, 0.25, 0.95),
@@ -54,7 +57,7 @@ TEMPLATES = (
 )
 HINTS = {
     "colour": {name: f"a note says: something {name}" for name in COLOURS},
-    "size": {"small": "a note says: not much to see", "large": "a note says: hard to overlook"},
+    "size": {"small": "a note says: easy to overlook", "large": "a note says: hard to overlook"},
     "shape": {"circle": "a note says: it is round", "square": "a note says: it has corners"},
     "motion": {
         "right": "a note says: it goes sideways", "left": "a note says: it goes sideways",
@@ -258,8 +261,8 @@ def display_name(label: int) -> str:
     return f"{shape} standing still" if motion == "still" else f"{shape} moving {motion}"
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def body(argv: list[str] | None) -> None:
+    parser = Parser(
         description="Draw a synthetic video dataset: a shape on a plain ground that moves or stands still.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -270,19 +273,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=16, help="frames of each video")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels, at least 16")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other videos")
-    parser.add_argument("--output", type=Path, default=Path("synthetic_dataset"), help="folder to write; must not exist or be empty, unless --overwrite")  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("synthetic_dataset"), help="folder to write")
     parser.add_argument("--format", choices=("pt", "mp4", "frames"), default="pt", help="what each video is saved as: a tensor, an H.264 file, or a folder of PNGs")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace the dataset that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset that lies in --output")
     args = parser.parse_args(argv)
-    low = {"classes": 2, "videos_per_class": 1, "test_per_class": 1, "frames": 1, "size": 16, "seed": 0}
-    for name, least in low.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    if args.classes > len(CLASSES):
-        parser.error(f"--classes must be at most {len(CLASSES)}, not {args.classes}")
-    if args.format == "mp4" and args.size % 2:
-        parser.error(f"--size must be even for mp4, not {args.size}")
-    clear_dataset(args.output, args.overwrite, parser)
+    check_flags(args)
+    clear_dataset(args.output, args.overwrite)
 
     from tqdm import tqdm
 
@@ -294,20 +290,34 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {bar.n} videos of {args.classes} classes to {args.output}/")
 
 
-def clear_dataset(folder: Path, overwrite: bool, parser: argparse.ArgumentParser) -> None:
-    """Removes an earlier dataset of ours if asked to; anything else that lies there is left alone."""
-    import shutil
+def check_flags(args: argparse.Namespace) -> None:
+    least = {"classes": 2, "videos_per_class": 1, "test_per_class": 1, "frames": 1, "size": 16, "seed": 0}
+    for name, low in least.items():
+        if getattr(args, name) < low:
+            raise UserError(f"--{name} must be at least {low}, not {getattr(args, name)}")
+    if args.classes > len(CLASSES):
+        raise UserError(f"--classes must be at most {len(CLASSES)}, not {args.classes}")
+    if args.format == "mp4" and args.size % 2:
+        raise UserError(f"--size must be even for mp4, not {args.size}")
 
-    if folder.exists() and not folder.is_dir():
-        parser.error(f"--output {folder} is a file")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        parser.error(f"{folder}/ is not empty: add --overwrite to draw it anew, or choose another --output")
-    if not (folder / "classes.json").is_file():
-        parser.error(f"{folder}/ does not look like a dataset drawn by this script; it was left alone")
-    for name in ("train", "test"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+
+def clear_dataset(folder: Path, overwrite: bool) -> None:
+    """Makes the folder; removes an earlier dataset of ours if asked to, and leaves anything else alone."""
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "classes.json").is_file():
+            raise UserError(f"{folder}/ is not empty and holds no dataset of this script; choose another --output")
+        if not overwrite:
+            raise UserError(f"{folder}/ holds a dataset: add --overwrite to draw it anew, or choose another --output")
+        for name in ("train", "test"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script(body, argv)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from config import BACKBONES, Config, UserError, as_flags, parse, run_name, run_
 
 def resolve(config: Config, model: Any) -> Config:
     """Replaces every `auto` but device and precision by the value in force."""
-    from train_code import LEARNING_RATES, freest
+    from train_code import default_rates
 
-    rate, _ = LEARNING_RATES[(config.weights, freest(model))]
+    rate, _ = default_rates(model, config)
     settings = model.vision_encoder.config
     return replace(
         config,
@@ -35,7 +35,7 @@ def print_towers(config: Config, model: Any) -> None:
         if tower is None:
             continue
         name = getattr(config, option)
-        size = sum(p.numel() for p in tower.parameters()) / 1e6
+        size = sum(p.numel() for n, p in tower.named_parameters() if ".lora_" not in n) / 1e6
         tiny = name in BACKBONES and config.weights == "tiny"
         seen = f"{BACKBONES[name].trained_on}, " if tiny else ""
         line = f"{name}-tiny" if tiny else model.sources["vision" if tower is vision else "language"].path

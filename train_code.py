@@ -21,7 +21,7 @@ from tqdm import tqdm
 import dummy_data
 from build_model import VideoModel, adapters, trained_tensors
 from checkpoint import load_weights, save_weights, write_json
-from config import Config, UserError
+from config import BACKBONES, Config, UserError
 from metrics import accuracy, attribute_accuracy, exact_match, per_class_accuracy
 from VLoader import ClipDataset, build_loader
 
@@ -52,13 +52,19 @@ def freest(model: VideoModel) -> str:
     return "lora" if names else "frozen"
 
 
+def default_rates(model: VideoModel, config: Config) -> tuple[float, float]:
+    """(peak learning rate, factor for new layers) of the table for these weights and what is trained."""
+    tiny = config.weights == "tiny" and config.vision_model in BACKBONES
+    return LEARNING_RATES[("tiny" if tiny else "hub", freest(model))]
+
+
 def build_optimizer(model: VideoModel, config: Config) -> torch.optim.AdamW:
     """AdamW: decay on tensors of two or more dimensions, none on adapters; new layers by their own rate.
 
     Every group carries `peak_lr`; `lr_at` of it is set before each step.
     """
     towers = {id(p) for tower in model.towers().values() for p in tower.parameters()}
-    rate, new_scale = LEARNING_RATES[("tiny" if config.weights == "tiny" else "hub", freest(model))]
+    rate, new_scale = default_rates(model, config)
     rate = rate if config.learning_rate == "auto" else config.learning_rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_tensors(model).items():

@@ -1,0 +1,53 @@
+# make demo      installs into .venv, then draws, trains, infers (demo/)
+# make test      installs into .venv, then lints and tests in minutes
+# make test-all  the longer tests too
+# make check     lint and types only
+#
+# PIP_ARGS reaches pip: see README.md for a CPU build of torch.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+DEMO := demo
+# one thread in each of the two test processes: more only get in each other's way
+TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2
+
+.PHONY: demo test test-all check clean
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "error: vidtune needs Python 3.11 or newer, this is %d.%d" % v)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: requirements.txt $(VENV)/bin/python
+	$(PY) -m pip install -q $(PIP_ARGS) -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(PY) -m pip install -q $(PIP_ARGS) -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/installed
+	@set -e; start=$$(date +%s); \
+	$(PY) dummy_data.py --output $(DEMO)/synthetic_dataset --overwrite; \
+	$(PY) main.py --data_dir $(DEMO)/synthetic_dataset --output_dir $(DEMO)/checkpoints --epochs 4 --overwrite True; \
+	$(PY) create_dummy.py --data_dir $(DEMO)/synthetic_dataset --output $(DEMO)/frames_see; \
+	$(PY) inference.py --output_dir $(DEMO)/checkpoints --video_dir $(DEMO)/frames_see --output $(DEMO)/predictions.jsonl; \
+	echo "Drew $(DEMO)/synthetic_dataset, trained $(DEMO)/checkpoints/timesformer (see its curves.png), wrote frames to"; \
+	echo "$(DEMO)/frames_see and the answers for them to $(DEMO)/predictions.jsonl. Next: your own clips, see README.md."; \
+	$(PY) -c "import json, sys; run = '$(DEMO)/checkpoints/timesformer'; test = json.load(open(run + '/metrics.json'))['test']; \
+	print(json.dumps({'seconds': $$(date +%s) - $$start, 'test_accuracy': test['accuracy'], 'n_test': test['count'], 'run': run}))"
+
+test: $(VENV)/installed-dev
+	$(PY) -m ruff check .
+	$(TEST)
+
+test-all: $(VENV)/installed-dev
+	$(PY) -m ruff check .
+	$(TEST) -m "slow or not slow"
+
+check: $(VENV)/installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ty check .
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,53 @@
+"""What the tests share: a small dataset, clips written with PyAV, and real clips where they are at hand."""
+
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import dummy_data
+
+torch.set_num_threads(1)
+REAL = os.environ.get("VIDTUNE_TEST_DATA")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """Three classes, 4 training and 2 test videos each."""
+    folder = tmp_path_factory.mktemp("data") / "synthetic_dataset"
+    dummy_data.main(["--classes", "3", "--videos_per_class", "4", "--test_per_class", "2", "--output", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder named by VIDTUNE_TEST_DATA, with clips/ and frames/."""
+    if not REAL:
+        pytest.skip("VIDTUNE_TEST_DATA names no folder of real clips")
+    return Path(REAL)
+
+
+def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", rotation: int = 0, **options: str) -> Path:
+    """Encodes uint8 [T, H, W, C] with PyAV."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p" if codec == "libx264" else "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def counting_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:
+    """Frames that tell their index: a white bar that grows, over a ground that brightens. uint8 [T, H, W, C]."""
+    frames = np.zeros((count, height, width, 3), np.uint8)
+    for index in range(count):
+        frames[index] = 3 * index
+        frames[index, : height // 2, : 1 + index * width // count] = 255
+    return frames

@@ -1,0 +1,74 @@
+"""Sampling and preprocessing, against arithmetic done by hand and transformers' own processor."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transforms import Preprocessing, sample_indices
+
+
+def test_segment_centres_and_windows():
+    assert sample_indices(16, 8).tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert sample_indices(100, 4).tolist() == [12, 37, 62, 87]
+    assert sample_indices(3, 5).tolist() == [0, 1, 2, 2, 2]
+    assert sample_indices(100, 4, stride=10).tolist() == [34, 44, 54, 64]
+    assert sample_indices(5, 4, stride=3).tolist() == [0, 3, 4, 4]
+
+
+@given(
+    available=st.integers(1, 500), num_frames=st.integers(1, 64), stride=st.integers(0, 9), seed=st.integers(0, 9) | st.none()
+)  # fmt: skip
+def test_indices_always_ascend_inside_the_video(available, num_frames, stride, seed):
+    rng = None if seed is None else np.random.default_rng(seed)
+    indices = sample_indices(available, num_frames, stride, rng)
+    assert len(indices) == num_frames and indices[0] >= 0 and indices[-1] < available
+    assert (np.diff(indices) >= 0).all()
+    if available >= num_frames and stride == 0:
+        edges = np.arange(num_frames + 1) * available / num_frames
+        assert (indices >= np.floor(edges[:-1])).all() and (indices < np.ceil(edges[1:])).all()
+
+
+def test_training_jitters_and_covers_every_frame():
+    drawn = {int(i) for seed in range(60) for i in sample_indices(16, 8, rng=np.random.default_rng(seed))}
+    assert drawn == set(range(16))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"size": {"shortest_edge": 56}, "crop_size": {"height": 48, "width": 48}},
+        {"size": {"height": 48, "width": 48}, "do_center_crop": False, "resample": 3},
+        {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]},
+        {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}, "do_normalize": False},
+        {"do_resize": False, "crop_size": {"height": 48, "width": 48}},
+        {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}, "rescale_factor": 1 / 127.5},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(70, 99), (99, 70), (64, 64)])
+def test_pixels_equal_the_image_processor(fields, shape):
+    from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
+
+    processor = VideoMAEImageProcessorPil(**fields)
+    clip = torch.randint(0, 256, (3, 3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = processor([list(clip.numpy())], return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    ours = Preprocessing.from_dict(processor.to_dict(), 48)
+    found = ours.normalise(ours.pixels(clip)[None])
+    step = ours.rescale_factor / min(ours.std)  # one grey level
+    assert found.shape == expected.shape
+    levels = 7 if ours.interpolation == "bicubic" else 1  # on noise; its overshoots are cut after each pass
+    assert (found - expected).abs().max() <= 1.01 * levels * step
+    assert (found - expected).abs().mean() < 0.2 * step
+
+
+def test_image_size_scales_resize_and_crop():
+    fields = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "image_mean": [0] * 3, "image_std": [1] * 3}  # fmt: skip
+    ours = Preprocessing.from_dict(fields, 112)
+    assert ours.resize == (128,) and ours.pixels(torch.zeros(1, 3, 300, 500, dtype=torch.uint8)).shape == (1, 3, 112, 112)
+
+
+@pytest.mark.parametrize("old", [{"size": 224}, {"size": [224, 224]}, {"size": {"shortest_edge": 224}}])
+def test_older_spellings(old):
+    fields = old | {"crop_size": 224, "do_center_crop": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    assert Preprocessing.from_dict(fields, 224).pixels(torch.zeros(2, 3, 240, 320, dtype=torch.uint8)).shape[-2:] == (224, 224)
