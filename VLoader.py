@@ -13,8 +13,9 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,9 +222,7 @@ def open_video(path: Path) -> TensorVideo | FrameFolder | VideoFile:
     return TensorVideo(path) if path.suffix == ".pt" else VideoFile(path)
 
 
-def read_clip(
-    path: Path, num_frames: int, stride: int = 0, rng: np.random.Generator | None = None
-) -> torch.Tensor:
+def read_clip(path: Path, num_frames: int, stride: int = 0, rng: np.random.Generator | None = None) -> torch.Tensor:
     """`num_frames` frames of a video, uint8 [T, C, H, W]; see `transforms.sample_indices` for which."""
     reader = open_video(path)
     return reader.frames(sample_indices(len(reader), num_frames, stride, rng))
@@ -233,10 +232,12 @@ def read_clip(
 
 
 def is_video(path: Path) -> bool:
-    """A video file, a .pt, or a folder with images directly inside."""
-    if path.is_dir():
-        return any(f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".") for f in path.iterdir())
-    return path.suffix.lower() in VIDEO_SUFFIXES or path.suffix == ".pt"
+    """A video file, a .pt, or a folder of frames: one with images inside, and no videos or folders."""
+    if not path.is_dir():
+        return path.suffix.lower() in VIDEO_SUFFIXES or path.suffix == ".pt"
+    inside = [f for f in path.iterdir() if not f.name.startswith(".")]
+    images = any(f.suffix.lower() in IMAGE_SUFFIXES for f in inside)
+    return images and not any(f.is_dir() or is_video(f) for f in inside)
 
 
 def find_videos(folder: Path) -> list[Path]:
@@ -331,7 +332,9 @@ def read_folder(folder: Path) -> list[Sample]:
         raise UserError(f"{folder / 'metadata.jsonl'} names {len(missing)} files that do not exist, first {missing[0]}")
     videos = {*rows, *find_videos(folder)}
     if not videos:
-        raise UserError(f"no videos in {folder}: expected {', '.join(sorted(VIDEO_SUFFIXES))}, .pt or folders of images")
+        raise UserError(
+            f"no videos in {folder}: expected {', '.join(sorted(VIDEO_SUFFIXES))}, .pt or folders of images"
+        )
     return [sample_of(path, rows.get(path, {}), folder) for path in sorted(videos, key=natural_key)]
 
 
@@ -404,7 +407,11 @@ def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
             what = "no caption in metadata.jsonl"
         else:
             bad = [s for s in samples if s.label not in splits.class_names]
-            what = f"a class that train does not have ({bad[0].label})" if bad and bad[0].label else "no class: no folder, no label"
+            what = (
+                f"a class that train does not have ({bad[0].label})"
+                if bad and bad[0].label
+                else "no class: no folder, no label"
+            )
         if bad:
             raise UserError(f"{len(bad)} of {len(samples)} videos of {name} have {what}, first {bad[0].path}")
         if use_text and not captioning and all(s.text is None for s in samples) and samples:
@@ -471,50 +478,14 @@ class EpochBatches:
             yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
 
 
-@dataclass(frozen=True)
-class TextCodec:
-    """Texts to right-padded (input_ids, attention_mask), (B, L) each: bos + tokens, cut to length, + eos."""
-
-    tokenizer: Any
-    bos: tuple[int, ...]  # what leads every text
-    eos: int
-    max_tokens: int  # of the text itself
-
-    def __call__(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        rows = [[*self.bos, *ids[: self.max_tokens], self.eos] for ids in tokens]
-        longest = max(map(len, rows))
-        return {
-            # what stands in the padding is never read: the mask says so
-            "input_ids": torch.tensor([row + [self.eos] * (longest - len(row)) for row in rows]),  # (B, L)
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
-        }
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Items to a batch of the model's arguments, plus `index` (the samples' places)."""
-
-    codec: TextCodec | None  # None: the model reads no text
-    source: str  # which text the model reads: "caption" or "text"
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        errors = [item for item in items if "error" in item]
-        if errors:
-            return errors[0]
-        batch = {
-            "pixel_values": torch.stack([item["pixel_values"] for item in items]),  # (B, T, C, H, W) uint8
-            "index": torch.tensor([item["index"] for item in items]),
-        }
-        if self.source != "caption":
-            batch["labels"] = torch.tensor([item["label"] for item in items])
-        if self.codec is not None:
-            batch |= self.codec([item[self.source] for item in items])
-        return batch
+def collate(items: list[dict[str, Any]], make_batch: Callable[[list[dict[str, Any]]], dict]) -> dict[str, Any]:
+    """make_batch(items), or the first item's error if there is one."""
+    errors = [item for item in items if "error" in item]
+    return errors[0] if errors else make_batch(items)
 
 
 class ClipLoader(DataLoader):
-    """Yields a collator's batches. Raises UserError for a video that a worker could not read."""
+    """Yields the batches of `make_batch`. Raises UserError for a video that a worker could not read."""
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for batch in super().__iter__():
@@ -524,12 +495,12 @@ class ClipLoader(DataLoader):
 
 
 def build_loader(
-    dataset: ClipDataset, collator: Collator, batch_size: int, num_workers: int, pin_memory: bool = False
+    dataset: ClipDataset, make_batch: Callable, batch_size: int, num_workers: int, pin_memory: bool = False
 ) -> ClipLoader:
     """A loader of `dataset`; set `loader.batch_sampler.epoch` before each pass in training."""
     batches = EpochBatches(len(dataset), batch_size, shuffle=dataset.train, seed=dataset.seed)
     return ClipLoader(
-        dataset, batch_sampler=batches, collate_fn=collator, num_workers=num_workers,
+        dataset, batch_sampler=batches, collate_fn=partial(collate, make_batch=make_batch), num_workers=num_workers,
         persistent_workers=num_workers > 0, pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(dataset.seed),  # so that making an iterator draws nothing global
     )  # fmt: skip

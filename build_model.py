@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from config import ROOT, Config, UserError, family
 from transforms import Preprocessing
-from VLoader import Collator, TextCodec
 
 FAMILIES = ("timesformer", "videomae")
 LONGEST_TEXT = 128  # tokens of a text or caption; a longer one is cut
@@ -244,16 +243,17 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
         raise UserError(f"{source.path} is a {settings.model_type}; video backbones are {' and '.join(FAMILIES)}")
     if settings.model_type == "videomae":
         settings.use_mean_pooling = True  # self-supervised checkpoints lack the norm: it starts anew
-    classifier = load_tower(
-        AutoModelForVideoClassification, source, settings, new_layers=("classifier.", "fc_norm.")
-    )
+    classifier = load_tower(AutoModelForVideoClassification, source, settings, new_layers=("classifier.", "fc_norm."))
     backbone = classifier.base_model
     source.fingerprint = fingerprint(backbone) if source.weights else source.fingerprint
     num_frames = settings.num_frames if config.num_frames == "auto" else config.num_frames
     image_size = side_of(settings.image_size) if config.image_size == "auto" else config.image_size
     fit_embeddings(backbone, num_frames, image_size)
     values = load_preprocessor(source, settings.model_type)
-    preprocessing = Preprocessing.from_dict(values, image_size)
+    try:
+        preprocessing = Preprocessing.from_dict(values, image_size)
+    except ValueError as error:
+        raise UserError(f"{source.path}: preprocessor_config.json: {error}") from None
     return VisionEncoder(backbone, getattr(classifier, "fc_norm", None), preprocessing)
 
 
@@ -269,11 +269,55 @@ def load_language(source: Source, captioning: bool) -> tuple[nn.Module, Any]:
         model = load_tower(AutoModelForCausalLM, source, settings, new_layers=("lm_head.",))
     else:
         if settings.model_type not in ("bert", "roberta", "electra"):
-            raise UserError(f"{source.path} is a {settings.model_type}; to classify, take a BERT-like encoder, or add --captioning True")
+            raise UserError(
+                f"{source.path} is a {settings.model_type}; to classify, take a BERT-like encoder, or add --captioning True"
+            )
         pooler = {"add_pooling_layer": False} if settings.model_type != "electra" else {}
         model = load_tower(AutoModel, source, settings, new_layers=("pooler.",), **pooler)
     source.fingerprint = fingerprint(model) if source.weights else source.fingerprint
     return model, tokenizer
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextCodec:
+    """Texts to right-padded (input_ids, attention_mask), (B, L) each: bos + tokens, cut to length, + eos."""
+
+    tokenizer: Any
+    bos: tuple[int, ...]  # what leads every text
+    eos: int
+    max_tokens: int  # of the text itself
+
+    def __call__(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [[*self.bos, *ids[: self.max_tokens], self.eos] for ids in tokens]
+        longest = max(map(len, rows))
+        return {
+            # what stands in the padding is never read: the mask says so
+            "input_ids": torch.tensor([row + [self.eos] * (longest - len(row)) for row in rows]),  # (B, L)
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+        }
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Items to a batch of the model's arguments, plus `index` (the samples' places)."""
+
+    codec: TextCodec | None  # None: the model reads no text
+    source: str  # which text the model reads: "caption" or "text"
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = {
+            "pixel_values": torch.stack([item["pixel_values"] for item in items]),  # (B, T, C, H, W) uint8
+            "index": torch.tensor([item["index"] for item in items]),
+        }
+        if self.source != "caption":
+            batch["labels"] = torch.tensor([item["label"] for item in items])
+        if self.codec is not None:
+            batch |= self.codec([item[self.source] for item in items])
+        return batch
 
 
 # -- models -----------------------------------------------------------------------------------------
@@ -285,7 +329,9 @@ class Projector(nn.Module):
     def __init__(self, vision: VisionEncoder, width: int, grid: int, dropout: float):
         super().__init__()
         if grid > patch_side(vision.config):
-            raise UserError(f"--token_grid {grid}: this backbone has {patch_side(vision.config)} x {patch_side(vision.config)} patches at this size")
+            raise UserError(
+                f"--token_grid {grid}: this backbone has {patch_side(vision.config)} x {patch_side(vision.config)} patches at this size"
+            )
         self.mlp = nn.Sequential(
             nn.LayerNorm(vision.config.hidden_size),
             nn.Linear(vision.config.hidden_size, width),
@@ -379,7 +425,9 @@ class VideoClassifier(VideoModel):
 class VisionLanguageModel(VideoModel):
     """A projector into a language model, and video tokens behind it."""
 
-    def __init__(self, vision_encoder: VisionEncoder, language_model: nn.Module, tokenizer: Any, grid: int, dropout: float):
+    def __init__(
+        self, vision_encoder: VisionEncoder, language_model: nn.Module, tokenizer: Any, grid: int, dropout: float
+    ):
         super().__init__(vision_encoder)
         vision_encoder.fc_norm = None  # it belongs to the pooled token, which is not used here
         self.language_model = language_model
@@ -483,7 +531,9 @@ class VideoCaptioner(VisionLanguageModel):
         video = self.video_tokens(pixel_values)  # (B, N, D)
         positions = getattr(self.language_model.config, "max_position_embeddings", None)
         if positions and video.shape[1] + 1 + max_new_tokens > positions:
-            raise UserError(f"--max_new_tokens {max_new_tokens}: at most {positions - video.shape[1] - 1} fit behind the video")
+            raise UserError(
+                f"--max_new_tokens {max_new_tokens}: at most {positions - video.shape[1] - 1} fit behind the video"
+            )
         bos = self.embed(torch.full((len(video), 1), self.bos, device=video.device))
         embeds = torch.cat([video, bos.to(video.dtype)], dim=1)
         ids = self.language_model.generate(

@@ -57,7 +57,9 @@ def new_run(config: Config) -> Path:
         if not (run_dir / METADATA).is_file():
             raise UserError(f"{run_dir} is not empty and no run of this program; choose another --run_name")
         if not config.overwrite:
-            raise UserError(f"the run {run_dir} exists: add --overwrite True to replace it, or --run_name <another name>")
+            raise UserError(
+                f"the run {run_dir} exists: add --overwrite True to replace it, or --run_name <another name>"
+            )
         shutil.rmtree(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -221,7 +223,9 @@ def check_typed(config: Config, typed: set[str], saved: Config, run_dir: Path) -
         raise UserError(f"{run_dir} was trained with other flags: {', '.join(wrong)}")
 
 
-def tower_source(name: str, option: str, run_dir: Path, metadata: dict, config: Config, typed: set[str], saved: Config) -> Source:
+def tower_source(
+    name: str, option: str, run_dir: Path, metadata: dict, config: Config, typed: set[str], saved: Config
+) -> Source:
     """Where a tower of a run comes from: the run's own folder, the named folder, or where it came from."""
     if metadata["backbones"][name]["in_checkpoint"]:
         return Source(str(run_dir / name), weights=False, fingerprint=metadata["backbones"][name]["fingerprint"])

@@ -1,6 +1,6 @@
 """Turns test clips of the dummy dataset into folders of frames, for inference.
 
-    python create_dummy.py             # frames_see/class_0_video_0/frame_000.png ..., frames_see/metadata.jsonl
+python create_dummy.py             # frames_see/class_0_video_0/frame_000.png ..., frames_see/metadata.jsonl
 """
 
 import argparse

@@ -138,16 +138,12 @@ def draw_backgrounds(rng: np.random.Generator, count: int, size: int) -> np.ndar
     return np.clip(level + tint + ramp, 0, 1).astype(np.float32)
 
 
-def trajectories(
-    start: np.ndarray, velocity: np.ndarray, times: np.ndarray, size: int
-) -> np.ndarray:
+def trajectories(start: np.ndarray, velocity: np.ndarray, times: np.ndarray, size: int) -> np.ndarray:
     """Pixel positions on the torus at times (T,) or (B, T), from start and velocity (B, 2): (B, T, 2)."""
     return (start[:, None] + velocity[:, None] * times[..., None]) % size
 
 
-def draw_masks(
-    shape: str, positions: np.ndarray, radius: np.ndarray, size: int, shapes: dict = SHAPES
-) -> np.ndarray:
+def draw_masks(shape: str, positions: np.ndarray, radius: np.ndarray, size: int, shapes: dict = SHAPES) -> np.ndarray:
     """How much of each pixel the shape covers, from positions (B, T, 2) and radius (B,): (B, T, H, W)."""
     grid = np.arange(size, dtype=np.float32) + 0.5
     offset = grid - positions.astype(np.float32)[..., None]  # (B, T, 2, size)
@@ -179,9 +175,7 @@ def draw_class(
     sizes = rng.choice(list(RADII), count)
     radius = rng.uniform(*np.array([RADII[s] for s in sizes]).T) * size
     speed = rng.uniform(*SPEEDS, (count, 1)) * size / 64
-    positions = trajectories(
-        rng.uniform(0, size, (count, 2)), speed * MOTIONS[motion], np.arange(num_frames), size
-    )
+    positions = trajectories(rng.uniform(0, size, (count, 2)), speed * MOTIONS[motion], np.arange(num_frames), size)
     shades = np.array([COLOURS[c] for c in colours]) + rng.uniform(-0.04, 0.04, (count, 3))
     frames = paint(
         draw_backgrounds(rng, count, size),

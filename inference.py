@@ -1,10 +1,10 @@
 """Answers for videos with a trained run: a class with scores, or a caption.
 
-    python inference.py --checkpoint checkpoints/timesformer --video_dir my_clips/
+python inference.py --checkpoint checkpoints/timesformer --video_dir my_clips/
 
-    from inference import Predictor
-    predictor = Predictor.from_checkpoint("checkpoints/timesformer")
-    print(predictor.predict("clip.mp4"))
+from inference import Predictor
+predictor = Predictor.from_checkpoint("checkpoints/timesformer")
+print(predictor.predict("clip.mp4"))
 """
 
 import json

@@ -1,7 +1,7 @@
 """Trains a run: a video classifier, a video + language classifier, or a video captioner.
 
-    python main.py --vision_model timesformer
-    python main.py --help
+python main.py --vision_model timesformer
+python main.py --help
 """
 
 import sys
@@ -60,12 +60,16 @@ def print_settings(config: Config, model: Any, accelerator: Any) -> None:
 
 def print_hints(config: Config, splits: Any) -> None:
     if config.use_vlm and not (config.freeze_visionbackbone or config.use_lora_vision):
-        print("hint: the vision backbone is trained in full beside a language model; --freeze_visionbackbone True saves memory and time")
+        print(
+            "hint: the vision backbone is trained in full beside a language model; --freeze_visionbackbone True saves memory and time"
+        )
     if config.captioning and not config.use_text:
         print("note: captions are the targets of training with --use_text False as with True; both train the same")
     synthetic = splits.train[0].attributes.keys() >= {"shape", "motion"}
     if config.weights == "tiny" and config.vision_model in BACKBONES and not synthetic:
-        print("warning: the tiny backbones know synthetic shapes only, and these look like videos of your own; add --weights hub")
+        print(
+            "warning: the tiny backbones know synthetic shapes only, and these look like videos of your own; add --weights hub"
+        )
 
 
 def result_line(metrics: dict[str, Any]) -> str:
@@ -118,7 +122,11 @@ def body(argv: list[str] | None) -> int:
     print(f"run: {run_dir}/ (model.safetensors, config.yaml, metadata.json, log.jsonl, metrics.json, curves.png)")
     flags = as_flags(config) if config.run_name is None else f"--checkpoint {run_dir}"
     text = " --text_input '...'" if model.text_source == "text" else ""
-    print(f"next: python inference.py {flags} --video_dir <video, frame folder, or a folder of them>{text}".replace("  ", " "))
+    print(
+        f"next: python inference.py {flags} --video_dir <video, frame folder, or a folder of them>{text}".replace(
+            "  ", " "
+        )
+    )
     return 0
 
 

@@ -23,9 +23,7 @@ def exact_match(captions: Sequence[str], references: Sequence[Sequence[str]]) ->
     return sum(c in {" ".join(r.split()) for r in refs} for c, refs in zip(tidy, references, strict=True)) / len(tidy)
 
 
-def attribute_accuracy(
-    found: Sequence[dict[str, str | None]], truth: Sequence[dict[str, str]]
-) -> dict[str, float]:
+def attribute_accuracy(found: Sequence[dict[str, str | None]], truth: Sequence[dict[str, str]]) -> dict[str, float]:
     """For each attribute the share named rightly; `colour+shape+motion` and `all`: rightly together."""
     rows = list(zip(found, truth, strict=True))
     scores = {name: sum(f.get(name) == t[name] for f, t in rows) / len(rows) for name in truth[0]}

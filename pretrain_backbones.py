@@ -250,7 +250,9 @@ def lr_scale(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def train(name: str, modules: nn.ModuleList, loss_of, steps: int, peak_lr: float, state_dir: Path) -> None:
+def train(
+    name: str, modules: nn.ModuleList, loss_of, steps: int, peak_lr: float, state_dir: Path, save_every: int = 500
+) -> None:
     """Runs `loss_of(rng) -> loss` for `steps` steps; goes on from state_dir/<name>.pt if that exists.
 
     The generator of a step depends on (seed, name, step) alone, so a resumed run sees the same batches.
@@ -275,6 +277,7 @@ def train(name: str, modules: nn.ModuleList, loss_of, steps: int, peak_lr: float
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * lr_scale(step, steps, warmup=min(500, steps // 5 + 1))
+        torch.manual_seed(SEED + step)  # dropout's
         loss = loss_of(np.random.default_rng([SEED, *name.encode(), step]))
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
@@ -282,7 +285,7 @@ def train(name: str, modules: nn.ModuleList, loss_of, steps: int, peak_lr: float
         optimizer.zero_grad()
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         bar.set_postfix(loss=f"{average:.3f}", refresh=False)
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % save_every == 0 or step + 1 == steps:
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state | {"step": step + 1, "steps": steps}, saved.with_suffix(".tmp"))
             saved.with_suffix(".tmp").replace(saved)
@@ -325,7 +328,6 @@ def pretrain_videomae(state_dir: Path, scale: float) -> nn.Module:
     model.videomae.load_state_dict(reconstructor.videomae.state_dict())
     supervise(model, "videomae", int(4_000 * scale), 1e-3, state_dir)
     return model
-
 
 
 # -- the world in words -----------------------------------------------------------------------------
@@ -486,7 +488,7 @@ def probe(model: nn.Module, still: bool = False) -> dict[str, float]:
     x, x_test = (x - mean) / std, (x_test - mean) / std
     head = nn.Linear(x.shape[1], len(dummy_data.CLASSES))
     nn.init.zeros_(head.weight)
-    solver = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         solver.zero_grad()
@@ -535,10 +537,14 @@ Withheld from pretraining: {withheld}. The random streams are disjoint from dumm
 
 def vision_figures(name: str, model: nn.Module) -> str:
     torch.manual_seed(SEED + 1)
-    rows = {"pretrained": probe(model), "random weights": probe({"timesformer": new_timesformer, "videomae": new_videomae}[name]())}
+    rows = {
+        "pretrained": probe(model),
+        "random weights": probe({"timesformer": new_timesformer, "videomae": new_videomae}[name]()),
+    }
     rows["pretrained, one frame repeated"] = probe(model, still=True)
     table = "".join(
-        f"| {title} | {100 * r['all']:.1f} % | {100 * r['seen']:.1f} % | {100 * r['withheld']:.1f} % |\n" for title, r in rows.items()
+        f"| {title} | {100 * r['all']:.1f} % | {100 * r['seen']:.1f} % | {100 * r['withheld']:.1f} % |\n"
+        for title, r in rows.items()
     )
     return (
         "Linear head on frozen features, dummy dataset (seed 0), 800 training and 200 test videos:\n\n"
@@ -569,7 +575,12 @@ def pretrain(name: str, state_dir: Path, output: Path, scale: float) -> None:
     """Trains one backbone, saves it as a Hugging Face folder, measures it and writes its card."""
     torch.manual_seed(SEED)
     folder = output / f"{name}-tiny"
-    made = {"timesformer": pretrain_timesformer, "videomae": pretrain_videomae, "gpt2": pretrain_gpt2, "bert": pretrain_bert}[name](state_dir, scale)
+    made = {
+        "timesformer": pretrain_timesformer,
+        "videomae": pretrain_videomae,
+        "gpt2": pretrain_gpt2,
+        "bert": pretrain_bert,
+    }[name](state_dir, scale)
     how = HOW[name]
     if name in MEAN_STD:
         save_vision(name, made, folder)
@@ -597,9 +608,18 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     names = ("timesformer", "videomae", "gpt2", "bert")
     parser.add_argument("--models", nargs="+", choices=names, default=names, help="which backbones")
-    parser.add_argument("--output", type=Path, default=Path("backbones"), help="folder of the backbones; those of the same name are replaced")
-    parser.add_argument("--state_dir", type=Path, default=Path("pretraining_state"), help="where to keep what a stopped run needs")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps; 0.01 tries the whole path out")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("backbones"),
+        help="folder of the backbones; those of the same name are replaced",
+    )
+    parser.add_argument(
+        "--state_dir", type=Path, default=Path("pretraining_state"), help="where to keep what a stopped run needs"
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="multiplies the number of steps; 0.01 tries the whole path out"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
     args = parser.parse_args(argv)
     if args.threads:

@@ -106,7 +106,10 @@ def build_accelerator(config: Config) -> Any:
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
     if precision == "fp16" and not on_gpu:
         raise UserError("--mixed_precision fp16 needs an NVIDIA GPU; bf16 or no work everywhere")
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    if accelerator.num_processes > 1:
+        raise UserError("one process at a time: start it with python, without torchrun or accelerate launch")
+    return accelerator
 
 
 def loss_sum(model: VideoModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -155,7 +158,7 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine, epoch
         with first_steps_checked(model, engine.step):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        engine.step += 1
+        engine.step += not accelerator.optimizer_step_was_skipped  # fp16 skips steps that overflow
         bar.set_postfix(loss=f"{total / count:.3f}", refresh=False)
     return {"loss": total / count, "accuracy": right / count}
 
@@ -226,7 +229,9 @@ def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config:
     captions: dict[int, str] = {}
     for batch in tqdm(loader, desc="captions", leave=False, unit="batch"):
         with accelerator.autocast():
-            texts = model.generate(batch["pixel_values"].to(accelerator.device), config.max_new_tokens, config.num_beams)
+            texts = model.generate(
+                batch["pixel_values"].to(accelerator.device), config.max_new_tokens, config.num_beams
+            )
         captions |= dict(zip(batch["index"].tolist(), texts, strict=True))
     return [captions[i] for i in range(len(loader.dataset))]
 
@@ -283,7 +288,9 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     return "  ".join([*parts, f"{row['seconds']:.1f} s", *(["best so far"] if row["best"] else [])])
 
 
-def train(model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, run_dir: Path) -> dict[str, Any]:
+def train(
+    model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, run_dir: Path
+) -> dict[str, Any]:
     """Trains for config.epochs, keeps the epoch that is best on val, tests it once, writes log and metrics.
 
     Returns what metrics.json holds. Raises UserError for a loss that is not finite or a dead adapter.

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from config import UserError
-
 INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's codes in preprocessor_config.json
 
 
@@ -55,7 +53,7 @@ class Preprocessing:
         """From preprocessor_config.json's fields, in their present or older spellings.
 
         The sizes there are scaled by image_size / (the size that comes out of the file's own crop).
-        Raises UserError for an interpolation other than nearest, bilinear or bicubic.
+        Raises ValueError for an interpolation other than nearest, bilinear or bicubic.
         """
         resize = _sizes(values.get("size", 224)) if values.get("do_resize", True) else None
         crop = _sizes(values["crop_size"]) if values.get("do_center_crop") and "crop_size" in values else resize
@@ -64,7 +62,7 @@ class Preprocessing:
             resize = tuple(round(s * scale) for s in resize)
         code = int(values.get("resample", 2))
         if code not in INTERPOLATION:
-            raise UserError(f"preprocessor_config.json: resample {code} is not supported; 0, 2 and 3 are")
+            raise ValueError(f"resample {code} is not supported; 0, 2 and 3 are")
         normalise = values.get("do_normalize", True)
         return cls(
             image_size=image_size,

@@ -7,10 +7,14 @@ import av
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import dummy_data
 
 torch.set_num_threads(1)
+# no deadlines: machines are noisy
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("default")
 REAL = os.environ.get("VIDTUNE_TEST_DATA")
 
 

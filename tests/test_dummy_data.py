@@ -15,7 +15,9 @@ from dummy_data import CLASSES, HINTS, MOTION_PHRASES, MOTIONS, SHAPE_WORDS, SIZ
 
 
 def hashes(folder):
-    return [hashlib.sha256(torch.load(p, weights_only=True).numpy().tobytes()).hexdigest() for p in folder.rglob("*.pt")]
+    return [
+        hashlib.sha256(torch.load(p, weights_only=True).numpy().tobytes()).hexdigest() for p in folder.rglob("*.pt")
+    ]
 
 
 def test_no_video_occurs_twice_and_the_seed_decides(tmp_path, dataset):
@@ -105,7 +107,9 @@ def test_formats_hold_the_same_videos(tmp_path, dataset, kind):
     dummy_data.main(["--classes", "2", "--videos_per_class", "1", "--test_per_class", "1", "--format", kind, "--output", str(tmp_path / "d")])  # fmt: skip
     suffix = ".mp4" if kind == "mp4" else ""
     other = read_clip(tmp_path / "d" / "train" / "class_1" / f"video_0{suffix}", 16).float()
-    dummy_data.main(["--classes", "2", "--videos_per_class", "1", "--test_per_class", "1", "--output", str(tmp_path / "p")])
+    dummy_data.main(
+        ["--classes", "2", "--videos_per_class", "1", "--test_per_class", "1", "--output", str(tmp_path / "p")]
+    )
     tensor = read_clip(tmp_path / "p" / "train" / "class_1" / "video_0.pt", 16).float()
     assert (other - tensor).abs().mean() < (4 if kind == "mp4" else 1e-9)
 

@@ -12,7 +12,17 @@ from PIL import Image
 
 import dummy_data
 from config import UserError
-from VLoader import VideoFile, find_videos, hold_out, natural_key, open_video, read_clip, read_folder, read_splits, upright
+from VLoader import (
+    VideoFile,
+    find_videos,
+    hold_out,
+    natural_key,
+    open_video,
+    read_clip,
+    read_folder,
+    read_splits,
+    upright,
+)
 
 
 def full_decode(path: Path) -> np.ndarray:

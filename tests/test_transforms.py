@@ -59,16 +59,24 @@ def test_pixels_equal_the_image_processor(fields, shape):
     assert found.shape == expected.shape
     levels = 7 if ours.interpolation == "bicubic" else 1  # on noise; its overshoots are cut after each pass
     assert (found - expected).abs().max() <= 1.01 * levels * step
-    assert (found - expected).abs().mean() < 0.2 * step
+    assert (found - expected).abs().mean() < 0.3 * step
 
 
 def test_image_size_scales_resize_and_crop():
     fields = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "image_mean": [0] * 3, "image_std": [1] * 3}  # fmt: skip
     ours = Preprocessing.from_dict(fields, 112)
-    assert ours.resize == (128,) and ours.pixels(torch.zeros(1, 3, 300, 500, dtype=torch.uint8)).shape == (1, 3, 112, 112)
+    assert ours.resize == (128,) and ours.pixels(torch.zeros(1, 3, 300, 500, dtype=torch.uint8)).shape == (
+        1,
+        3,
+        112,
+        112,
+    )
 
 
 @pytest.mark.parametrize("old", [{"size": 224}, {"size": [224, 224]}, {"size": {"shortest_edge": 224}}])
 def test_older_spellings(old):
     fields = old | {"crop_size": 224, "do_center_crop": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    assert Preprocessing.from_dict(fields, 224).pixels(torch.zeros(2, 3, 240, 320, dtype=torch.uint8)).shape[-2:] == (224, 224)
+    assert Preprocessing.from_dict(fields, 224).pixels(torch.zeros(2, 3, 240, 320, dtype=torch.uint8)).shape[-2:] == (
+        224,
+        224,
+    )

@@ -1,0 +1,152 @@
+"""Options: one definition, precedence, and errors that say what to do."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import config
+import inference
+import main
+from config import BACKBONES, FIELDS, Config, UserError, as_flags, parse, run_name
+
+ROOT = Path(config.__file__).parent
+
+
+def test_config_file_says_what_the_dataclass_says():
+    text = (ROOT / "config_file.yaml").read_text(encoding="utf-8")
+    assert text == config.config_file_text(), "run python config.py"
+    assert config.read_yaml(ROOT / "config_file.yaml") == {name: f.default for name, f in FIELDS.items()}
+    assert yaml.safe_load(text).keys() == FIELDS.keys()
+
+
+def test_precedence_and_converters(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rate: 1e-3\ndropout: 0.5\nuse_vlm: true\nnum_frames: 4\n")
+    parsed, typed = parse(["--config", str(file), "--dropout", "0", "--use_vlm", "False"], "main")
+    assert (parsed.learning_rate, parsed.dropout, parsed.use_vlm, parsed.num_frames) == (1e-3, 0.0, False, 4)
+    assert typed == {"dropout", "use_vlm"}
+    assert parse(["--use_vlm", "--captioning"], "main")[0].language_model == "gpt2"
+    assert parse(["--use_vlm"], "main")[0].language_model == "bert"
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--lerning_rate", "1"], "unknown flag '--lerning_rate'; did you mean --learning_rate?"),
+    (["--epoch", "1"], "unknown flag '--epoch'; did you mean --epochs?"),  # no abbreviations
+    (["extra"], "unexpected word 'extra'"),
+    (["--epochs", "many"], "--epochs: expected a whole number, from 1 to 100000, not 'many'"),
+    (["--epochs", "0"], "from 1 to 100000"),
+    (["--dropout", "nan"], "from 0 to 0.9"),
+    (["--use_vlm", "maybe"], "--use_vlm: expected True or False"),
+    (["--num_frames", "some"], "auto, or a whole number"),
+    (["--image_size", "4"], "from 8 to 2048"),
+    (["--device", "tpu"], "one of auto, cpu, cuda, mps"),
+    (["--captioning", "True"], "add --use_vlm True"),
+    (["--captioning", "--use_vlm", "--language_model", "bert"], "captioning needs a causal language model such as gpt2"),
+    (["--use_vlm", "--language_model", "gpt2"], "add --captioning True"),
+    (["--language_model", "bert"], "--language_model needs --use_vlm True"),
+    (["--use_text"], "--use_text needs --use_vlm True"),
+    (["--use_lora_llm"], "--use_lora_llm needs --use_vlm True"),
+    (["--vision_model", "timesfomer"], "did you mean timesformer?"),
+    (["--vision_model", "bert"], "cannot be bert"),
+    (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
+])  # fmt: skip
+def test_errors_are_one_line_with_status_2(capsys, argv, message):
+    assert main.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err and out == ""
+
+
+@pytest.mark.parametrize("text, message", [
+    ("lerning_rate: 1", "unknown key 'lerning_rate'; did you mean learning_rate?"),
+    ("epochs: true", "epochs: expected a whole number"),
+    ("use_vlm: 3", "use_vlm: expected True or False"),
+    ("- a", "expected lines of `key: value`"),
+    ("a: [", "cannot read"),
+    ("vision_model: [a]", "vision_model: expected a text"),
+])  # fmt: skip
+def test_yaml_errors_name_file_and_key(tmp_path, capsys, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    assert main.main(["--config", str(tmp_path / "c.yaml")]) == 2
+    err = capsys.readouterr().err
+    assert "c.yaml" in err and message in err and err.count("\n") == 1
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(list(FIELDS)), st.text(max_size=8) | st.integers() | st.floats() | st.none() | st.booleans()
+    )
+)
+def test_any_value_is_taken_or_refused_in_words(tmp_path_factory, values):
+    file = tmp_path_factory.mktemp("yaml") / "c.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    try:
+        parse(["--config", str(file)], "main")
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@given(st.sampled_from(["--epochs", "--dropout", "--seed", "--learning_rate", "--num_frames"]), st.text(max_size=12))
+def test_any_flag_value_is_taken_or_refused_in_words(flag, value):
+    try:
+        parse([f"{flag}={value}"], "main")
+    except UserError as error:
+        assert flag in str(error)
+
+
+def test_run_names():
+    captioner = Config(
+        use_vlm=True, captioning=True, language_model="gpt2", freeze_visionbackbone=True, use_lora_llm=True
+    )
+    assert run_name(captioner) == "timesformer_gpt2_caption_fvbb_lorallm"
+    assert run_name(replace(captioner, use_text=True)) == run_name(captioner)
+    classifier = Config(use_vlm=True, language_model="bert", use_text=True, weights="hub", freeze_llmbackbone=True)
+    assert run_name(classifier) == "timesformer_bert_text_fllm_hub"
+    assert run_name(Config(vision_model="some/folder/mine/", use_lora_vision=True)) == "mine_loravision"
+    assert run_name(Config(run_name="x")) == "x"
+
+
+def test_flags_of_a_run_make_that_run():
+    given_flags = (
+        "--vision_model videomae --language_model gpt2 --use_vlm True --captioning True --freeze_visionbackbone True"
+    )
+    parsed, _ = parse(given_flags.split(), "main")
+    assert as_flags(parsed) == given_flags
+
+
+def test_help_shows_what_a_script_reads_and_is_quick_to_import():
+    for script in ("main", "inference"):
+        text = subprocess.run(
+            [sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        for name, field in FIELDS.items():
+            assert (f"--{name} " in text) == (script in field.metadata["scripts"].split()), name
+    words = "".join(text.split())  # however the lines are broken
+    assert "facebook/timesformer-base-finetuned-k400" in words and "anotesays:itgoessideways" in words
+    code = "import sys, config, main, inference; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_every_option_is_read_somewhere():
+    source = "".join(p.read_text(encoding="utf-8") for p in ROOT.glob("*.py") if p.name != "config.py")
+    unread = [
+        n for n in FIELDS if f"config.{n}" not in source and f'"{n}"' not in source and f"saved.{n}" not in source
+    ]
+    assert set(unread) <= {"run_name", "output_dir"} or not unread, unread
+
+
+def test_inference_without_videos_says_so(capsys):
+    assert inference.main([]) == 2
+    assert "--video_dir" in capsys.readouterr().err
+
+
+def test_the_text_example_is_one_of_the_datasets():
+    import dummy_data
+
+    assert config.TEXT_EXAMPLE in {note for notes in dummy_data.HINTS.values() for note in notes.values()}
+    assert {b.kind for b in BACKBONES.values()} == {"vision", "encoder", "decoder"}

@@ -1,0 +1,79 @@
+"""The house: who may import whom, files that must agree, and one line for an old Python."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from config import ROOT
+
+LAYERS = [
+    {"config", "transforms", "metrics"},
+    {"dummy_data", "VLoader", "build_model"},
+    {"feature_cache", "checkpoint"},
+    {"train_code", "figures"},
+    {"doctor", "controls"},
+    {"main", "inference", "create_dummy", "pretrain_backbones", "convert_dataset"},
+    {"make_report"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imports(module: str) -> set[str]:
+    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+    found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    found |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    return {name for name in found if name in LEVEL}
+
+
+def test_modules_import_from_lower_lines_only():
+    modules = {p.stem for p in ROOT.glob("*.py")}
+    assert modules <= LEVEL.keys(), "a module that no line of the house names"
+    wrong = [(m, i) for m in modules for i in imports(m) if LEVEL[i] >= LEVEL[m]]
+    assert not wrong
+
+
+def test_no_module_is_named_like_a_library():
+    for path in ROOT.glob("*.py"):
+        code = f"import importlib.util, sys; sys.path = [p for p in sys.path if p]; sys.exit(importlib.util.find_spec({path.stem!r}) is not None)"  # fmt: skip
+        assert subprocess.run([sys.executable, "-I", "-c", code], cwd="/").returncode == 0, path.stem
+
+
+def test_conda_environment_installs_the_same_requirements():
+    environment = yaml.safe_load((ROOT / "environment.yaml").read_text())
+    assert environment["name"] == "vidtune"
+    assert "python=3.11" in environment["dependencies"]
+    assert {"pip": ["-r requirements.txt"]} in environment["dependencies"]
+
+
+def test_requirements_are_pinned_and_say_why():
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            assert line.startswith(("#", "-r ")) or re.fullmatch(r"[a-z0-9-]+==[0-9.]+ +# .+", line), line
+
+
+def test_an_older_python_gets_one_line():
+    code = "import sys; sys.version_info = (3, 9, 1); import {}"
+    for script in ("main", "inference", "dummy_data", "create_dummy"):
+        done = subprocess.run([sys.executable, "-c", code.format(script)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "error: vidtune needs Python 3.11 or newer, this is 3.9\n"
+
+
+def test_an_older_python_can_parse_the_guard():
+    """The file that holds the check must be readable by the Pythons that it turns away."""
+    source = (ROOT / "config.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 8))
+    for script in ("main", "inference", "dummy_data", "create_dummy"):
+        ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+@pytest.mark.parametrize("name", ["main", "inference", "dummy_data", "create_dummy", "pretrain_backbones"])
+def test_help_teaches_and_does_nothing(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"{name}.py"), "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--" in done.stdout and not list(tmp_path.iterdir())

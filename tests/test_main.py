@@ -1,0 +1,424 @@
+"""main([...]) then inference.main([...]) for the three jobs, and what a checkpoint promises."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import counting_frames, write_video
+from safetensors.torch import load_file, save_file
+
+import create_dummy
+import inference
+import main
+from checkpoint import load_run
+from config import ROOT, Config, UserError
+from inference import Predictor
+from VLoader import find_videos, read_folder
+
+FROZEN_BERT = ["--use_vlm", "--language_model", "bert", "--freeze_visionbackbone", "True"]
+CAPTIONER = ["--use_vlm", "--captioning", "--freeze_visionbackbone", "True", "--use_lora_llm", "True"]
+JOBS = {
+    "classifier": [],
+    "lora": ["--vision_model", "videomae", "--use_lora_vision", "True"],
+    "text": [*FROZEN_BERT, "--use_text", "True"],
+    "captioner": CAPTIONER,
+    "whole_captioner": ["--vision_model", "videomae", "--use_vlm", "--captioning"],
+}
+
+
+def train(dataset: Path, runs: Path, *flags: str) -> int:
+    return main.main(
+        ["--data_dir", str(dataset), "--output_dir", str(runs), "--epochs", "1", "--num_workers", "0", *flags]
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(dataset, tmp_path_factory) -> dict[str, Path]:
+    """A trained run of every job."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in JOBS.items():
+        assert train(dataset, folder, "--run_name", name, *flags) == 0
+    return {name: folder / name for name in JOBS}
+
+
+@pytest.fixture(scope="module")
+def frames(dataset, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("frames") / "frames_see"
+    assert create_dummy.main(["--data_dir", str(dataset), "--output", str(folder), "--per_class", "1"]) == 0
+    return folder
+
+
+def answers(capsys, *argv: str) -> tuple[int, str, str]:
+    status = inference.main(list(argv))
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_train_then_infer(runs, frames, tmp_path, capsys, job):
+    output = tmp_path / "answers.jsonl"
+    status, out, err = answers(
+        capsys, "--checkpoint", str(runs[job]), "--video_dir", str(frames), "--output", str(output)
+    )
+    assert status == 0, err
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [Path(r["file"]).name for r in rows] == ["class_0_video_0", "class_1_video_0", "class_2_video_0"]
+    assert out.count("right\n") + out.count("WRONG\n") == 3 + 1  # one mark each, and the sum
+    for row in rows:
+        if "captioner" in job:
+            assert isinstance(row["caption"], str)
+        else:
+            assert abs(sum(top["score"] for top in row["top_k"]) - 1) < 1e-3  # three classes, top 3
+            assert row["label"] in ("class_0", "class_1", "class_2") and row["label"] == row["top_k"][0]["label"]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_run_says_what_it_is(runs, job):
+    metadata = json.loads((runs[job] / "metadata.json").read_text())
+    metrics = json.loads((runs[job] / "metrics.json").read_text())
+    log = [json.loads(line) for line in (runs[job] / "log.jsonl").read_text().splitlines()]
+    assert metadata["class_names"] == ["class_0", "class_1", "class_2"]
+    assert metadata["display_names"]["class_2"] == "circle moving down"
+    assert all(len(b["fingerprint"]) == 32 for b in metadata["backbones"].values())
+    assert metrics["test"]["count"] == 6 and len(log) == 1 and log[0]["best"]
+    assert (runs[job] / "curves.png").stat().st_size > 5000
+    if "captioner" in job:
+        assert set(metrics["test"]["attributes"]) == {"size", "colour", "shape", "motion", "colour+shape+motion", "all"}
+    else:
+        assert set(metrics["test"]["per_class_accuracy"]) == set(metadata["class_names"])
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_checkpoint_holds_exactly_what_is_trained_and_loads_to_the_same_output(runs, dataset, job):
+    stored = load_file(runs[job] / "model.safetensors")
+    one, config, _ = load_run(runs[job])
+    other, _, _ = load_run(runs[job])
+    assert stored.keys() == {n for n, p in one.named_parameters() if p.requires_grad}
+    if job == "captioner":
+        assert all(".lora_" in n or n.startswith("projector.") for n in stored)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+        if name in stored:
+            assert torch.equal(value, stored[name])
+    metrics = json.loads((runs[job] / "metrics.json").read_text())
+    import train_code
+    from VLoader import read_splits
+
+    loaders = train_code.build_loaders(one, config, read_splits(dataset))
+    again = train_code.evaluate(one, loaders["test"], train_code.build_accelerator(config))
+    assert again["loss"] == pytest.approx(metrics["test"]["loss"], abs=1e-6)
+
+
+def test_a_fully_trained_run_needs_no_backbone_folder(runs, monkeypatch, tmp_path, frames):
+    import build_model
+
+    before = Predictor.from_checkpoint(runs["whole_captioner"]).predict(frames / "class_0_video_0")
+    monkeypatch.setattr(build_model, "ROOT", tmp_path)  # as if backbones/ were gone
+    assert Predictor.from_checkpoint(runs["whole_captioner"]).predict(frames / "class_0_video_0") == before
+    with pytest.raises(UserError, match="cannot load"):
+        Predictor.from_checkpoint(runs["captioner"])
+
+
+def test_predictor_snippet_of_the_readme(runs, tmp_path, monkeypatch, capsys):
+    write_video(tmp_path / "clip.mp4", counting_frames(20))
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copytree(runs["classifier"], tmp_path / "checkpoints" / "timesformer")
+    snippet = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    assert len(snippet.splitlines()) == 3
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    assert "'label': 'class_" in capsys.readouterr().out
+
+
+def test_every_kind_of_video_gives_the_same_answer(runs, dataset, tmp_path):
+    import dummy_data
+
+    video = torch.load(dataset / "test" / "class_1" / "video_0.pt", weights_only=True).numpy()
+    predictor = Predictor.from_checkpoint(runs["classifier"])
+    scores = []
+    for name in ("v.pt", "v", "v.mp4"):
+        top = predictor.predict(dummy_data.save_video(video, tmp_path / name))["top_k"]
+        scores.append({t["label"]: t["score"] for t in top})
+    assert scores[0] == scores[1]
+    assert all(abs(scores[0][k] - scores[2][k]) < 0.05 for k in scores[0])  # H.264 loses a little
+
+
+# -- texts ------------------------------------------------------------------------------------------
+
+
+def test_a_text_classifier_asks_for_its_text(runs, frames, dataset, capsys):
+    video = str(frames / "class_0_video_0")
+    status, _, err = answers(capsys, "--checkpoint", str(runs["text"]), "--video_dir", video)
+    assert status == 2 and "--text_input" in err and "metadata.jsonl" in err
+    status, out, _ = answers(
+        capsys, "--checkpoint", str(runs["text"]), "--video_dir", video, "--text_input", "a note says: it is round"
+    )
+    assert status == 0 and "class_0_video_0" in out
+    status, _, err = answers(capsys, "--checkpoint", str(runs["classifier"]), "--video_dir", video, "--text_input", "x")
+    assert status == 2 and "without a text input" in err
+
+
+def test_the_text_is_read(runs, frames):
+    predictor = Predictor.from_checkpoint(runs["text"])
+    first, second = (
+        predictor.predict(frames / "class_0_video_0", text=t) for t in ("", "a note says: it goes sideways")
+    )
+    assert first["top_k"] != second["top_k"]
+
+
+def test_captioning_takes_use_text_either_way(dataset, tmp_path, frames, capsys):
+    assert train(dataset, tmp_path, *CAPTIONER, "--use_text", "False") == 0
+    assert "captions are the targets" in capsys.readouterr().out
+    for value in ("True", "False"):
+        flags = [*CAPTIONER, "--use_text", value, "--output_dir", str(tmp_path), "--video_dir", str(frames)]
+        status, out, err = answers(capsys, *flags)
+        assert status == 0 and "captioning, 3 videos" in out, err
+
+
+# -- finding and refusing ---------------------------------------------------------------------------
+
+
+def test_runs_are_found_by_their_flags_and_listed_when_missing(dataset, tmp_path, frames, capsys):
+    assert train(dataset, tmp_path, "--vision_model", "videomae", "--freeze_visionbackbone", "True") == 0
+    where = ["--output_dir", str(tmp_path), "--video_dir", str(frames)]
+    assert answers(capsys, "--vision_model", "videomae", "--freeze_visionbackbone", "True", *where)[0] == 0
+    status, _, err = answers(capsys, *where)
+    assert status == 2 and "no run" in err
+    assert "python inference.py --vision_model videomae --freeze_visionbackbone True --video_dir" in err
+
+
+def test_contradicting_flags_are_listed_and_training_flags_are_named(runs, frames, capsys):
+    where = ["--checkpoint", str(runs["lora"]), "--video_dir", str(frames)]
+    status, _, err = answers(capsys, *where, "--vision_model", "timesformer", "--use_lora_vision", "False")
+    assert (
+        status == 2
+        and "--vision_model timesformer (it has videomae)" in err
+        and "--use_lora_vision False (it has True)" in err
+    )
+    status, out, _ = answers(capsys, *where, "--vision_model", "videomae", "--epochs", "3")
+    assert status == 0 and "note: --epochs belong to training" in out
+
+
+def test_an_existing_run_is_kept_unless_told(dataset, tmp_path, capsys):
+    flags = ["--freeze_visionbackbone", "True"]
+    assert train(dataset, tmp_path, *flags) == 0
+    weights = tmp_path / "timesformer_fvbb" / "model.safetensors"
+    before = weights.read_bytes()
+    capsys.readouterr()
+    assert train(dataset, tmp_path, *flags) == 2
+    err = capsys.readouterr().err
+    assert "--overwrite True" in err and "--run_name" in err and weights.read_bytes() == before
+    assert train(dataset, tmp_path, *flags, "--overwrite", "True", "--seed", "1") == 0
+    assert weights.read_bytes() != before
+
+
+def test_the_same_seed_gives_the_same_log(dataset, tmp_path):
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert train(dataset, tmp_path, "--run_name", name, "--seed", seed, "--freeze_visionbackbone", "True", "--num_workers", "2" if name == "b" else "0") == 0  # fmt: skip
+    logs = []
+    for name in "abc":
+        row = json.loads((tmp_path / name / "log.jsonl").read_text())
+        logs.append({k: v for k, v in row.items() if "second" not in k})
+    assert logs[0] == logs[1] and logs[0] != logs[2]
+
+
+def damage(run: Path, how: str) -> None:
+    weights, metadata = run / "model.safetensors", run / "metadata.json"
+    tensors = load_file(weights)
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "missing tensor":
+        save_file({k: v for k, v in tensors.items() if k != "head.bias"}, weights)
+    elif how == "unexpected tensor":
+        save_file(tensors | {"extra": torch.zeros(1)}, weights)
+    elif how == "another shape":
+        save_file(tensors | {"head.bias": torch.zeros(5)}, weights)
+    elif how == "pickle":
+        torch.save({"head.bias": torch.zeros(3)}, weights)
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "no metadata":
+        metadata.unlink()
+    elif how == "later format":
+        metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"format_version": 99}))
+    elif how == "another backbone":
+        values = json.loads(metadata.read_text())
+        values["backbones"]["vision"]["fingerprint"] = "0" * 32
+        metadata.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("how, message", [
+    ("truncated", "no whole safetensors file"), ("missing tensor", "missing head.bias"), ("unexpected tensor", "unexpected extra"),
+    ("another shape", "head.bias is [5], not [3]"), ("pickle", "no whole safetensors file"), ("no weights", "did not finish an epoch"),
+    ("no metadata", "is no run of this program"), ("later format", "checkpoint format 99"), ("another backbone", "another vision backbone"),
+])  # fmt: skip
+def test_damaged_and_foreign_checkpoints_are_refused(runs, frames, tmp_path, capsys, how, message):
+    run = tmp_path / "run"
+    shutil.copytree(runs["lora"], run)
+    damage(run, how)
+    status, _, err = answers(capsys, "--checkpoint", str(run), "--video_dir", str(frames))
+    assert status == 2 and message in err and err.count("\n") == 1 and err.startswith("error: ")
+
+
+def test_a_moved_backbone_can_be_named_again(dataset, frames, tmp_path, capsys):
+    first, second = tmp_path / "here" / "mine", tmp_path / "there" / "mine"
+    shutil.copytree(ROOT / "backbones" / "videomae-tiny", first)
+    flags = ["--use_lora_vision", "True", "--run_name", "r"]
+    assert train(dataset, tmp_path, "--vision_model", str(first), *flags) == 0
+    second.parent.mkdir()
+    first.rename(second)
+    where = ["--checkpoint", str(tmp_path / "r"), "--video_dir", str(frames)]
+    capsys.readouterr()
+    assert answers(capsys, *where)[0] == 2
+    assert answers(capsys, *where, "--vision_model", str(second))[0] == 0
+    status, _, err = answers(capsys, *where, "--vision_model", str(ROOT / "backbones" / "timesformer-tiny"))
+    assert status == 2 and "another vision backbone" in err
+
+
+@pytest.mark.parametrize("case, message", [
+    ("no folder", "no data folder"), ("no train", "has no folder train/"), ("empty", "no videos in"), ("one class", "two classes or more"),
+    ("no captions", "have no caption"), ("new class in test", "a class that train does not have"), ("no texts", "no video of train has a text"),
+])  # fmt: skip
+def test_data_that_cannot_be_trained_on_is_refused(tmp_path, capsys, case, message):
+    data, flags = tmp_path / "data", []
+    clip = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    if case != "no folder":
+        data.mkdir()
+    if case not in ("no folder", "no train"):
+        (data / "train").mkdir()
+    if case in ("one class", "no captions", "new class in test", "no texts"):
+        places = ["train/a", *(["train/b"] if case != "one class" else []), *(["test/c"] if "test" in case else [])]
+        for place in places:
+            (data / place).mkdir(parents=True)
+            for index in range(3):
+                torch.save(clip, data / place / f"{index}.pt")
+        flags = {"no captions": ["--use_vlm", "--captioning"], "no texts": ["--use_vlm", "--use_text"]}.get(case, [])
+    assert train(data, tmp_path / "runs", *flags) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_unreadable_video_stops_the_run_by_name(dataset, tmp_path, capfd, workers):
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    (data / "train" / "class_0" / "video_9.mp4").write_text("no video")
+    assert train(data, tmp_path, "--freeze_visionbackbone", "True", "--num_workers", workers) == 2
+    err = capfd.readouterr().err
+    assert "error: cannot read" in err and "video_9.mp4" in err and "Traceback" not in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_files(dataset, tmp_path, capfd):
+    assert train(dataset, tmp_path, "--learning_rate", "1e30", "--epochs", "4", "--batch_size", "2") == 2
+    err = capfd.readouterr().err
+    assert "the loss is nan at step" in err and "video_" in err
+
+
+# -- backbones as they are published ----------------------------------------------------------------
+
+
+def base_backbone(folder: Path, family: str, weights: str) -> None:
+    """A base-size model with random weights, written as a published one lies on the hub."""
+    from transformers import AutoConfig, AutoModelForVideoClassification
+    from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
+
+    config = AutoConfig.for_model(family, num_frames=8, image_size=224, num_labels=400)
+    model = AutoModelForVideoClassification.from_config(config)
+    model.save_pretrained(folder)
+    VideoMAEImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}).save_pretrained(
+        folder
+    )
+    if weights == ".bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, weights", [("timesformer", ".bin"), ("videomae", ".safetensors")])
+def test_a_base_size_folder_trains_one_step(tmp_path, capsys, family, weights):
+    folder = tmp_path / f"{family}-base"
+    base_backbone(folder, family, weights)
+    data = tmp_path / "data"
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (data / name).mkdir(parents=True)
+        write_video(data / name / "clip.mp4", counting_frames(20, 240, 320))
+    status = train(data, tmp_path, "--vision_model", str(folder), "--batch_size", "2", "--run_name", "r")
+    out = capsys.readouterr().out
+    assert status == 0 and "224², 8 frames" in out and f"{family}-base" in out
+    row = json.loads((tmp_path / "r" / "log.jsonl").read_text())
+    assert row["step"] == 1 and np.isfinite(row["train_loss"])
+
+
+def test_a_hub_that_cannot_be_reached_names_both_ways_out(dataset, tmp_path, monkeypatch, capsys):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    assert train(dataset, tmp_path, "--weights", "hub") == 2
+    err = capsys.readouterr().err
+    assert "facebook/timesformer-base-finetuned-k400" in err and "--weights tiny" in err and "folder" in err
+    assert err.count("\n") == 1 and not (tmp_path / "timesformer_hub").exists()
+
+
+def test_a_self_supervised_videomae_gets_a_new_norm(dataset, tmp_path, capsys):
+    """Published self-supervised checkpoints have a decoder and no fc_norm."""
+    from transformers import VideoMAEConfig, VideoMAEForPreTraining
+
+    config = VideoMAEConfig(image_size=32, patch_size=16, num_frames=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=64)  # fmt: skip
+    VideoMAEForPreTraining(config).save_pretrained(tmp_path / "ssl")
+    assert train(dataset, tmp_path, "--vision_model", str(tmp_path / "ssl"), "--run_name", "r") == 0
+    assert "no preprocessor_config.json" in capsys.readouterr().out
+    assert Predictor.from_checkpoint(tmp_path / "r").predict(dataset / "test" / "class_0" / "video_0.pt")["label"]
+
+
+class Harmful:
+    def __reduce__(self):
+        return (Path.touch, (Path("harmful_ran"),))
+
+
+def test_a_malicious_bin_backbone_does_not_run(dataset, tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "backbones" / "videomae-tiny", tmp_path / "bad")
+    (tmp_path / "bad" / "model.safetensors").unlink()
+    torch.save({"x": Harmful()}, tmp_path / "bad" / "pytorch_model.bin")
+    monkeypatch.chdir(tmp_path)
+    assert train(dataset, tmp_path, "--vision_model", str(tmp_path / "bad")) == 2
+    assert "cannot load the weights" in capsys.readouterr().err and not (tmp_path / "harmful_ran").exists()
+
+
+def test_a_backbone_of_another_kind_is_refused(tmp_path, dataset, capsys):
+    assert train(dataset, tmp_path, "--vision_model", str(ROOT / "backbones" / "gpt2-tiny")) == 2
+    assert "video backbones are timesformer and videomae" in capsys.readouterr().err
+    bert = str(ROOT / "backbones" / "bert-tiny")
+    assert train(dataset, tmp_path, "--use_vlm", "--captioning", "--language_model", bert) == 2
+    assert "causal language model" in capsys.readouterr().err
+
+
+# -- real clips -------------------------------------------------------------------------------------
+
+
+def test_a_classifier_of_real_clips(real_data, tmp_path, capsys):
+    """Clips and frame folders in class folders: train, then answer for files and folders of every kind."""
+    clips, frames = real_data / "clips", real_data / "frames"
+    places = {
+        "still": ["carphone_pristine.mp4", "apply_eye_makeup.avi", "flipping_a_pancake.mkv"],
+        "moving": ["bikes.mp4", "arm_wrestling.mp4", "big_buck_bunny_432_433.webm"],
+    }
+    for label, names in places.items():
+        (tmp_path / "data" / "train" / label).mkdir(parents=True)
+        for name in names:
+            (tmp_path / "data" / "train" / label / name).symlink_to(clips / name)
+    (tmp_path / "data" / "train" / "jumping").mkdir()
+    for name in ("0001", "0002"):
+        (tmp_path / "data" / "train" / "jumping" / name).symlink_to(frames / "jumping" / name)
+    assert train(tmp_path / "data", tmp_path, "--run_name", "real", "--epochs", "2") == 0
+    assert "3 classes" in capsys.readouterr().out
+    targets = [clips / n for n in ("arm_wrestling.mp4", "archery.avi", "flipping_a_pancake.mkv", "pigs_in_a_polka.gif")]
+    for target in [*targets, frames / "running" / "0001"]:
+        status, out, err = answers(capsys, "--checkpoint", str(tmp_path / "real"), "--video_dir", str(target))
+        assert status == 0 and target.name in out and " %" in out, err
+    status, out, _ = answers(capsys, "--checkpoint", str(tmp_path / "real"), "--video_dir", str(frames))
+    assert status == 0 and out.count(" %") == 4 * 3
+    assert len(read_folder(frames)) == len(find_videos(frames)) == 4
+    assert Config().weights == "tiny"
