@@ -442,10 +442,10 @@ class ClipDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        sample = self.samples[index]
-        rng = np.random.default_rng([self.seed, epoch, index]) if self.train else None
+    def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
+        epoch, place = index
+        sample = self.samples[place]
+        rng = np.random.default_rng([self.seed, epoch, place]) if self.train else None
         try:
             clip = read_clip(sample.path, self.num_frames, self.stride, rng)
         except ReadError as error:  # raised by ClipLoader: a worker's exception would arrive as a traceback
@@ -456,7 +456,7 @@ class ClipDataset(Dataset):
             "label": self.class_index.get(sample.label, -100),
             "caption": captions[int(rng.integers(len(captions))) if rng else 0],
             "text": sample.text or "",
-            "index": index,
+            "index": place,
         }
 
 
@@ -487,7 +487,7 @@ def collate(items: list[dict[str, Any]], make_batch: Callable[[list[dict[str, An
 class ClipLoader(DataLoader):
     """Yields the batches of `make_batch`. Raises UserError for a video that a worker could not read."""
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self):
         for batch in super().__iter__():
             if "error" in batch:
                 raise UserError(batch["error"])

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,7 @@ def find_run(config: Config) -> Path:
     )
 
 
-def check_typed(config: Config, typed: set[str], saved: Config, run_dir: Path) -> None:
+def check_typed(config: Config, typed: Set[str], saved: Config, run_dir: Path) -> None:
     """Raises UserError listing each typed flag that contradicts what the run was trained as."""
     wrong = []
     for name in NAMING:
@@ -224,7 +225,7 @@ def check_typed(config: Config, typed: set[str], saved: Config, run_dir: Path) -
 
 
 def tower_source(
-    name: str, option: str, run_dir: Path, metadata: dict, config: Config, typed: set[str], saved: Config
+    name: str, option: str, run_dir: Path, metadata: dict, config: Config, typed: Set[str], saved: Config
 ) -> Source:
     """Where a tower of a run comes from: the run's own folder, the named folder, or where it came from."""
     if metadata["backbones"][name]["in_checkpoint"]:
@@ -235,7 +236,7 @@ def tower_source(
     return locate(getattr(saved, option), saved.weights)
 
 
-def load_run(run_dir: Path, config: Config = Config(), typed: set[str] = frozenset()) -> tuple[VideoModel, Config, dict[str, Any]]:  # fmt: skip
+def load_run(run_dir: Path, config: Config = Config(), typed: Set[str] = frozenset()) -> tuple[VideoModel, Config, dict[str, Any]]:  # fmt: skip
     """(model in eval mode, options, metadata) of a run.
 
     The run's options decide what the model is; `config` gives the inference and machine options, and

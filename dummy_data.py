@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +100,8 @@ def write_caption(
     template: str,
     truth: dict[str, str],
     rng: np.random.Generator,
-    shape_words: dict[str, tuple[str, ...]] = SHAPE_WORDS,
-    motion_phrases: dict[str, tuple[str, ...]] = MOTION_PHRASES,
+    shape_words: Mapping[str, Sequence[str]] = SHAPE_WORDS,
+    motion_phrases: Mapping[str, Sequence[str]] = MOTION_PHRASES,
 ) -> str:
     """One caption that names the four attributes of `truth`, each in words drawn at random."""
     return template.format(
