@@ -13,7 +13,7 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in log]
-    best = min(log, key=lambda row: -row["val_accuracy"] if "val_accuracy" in row else row["val_loss"])
+    best = [row for row in log if row["best"]][-1]  # the last that beat all before it
     panels = ["loss"] + ["accuracy"] * ("val_accuracy" in log[0])
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], panels, strict=True):
