@@ -369,6 +369,16 @@ def read_splits(data_dir: Path) -> Splits:
     return Splits(splits["train"], splits["val"], splits.get("test", []), class_names, note)
 
 
+def fingerprint_data(splits: Splits, data_dir: Path) -> str:
+    """Of all that the splits say of their videos: names below data_dir, labels, captions, texts."""
+    digest = hashlib.sha256()
+    for name in ("train", "val", "test"):
+        for s in getattr(splits, name):
+            place = Path(os.path.relpath(s.path, data_dir)).as_posix()
+            digest.update(repr((name, place, s.label, s.captions, s.text)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
 def read_display_names(data_dir: Path, class_names: list[str]) -> dict[str, str]:
     """classes.json's display name of every class; the class's own name where it has none."""
     file = data_dir / "classes.json"
@@ -461,11 +471,14 @@ class ClipDataset(Dataset):
 
 
 class EpochBatches:
-    """Yields lists of (epoch, index); the order is a permutation from (seed, epoch), or plain."""
+    """Yields lists of (epoch, index); the order is a permutation from (seed, epoch), or plain.
+
+    `epoch` and `start`, the number of batches to leave out, are set before each pass.
+    """
 
     def __init__(self, count: int, batch_size: int, shuffle: bool = False, seed: int = 0):
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
@@ -474,7 +487,7 @@ class EpochBatches:
         order = np.arange(self.count)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
-        for start in range(0, self.count, self.batch_size):
+        for start in range(self.start * self.batch_size, self.count, self.batch_size):
             yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
 
 

@@ -549,23 +549,41 @@ class VideoCaptioner(VisionLanguageModel):
 
 
 def linear_layers(tower: nn.Module) -> list[str]:
-    """Names of all linear layers of a tower (attention and MLP), found in the model itself; no output head."""
+    """Names of all linear layers of a tower (attention and MLP), found in the model itself; adapters are seen through."""
+    from peft.tuners.lora import LoraLayer
     from transformers.pytorch_utils import Conv1D
 
-    return [n for n, m in tower.named_modules() if isinstance(m, nn.Linear | Conv1D) and "pooler" not in n]
+    kinds = (nn.Linear, Conv1D, LoraLayer)
+    found = (n for n, m in tower.named_modules() if isinstance(m, kinds) and "pooler" not in n)
+    return [n for n in found if "lora_" not in n and not n.endswith(".base_layer")]
+
+
+def tower_body(tower: nn.Module) -> nn.Module:
+    """What AutoModel loads of a tower: the backbone, without output head."""
+    return tower.backbone if isinstance(tower, VisionEncoder) else tower.base_model
+
+
+def lora_settings(body: nn.Module, rank: int) -> Any:
+    """LoRA, arXiv:2106.09685, on every linear layer; rank r, alpha 2 r, dropout 0.05."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=linear_layers(body))
 
 
 def add_lora(tower: nn.Module, rank: int) -> None:
-    """Adapters on every linear layer of a tower, in place; the tower's own weights are frozen.
+    """Adapters on every linear layer of a tower, in place; the tower's own weights are frozen."""
+    from peft import inject_adapter_in_model
 
-    LoRA, arXiv:2106.09685; rank r, alpha 2 r, dropout 0.05.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    body = tower.backbone if isinstance(tower, VisionEncoder) else tower.base_model  # without lm_head
     tower.requires_grad_(False)
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=linear_layers(body))
-    inject_adapter_in_model(settings, body)
+    inject_adapter_in_model(lora_settings(tower_body(tower), rank), tower_body(tower))
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Adds every adapter to its layer's weights and takes the adapter away."""
+    for name, adapter in list(adapters(model)):
+        adapter.merge()
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, adapter.get_base_layer())
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -5,10 +5,12 @@
                       metadata.json       task, classes, backbones with fingerprints, preprocessing, versions
                       vision/ language/   configuration and tokenizer of a tower that was trained in full
                       log.jsonl metrics.json curves.png
+                      state/                what --resume needs, until the run is finished
 
 Loading is strict both ways, and no pickle is ever read.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -22,11 +24,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from build_model import Source, VideoModel, build_model, fully_trained, locate, trained_tensors
+from build_model import (
+    Source,
+    VideoModel,
+    adapters,
+    build_model,
+    fully_trained,
+    load_preprocessor,
+    locate,
+    lora_settings,
+    merge_adapters,
+    read_config,
+    tower_body,
+    trained_tensors,
+)
 from config import FIELDS, NAMING, ROOT, Config, UserError, as_flags, read_yaml, run_name, to_dict, write_yaml
 
 FORMAT_VERSION = 1
 WEIGHTS, SETTINGS, METADATA = "model.safetensors", "config.yaml", "metadata.json"
+STATE = Path("state") / "state.safetensors"
 PROVIDED = ROOT / "checkpoints" / "provided"
 
 
@@ -38,10 +54,12 @@ def replace_file(path: Path, write: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def write_json(values: Any, path: Path) -> None:
@@ -79,8 +97,10 @@ def git_commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def describe_run(model: VideoModel, config: Config, class_names: list[str], display: dict[str, str]) -> dict[str, Any]:
-    """metadata.json: what the run is, in readable form."""
+def describe_run(
+    model: VideoModel, config: Config, class_names: list[str], display: dict[str, str], data: str
+) -> dict[str, Any]:
+    """metadata.json: what the run is, in readable form; `data` identifies what it was trained on."""
     import peft
     import transformers
 
@@ -94,6 +114,7 @@ def describe_run(model: VideoModel, config: Config, class_names: list[str], disp
         "task": model.task,
         "class_names": class_names,
         "display_names": display,
+        "data": data,
         "backbones": backbones,
         "preprocessing": asdict(model.vision_encoder.preprocessing),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
@@ -113,8 +134,6 @@ def start_run(run_dir: Path, model: VideoModel, config: Config, metadata: dict[s
 def save_tower_files(model: VideoModel, name: str, folder: Path) -> None:
     """What rebuilds a tower around the checkpoint's tensors: its published configuration, and its
     preprocessor or tokenizer."""
-    from build_model import load_preprocessor, read_config
-
     source = model.sources[name]
     settings = read_config(source)
     settings.save_pretrained(folder)
@@ -132,6 +151,83 @@ def save_weights(run_dir: Path, model: VideoModel, facts: dict[str, Any]) -> Non
     replace_file(run_dir / WEIGHTS, lambda p: save_file(tensors, str(p), metadata=header))
 
 
+# -- what --resume needs ----------------------------------------------------------------------------
+
+
+def save_state(run_dir: Path, model: VideoModel, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+    """Trained tensors, optimizer and random generators in one file; `progress` (JSON) in its header."""
+    tensors = {f"model.{name}": p.detach().cpu() for name, p in trained_tensors(model).items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value.detach().cpu() for name, value in slots.items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    (run_dir / STATE).parent.mkdir(exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    replace_file(run_dir / STATE, lambda p: save_file(tensors, str(p), metadata={"progress": json.dumps(progress)}))
+
+
+def load_state(run_dir: Path, model: VideoModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restores what save_state saved and returns the progress.
+
+    Raises:
+        UserError: there is nothing to resume, or the file is damaged or another model's.
+    """
+    file = run_dir / STATE
+    if not file.is_file():
+        raise UserError(f"{run_dir} was stopped before anything was saved: start it anew with --overwrite True")
+    tensors, header = read_tensors(file)
+    copy_tensors(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, file)
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, slot = name.split(".")
+            slots.setdefault(int(index), {})[slot] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return json.loads(header["progress"])
+
+
+def resumable_run(config: Config, typed: Set[str]) -> tuple[Path, Config]:
+    """The folder and options of the run to resume; machine options are taken from `config`.
+
+    Raises:
+        UserError: no such run, it is finished, or a typed option is not the run's own.
+    """
+    run_dir = Path(config.output_dir) / run_name(config)
+    saved, _ = read_run(run_dir)
+    if (run_dir / "metrics.json").is_file():
+        raise UserError(f"{run_dir} is finished: nothing to resume; --overwrite True trains it anew")
+    free = {"data_dir", "device", "num_workers", "output_dir", "overwrite", "resume", "run_name", "save_every"}
+    wrong = [
+        f"--{name} {getattr(config, name)} (it has {getattr(saved, name)})"
+        for name in sorted(typed - free)
+        if getattr(config, name) != getattr(saved, name) and not (name == "use_text" and saved.captioning)
+    ]
+    if wrong:
+        raise UserError(f"{run_dir} was started with other options: {', '.join(wrong)}")
+    return run_dir, replace(saved, **{name: getattr(config, name) for name in free & typed})
+
+
+def check_same(run_dir: Path, model: VideoModel, data: str) -> None:
+    """Raises UserError unless a run to resume has the data and the backbones that it was started with."""
+    _, metadata = read_run(run_dir)
+    if metadata["data"] != data:
+        raise UserError(f"the videos, labels or captions are not those that {run_dir} was started with")
+    check_fingerprints(run_dir, metadata, model.sources)
+
+
+def check_fingerprints(run_dir: Path, metadata: dict[str, Any], sources: dict[str, Source]) -> None:
+    for name, source in sources.items():
+        if source.fingerprint != metadata["backbones"][name]["fingerprint"]:
+            raise UserError(
+                f"{run_dir} was trained on another {name} backbone than the one in {source.path}; "
+                f"name the folder of the right one with --{name}_model"
+            )
+
+
 # -- loading ----------------------------------------------------------------------------------------
 
 
@@ -144,25 +240,35 @@ def load_weights(run_dir: Path, model: VideoModel) -> dict[str, Any]:
     file = run_dir / WEIGHTS
     if not file.is_file():
         raise UserError(f"{run_dir} has no {WEIGHTS}: its training did not finish an epoch")
+    tensors, header = read_tensors(file)
+    copy_tensors(model, tensors, file)
+    return json.loads(header.get("facts", "{}"))
+
+
+def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its header. Raises UserError if the file is damaged."""
     try:
         with safe_open(str(file), framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, no mapping
-            facts = json.loads((stored.metadata() or {}).get("facts", "{}"))
+            return tensors, stored.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is no whole safetensors file: {error}") from None
+
+
+def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Copies tensors into the model. Raises UserError unless they are exactly its trained ones."""
     wanted = trained_tensors(model)
-    differences = sorted(
-        [f"missing {n}" for n in wanted.keys() - tensors.keys()]
-        + [f"unexpected {n}" for n in tensors.keys() - wanted.keys()]
-        + [f"{n} is {list(tensors[n].shape)}, not {list(wanted[n].shape)}"
-           for n in wanted.keys() & tensors.keys() if tensors[n].shape != wanted[n].shape]
-    )  # fmt: skip
+    differences = [f"missing {n}" for n in wanted.keys() - tensors.keys()]
+    differences += [f"unexpected {n}" for n in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        if tensors[name].shape != wanted[name].shape:
+            differences.append(f"{name} is {list(tensors[name].shape)}, not {list(wanted[name].shape)}")
     if differences:
-        raise UserError(f"{file} does not fit the model ({len(differences)} tensors): {'; '.join(differences[:4])}")
+        shown = "; ".join(sorted(differences)[:4])
+        raise UserError(f"{file} does not fit the model ({len(differences)} tensors): {shown}")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
-    return facts
 
 
 def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
@@ -252,13 +358,79 @@ def load_run(run_dir: Path, config: Config = Config(), typed: Set[str] = frozens
         for name in metadata["backbones"]
     }
     model = build_model(saved, len(metadata["class_names"]), sources.get("vision"), sources.get("language"))
-    for name, source in sources.items():
-        wanted = metadata["backbones"][name]["fingerprint"]
-        if source.fingerprint != wanted:
-            raise UserError(
-                f"{run_dir} was trained on another {name} backbone than the one in {source.path}; "
-                f"name the folder of the right one with --{name}_model"
-            )
+    check_fingerprints(run_dir, metadata, sources)
     metadata["facts"] = load_weights(run_dir, model)
     here = {n: getattr(config, n) for n, f in FIELDS.items() if f.metadata["group"] in ("inference", "run and machine")}
     return model.eval(), replace(saved, **here), metadata
+
+
+# -- export -----------------------------------------------------------------------------------------
+
+
+def export(run_dir: Path, model: VideoModel, config: Config, metadata: dict[str, Any], output: Path) -> float | None:
+    """Writes a run for other programs: adapters as peft folders, a classifier as a merged Hugging Face folder.
+
+        output/adapter_<tower>/   PeftModel.from_pretrained(AutoModel.from_pretrained(<backbone>), folder)
+        output/                   AutoModelForVideoClassification.from_pretrained(output)
+
+    Returns the largest difference between our logits and those of the reloaded folder, None if there is none.
+    Changes the model: its adapters are merged.
+
+    Raises:
+        UserError: the output exists, or the run is of a kind that has nothing to export.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--export {output}: this folder exists already; choose another")
+    lora = [name for name in model.sources if list(adapters(model.towers()[name]))]
+    if config.use_vlm and not lora:
+        raise UserError(f"--export: {run_dir} joins two models, which no Hugging Face class holds, and has no adapters")
+    for name in lora:
+        save_adapters(model, name, config, output / f"adapter_{name}")
+    return None if config.use_vlm else export_classifier(model, metadata, output)
+
+
+def save_adapters(model: VideoModel, name: str, config: Config, folder: Path) -> None:
+    """A tower's adapters as a peft folder for the tower's AutoModel."""
+    from peft import get_peft_model_state_dict
+
+    body = tower_body(model.towers()[name])
+    settings = lora_settings(body, config.lora_r)
+    settings.base_model_name_or_path = model.sources[name].path
+    settings.save_pretrained(folder)
+    tensors = get_peft_model_state_dict(body)
+    tensors = {f"base_model.model.{n}": t.detach().cpu().contiguous() for n, t in tensors.items()}
+    replace_file(folder / "adapter_model.safetensors", lambda p: save_file(tensors, str(p), metadata={"format": "pt"}))
+
+
+def export_classifier(model: VideoModel, metadata: dict[str, Any], output: Path) -> float:
+    """The classifier as its published class, with adapters merged and the classes' names. Reloads and compares."""
+    from transformers import AutoModelForVideoClassification
+
+    vision = model.vision_encoder
+    native_table = read_config(model.sources["vision"])
+    own_size = (native_table.num_frames, native_table.image_size) == (
+        vision.config.num_frames,
+        vision.config.image_size,
+    )
+    if not vision.has_cls and not own_size:
+        raise UserError(
+            "--export: VideoMAE's class computes its position table and cannot hold the interpolated one of this run; "
+            f"train with --num_frames {native_table.num_frames} --image_size {native_table.image_size} to export"
+        )
+    merge_adapters(model)
+    names = [metadata["display_names"][name] for name in metadata["class_names"]]
+    settings = copy.deepcopy(vision.config)
+    settings.id2label, settings.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    native = AutoModelForVideoClassification.from_config(settings)
+    native.base_model.load_state_dict(vision.backbone.state_dict())
+    if vision.fc_norm is not None:
+        native.fc_norm.load_state_dict(vision.fc_norm.state_dict())
+    native.classifier.load_state_dict(model.head.state_dict())
+    native.save_pretrained(output)
+    write_json(vision.preprocessing.to_dict(), output / "preprocessor_config.json")
+    reloaded = AutoModelForVideoClassification.from_pretrained(output).eval()
+    size = (2, vision.config.num_frames, 3, vision.config.image_size, vision.config.image_size)
+    clips = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (model.eval()(clips) - reloaded(vision.preprocessing.normalise(clips)).logits).abs().max()
+    return float(difference)

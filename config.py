@@ -283,6 +283,13 @@ class Config:
     output: str | None = option(
         None, text_value, "inference", INFER, "also write the answers to this file, one JSON object per line"
     )
+    export: str | None = option(
+        None,
+        text_value,
+        "inference",
+        INFER,
+        "write the run to this folder for other programs: a classifier as a merged Hugging Face model, adapters as peft folders",
+    )
     # run and machine
     checkpoint: str | None = option(
         None,
@@ -296,6 +303,20 @@ class Config:
     )
     output_dir: str = option("checkpoints", text_value, "run and machine", BOTH, "folder of all runs")
     overwrite: bool = option(False, to_bool, "run and machine", TRAIN, "replace an existing run of this name")
+    resume: bool = option(
+        False,
+        to_bool,
+        "run and machine",
+        TRAIN,
+        "go on with a run that was stopped, from its last saved step, exactly as if it had not been; the run's own options are in force",
+    )
+    save_every: int = option(
+        0,
+        number(int, 0),
+        "run and machine",
+        TRAIN,
+        "save what --resume needs every N optimizer steps too; 0: after each epoch, and when the run is stopped with Ctrl-C or SIGTERM",
+    )
     device: str = option(
         "auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", BOTH, "auto: cuda, else mps, else cpu"
     )
@@ -406,7 +427,7 @@ def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
     config = Config(**(values | typed))
     if script == "main" or config.checkpoint is None:  # a checkpoint says itself what it is
         config = complete(config)
-    if script == "inference" and config.video_dir is None:
+    if script == "inference" and config.video_dir is None and config.export is None:
         raise UserError("say what to answer for: --video_dir <a video file, a folder of frames, or a folder of these>")
     return config, set(typed)
 

@@ -142,24 +142,10 @@ def note_unread(typed: set[str]) -> None:
         print(f"note: {', '.join(unread)} belong to training; here the checkpoint decides")
 
 
-def body(argv: list[str] | None) -> int:
-    config, typed = parse(argv, "inference")
-    from checkpoint import find_run, load_run
-    from VLoader import read_folder
-
-    samples = read_folder(Path(config.video_dir))
-    run_dir = find_run(config)
-    note_unread(typed)
-    model, config, metadata = load_run(run_dir, config, typed)
-    if config.text_input is not None:
-        if model.text_source != "text":
-            raise UserError(f"--text_input: {run_dir} was trained without a text input; leave the flag out")
-        samples = [replace(s, text=config.text_input) for s in samples]
-    predictor = Predictor(model, config, metadata)
-    predictor.check_texts(samples)
-    print(f"{run_dir}: {metadata['task']}, {len(samples)} videos in {config.video_dir}")
+def print_answers(predictor: Predictor, samples: list["Sample"], path: str | None) -> None:
+    """One line per video; writes them to `path` too; at the end how many are right, where that is known."""
     width = max(len(s.path.name) for s in samples)
-    output = open_output(config.output)
+    output = open_output(path)
     verdicts = []
     for sample, answer in zip(samples, predictor.predict_many(samples), strict=True):
         right = is_right(answer, sample, predictor.display)
@@ -173,7 +159,38 @@ def body(argv: list[str] | None) -> int:
         print(f"{sum(judged)} of {len(judged)} right")
     if output is not None:
         output.close()
-        print(f"wrote {config.output}")
+        print(f"wrote {path}")
+
+
+def print_export(run_dir: Path, model: Any, config: Config, metadata: dict[str, Any]) -> None:
+    from checkpoint import export
+
+    difference = export(run_dir, model, config, metadata, Path(config.export))
+    if difference is not None:
+        print(f"the reloaded model's logits differ by at most {difference:.1e}")
+    print(f"exported {run_dir} to {config.export}/: {', '.join(sorted(p.name for p in Path(config.export).iterdir()))}")
+
+
+def body(argv: list[str] | None) -> int:
+    config, typed = parse(argv, "inference")
+    from checkpoint import find_run, load_run
+    from VLoader import read_folder
+
+    samples = read_folder(Path(config.video_dir)) if config.video_dir is not None else []
+    run_dir = find_run(config)
+    note_unread(typed)
+    model, config, metadata = load_run(run_dir, config, typed)
+    if config.text_input is not None:
+        if model.text_source != "text":
+            raise UserError(f"--text_input: {run_dir} was trained without a text input; leave the flag out")
+        samples = [replace(s, text=config.text_input) for s in samples]
+    if samples:
+        predictor = Predictor(model, config, metadata)
+        predictor.check_texts(samples)
+        print(f"{run_dir}: {metadata['task']}, {len(samples)} videos in {config.video_dir}")
+        print_answers(predictor, samples, config.output)
+    if config.export is not None:
+        print_export(run_dir, model.cpu(), config, metadata)
     return 0
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config import BACKBONES, Config, UserError, as_flags, parse, run_name, run_script
+from config import BACKBONES, Config, UserError, as_flags, parse, run_script
 
 
 def resolve(config: Config, model: Any) -> Config:
@@ -84,50 +84,77 @@ def result_line(metrics: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def body(argv: list[str] | None) -> int:
-    config, _ = parse(argv, "main")
-    from accelerate.utils import set_seed
+def print_end(config: Config, model: Any, metrics: dict[str, Any], run_dir: Path) -> None:
+    print(result_line(metrics))
+    print(f"run: {run_dir}/ (model.safetensors, config.yaml, metadata.json, log.jsonl, metrics.json, curves.png)")
+    flags = [as_flags(config) if config.run_name is None else f"--checkpoint {run_dir}"]
+    flags += ["--video_dir <video, frame folder, or a folder of them>"]
+    flags += ["--text_input '...'"] if model.text_source == "text" else []
+    print("next: python inference.py", *filter(None, flags))
+
+
+def resume_command(config: Config) -> str:
+    flags = as_flags(config) if config.run_name is None else f"--run_name {config.run_name}"
+    place = "" if config.output_dir == Config().output_dir else f"--output_dir {config.output_dir}"
+    return " ".join(filter(None, ["python main.py --resume True", flags, place]))
+
+
+def train_run(config: Config, model: Any, splits: Any, accelerator: Any, run_dir: Path) -> int:
+    """Trains, plots, reports; returns the exit status."""
     from torch import OutOfMemoryError
 
     import train_code
-    from build_model import build_model
-    from checkpoint import describe_run, new_run, start_run
     from figures import plot_curves
-    from VLoader import check_samples, read_display_names, read_splits
 
-    splits = read_splits(Path(config.data_dir))
-    check_samples(splits, config.captioning, config.use_text)
-    accelerator = train_code.build_accelerator(config)
-    set_seed(config.seed)
-    model = build_model(config, len(splits.class_names))
-    config = resolve(config, model)
-    run_dir = new_run(config)
-    print_towers(config, model)
-    print_hints(config, splits)
-    print(f"data: {len(splits.train)} train, {len(splits.val)} val, {len(splits.test)} test videos, {len(splits.class_names)} classes in {config.data_dir}")  # fmt: skip
-    if splits.note:
-        print(splits.note)
-    print_settings(config, model, accelerator)
-    display = read_display_names(Path(config.data_dir), splits.class_names)
-    start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display))
+    loaders = train_code.build_loaders(model, config, splits)
     try:
-        metrics = train_code.train(model, train_code.build_loaders(model, config, splits), config, accelerator, run_dir)
+        metrics = train_code.train(model, loaders, config, accelerator, run_dir)
+    except train_code.Stopped as stopped:
+        print(f"{stopped}; its state is saved. To go on: {resume_command(config)}")
+        return 128 + stopped.number
     except OutOfMemoryError:
         raise UserError(
             "out of memory: lower --batch_size (--gradient_accumulation_steps makes up for it), --num_frames or "
             "--image_size; or --gradient_checkpointing True, --freeze_visionbackbone True, --mixed_precision bf16"
         ) from None
-    plot_curves(metrics.pop("log"), run_dir / "curves.png", run_name(config))
-    print(result_line(metrics))
-    print(f"run: {run_dir}/ (model.safetensors, config.yaml, metadata.json, log.jsonl, metrics.json, curves.png)")
-    flags = as_flags(config) if config.run_name is None else f"--checkpoint {run_dir}"
-    text = " --text_input '...'" if model.text_source == "text" else ""
-    print(
-        f"next: python inference.py {flags} --video_dir <video, frame folder, or a folder of them>{text}".replace(
-            "  ", " "
-        )
-    )
+    plot_curves(metrics.pop("log"), run_dir / "curves.png", run_dir.name)
+    print_end(config, model, metrics, run_dir)
     return 0
+
+
+def body(argv: list[str] | None) -> int:
+    config, typed = parse(argv, "main")
+    from accelerate.utils import set_seed
+
+    from build_model import build_model
+    from checkpoint import check_same, describe_run, new_run, resumable_run, start_run
+    from train_code import build_accelerator
+    from VLoader import check_samples, fingerprint_data, read_display_names, read_splits
+
+    run_dir = None
+    if config.resume:
+        run_dir, config = resumable_run(config, typed)
+    data_dir = Path(config.data_dir)
+    splits = read_splits(data_dir)
+    check_samples(splits, config.captioning, config.use_text)
+    accelerator = build_accelerator(config)
+    set_seed(config.seed)
+    model = build_model(config, len(splits.class_names))
+    config, data = resolve(config, model), fingerprint_data(splits, data_dir)
+    if run_dir is None:
+        run_dir = new_run(config)
+        display = read_display_names(data_dir, splits.class_names)
+        start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display, data))
+    else:
+        check_same(run_dir, model, data)
+    print_towers(config, model)
+    print_hints(config, splits)
+    sizes = ", ".join(f"{len(getattr(splits, name))} {name}" for name in ("train", "val", "test"))
+    print(f"data: {sizes} videos, {len(splits.class_names)} classes in {data_dir}")
+    if splits.note:
+        print(splits.note)
+    print_settings(config, model, accelerator)
+    return train_run(config, model, splits, accelerator, run_dir)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,9 +5,13 @@ val selects the best epoch; test is read once, at the end. Evaluation sums over 
 
 import json
 import math
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from tqdm import tqdm
 
 import dummy_data
 from build_model import VideoModel, adapters, trained_tensors
-from checkpoint import load_weights, save_weights, write_json
+from checkpoint import load_state, load_weights, replace_file, save_state, save_weights, write_json
 from config import BACKBONES, Config, UserError
 from metrics import accuracy, attribute_accuracy, exact_match, per_class_accuracy
 from VLoader import ClipDataset, build_loader
@@ -80,15 +84,42 @@ def build_optimizer(model: VideoModel, config: Config) -> torch.optim.AdamW:
 # -- one epoch --------------------------------------------------------------------------------------
 
 
+class Stopped(Exception):  # noqa: N818, no error
+    """Training was stopped by the signal `number`, after its state was saved."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by signal {number}")
+        self.number = number
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that resuming needs beside tensors and random generators. JSON."""
+
+    epoch: int = 0  # the epoch under way, from 0
+    step: int = 0  # optimizer steps taken in all
+    groups: int = 0  # batches / accumulation steps done in this epoch
+    loss: float = 0.0  # sums over this epoch's targets
+    count: int = 0
+    right: int = 0
+    best: tuple[float, ...] | None = None  # rank of the best epoch
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.groups, self.loss, self.count, self.right = 0, 0.0, 0, 0
+
+
 @dataclass
 class Engine:
-    """What the loop needs beside model and data; `accelerator` owns device, precision and processes."""
+    """What the loop needs beside model and data; `accelerator` owns device and precision."""
 
     accelerator: Any
     optimizer: torch.optim.Optimizer
     total_steps: int
     accumulate: int
-    step: int = 0  # optimizer steps taken
+    progress: Progress = field(default_factory=Progress)
+    after_step: Callable[[], None] = lambda: None  # saves, and raises Stopped
 
 
 def build_accelerator(config: Config) -> Any:
@@ -131,36 +162,47 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine, epoch: int) -> dict[str, float]:
-    """One pass. A step's loss is the mean over all targets of its batches, however many they are."""
+def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> dict[str, float]:
+    """The rest of the epoch under way. A step's loss is the mean over all targets of its batches, however
+    many they are. Raises UserError for a loss that is not finite, naming step and files."""
     model.train()
-    accelerator, optimizer, device = engine.accelerator, engine.optimizer, engine.accelerator.device
-    loader.batch_sampler.epoch = epoch
-    total, count, right = 0.0, 0, 0
-    steps = -(-len(loader) // engine.accumulate)
-    bar = tqdm(groups_of(loader, engine.accumulate), total=steps, desc=f"epoch {epoch + 1}", leave=False, unit="step")
-    for group in bar:
-        for settings in optimizer.param_groups:
-            settings["lr"] = lr_at(engine.step, engine.total_steps, settings["peak_lr"])
-        group = [to_device(batch, device) for batch in group]
-        targets = sum(int((model.targets(batch) != -100).sum()) for batch in group)
-        for batch in group:
-            with accelerator.autocast():
-                loss, logits, truth = loss_sum(model, batch)
-            if not torch.isfinite(loss):
-                files = [str(loader.dataset.samples[i].path) for i in batch["index"].tolist()]
-                raise UserError(f"the loss is {loss.item()} at step {engine.step}; the batch: {', '.join(files)}")
-            accelerator.backward(loss / targets)
-            total += loss.item()
-            count += int((truth != -100).sum())
-            right += int((logits.argmax(-1) == truth).sum())
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        with first_steps_checked(model, engine.step):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        engine.step += not accelerator.optimizer_step_was_skipped  # fp16 skips steps that overflow
-        bar.set_postfix(loss=f"{total / count:.3f}", refresh=False)
-    return {"loss": total / count, "accuracy": right / count}
+    accelerator, optimizer, progress = engine.accelerator, engine.optimizer, engine.progress
+    loader.batch_sampler.epoch = progress.epoch
+    loader.batch_sampler.start = progress.groups * engine.accumulate
+    with tqdm(
+        groups_of(loader, engine.accumulate), initial=progress.groups, total=-(-len(loader) // engine.accumulate),
+        desc=f"epoch {progress.epoch + 1}", leave=False, unit="step",
+    ) as bar:  # fmt: skip
+        for group in bar:
+            for settings in optimizer.param_groups:
+                settings["lr"] = lr_at(progress.step, engine.total_steps, settings["peak_lr"])
+            accumulate_gradients(model, group, loader, engine)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            with first_steps_checked(model, progress.step):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.step += not accelerator.optimizer_step_was_skipped  # fp16 skips steps that overflow
+            progress.groups += 1
+            bar.set_postfix(loss=f"{progress.loss / progress.count:.3f}", refresh=False)
+            engine.after_step()
+    return {"loss": progress.loss / progress.count, "accuracy": progress.right / progress.count}
+
+
+def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoader, engine: Engine) -> None:
+    """Backward of one optimizer step's batches; adds to the epoch's sums."""
+    accelerator, progress = engine.accelerator, engine.progress
+    group = [to_device(batch, accelerator.device) for batch in group]
+    targets = sum(int((model.targets(batch) != -100).sum()) for batch in group)
+    for batch in group:
+        with accelerator.autocast():
+            loss, logits, truth = loss_sum(model, batch)
+        if not torch.isfinite(loss):
+            files = [str(loader.dataset.samples[i].path) for i in batch["index"].tolist()]
+            raise UserError(f"the loss is {loss.item()} at step {progress.step}; the batch: {', '.join(files)}")
+        accelerator.backward(loss / targets)
+        progress.loss += loss.item()
+        progress.count += int((truth != -100).sum())
+        progress.right += int((logits.argmax(-1) == truth).sum())
 
 
 class first_steps_checked:  # noqa: N801, used as a context like torch.no_grad
@@ -288,43 +330,106 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     return "  ".join([*parts, f"{row['seconds']:.1f} s", *(["best so far"] if row["best"] else [])])
 
 
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM append to, instead of ending the process; a second SIGINT interrupts."""
+    seen: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if number in seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield seen
+        return
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
 def train(
     model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, run_dir: Path
 ) -> dict[str, Any]:
-    """Trains for config.epochs, keeps the epoch that is best on val, tests it once, writes log and metrics.
+    """Trains to config.epochs, keeps the epoch that is best on val, tests it once, writes log and metrics.
 
-    Returns what metrics.json holds. Raises UserError for a loss that is not finite or a dead adapter.
+    With config.resume it goes on from the run's saved state, bit for bit as if it had not been stopped.
+    Returns what metrics.json holds, and the log.
+
+    Raises:
+        UserError: a loss that is not finite, a dead adapter, a video that cannot be read, a full disk.
+        Stopped: SIGINT or SIGTERM came; the state is saved.
     """
     started = time.perf_counter()
     model.to(accelerator.device)
     steps = config.epochs * -(-len(loaders["train"]) // config.gradient_accumulation_steps)
-    optimizer = build_optimizer(model, config)
-    engine = Engine(accelerator, accelerator.prepare(optimizer), steps, config.gradient_accumulation_steps)
-    best: tuple[float, ...] | None = None
-    log: list[dict[str, Any]] = []
-    for epoch in range(config.epochs):
-        clock = time.perf_counter()
-        trained = train_one_epoch(model, loaders["train"], engine, epoch)
-        seconds = time.perf_counter() - clock
-        val = evaluate(model, loaders["val"], accelerator)
-        rank = (val.get("accuracy", 0.0), -val["loss"])
-        row = {"epoch": epoch + 1, "step": engine.step, "train_loss": trained["loss"], "val_loss": val["loss"]}
-        if "accuracy" in val:
-            row |= {"train_accuracy": trained["accuracy"], "val_accuracy": val["accuracy"]}
-        row |= {"best": best is None or rank > best, "seconds": round(seconds, 2)}
-        row["clips_per_second"] = round(len(loaders["train"].dataset) / seconds, 1)
-        if row["best"]:
-            best = rank
-            save_weights(run_dir, model, {k: row[k] for k in ("epoch", "step", "val_loss")})
-        log.append(row)
-        with (run_dir / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        tqdm.write(epoch_line(row, config.epochs))
+    optimizer = accelerator.prepare(build_optimizer(model, config))
+    engine = Engine(accelerator, optimizer, steps, config.gradient_accumulation_steps)
+    if config.resume:
+        engine.progress = Progress(**load_state(run_dir, model, optimizer))
+        write_log(engine.progress.log, run_dir)
+    with stop_signals() as signals:
+
+        def save() -> None:
+            save_state(run_dir, model, optimizer, asdict(engine.progress))
+
+        def after_step() -> None:
+            if signals or (config.save_every and engine.progress.step % config.save_every == 0):
+                save()
+            if signals:
+                raise Stopped(signals[0])
+
+        engine.after_step = after_step
+        while engine.progress.epoch < config.epochs:
+            one_epoch(model, loaders, engine, config, run_dir)
+            save()
+            if signals:
+                raise Stopped(signals[0])
+    metrics = test_best(model, loaders, config, accelerator, run_dir)
+    metrics["seconds"] = round(time.perf_counter() - started, 1)
+    log = engine.progress.log
+    metrics["seconds_per_epoch"] = round(sum(row["seconds"] for row in log) / len(log), 2)
+    write_json(metrics, run_dir / "metrics.json")
+    shutil.rmtree(run_dir / "state")  # a finished run has nothing to resume
+    return metrics | {"log": log}
+
+
+def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config, run_dir: Path) -> None:
+    """Trains the epoch under way to its end, evaluates on val, saves the weights if they are the best, logs."""
+    progress, clock = engine.progress, time.perf_counter()
+    trained = train_one_epoch(model, loaders["train"], engine)
+    seconds = time.perf_counter() - clock
+    val = evaluate(model, loaders["val"], engine.accelerator)
+    rank = (val.get("accuracy", 0.0), -val["loss"])
+    row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": trained["loss"], "val_loss": val["loss"]}
+    if "accuracy" in val:
+        row |= {"train_accuracy": trained["accuracy"], "val_accuracy": val["accuracy"]}
+    row["best"] = progress.best is None or rank > tuple(progress.best)
+    row |= {"seconds": round(seconds, 2), "clips_per_second": round(len(loaders["train"].dataset) / seconds, 1)}
+    if row["best"]:
+        progress.best = rank
+        save_weights(run_dir, model, {k: row[k] for k in ("epoch", "step", "val_loss")})
+    progress.log.append(row)
+    write_log(progress.log, run_dir)
+    progress.next_epoch()
+    tqdm.write(epoch_line(row, config.epochs))
+
+
+def write_log(log: list[dict[str, Any]], run_dir: Path) -> None:
+    """log.jsonl, one line per finished epoch."""
+    lines = "".join(json.dumps(row) + "\n" for row in log)
+    replace_file(run_dir / "log.jsonl", lambda p: p.write_text(lines, encoding="utf-8"))
+
+
+def test_best(
+    model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, run_dir: Path
+) -> dict[str, Any]:
+    """The scores of the best epoch's weights on val, and on test where there is one."""
     facts = load_weights(run_dir, model)
     metrics = {"best_epoch": facts["epoch"], "val": final_scores(model, loaders["val"], accelerator, config, "val")}
     if "test" in loaders:
         metrics["test"] = final_scores(model, loaders["test"], accelerator, config, "test")
-    metrics["seconds"] = round(time.perf_counter() - started, 1)
-    metrics["seconds_per_epoch"] = round(sum(row["seconds"] for row in log) / len(log), 2)
-    write_json(metrics, run_dir / "metrics.json")
-    return metrics | {"log": log}
+    return metrics

@@ -73,6 +73,23 @@ class Preprocessing:
             std=tuple(values["image_std"]) if normalise else (1.0, 1.0, 1.0),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same as fields of a preprocessor_config.json."""
+        names = ("shortest_edge",) if self.resize and len(self.resize) == 1 else ("height", "width")
+        return {
+            "image_processor_type": "VideoMAEImageProcessor",
+            "do_resize": self.resize is not None,
+            "size": dict(zip(names, self.resize or (self.image_size,) * 2, strict=True)),
+            "resample": {mode: code for code, mode in INTERPOLATION.items()}[self.interpolation],
+            "do_center_crop": True,
+            "crop_size": {"height": self.image_size, "width": self.image_size},
+            "do_rescale": True,
+            "rescale_factor": self.rescale_factor,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
     def pixels(self, clip: torch.Tensor) -> torch.Tensor:
         """Resizes and centre-crops uint8 [T, C, H, W] to [T, C, image_size, image_size]."""
         height, width = clip.shape[-2:]

@@ -1,0 +1,221 @@
+"""A stopped run goes on as if it had not been; an interrupted save leaves the old checkpoint whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import main
+import train_code
+from config import ROOT, UserError
+
+JOBS = {
+    "classifier": ["--use_lora_vision", "True"],  # adapters have dropout
+    "captioner": ["--use_vlm", "--captioning", "--freeze_visionbackbone", "True"],
+}
+
+
+def flags(dataset: Path, runs: Path, *more: str) -> list[str]:
+    fixed = [
+        "--data_dir",
+        str(dataset),
+        "--output_dir",
+        str(runs),
+        "--run_name",
+        "r",
+        "--epochs",
+        "4",
+        "--batch_size",
+        "4",
+    ]
+    return [*fixed, "--dropout", "0.3", "--learning_rate", "1e-3", *more]
+
+
+def outcome(run: Path) -> tuple[list[dict], dict[str, torch.Tensor], dict]:
+    """Log and metrics less their time fields, and the weights."""
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    metrics = json.loads((run / "metrics.json").read_text())
+    for row in [*log, metrics]:
+        for key in [k for k in row if "second" in k]:
+            del row[key]
+    return log, load_file(run / "model.safetensors"), metrics
+
+
+def assert_same(one: Path, other: Path) -> None:
+    (log, weights, metrics), (log2, weights2, metrics2) = outcome(one), outcome(other)
+    assert log == log2 and metrics == metrics2
+    assert weights.keys() == weights2.keys() and all(torch.equal(weights[n], weights2[n]) for n in weights)
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process: nothing catches it."""
+
+
+def killed_after(monkeypatch, steps: int) -> None:
+    """Ends the run after `steps` optimizer steps from now, before anything more is saved."""
+    count = {"steps": 0}
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        count["steps"] += 1
+        if count["steps"] > steps:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("workers, stop_after, save_every", [("0", 6, "0"), ("0", 5, "2"), ("2", 8, "3")])
+def test_resumed_equals_uninterrupted(dataset, tmp_path, monkeypatch, job, workers, stop_after, save_every):
+    """9 training clips in batches of 4: 3 steps an epoch, 12 in all; stopped twice."""
+    more = [*JOBS[job], "--num_workers", workers, "--save_every", save_every]
+    assert main.main(flags(dataset, tmp_path / "whole", *more)) == 0
+    for resume, steps in (([], stop_after), (["--resume", "True"], 2)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_after(patch, steps)
+            main.main([*flags(dataset, tmp_path / "stopped", *more), *resume])
+    assert main.main([*flags(dataset, tmp_path / "stopped", *more), "--resume", "True"]) == 0
+    assert_same(tmp_path / "whole" / "r", tmp_path / "stopped" / "r")
+    assert not (tmp_path / "stopped" / "r" / "state").exists()
+
+
+def start(argv: list[str]) -> subprocess.Popen:
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "main.py", *argv], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def wait_for(file: Path, process: subprocess.Popen) -> None:
+    """Until the process has written a file."""
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_and_then_resume(dataset, tmp_path, number):
+    more = [*JOBS["classifier"], "--num_workers", "0"]
+    assert main.main(flags(dataset, tmp_path / "whole", *more, "--epochs", "12")) == 0
+    argv = flags(dataset, tmp_path / "stopped", *more, "--epochs", "12", "--save_every", "1")
+    process = start(argv)
+    wait_for(tmp_path / "stopped" / "r" / "state" / "state.safetensors", process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number and "Traceback" not in err
+        assert f"python main.py --resume True --run_name r --output_dir {tmp_path / 'stopped'}" in out
+    assert not (tmp_path / "stopped" / "r" / "metrics.json").exists()
+    assert main.main(["--resume", "True", "--run_name", "r", "--output_dir", str(tmp_path / "stopped")]) == 0
+    assert_same(tmp_path / "whole" / "r", tmp_path / "stopped" / "r")
+
+
+@pytest.fixture
+def stopped(dataset, tmp_path, monkeypatch) -> list[str]:
+    """The flags of a run that was stopped in its second epoch."""
+    argv = flags(dataset, tmp_path, *JOBS["classifier"], "--num_workers", "0")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, 4)
+        main.main(argv)
+    return argv
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--epochs", "5"], "--epochs 5 (it has 4)"), (["--learning_rate", "0.1"], "--learning_rate 0.1 (it has 0.001)"),
+    (["--run_name", "other"], "is no run of this program"), (["--data_dir", "nowhere"], "no data folder"),
+])  # fmt: skip
+def test_resuming_with_other_options_is_refused(stopped, capsys, more, message):
+    capsys.readouterr()
+    assert main.main([*stopped, "--resume", "True", *more]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_resuming_on_other_data_is_refused(stopped, dataset, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(dataset, tmp_path / "data")
+    (tmp_path / "data" / "train" / "class_0" / "video_0.pt").rename(tmp_path / "data" / "train" / "class_1" / "new.pt")
+    metadata = tmp_path / "data" / "train" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"class_0/video_0.pt"', '"class_1/new.pt"'))
+    assert main.main([*stopped, "--resume", "True", "--data_dir", str(tmp_path / "data")]) == 2
+    assert "are not those that" in capsys.readouterr().err
+
+
+def test_a_finished_run_and_one_without_state_are_not_resumed(stopped, tmp_path, capsys):
+    state = tmp_path / "r" / "state" / "state.safetensors"
+    kept = state.read_bytes()
+    state.unlink()
+    assert main.main([*stopped, "--resume", "True"]) == 2
+    assert "stopped before anything was saved" in capsys.readouterr().err
+    state.write_bytes(kept)
+    assert main.main([*stopped, "--resume", "True"]) == 0
+    assert main.main([*stopped, "--resume", "True"]) == 2
+    assert "is finished" in capsys.readouterr().err
+
+
+# -- interrupted saves ------------------------------------------------------------------------------
+
+OPERATIONS = [
+    ("checkpoint.save_file", "before"),
+    ("checkpoint.save_file", "after"),
+    ("os.fsync", "before"),
+    ("os.replace", "before"),
+]
+
+
+@pytest.mark.parametrize("fault", [Killed, OSError(28, "No space left on device")], ids=["killed", "full disk"])
+@pytest.mark.parametrize("operation, when", OPERATIONS)
+def test_a_save_interrupted_at_each_operation_leaves_the_old_file_whole(
+    stopped, tmp_path, monkeypatch, fault, operation, when
+):
+    run = tmp_path / "r"
+    before = {name: (run / name).read_bytes() for name in ("model.safetensors", "state/state.safetensors")}
+    module, name = operation.split(".")
+    owner = checkpoint if module == "checkpoint" else os
+    original = getattr(owner, name)
+
+    def fail(*args, **kwargs):
+        if when == "after":
+            original(*args, **kwargs)
+        raise fault
+
+    from build_model import build_model
+
+    config, _ = checkpoint.read_run(run)
+    model = build_model(config, 3)
+    optimizer = train_code.build_optimizer(model, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        for save in (
+            lambda: checkpoint.save_weights(run, model, {}),
+            lambda: checkpoint.save_state(run, model, optimizer, {}),
+        ):
+            with pytest.raises(Killed if fault is Killed else UserError) as caught:
+                save()
+            if fault is not Killed:
+                assert "safetensors: No space left on device" in str(caught.value)
+    assert before == {name: (run / name).read_bytes() for name in before}
+    assert main.main([*stopped, "--resume", "True"]) == 0  # what a killed save left behind is in nobody's way
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """/dev/full refuses every byte: a real ENOSPC."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / "x.json.tmp").symlink_to("/dev/full")
+    (tmp_path / "x.json").write_text("old")
+    with pytest.raises(UserError, match=r"cannot write .*x\.json: No space left on device"):
+        checkpoint.write_json({"a": 1}, tmp_path / "x.json")
+    assert (tmp_path / "x.json").read_text() == "old"
