@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import counting_frames, write_video
 
 import create_dummy
@@ -13,6 +14,7 @@ import dummy_data
 import inference
 import main
 from config import ROOT
+from VLoader import read_clip
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(<!-- test: own clips -->\n)?```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -71,10 +73,14 @@ def test_drawing_commands_run_as_they_stand(tmp_path, monkeypatch):
     drawing = [c for c in commands(own_clips=False) if c[0] in ("dummy_data.py", "create_dummy.py")]
     assert drawing == [["dummy_data.py"], ["create_dummy.py"]]
     assert [run(*command) for command in drawing] == [0, 0]
-    assert len(list(Path("synthetic_dataset").rglob("*.pt"))) == 1000
+    videos = {path: torch.load(path, weights_only=True) for path in Path("synthetic_dataset").rglob("*.pt")}
+    assert len(videos) == len({v.numpy().tobytes() for v in videos.values()}) == 1000  # none occurs twice
     rows = [json.loads(line) for line in Path("frames_see/metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 30 and all({"label", "caption", "text", "attributes"} <= row.keys() for row in rows)
-    assert all(len(list(Path("frames_see", row["file_name"]).glob("frame_*.png"))) == 16 for row in rows)
+    for row in rows:
+        split, number = row["label"], row["file_name"].removeprefix(f"{row['label']}_")
+        original = videos[Path("synthetic_dataset/test", split, f"{number}.pt")]
+        assert torch.equal(read_clip(Path("frames_see", row["file_name"]), 16), original)  # RGB stays RGB
 
 
 def test_your_own_clips(tmp_path, monkeypatch, capsys):
