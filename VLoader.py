@@ -13,8 +13,8 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -347,6 +347,7 @@ class Splits:
     test: list[Sample]
     class_names: list[str]
     note: str
+    unreadable: tuple[str, ...] = ()  # what was wrong with the videos that were left out
 
 
 def read_splits(data_dir: Path) -> Splits:
@@ -430,6 +431,70 @@ def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
         raise UserError(f"classification needs two classes or more, train has {splits.class_names}")
 
 
+# -- the scan before training -----------------------------------------------------------------------
+
+
+class ScanDataset(Dataset):
+    """Item i is what is wrong with video i, "" if nothing: it is opened, and of its sampled frames the
+    first and the last are decoded, or all that evaluation takes."""
+
+    def __init__(self, jobs: list[tuple[Path, bool]], num_frames: int, stride: int):
+        self.jobs, self.num_frames, self.stride = jobs, num_frames, stride
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, index: int) -> str:
+        path, whole = self.jobs[index]
+        try:
+            reader = open_video(path)
+            indices = sample_indices(len(reader), self.num_frames, self.stride)
+            reader.frames(indices if whole else indices[[0, -1]])
+        except ReadError as error:
+            return str(error)
+        return ""
+
+
+def stamp(path: Path) -> str:
+    """What tells that a file, or a folder's frames, are still the same: count or size, and time of change."""
+    info = path.stat()
+    return f"{len(list_images(path)) if path.is_dir() else info.st_size} {info.st_mtime_ns}"
+
+
+def scan(
+    splits: Splits, num_frames: int, stride: int, num_workers: int, known: dict[str, str]
+) -> tuple[dict[Path, str], dict[str, str]]:
+    """(what is wrong with each unreadable video, stamps of the good ones). Videos whose stamp is in `known`
+    are not read again."""
+    from tqdm import tqdm
+
+    jobs = {s.path: name != "train" for name in ("train", "val", "test") for s in getattr(splits, name)}
+    stamps = {path: stamp(path) if path.exists() else "" for path in jobs}
+    fresh = [(path, whole) for path, whole in jobs.items() if known.get(str(path.resolve())) != stamps[path]]
+    loader = DataLoader(
+        ScanDataset(fresh, num_frames, stride), batch_size=16, num_workers=num_workers if len(fresh) > 64 else 0, collate_fn=list
+    )  # fmt: skip
+    causes: list[str] = []
+    with tqdm(total=len(fresh), desc="scan of the videos", unit="video", leave=False, disable=not fresh) as bar:
+        for batch in loader:
+            causes += batch
+            bar.update(len(batch))
+    bad = {path: cause for (path, _), cause in zip(fresh, causes, strict=True) if cause}
+    return bad, {str(path.resolve()): mark for path, mark in stamps.items() if path not in bad}
+
+
+def leave_out(splits: Splits, bad: dict[Path, str]) -> Splits:
+    """The splits without the unreadable videos. Raises UserError if a split or a class loses its last video."""
+    kept = {n: [s for s in getattr(splits, n) if s.path not in bad] for n in ("train", "val", "test")}
+    for name, samples in kept.items():
+        if getattr(splits, name) and not samples:
+            raise UserError(f"no video of {name} can be read; the first: {next(iter(bad.values()))}")
+    lost = set(splits.class_names) - {s.label for s in kept["train"]}
+    if lost:
+        raise UserError(f"no training video of class {min(lost)} can be read")
+    return replace(splits, **kept, unreadable=tuple(bad.values()))
+
+
 # -- dataset and loader -----------------------------------------------------------------------------
 
 
@@ -492,28 +557,43 @@ class EpochBatches:
 
 
 def collate(items: list[dict[str, Any]], make_batch: Callable[[list[dict[str, Any]]], dict]) -> dict[str, Any]:
-    """make_batch(items), or the first item's error if there is one."""
-    errors = [item for item in items if "error" in item]
-    return errors[0] if errors else make_batch(items)
+    """make_batch(the items that could be read), with the errors of the others beside it."""
+    errors = [item["error"] for item in items if "error" in item]
+    good = [item for item in items if "error" not in item]
+    return {"batch": make_batch(good) if good else None, "errors": errors}
 
 
 class ClipLoader(DataLoader):
-    """Yields the batches of `make_batch`. Raises UserError for a video that a worker could not read."""
+    """Yields the batches of `make_batch`. Raises UserError for a video that could not be read, or with
+    `skip_unreadable` leaves it out and adds the error to `skipped`."""
+
+    def __init__(self, *args, skip_unreadable: bool = False, skipped: Iterable[str] = (), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.skip_unreadable, self.skipped = skip_unreadable, set(skipped)
 
     def __iter__(self):
-        for batch in super().__iter__():
-            if "error" in batch:
-                raise UserError(batch["error"])
-            yield batch
+        for item in super().__iter__():
+            if item["errors"] and not self.skip_unreadable:
+                raise UserError(item["errors"][0])
+            self.skipped.update(item["errors"])
+            if item["batch"] is not None:
+                yield item["batch"]
 
 
 def build_loader(
-    dataset: ClipDataset, make_batch: Callable, batch_size: int, num_workers: int, pin_memory: bool = False
+    dataset: ClipDataset,
+    make_batch: Callable,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool = False,
+    **skipping: Any,
 ) -> ClipLoader:
-    """A loader of `dataset`; set `loader.batch_sampler.epoch` before each pass in training."""
+    """A loader of `dataset`; its `batch_sampler` takes the epoch before each pass in training. `skipping` are
+    ClipLoader's own arguments."""
     batches = EpochBatches(len(dataset), batch_size, shuffle=dataset.train, seed=dataset.seed)
     return ClipLoader(
         dataset, batch_sampler=batches, collate_fn=partial(collate, make_batch=make_batch), num_workers=num_workers,
         persistent_workers=num_workers > 0, pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(dataset.seed),  # so that making an iterator draws nothing global
+        **skipping,
     )  # fmt: skip

@@ -67,8 +67,8 @@ def write_json(values: Any, path: Path) -> None:
     replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def new_run(config: Config) -> Path:
-    """Makes the run's folder. Raises UserError if the run exists and --overwrite is not given."""
+def free_run_dir(config: Config) -> Path:
+    """Where a new run is to lie. Raises UserError if the run exists and --overwrite is not given."""
     run_dir = Path(config.output_dir) / run_name(config)
     if run_dir.resolve().is_relative_to(PROVIDED.resolve()):
         raise UserError(f"{PROVIDED} holds the provided checkpoints and is never written; choose another --output_dir")
@@ -77,14 +77,24 @@ def new_run(config: Config) -> Path:
             raise UserError(f"{run_dir} is not empty and no run of this program; choose another --run_name")
         if not config.overwrite:
             raise UserError(
-                f"the run {run_dir} exists: add --overwrite True to replace it, or --run_name <another name>"
+                f"the run {run_dir} exists: add --resume True to go on with it, --overwrite True to replace it, "
+                "or --run_name <another name>"
             )
-        shutil.rmtree(run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {run_dir}: {error.strerror}") from None
     return run_dir
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """An empty folder for a new run; an earlier run in it is removed."""
+    if run_dir.is_dir():
+        shutil.rmtree(run_dir)
+    make_folder(run_dir)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
 
 
 def git_commit() -> str | None:
@@ -149,6 +159,20 @@ def save_weights(run_dir: Path, model: VideoModel, facts: dict[str, Any]) -> Non
     tensors = {name: p.detach().cpu().contiguous() for name, p in trained_tensors(model).items()}
     header = {"format": "pt", "facts": json.dumps(facts)}
     replace_file(run_dir / WEIGHTS, lambda p: save_file(tensors, str(p), metadata=header))
+
+
+def read_scan(file: Path) -> dict[str, str]:
+    """The remembered result of earlier scans; {} where there is none that can be read."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def write_scan(file: Path, known: dict[str, str]) -> None:
+    make_folder(file.parent)
+    write_json(known, file)
 
 
 # -- what --resume needs ----------------------------------------------------------------------------

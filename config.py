@@ -218,6 +218,13 @@ class Config:
         TRAIN,
         "0 spreads the frames over the whole video; S > 0 takes every S-th frame of one window, the middle one at evaluation",
     )
+    skip_unreadable: bool = option(
+        False,
+        to_bool,
+        "data",
+        TRAIN,
+        "leave out videos that cannot be read, counted and listed in metrics.json, instead of stopping with an error",
+    )
     # training
     epochs: int = option(
         10, number(int, 1, 100_000), "training", TRAIN, "passes over the training videos; the best on val is kept"

@@ -11,6 +11,8 @@ from typing import Any
 
 from config import BACKBONES, Config, UserError, as_flags, parse, run_script
 
+SCAN_CACHE = ".readable.json"  # in the folder of runs: which videos were found readable, by size and time
+
 
 def resolve(config: Config, model: Any) -> Config:
     """Replaces every `auto` but device and precision by the value in force."""
@@ -122,31 +124,54 @@ def train_run(config: Config, model: Any, splits: Any, accelerator: Any, run_dir
     return 0
 
 
+def scanned(splits: Any, config: Config) -> Any:
+    """The splits without their unreadable videos. Raises UserError listing those unless --skip_unreadable True."""
+    from checkpoint import read_scan, write_scan
+    from VLoader import leave_out, scan
+
+    cache = Path(config.output_dir) / SCAN_CACHE
+    known = read_scan(cache)
+    bad, good = scan(splits, config.num_frames, config.frame_stride, config.num_workers, known)
+    if bad and not config.skip_unreadable:
+        causes = "; ".join([*bad.values()][:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise UserError(f"{causes} -- mend or remove them, or add --skip_unreadable True to leave them out")
+    if bad:
+        splits = leave_out(splits, bad)
+        print(
+            f"left out {len(bad)} unreadable videos (listed in metrics.json at the end), first: {splits.unreadable[0]}"
+        )
+    write_scan(cache, known | good)
+    return splits
+
+
 def body(argv: list[str] | None) -> int:
     config, typed = parse(argv, "main")
     from accelerate.utils import set_seed
 
     from build_model import build_model
-    from checkpoint import check_same, describe_run, new_run, resumable_run, start_run
+    from checkpoint import check_same, describe_run, free_run_dir, make_run_dir, resumable_run, start_run
     from train_code import build_accelerator
     from VLoader import check_samples, fingerprint_data, read_display_names, read_splits
 
-    run_dir = None
     if config.resume:
         run_dir, config = resumable_run(config, typed)
+    else:
+        run_dir = free_run_dir(config)
     data_dir = Path(config.data_dir)
     splits = read_splits(data_dir)
     check_samples(splits, config.captioning, config.use_text)
     accelerator = build_accelerator(config)
     set_seed(config.seed)
     model = build_model(config, len(splits.class_names))
-    config, data = resolve(config, model), fingerprint_data(splits, data_dir)
-    if run_dir is None:
-        run_dir = new_run(config)
-        display = read_display_names(data_dir, splits.class_names)
-        start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display, data))
-    else:
+    config = resolve(config, model)
+    splits = scanned(splits, config)
+    data = fingerprint_data(splits, data_dir)
+    if config.resume:
         check_same(run_dir, model, data)
+    else:
+        display = read_display_names(data_dir, splits.class_names)
+        make_run_dir(run_dir)
+        start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display, data))
     print_towers(config, model)
     print_hints(config, splits)
     sizes = ", ".join(f"{len(getattr(splits, name))} {name}" for name in ("train", "val", "test"))

@@ -20,7 +20,9 @@ These weights test the pipeline; they are no video understanding.
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -379,40 +381,61 @@ def corpus(name: str, count: int = 20_000) -> list[str]:
     return [draw_note(rng) for _ in range(count)]
 
 
-def new_gpt2() -> tuple[nn.Module, object]:
+def gpt2_tokenizer() -> Any:
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     end = "<|endoftext|>"
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(corpus("gpt2"), vocab_size=512, special_tokens=[end], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token=end, eos_token=end, unk_token=end, model_max_length=POSITIONS
     )
+
+
+def bert_tokenizer() -> Any:
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = BertWordPieceTokenizer()
+    letters = ["abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'-()"]  # so that any plain text has tokens
+    pieces.train_from_iterator(corpus("bert") + letters * 10, vocab_size=512, min_frequency=1, show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces._tokenizer, unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]",
+        cls_token="[CLS]", mask_token="[MASK]", model_max_length=POSITIONS,
+    )  # fmt: skip
+
+
+def kept_tokenizer(name: str, state_dir: Path) -> Any:
+    """The tokenizer of a stopped run, or a new one, kept in state_dir: training a WordPiece tokenizer twice
+    can number the same pieces differently, and the model learns the numbers."""
+    from transformers import AutoTokenizer
+
+    folder = state_dir / f"{name}-tokenizer"
+    if not folder.is_dir():
+        {"gpt2": gpt2_tokenizer, "bert": bert_tokenizer}[name]().save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def new_gpt2(tokenizer: Any) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=128, n_layer=4, n_head=4,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
-    return GPT2LMHeadModel(config), tokenizer
+    return GPT2LMHeadModel(config)
 
 
-def new_bert() -> tuple[nn.Module, object]:
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+def new_bert(tokenizer: Any) -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
 
-    pieces = BertWordPieceTokenizer()
-    letters = ["abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'-()"]  # so that any plain text has tokens
-    pieces.train_from_iterator(corpus("bert") + letters * 10, vocab_size=512, min_frequency=1, show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=pieces._tokenizer, unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]",
-        cls_token="[CLS]", mask_token="[MASK]", model_max_length=POSITIONS,
-    )  # fmt: skip
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
         intermediate_size=512, max_position_embeddings=POSITIONS, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return BertForMaskedLM(config), tokenizer
+    return BertForMaskedLM(config)
 
 
 def pad(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -449,17 +472,15 @@ def masked_token_loss(model: nn.Module, tokenizer, rng: np.random.Generator) -> 
     return model(input_ids=inputs, attention_mask=seen, position_ids=place(ids, rng), labels=labels).loss
 
 
-def pretrain_gpt2(state_dir: Path, scale: float) -> tuple[nn.Module, object]:
-    model, tokenizer = new_gpt2()
-    loss_of = lambda rng: next_token_loss(model, tokenizer, rng)  # noqa: E731
-    train("gpt2", nn.ModuleList([model]), loss_of, int(6_000 * scale), 2e-3, state_dir)
-    return model, tokenizer
-
-
-def pretrain_bert(state_dir: Path, scale: float) -> tuple[nn.Module, object]:
-    model, tokenizer = new_bert()
-    loss_of = lambda rng: masked_token_loss(model, tokenizer, rng)  # noqa: E731
-    train("bert", nn.ModuleList([model]), loss_of, int(3_000 * scale), 1e-3, state_dir)
+def pretrain_language(name: str, state_dir: Path, scale: float) -> tuple[nn.Module, Any]:
+    new, loss, steps, rate = {
+        "gpt2": (new_gpt2, next_token_loss, 6_000, 2e-3),
+        "bert": (new_bert, masked_token_loss, 3_000, 1e-3),
+    }[name]
+    tokenizer = kept_tokenizer(name, state_dir)
+    model = new(tokenizer)
+    loss_of = partial(loss, model, tokenizer)
+    train(name, nn.ModuleList([model]), loss_of, int(steps * scale), rate, state_dir)
     return model, tokenizer
 
 
@@ -552,6 +573,14 @@ def vision_figures(name: str, model: nn.Module) -> str:
     )
 
 
+def perplexity_figures(model: nn.Module, tokenizer: Any) -> str:
+    ours, best = held_out_perplexity(model, tokenizer)
+    return (
+        f"Perplexity per token on 2,000 held-out captions: {ours:.3f}; exp of the grammar's entropy per token: "
+        f"{best:.3f};\nratio {ours / best:.3f}."
+    )
+
+
 HOW = {
     "timesformer": "Supervised: motion, shape, colour, radius and displacement per frame from CLS; coverage, displacement,\ncolour and shape from every patch token. Patch 16, width 128, depth 4, 8 frames of 64 x 64. {clips:,} clips.",
     "videomae": "Masked reconstruction (75 % tubes, 64,000 clips), then, since that alone is a weak frozen backbone, the same\nsupervised targets as timesformer-tiny from the mean token and from every patch token ({clips:,} clips).\nPatch 8, tubelet 2, width 128, depth 4, 8 frames of 64 x 64.",
@@ -574,26 +603,17 @@ def save_vision(name: str, model: nn.Module, folder: Path) -> None:
 def pretrain(name: str, state_dir: Path, output: Path, scale: float) -> None:
     """Trains one backbone, saves it as a Hugging Face folder, measures it and writes its card."""
     torch.manual_seed(SEED)
-    folder = output / f"{name}-tiny"
-    made = {
-        "timesformer": pretrain_timesformer,
-        "videomae": pretrain_videomae,
-        "gpt2": pretrain_gpt2,
-        "bert": pretrain_bert,
-    }[name](state_dir, scale)
-    how = HOW[name]
+    folder, how = output / f"{name}-tiny", HOW[name]
     if name in MEAN_STD:
-        save_vision(name, made, folder)
+        model = {"timesformer": pretrain_timesformer, "videomae": pretrain_videomae}[name](state_dir, scale)
+        save_vision(name, model, folder)
         how = how.format(clips=int({"timesformer": 10_000, "videomae": 4_000}[name] * scale) * 32)
-        figures = vision_figures(name, made)
+        figures = vision_figures(name, model)
     else:
-        model, tokenizer = made
+        model, tokenizer = pretrain_language(name, state_dir, scale)
         (model.bert if name == "bert" else model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        figures = ""
-        if name == "gpt2":
-            ours, best = held_out_perplexity(model, tokenizer)
-            figures = f"Perplexity per token on 2,000 held-out captions: {ours:.3f}; exp of the grammar's entropy per token: {best:.3f};\nratio {ours / best:.3f}."
+        figures = perplexity_figures(model, tokenizer) if name == "gpt2" else ""
     withheld = " and ".join(f"{shape} moving {motion}" for shape, motion in WITHHELD)
     what = "video" if name in MEAN_STD else "language"
     card = CARD.format(name=name, seed=SEED, what=what, how=how, withheld=withheld, figures=figures)

@@ -311,16 +311,22 @@ def final_scores(model: VideoModel, loader: DataLoader, accelerator: Any, config
 
 def build_loaders(model: VideoModel, config: Config, splits: Any) -> dict[str, DataLoader]:
     """A loader for every split that has samples; `config` is resolved (no auto)."""
-    return {
-        name: build_loader(
-            ClipDataset(
-                samples, model.vision_encoder.preprocessing, config.num_frames, config.frame_stride,
-                splits.class_names, train=name == "train", seed=config.seed,
-            ),
-            model.collator(), config.batch_size, config.num_workers, pin_memory=torch.cuda.is_available(),
+    loaders = {}
+    for name in ("train", "val", "test"):
+        if not getattr(splits, name):
+            continue
+        train = name == "train"
+        dataset = ClipDataset(
+            getattr(splits, name), model.vision_encoder.preprocessing, config.num_frames, config.frame_stride,
+            splits.class_names, train=train, seed=config.seed,
+        )  # fmt: skip
+        # the scan has read all that evaluation takes; the jitter of training may still hit a bad frame
+        skipping = {"skip_unreadable": config.skip_unreadable, "skipped": splits.unreadable} if train else {}
+        pin_memory = torch.cuda.is_available()
+        loaders[name] = build_loader(
+            dataset, model.collator(), config.batch_size, config.num_workers, pin_memory, **skipping
         )
-        for name, samples in (("train", splits.train), ("val", splits.val), ("test", splits.test)) if samples
-    }  # fmt: skip
+    return loaders
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
@@ -389,6 +395,7 @@ def train(
             if signals:
                 raise Stopped(signals[0])
     metrics = test_best(model, loaders, config, accelerator, run_dir)
+    metrics["skipped"] = sorted(loaders["train"].skipped)
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     log = engine.progress.log
     metrics["seconds_per_epoch"] = round(sum(row["seconds"] for row in log) / len(log), 2)
@@ -408,7 +415,11 @@ def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine,
     if "accuracy" in val:
         row |= {"train_accuracy": trained["accuracy"], "val_accuracy": val["accuracy"]}
     row["best"] = progress.best is None or rank > tuple(progress.best)
-    row |= {"seconds": round(seconds, 2), "clips_per_second": round(len(loaders["train"].dataset) / seconds, 1)}
+    row |= {
+        "skipped": len(loaders["train"].skipped),
+        "seconds": round(seconds, 2),
+        "clips_per_second": round(len(loaders["train"].dataset) / seconds, 1),
+    }
     if row["best"]:
         progress.best = rank
         save_weights(run_dir, model, {k: row[k] for k in ("epoch", "step", "val_loss")})

@@ -224,6 +224,11 @@ def test_the_same_seed_gives_the_same_log(dataset, tmp_path):
     assert logs[0] == logs[1] and logs[0] != logs[2]
 
 
+class Harmful:
+    def __reduce__(self):
+        return (Path.touch, (Path("harmful_ran"),))
+
+
 def damage(run: Path, how: str) -> None:
     weights, metadata = run / "model.safetensors", run / "metadata.json"
     tensors = load_file(weights)
@@ -236,7 +241,7 @@ def damage(run: Path, how: str) -> None:
     elif how == "another shape":
         save_file(tensors | {"head.bias": torch.zeros(5)}, weights)
     elif how == "pickle":
-        torch.save({"head.bias": torch.zeros(3)}, weights)
+        torch.save({"head.bias": Harmful()}, weights)
     elif how == "no weights":
         weights.unlink()
     elif how == "no metadata":
@@ -254,12 +259,14 @@ def damage(run: Path, how: str) -> None:
     ("another shape", "head.bias is [5], not [3]"), ("pickle", "no whole safetensors file"), ("no weights", "did not finish an epoch"),
     ("no metadata", "is no run of this program"), ("later format", "checkpoint format 99"), ("another backbone", "another vision backbone"),
 ])  # fmt: skip
-def test_damaged_and_foreign_checkpoints_are_refused(runs, frames, tmp_path, capsys, how, message):
+def test_damaged_and_foreign_checkpoints_are_refused(runs, frames, tmp_path, monkeypatch, capsys, how, message):
+    monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     shutil.copytree(runs["lora"], run)
     damage(run, how)
     status, _, err = answers(capsys, "--checkpoint", str(run), "--video_dir", str(frames))
     assert status == 2 and message in err and err.count("\n") == 1 and err.startswith("error: ")
+    assert not (tmp_path / "harmful_ran").exists()
 
 
 def test_a_moved_backbone_can_be_named_again(dataset, frames, tmp_path, capsys):
@@ -300,14 +307,80 @@ def test_data_that_cannot_be_trained_on_is_refused(tmp_path, capsys, case, messa
     assert message in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_an_unreadable_video_stops_the_run_by_name(dataset, tmp_path, capfd, workers):
+@pytest.fixture
+def damaged(dataset, tmp_path) -> Path:
+    """The dataset with two unreadable training videos and an empty test video."""
     data = tmp_path / "data"
     shutil.copytree(dataset, data)
     (data / "train" / "class_0" / "video_9.mp4").write_text("no video")
-    assert train(data, tmp_path, "--freeze_visionbackbone", "True", "--num_workers", workers) == 2
-    err = capfd.readouterr().err
-    assert "error: cannot read" in err and "video_9.mp4" in err and "Traceback" not in err
+    torch.save(torch.zeros(3), data / "train" / "class_1" / "video_9.pt")
+    (data / "test" / "class_0" / "video_9.webm").touch()
+    return data
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_unreadable_videos_are_listed_before_training(damaged, tmp_path, capfd, workers):
+    assert train(damaged, tmp_path / "runs", "--freeze_visionbackbone", "True", "--num_workers", workers) == 2
+    err = capfd.readouterr().err.strip().splitlines()[-1]  # behind the progress bar
+    assert err.startswith("error: cannot read") and err.count("cannot read") == 3 and "--skip_unreadable True" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unreadable_videos_are_left_out_counted_and_listed(damaged, dataset, tmp_path, capsys):
+    flags = ["--freeze_visionbackbone", "True", "--skip_unreadable", "True", "--run_name", "r"]
+    assert train(damaged, tmp_path / "runs", *flags) == 0
+    assert "left out 3 unreadable videos" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "runs" / "r" / "metrics.json").read_text())
+    assert len(metrics["skipped"]) == 3 and metrics["test"]["count"] == 6
+    assert train(dataset, tmp_path / "clean", *flags) == 0  # the same run as if they had never been there
+    clean = json.loads((tmp_path / "clean" / "r" / "metrics.json").read_text())
+    assert clean["skipped"] == [] and clean["test"]["loss"] == metrics["test"]["loss"]
+
+
+def test_a_scan_is_remembered_until_a_file_changes(dataset, tmp_path, monkeypatch):
+    import VLoader
+
+    opened: list[Path] = []
+    original = VLoader.open_video
+    monkeypatch.setattr(VLoader, "open_video", lambda path: opened.append(path) or original(path))
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    splits = VLoader.read_splits(data)
+    bad, good = VLoader.scan(splits, 8, 0, 0, {})
+    assert not bad and len(opened) == len(good) == 18
+    opened.clear()
+    assert VLoader.scan(splits, 8, 0, 0, good) == ({}, good) and not opened
+    changed = data / "test" / "class_1" / "video_1.pt"
+    changed.write_bytes(b"0" * changed.stat().st_size)
+    bad, _ = VLoader.scan(splits, 8, 0, 0, good)
+    assert list(bad) == [changed] and opened == [changed]
+
+
+@pytest.mark.parametrize("skip", ["False", "True"])
+def test_a_video_that_fails_during_training_is_named_or_skipped_never_replaced(
+    dataset, tmp_path, monkeypatch, capfd, skip
+):
+    """Its first and last frame decode, so the scan passes; the jitter of training hits the bad middle."""
+    import VLoader
+
+    broken = dataset / "train" / "class_0" / "video_1.pt"
+    original = VLoader.read_clip
+
+    def read_clip(path, num_frames, stride=0, rng=None):
+        if path == broken:
+            raise VLoader.ReadError(path, "a bad frame")
+        return original(path, num_frames, stride, rng)
+
+    monkeypatch.setattr(VLoader, "read_clip", read_clip)
+    assert broken in [s.path for s in VLoader.read_splits(dataset).train]
+    status = train(dataset, tmp_path, "--freeze_visionbackbone", "True", "--run_name", "r", "--skip_unreadable", skip)
+    if skip == "False":
+        assert status == 2 and f"cannot read {broken}: a bad frame" in capfd.readouterr().err
+    else:
+        assert status == 0
+        log = json.loads((tmp_path / "r" / "log.jsonl").read_text())
+        metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+        assert log["skipped"] == 1 and metrics["skipped"] == [f"cannot read {broken}: a bad frame"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_naming_the_files(dataset, tmp_path, capfd):
@@ -373,17 +446,12 @@ def test_a_self_supervised_videomae_gets_a_new_norm(dataset, tmp_path, capsys):
     assert Predictor.from_checkpoint(tmp_path / "r").predict(dataset / "test" / "class_0" / "video_0.pt")["label"]
 
 
-class Harmful:
-    def __reduce__(self):
-        return (Path.touch, (Path("harmful_ran"),))
-
-
 def test_a_malicious_bin_backbone_does_not_run(dataset, tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "backbones" / "videomae-tiny", tmp_path / "bad")
     (tmp_path / "bad" / "model.safetensors").unlink()
     torch.save({"x": Harmful()}, tmp_path / "bad" / "pytorch_model.bin")
     monkeypatch.chdir(tmp_path)
-    assert train(dataset, tmp_path, "--vision_model", str(tmp_path / "bad")) == 2
+    assert train(dataset, tmp_path / "runs", "--vision_model", str(tmp_path / "bad")) == 2
     assert "cannot load the weights" in capsys.readouterr().err and not (tmp_path / "harmful_ran").exists()
 
 
