@@ -43,7 +43,7 @@ test: $(VENV)/installed-dev
 
 test-all: $(VENV)/installed-dev
 	$(PY) -m ruff check .
-	$(TEST) -m "slow or not slow"
+	VIDTUNE_EXAMPLES=1000 $(TEST) -m "slow or not slow"
 
 check: $(VENV)/installed-dev
 	$(PY) -m ruff check .

@@ -566,8 +566,12 @@ def tower_body(tower: nn.Module) -> nn.Module:
 def lora_settings(body: nn.Module, rank: int) -> Any:
     """LoRA, arXiv:2106.09685, on every linear layer; rank r, alpha 2 r, dropout 0.05."""
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=linear_layers(body))
+    transposed = any(isinstance(module, Conv1D) for module in body.modules())  # GPT-2 stores weights so
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=linear_layers(body), fan_in_fan_out=transposed
+    )
 
 
 def add_lora(tower: nn.Module, rank: int) -> None:
@@ -603,7 +607,7 @@ def choose_trained(model: VideoModel, config: Config) -> None:
             model.freeze(tower)
         if config.gradient_checkpointing and not (freeze[name] and not lora[name] and name == "vision"):
             body = tower.backbone if name == "vision" else tower
-            body.gradient_checkpointing_enable({"use_reentrant": False})
+            body.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def fully_trained(config: Config) -> dict[str, bool]:

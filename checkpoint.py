@@ -64,7 +64,8 @@ def replace_file(path: Path, write: Any) -> None:
 
 def write_json(values: Any, path: Path) -> None:
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+    # a file's name that is no text becomes JSON's own escape: "\\udcff"
+    replace_file(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def free_run_dir(config: Config) -> Path:

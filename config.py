@@ -317,6 +317,13 @@ class Config:
         TRAIN,
         "go on with a run that was stopped, from its last saved step, exactly as if it had not been; the run's own options are in force",
     )
+    doctor: bool = option(
+        False,
+        to_bool,
+        "run and machine",
+        TRAIN,
+        "check data, backbone, adapters, first loss and whether a batch can be learned by heart, print a table, train nothing; exit status 1 if a check fails",
+    )
     save_every: int = option(
         0,
         number(int, 0),
@@ -529,6 +536,9 @@ def config_file_text() -> str:
 
 def run_script(body: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
     """Runs a script's body; a UserError becomes one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return body(argv) or 0
     except UserError as error:

@@ -130,7 +130,7 @@ def open_output(path: str | None) -> Any:
     if path is None:
         return None
     try:
-        return Path(path).open("w", encoding="utf-8")
+        return Path(path).open("w", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
 

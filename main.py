@@ -144,6 +144,19 @@ def scanned(splits: Any, config: Config) -> Any:
     return splits
 
 
+def print_examination(config: Config, model: Any, splits: Any, accelerator: Any) -> int:
+    """The doctor's table; returns 1 if a check failed, else 0."""
+    from doctor import examine, table
+    from train_code import build_loaders
+
+    print_towers(config, model)
+    findings = examine(model, build_loaders(model, config, splits), splits, config, accelerator.device)
+    failed = sum(bool(f.advice) for f in findings)
+    print(table(findings))
+    print(f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed")
+    return int(failed > 0)
+
+
 def body(argv: list[str] | None) -> int:
     config, typed = parse(argv, "main")
     from accelerate.utils import set_seed
@@ -153,9 +166,10 @@ def body(argv: list[str] | None) -> int:
     from train_code import build_accelerator
     from VLoader import check_samples, fingerprint_data, read_display_names, read_splits
 
+    run_dir = None
     if config.resume:
         run_dir, config = resumable_run(config, typed)
-    else:
+    elif not config.doctor:
         run_dir = free_run_dir(config)
     data_dir = Path(config.data_dir)
     splits = read_splits(data_dir)
@@ -164,6 +178,8 @@ def body(argv: list[str] | None) -> int:
     set_seed(config.seed)
     model = build_model(config, len(splits.class_names))
     config = resolve(config, model)
+    if config.doctor:
+        return print_examination(config, model, splits, accelerator)
     splits = scanned(splits, config)
     data = fingerprint_data(splits, data_dir)
     if config.resume:

@@ -13,7 +13,12 @@ import dummy_data
 
 torch.set_num_threads(1)
 # no deadlines: machines are noisy
-settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=int(os.environ.get("VIDTUNE_EXAMPLES", 100)),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 settings.load_profile("default")
 REAL = os.environ.get("VIDTUNE_TEST_DATA")
 

@@ -1,0 +1,167 @@
+"""What users get wrong: one line `error: ...`, status 2, no traceback, nothing written."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import counting_frames, write_video
+from hypothesis import given
+from hypothesis import strategies as st
+
+import inference
+import main
+import train_code
+from config import UserError
+from VLoader import open_video, read_clip, read_folder, read_metadata
+
+
+def refused(capsys, status: int) -> str:
+    """The one error line."""
+    err = [
+        line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line
+    ]
+    assert status == 2 and len(err) == 1 and err[0].startswith("error: "), err
+    return err[0]
+
+
+def train(data: Path, runs: Path, *flags: str) -> int:
+    fixed = ["--data_dir", str(data), "--output_dir", str(runs), "--epochs", "1", "--num_workers", "0"]
+    return main.main([*fixed, "--freeze_visionbackbone", "True", *flags])
+
+
+def clip_file(path: Path, frames: int = 4) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(torch.randint(0, 256, (frames, 3, 16, 16), dtype=torch.uint8), path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Two classes of random clips."""
+    for name in ("a", "b"):
+        for index in range(3):
+            clip_file(tmp_path / "data" / "train" / name / f"{index}.pt")
+    return tmp_path / "data"
+
+
+def bad_image_size(folder: Path) -> None:
+    from PIL import Image
+
+    (folder / "frames").mkdir()
+    for index, size in enumerate([(16, 16), (16, 16), (20, 16)]):
+        Image.new("RGB", size).save(folder / "frames" / f"{index}.png")
+
+
+def truncated(folder: Path) -> None:
+    whole = write_video(folder / "cut.mp4", counting_frames(30)).read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+
+
+BAD_VIDEOS = {
+    "zero bytes": (lambda f: (f / "v.webm").touch(), "the file is empty"),
+    "truncated mp4": (truncated, "cut.mp4"),
+    "text named mp4": (lambda f: (f / "v.mp4").write_text("text"), "Invalid data"),
+    "image of another size": (bad_image_size, "it is 20x16 pixels"),
+    "rank 3": (lambda f: torch.save(torch.zeros(4, 16, 16), f / "v.pt"), "[T, 3, H, W], not [4, 16, 16]"),
+    "int64": (lambda f: torch.save(torch.zeros(4, 3, 16, 16, dtype=torch.int64), f / "v.pt"), "not torch.int64"),
+    "object": (lambda f: torch.save({"a": {1, 2}}, f / "v.pt"), "v.pt"),
+    "NaN": (lambda f: torch.save(torch.full((4, 3, 16, 16), float("nan")), f / "v.pt"), "[0, 1]"),
+    "above 1": (lambda f: torch.save(torch.full((4, 3, 16, 16), 255.0), f / "v.pt"), "[0, 1]"),
+    "bad metadata line": (lambda f: (f.parent / "metadata.jsonl").write_text("\n{]\n"), "line 2: not JSON"),
+    "missing file": (lambda f: (f.parent / "metadata.jsonl").write_text('{"file_name": "a/9.pt"}'), "do not exist"),
+    "empty caption": (lambda f: (f.parent / "metadata.jsonl").write_text('{"file_name": "a/0.pt", "caption": [" "]}'), "none of them empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_VIDEOS)
+def test_bad_videos_and_lists(data, tmp_path, capsys, case):
+    make, message = BAD_VIDEOS[case]
+    make(data / "train" / "a")
+    assert message in refused(capsys, train(data, tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_output_dir_beneath_a_file(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert "cannot make the folder" in refused(capsys, train(data, tmp_path / "file" / "runs"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--mixed_precision", "fp16"]])
+def test_a_device_or_precision_that_is_not_there(data, tmp_path, capsys, flags):
+    assert "GPU" in refused(capsys, train(data, tmp_path / "runs", *flags))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_out_of_memory_says_which_flags_lower_it(data, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_code, "loss_sum", full)
+    error = refused(capsys, train(data, tmp_path / "runs"))
+    assert all(
+        flag in error for flag in ("--batch_size", "--num_frames", "--image_size", "--gradient_checkpointing True")
+    )
+
+
+def test_a_checkpoint_of_another_task(data, tmp_path, capsys):
+    assert train(data, tmp_path, "--run_name", "r") == 0
+    capsys.readouterr()
+    flags = ["--checkpoint", str(tmp_path / "r"), "--video_dir", str(data), "--use_vlm", "True", "--captioning", "True"]
+    assert "--captioning True (it has False)" in refused(capsys, inference.main(flags))
+
+
+def test_odd_but_sound_files_are_read(data, tmp_path, capsys):
+    """One frame, one pixel, a leading dash, a name that is no UTF-8: read, trained on, answered for."""
+    folder = data / "train" / "a"
+    clip_file(folder / "one_frame.pt", frames=1)
+    torch.save(torch.zeros(5, 3, 1, 1, dtype=torch.uint8), folder / "-one-pixel.pt")
+    write_video(folder / "plain.mp4", counting_frames(6)).rename(
+        Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.mp4"))
+    )
+    assert train(data, tmp_path, "--run_name", "r") == 0
+    output = tmp_path / "out.jsonl"
+    assert inference.main(["--checkpoint", str(tmp_path / "r"), "--video_dir", str(data), "--output", str(output)]) == 0
+    assert len([json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]) == 9
+    assert (read_clip(folder / "-one-pixel.pt", 8) == 0).all()
+
+
+# -- no unplanned exception -------------------------------------------------------------------------
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3))  # fmt: skip
+ROWS = st.dictionaries(st.sampled_from(["file_name", "caption", "text", "label", "attributes", "x"]), JSON, max_size=5)
+
+
+@given(st.lists(ROWS.map(json.dumps) | st.text(max_size=20), max_size=4))
+def test_any_metadata_is_read_or_refused_naming_the_line(tmp_path, lines):
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
+    try:
+        rows = read_metadata(tmp_path)
+        assert all(isinstance(row["file_name"], str) for row in rows.values())
+        read_folder(tmp_path)
+    except UserError as error:
+        assert "metadata.jsonl" in str(error) or "no videos" in str(error)
+
+
+TENSORS = st.builds(
+    lambda shape, dtype, scale: (torch.rand(shape) * scale).to(dtype),
+    st.lists(st.integers(0, 4), max_size=5),
+    st.sampled_from([torch.uint8, torch.float32, torch.float16, torch.int64, torch.bool, torch.complex64]),
+    st.sampled_from([0.0, 1.0, 1.5, float("inf"), -1.0]),
+)
+
+
+@given(TENSORS | st.binary(max_size=50) | JSON)
+def test_any_pt_file_is_read_or_refused(tmp_path, content):
+    path = tmp_path / "v.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    try:
+        reader = open_video(path)
+        assert reader.frames([0]).dtype == torch.uint8 and reader.video.shape[1] == 3
+    except UserError as error:
+        assert "v.pt" in str(error)

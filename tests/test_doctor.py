@@ -1,0 +1,142 @@
+"""The doctor finds nothing in a healthy set-up, and each sabotage by its own check."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import build_model
+import main
+
+HEALTHY = {
+    "classifier": [], "lora": ["--vision_model", "videomae", "--use_lora_vision", "True"],
+    "text": ["--use_vlm", "--use_text", "True", "--freeze_visionbackbone", "True"],
+    "captioner": ["--use_vlm", "--captioning", "--freeze_visionbackbone", "True", "--use_lora_llm", "True"],
+}  # fmt: skip
+
+
+def examine(data: Path, tmp_path: Path, *flags: str) -> int:
+    argv = ["--doctor", "True", "--data_dir", str(data), "--output_dir", str(tmp_path / "runs"), "--num_workers", "0"]
+    status = main.main([*argv, *flags])
+    assert not (tmp_path / "runs").exists()  # it keeps nothing
+    return status
+
+
+@pytest.mark.parametrize("job", HEALTHY)
+def test_a_healthy_set_up_passes(dataset, tmp_path, capsys, job):
+    assert examine(dataset, tmp_path, *HEALTHY[job]) == 0
+    out = capsys.readouterr().out
+    assert "FAIL" not in out and f"all {8 if job == 'captioner' else 9} checks passed" in out
+
+
+@pytest.fixture
+def data(dataset, tmp_path) -> Path:
+    shutil.copytree(dataset, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def failed_checks(out: str) -> list[str]:
+    return [line.removeprefix("FAIL").strip().split("  ")[0] for line in out.splitlines() if line.startswith("FAIL")]
+
+
+def dead_adapter(monkeypatch, data: Path) -> list[str]:
+    """A layer that is called past its adapter, as transformers before 5.6 did with VideoMAE's queries."""
+    original = build_model.add_lora
+
+    def add_lora(tower, rank):
+        original(tower, rank)
+        adapter = next(m for n, m in build_model.adapters(tower) if n.endswith("query"))
+        adapter.forward = adapter.get_base_layer().forward
+
+    monkeypatch.setattr(build_model, "add_lora", add_lora)
+    return HEALTHY["lora"]
+
+
+def wrong_mean(monkeypatch, data: Path) -> list[str]:
+    original = build_model.load_vision
+
+    def load_vision(*args):
+        vision = original(*args)
+        vision.preprocessing = replace(vision.preprocessing, mean=(0.0, 0.0, 0.0))
+        return vision
+
+    monkeypatch.setattr(build_model, "load_vision", load_vision)
+    return ["--freeze_visionbackbone", "True"]
+
+
+def leaked_video(monkeypatch, data: Path) -> list[str]:
+    shutil.copy(data / "train" / "class_1" / "video_2.pt", data / "test" / "class_1" / "copy.pt")
+    return []
+
+
+def identical_classes(monkeypatch, data: Path) -> list[str]:
+    shutil.copy(data / "train" / "class_1" / "video_2.pt", data / "train" / "class_2" / "copy.pt")
+    return []
+
+
+def frame_mismatch(monkeypatch, data: Path) -> list[str]:
+    """The configuration is not told of the new length: TimeSformer's layers reshape by it."""
+    original = build_model.fit_embeddings
+
+    def fit_embeddings(backbone, num_frames, image_size):
+        before = backbone.config.num_frames
+        original(backbone, num_frames, image_size)
+        backbone.config.num_frames = before
+
+    monkeypatch.setattr(build_model, "fit_embeddings", fit_embeddings)
+    return ["--num_frames", "16"]
+
+
+def damaged_middle(monkeypatch, data: Path) -> list[str]:
+    (data / "train" / "class_0" / "bad.mp4").write_text("no video")
+    return []
+
+
+def empty_class(monkeypatch, data: Path) -> list[str]:
+    (data / "train" / "class_9").mkdir()
+    return []
+
+
+def no_rate(monkeypatch, data: Path) -> list[str]:
+    return ["--learning_rate", "1e-9"]
+
+
+SABOTAGE = [
+    (dead_adapter, "what is trained gets gradients"), (wrong_mean, "mean and std are the backbone's"),
+    (leaked_video, "val and test share no video with train"), (identical_classes, "no video lies in two classes"),
+    (frame_mismatch, "frames fit the backbone"), (damaged_middle, "every frame decodes"),
+    (empty_class, "classes have videos"), (no_rate, "a batch of 8 can be learned by heart"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sabotage, check", SABOTAGE, ids=[s.__name__ for s, _ in SABOTAGE])
+def test_each_sabotage_is_found_by_its_check(data, tmp_path, monkeypatch, capsys, sabotage, check):
+    flags = sabotage(monkeypatch, data)
+    assert examine(data, tmp_path, *flags) == 1
+    out = capsys.readouterr().out
+    assert check in failed_checks(out) and "-> " in out
+    assert len(failed_checks(out)) == 1, out
+
+
+def test_a_first_loss_far_from_guessing_is_found(data, tmp_path, monkeypatch, capsys):
+    original = build_model.VideoClassifier.__init__
+
+    def init(self, *args):
+        original(self, *args)
+        torch.nn.init.normal_(self.head.weight, std=3.0)
+
+    monkeypatch.setattr(build_model.VideoClassifier, "__init__", init)
+    assert examine(data, tmp_path) == 1
+    assert "the first loss is that of guessing" in failed_checks(capsys.readouterr().out)
+
+
+def test_videos_without_captions_are_found(data, tmp_path, capsys):
+    from doctor import check_captions
+    from VLoader import read_splits
+
+    splits = read_splits(data)
+    assert not check_captions(splits).advice
+    lacking = replace(splits, test=[replace(splits.test[0], captions=())])
+    assert "1 have none" in check_captions(lacking).result and check_captions(lacking).advice
