@@ -99,3 +99,15 @@ def test_what_cannot_be_exported_says_why(dataset, tmp_path, capsys):
         capsys.readouterr()
         assert inference.main(["--checkpoint", str(run), "--export", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_the_library_s_pipeline_runs_on_the_export(dataset, tmp_path):
+    import transformers
+    from conftest import counting_frames, write_video
+
+    out = tmp_path / "out"
+    assert inference.main(["--checkpoint", str(train(dataset, tmp_path, "timesformer")), "--export", str(out)]) == 0
+    answers = transformers.pipeline("video-classification", str(out))(
+        str(write_video(tmp_path / "v.mp4", counting_frames(20)))
+    )
+    assert {a["label"] for a in answers} == {"circle moving right", "circle moving left", "circle moving down"}

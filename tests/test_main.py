@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -387,6 +388,53 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_files(dataset, tmp_p
     assert train(dataset, tmp_path, "--learning_rate", "1e30", "--epochs", "4", "--batch_size", "2") == 2
     err = capfd.readouterr().err
     assert "the loss is nan at step" in err and "video_" in err
+
+
+@pytest.mark.parametrize("options", [[], CAPTIONER])
+def test_uneven_batches_change_no_score_and_a_lost_clip_is_noticed(dataset, options):
+    from build_model import build_model
+    from config import parse
+    from train_code import build_accelerator, build_loaders, evaluate
+    from VLoader import read_splits
+
+    config, _ = parse([*options, "--data_dir", str(dataset), "--num_frames", "8", "--num_workers", "0"], "main")
+    torch.manual_seed(0)
+    model, accelerator = build_model(config, 3), build_accelerator(config)
+    found = []
+    for batch_size in (1, 4, 6):
+        loaders = build_loaders(model, replace(config, batch_size=batch_size), read_splits(dataset))
+        found.append(evaluate(model, loaders["test"], accelerator))
+    assert all(f["loss"] == pytest.approx(found[0]["loss"], rel=1e-5) and f["count"] == 6 for f in found)
+    assert all(f.get("predicted") == found[0].get("predicted") for f in found)
+    loaders["test"].batch_sampler.count = 5
+    with pytest.raises(AssertionError, match="5 clips evaluated, the split has 6"):
+        evaluate(model, loaders["test"], accelerator)
+
+
+def test_test_is_read_once_and_val_every_epoch(dataset, tmp_path, monkeypatch):
+    import train_code
+
+    read = []
+    original = train_code.evaluate
+    monkeypatch.setattr(
+        train_code, "evaluate", lambda m, loader, a, desc="val": read.append(desc) or original(m, loader, a, desc)
+    )
+    assert train(dataset, tmp_path, "--freeze_visionbackbone", "True", "--epochs", "3") == 0
+    assert read == ["val"] * 4 + ["test"]  # three epochs, and the best one again
+
+
+def test_provided_checkpoints_serve_where_there_is_no_run_and_are_never_written(
+    runs, dataset, frames, tmp_path, monkeypatch, capsys
+):
+    import checkpoint
+
+    provided = tmp_path / "provided"
+    shutil.copytree(runs["classifier"], provided / "timesformer")
+    monkeypatch.setattr(checkpoint, "PROVIDED", provided)
+    status, out, _ = answers(capsys, "--output_dir", str(tmp_path / "runs"), "--video_dir", str(frames))
+    assert status == 0 and f"using the provided checkpoint {provided / 'timesformer'}" in out
+    assert train(dataset, provided, "--overwrite", "True") == 2
+    assert "never written" in capsys.readouterr().err
 
 
 # -- backbones as they are published ----------------------------------------------------------------
