@@ -38,7 +38,19 @@ from build_model import (
     tower_body,
     trained_tensors,
 )
-from config import FIELDS, NAMING, ROOT, Config, UserError, as_flags, read_yaml, run_name, to_dict, write_yaml
+from config import (
+    FIELDS,
+    NAMING,
+    ROOT,
+    Config,
+    UserError,
+    as_flags,
+    make_folder,
+    read_yaml,
+    run_name,
+    to_dict,
+    write_yaml,
+)
 
 FORMAT_VERSION = 1
 WEIGHTS, SETTINGS, METADATA = "model.safetensors", "config.yaml", "metadata.json"
@@ -89,13 +101,6 @@ def make_run_dir(run_dir: Path) -> None:
     if run_dir.is_dir():
         shutil.rmtree(run_dir)
     make_folder(run_dir)
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
 
 
 def git_commit() -> str | None:

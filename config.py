@@ -115,239 +115,56 @@ def option(default: Any, convert: Callable[[str], Any], group: str, scripts: str
 class Config:
     """All options of main.py and inference.py; `None` stands for 'not given'."""
 
-    # fmt: off -- a table: one option a line
+    # one option a line
+    # fmt: off
     # model
-    vision_model: str = option(
-        "timesformer",
-        text_value,
-        "model",
-        BOTH,
-        "video backbone: timesformer, videomae, a local folder written by save_pretrained, or a hub id of either family",
-    )
-    language_model: str | None = option(
-        None,
-        text_value,
-        "model",
-        BOTH,
-        "language backbone, with --use_vlm True: bert (classification) or gpt2 (captioning), or a folder or hub id of such a model",
-    )
+    vision_model: str = option("timesformer", text_value, "model", BOTH, "video backbone: timesformer, videomae, a local folder written by save_pretrained, or a hub id of either family")
+    language_model: str | None = option(None, text_value, "model", BOTH, "language backbone, with --use_vlm True: bert (classification) or gpt2 (captioning), or a folder or hub id of such a model")
     use_vlm: bool = option(False, to_bool, "model", BOTH, "join a language model to the video backbone")
-    captioning: bool = option(
-        False, to_bool, "model", BOTH, "write a caption instead of naming a class; needs --use_vlm True"
-    )
-    use_text: bool = option(
-        False,
-        to_bool,
-        "model",
-        BOTH,
-        "classification: the clip's own text is an input beside its frames; captioning: captions are the targets either way",
-    )
-    weights: str = option(
-        "tiny",
-        one_of("tiny", "hub"),
-        "model",
-        BOTH,
-        f"where the short names lead: tiny = the folders in backbones/, which know synthetic shapes only; hub = {HUB_TABLE}. Take hub for real videos",
-    )
-    token_grid: int = option(
-        2,
-        number(int, 1, 32),
-        "model",
-        TRAIN,
-        "language models read this many x this many pooled video tokens per time step; more keeps finer detail and costs memory",
-    )
-    dropout: float = option(
-        0.1,
-        number(float, 0, 0.9),
-        "model",
-        TRAIN,
-        "before the new head, and inside the projector; raise it when val falls behind train",
-    )
+    captioning: bool = option(False, to_bool, "model", BOTH, "write a caption instead of naming a class; needs --use_vlm True")
+    use_text: bool = option(False, to_bool, "model", BOTH, "classification: the clip's own text is an input beside its frames; captioning: captions are the targets either way")
+    weights: str = option("tiny", one_of("tiny", "hub"), "model", BOTH, f"where the short names lead: tiny = the folders in backbones/, which know synthetic shapes only; hub = {HUB_TABLE}. Take hub for real videos")
+    token_grid: int = option(2, number(int, 1, 32), "model", TRAIN, "language models read this many x this many pooled video tokens per time step; more keeps finer detail and costs memory")
+    dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN, "before the new head, and inside the projector; raise it when val falls behind train")
     # what is trained
-    freeze_visionbackbone: bool = option(
-        False,
-        to_bool,
-        "what is trained",
-        BOTH,
-        "keep the video backbone as it is: fast, little memory, good for small sets",
-    )
+    freeze_visionbackbone: bool = option(False, to_bool, "what is trained", BOTH, "keep the video backbone as it is: fast, little memory, good for small sets")
     freeze_llmbackbone: bool = option(False, to_bool, "what is trained", BOTH, "keep the language backbone as it is")
-    use_lora_vision: bool = option(
-        False, to_bool, "what is trained", BOTH, "train low-rank adapters in the video backbone, its own weights frozen"
-    )
-    use_lora_llm: bool = option(
-        False,
-        to_bool,
-        "what is trained",
-        BOTH,
-        "train low-rank adapters in the language backbone, its own weights frozen",
-    )
-    lora_r: int = option(
-        16,
-        number(int, 1, 1024),
-        "what is trained",
-        TRAIN,
-        "rank of the adapters (alpha is twice this); 8 to 64, larger for larger sets",
-    )
+    use_lora_vision: bool = option(False, to_bool, "what is trained", BOTH, "train low-rank adapters in the video backbone, its own weights frozen")
+    use_lora_llm: bool = option(False, to_bool, "what is trained", BOTH, "train low-rank adapters in the language backbone, its own weights frozen")
+    lora_r: int = option(16, number(int, 1, 1024), "what is trained", TRAIN, "rank of the adapters (alpha is twice this); 8 to 64, larger for larger sets")
     # data
-    data_dir: str = option(
-        "synthetic_dataset",
-        text_value,
-        "data",
-        TRAIN,
-        "folder with train/, test/ and perhaps val/, each with one folder per class or a metadata.jsonl",
-    )
-    num_frames: int | str = option(
-        "auto",
-        auto_or(number(int, 1, 1024)),
-        "data",
-        TRAIN,
-        "frames taken from each video; auto = what the backbone was trained with. More frames see finer motion and cost time",
-    )
-    image_size: int | str = option(
-        "auto",
-        auto_or(number(int, 8, 2048)),
-        "data",
-        TRAIN,
-        "height and width in pixels that the backbone sees; auto = what it was trained with",
-    )
-    frame_stride: int = option(
-        0,
-        number(int, 0, 1000),
-        "data",
-        TRAIN,
-        "0 spreads the frames over the whole video; S > 0 takes every S-th frame of one window, the middle one at evaluation",
-    )
-    skip_unreadable: bool = option(
-        False,
-        to_bool,
-        "data",
-        TRAIN,
-        "leave out videos that cannot be read, counted and listed in metrics.json, instead of stopping with an error",
-    )
+    data_dir: str = option("synthetic_dataset", text_value, "data", TRAIN, "folder with train/, test/ and perhaps val/, each with one folder per class or a metadata.jsonl")
+    num_frames: int | str = option("auto", auto_or(number(int, 1, 1024)), "data", TRAIN, "frames taken from each video; auto = what the backbone was trained with. More frames see finer motion and cost time")
+    image_size: int | str = option("auto", auto_or(number(int, 8, 2048)), "data", TRAIN, "height and width in pixels that the backbone sees; auto = what it was trained with")
+    frame_stride: int = option(0, number(int, 0, 1000), "data", TRAIN, "0 spreads the frames over the whole video; S > 0 takes every S-th frame of one window, the middle one at evaluation")
+    skip_unreadable: bool = option(False, to_bool, "data", TRAIN, "leave out videos that cannot be read, counted and listed in metrics.json, instead of stopping with an error")
     # training
-    epochs: int = option(
-        10, number(int, 1, 100_000), "training", TRAIN, "passes over the training videos; the best on val is kept"
-    )
-    batch_size: int | str = option(
-        "auto",
-        auto_or(number(int, 1, 65_536)),
-        "training",
-        BOTH,
-        "clips per step; lower it when memory runs out. auto: 16, at inference 8",
-    )
-    learning_rate: float | str = option(
-        "auto",
-        auto_or(number(float, 0)),
-        "training",
-        TRAIN,
-        "peak learning rate, reached after a tenth of the steps, cosine to zero after; auto: the table in README.md",
-    )
-    weight_decay: float = option(
-        0.05, number(float, 0), "training", TRAIN, "AdamW's, on tensors of two or more dimensions; not on adapters"
-    )
-    gradient_accumulation_steps: int = option(
-        1,
-        number(int, 1, 65_536),
-        "training",
-        TRAIN,
-        "batches per optimizer step: N with --batch_size B trains as N x B would, in the memory of B",
-    )
-    gradient_checkpointing: bool = option(
-        False,
-        to_bool,
-        "training",
-        TRAIN,
-        "recompute activations in the backward pass: less memory, about a third slower",
-    )
-    seed: int = option(
-        0,
-        number(int, 0, 2**31 - 1),
-        "training",
-        TRAIN,
-        "of new layers, sampling, dropout and order; the val split does not depend on it",
-    )
+    epochs: int = option(10, number(int, 1, 100_000), "training", TRAIN, "passes over the training videos; the best on val is kept")
+    batch_size: int | str = option("auto", auto_or(number(int, 1, 65_536)), "training", BOTH, "clips per step; lower it when memory runs out. auto: 16, at inference 8")
+    learning_rate: float | str = option("auto", auto_or(number(float, 0)), "training", TRAIN, "peak learning rate, reached after a tenth of the steps, cosine to zero after; auto: the table in README.md")
+    weight_decay: float = option(0.05, number(float, 0), "training", TRAIN, "AdamW's, on tensors of two or more dimensions; not on adapters")
+    gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", TRAIN, "batches per optimizer step: N with --batch_size B trains as N x B would, in the memory of B")
+    gradient_checkpointing: bool = option(False, to_bool, "training", TRAIN, "recompute activations in the backward pass: less memory, about a third slower")
+    seed: int = option(0, number(int, 0, 2**31 - 1), "training", TRAIN, "of new layers, sampling, dropout and order; the val split does not depend on it")
     # inference
-    video_dir: str | None = option(
-        None,
-        text_value,
-        "inference",
-        INFER,
-        "what to answer for: a video file, a folder of frames, a .pt, or a folder of any of these",
-    )
-    text_input: str | None = option(
-        None,
-        text_value,
-        "inference",
-        INFER,
-        f"the text of every clip, for a classifier trained with --use_text True, e.g. '{TEXT_EXAMPLE}'; or give each clip its text in a metadata.jsonl in --video_dir",
-    )
+    video_dir: str | None = option(None, text_value, "inference", INFER, "what to answer for: a video file, a folder of frames, a .pt, or a folder of any of these")
+    text_input: str | None = option(None, text_value, "inference", INFER, f"the text of every clip, for a classifier trained with --use_text True, e.g. '{TEXT_EXAMPLE}'; or give each clip its text in a metadata.jsonl in --video_dir")
     top_k: int = option(3, number(int, 1), "inference", INFER, "how many classes to print with their scores")
     max_new_tokens: int = option(40, number(int, 1, 4096), "inference", BOTH, "longest caption, in tokens")
-    num_beams: int = option(
-        1, number(int, 1, 64), "inference", BOTH, "1 writes captions greedily; 3 to 5 searches wider and is slower"
-    )
-    output: str | None = option(
-        None, text_value, "inference", INFER, "also write the answers to this file, one JSON object per line"
-    )
-    export: str | None = option(
-        None,
-        text_value,
-        "inference",
-        INFER,
-        "write the run to this folder for other programs: a classifier as a merged Hugging Face model, adapters as peft folders",
-    )
+    num_beams: int = option(1, number(int, 1, 64), "inference", BOTH, "1 writes captions greedily; 3 to 5 searches wider and is slower")
+    output: str | None = option(None, text_value, "inference", INFER, "also write the answers to this file, one JSON object per line")
+    export: str | None = option(None, text_value, "inference", INFER, "write the run to this folder for other programs: a classifier as a merged Hugging Face model, adapters as peft folders")
     # run and machine
-    checkpoint: str | None = option(
-        None,
-        text_value,
-        "run and machine",
-        INFER,
-        "folder of a run to load; it says itself what it is, no other flag is needed",
-    )
-    run_name: str | None = option(
-        None, text_value, "run and machine", BOTH, "name of the run's folder; by default made of the flags above"
-    )
+    checkpoint: str | None = option(None, text_value, "run and machine", INFER, "folder of a run to load; it says itself what it is, no other flag is needed")
+    run_name: str | None = option(None, text_value, "run and machine", BOTH, "name of the run's folder; by default made of the flags above")
     output_dir: str = option("checkpoints", text_value, "run and machine", BOTH, "folder of all runs")
     overwrite: bool = option(False, to_bool, "run and machine", TRAIN, "replace an existing run of this name")
-    resume: bool = option(
-        False,
-        to_bool,
-        "run and machine",
-        TRAIN,
-        "go on with a run that was stopped, from its last saved step, exactly as if it had not been; the run's own options are in force",
-    )
-    doctor: bool = option(
-        False,
-        to_bool,
-        "run and machine",
-        TRAIN,
-        "check data, backbone, adapters, first loss and whether a batch can be learned by heart, print a table, train nothing; exit status 1 if a check fails",
-    )
-    save_every: int = option(
-        0,
-        number(int, 0),
-        "run and machine",
-        TRAIN,
-        "save what --resume needs every N optimizer steps too; 0: after each epoch, and when the run is stopped with Ctrl-C or SIGTERM",
-    )
-    device: str = option(
-        "auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", BOTH, "auto: cuda, else mps, else cpu"
-    )
-    mixed_precision: str = option(
-        "auto",
-        one_of("auto", "no", "bf16", "fp16"),
-        "run and machine",
-        BOTH,
-        "auto: bf16 on a GPU that has it, else no",
-    )
-    num_workers: int = option(
-        2,
-        number(int, 0, 256),
-        "run and machine",
-        BOTH,
-        "processes that decode videos beside the model; 0 decodes in turn",
-    )
+    resume: bool = option(False, to_bool, "run and machine", TRAIN, "go on with a run that was stopped, from its last saved step, exactly as if it had not been; the run's own options are in force")
+    doctor: bool = option(False, to_bool, "run and machine", TRAIN, "check data, backbone, adapters, first loss and whether a batch can be learned by heart, print a table, train nothing; exit status 1 if a check fails")
+    save_every: int = option(0, number(int, 0), "run and machine", TRAIN, "save what --resume needs every N optimizer steps too; 0: after each epoch, and when the run is stopped with Ctrl-C or SIGTERM")
+    device: str = option("auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", BOTH, "auto: cuda, else mps, else cpu")
+    mixed_precision: str = option("auto", one_of("auto", "no", "bf16", "fp16"), "run and machine", BOTH, "auto: bf16 on a GPU that has it, else no")
+    num_workers: int = option(2, number(int, 0, 256), "run and machine", BOTH, "processes that decode videos beside the model; 0 decodes in turn")
     # fmt: on
 
 
@@ -519,6 +336,14 @@ def as_flags(config: Config) -> str:
 
 def write_yaml(values: dict[str, Any], path: Path) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and its parents. Raises UserError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
 
 
 def config_file_text() -> str:

@@ -10,7 +10,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from config import Parser, UserError, run_script
+from config import Parser, UserError, make_folder, run_script
 
 
 def body(argv: list[str] | None) -> int:
@@ -53,10 +53,7 @@ def clear_frames(folder: Path) -> None:
         if not (folder / "metadata.jsonl").is_file():
             raise UserError(f"{folder}/ is not empty and was not made by this script; choose another --output")
         shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+    make_folder(folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Parser, UserError, run_script
+from config import Parser, UserError, make_folder, run_script
 
 COLOURS = {
     "red": (0.90, 0.12, 0.12), "green": (0.15, 0.80, 0.20), "blue": (0.15, 0.25, 0.95),
@@ -304,10 +304,7 @@ def clear_dataset(folder: Path, overwrite: bool) -> None:
             raise UserError(f"{folder}/ holds a dataset: add --overwrite to draw it anew, or choose another --output")
         for name in ("train", "test"):
             shutil.rmtree(folder / name, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+    make_folder(folder)
 
 
 def main(argv: list[str] | None = None) -> int:

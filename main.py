@@ -11,6 +11,7 @@ from typing import Any
 
 from config import BACKBONES, Config, UserError, as_flags, parse, run_script
 
+LISTED = 20  # unreadable videos that an error names
 SCAN_CACHE = ".readable.json"  # in the folder of runs: which videos were found readable, by size and time
 
 
@@ -133,7 +134,7 @@ def scanned(splits: Any, config: Config) -> Any:
     known = read_scan(cache)
     bad, good = scan(splits, config.num_frames, config.frame_stride, config.num_workers, known)
     if bad and not config.skip_unreadable:
-        causes = "; ".join([*bad.values()][:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+        causes = "; ".join([*bad.values()][:LISTED]) + (f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
         raise UserError(f"{causes} -- mend or remove them, or add --skip_unreadable True to leave them out")
     if bad:
         splits = leave_out(splits, bad)

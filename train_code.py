@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -337,7 +337,7 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Generator[list[int]]:
     """A list that SIGINT and SIGTERM append to, instead of ending the process; a second SIGINT interrupts."""
     seen: list[int] = []
 
