@@ -163,7 +163,7 @@ def save_tower_files(model: VideoModel, name: str, folder: Path) -> None:
 def save_weights(run_dir: Path, model: VideoModel, facts: dict[str, Any]) -> None:
     """Writes the trained tensors, with `facts` (epoch, step, metrics) in the file's header."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in trained_tensors(model).items()}
-    header = {"format": "pt", "facts": json.dumps(facts)}
+    header = {"facts": json.dumps(facts)}  # one key: with two, equal runs could differ in their order
     replace_file(run_dir / WEIGHTS, lambda p: save_file(tensors, str(p), metadata=header))
 
 

@@ -102,12 +102,13 @@ class Progress:
     loss: float = 0.0  # sums over this epoch's targets
     count: int = 0
     right: int = 0
+    seconds: float = 0.0  # spent training in this epoch
     best: tuple[float, ...] | None = None  # rank of the best epoch
     log: list[dict[str, Any]] = field(default_factory=list)
 
     def next_epoch(self) -> None:
         self.epoch += 1
-        self.groups, self.loss, self.count, self.right = 0, 0.0, 0, 0
+        self.groups, self.loss, self.count, self.right, self.seconds = 0, 0.0, 0, 0, 0.0
 
 
 @dataclass
@@ -169,6 +170,7 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
     accelerator, optimizer, progress = engine.accelerator, engine.optimizer, engine.progress
     loader.batch_sampler.epoch = progress.epoch
     loader.batch_sampler.start = progress.groups * engine.accumulate
+    clock = time.perf_counter()
     with tqdm(
         groups_of(loader, engine.accumulate), initial=progress.groups, total=-(-len(loader) // engine.accumulate),
         desc=f"epoch {progress.epoch + 1}", leave=False, unit="step",
@@ -183,6 +185,7 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
             optimizer.zero_grad(set_to_none=True)
             progress.step += not accelerator.optimizer_step_was_skipped  # fp16 skips steps that overflow
             progress.groups += 1
+            progress.seconds, clock = progress.seconds + time.perf_counter() - clock, time.perf_counter()
             bar.set_postfix(loss=f"{progress.loss / progress.count:.3f}", refresh=False)
             engine.after_step()
     return {"loss": progress.loss / progress.count, "accuracy": progress.right / progress.count}
@@ -406,9 +409,9 @@ def train(
 
 def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config, run_dir: Path) -> None:
     """Trains the epoch under way to its end, evaluates on val, saves the weights if they are the best, logs."""
-    progress, clock = engine.progress, time.perf_counter()
+    progress = engine.progress
     trained = train_one_epoch(model, loaders["train"], engine)
-    seconds = time.perf_counter() - clock
+    seconds = progress.seconds
     val = evaluate(model, loaders["val"], engine.accelerator)
     rank = (val.get("accuracy", 0.0), -val["loss"])
     row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": trained["loss"], "val_loss": val["loss"]}
