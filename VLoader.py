@@ -565,7 +565,8 @@ def collate(items: list[dict[str, Any]], make_batch: Callable[[list[dict[str, An
 
 class ClipLoader(DataLoader):
     """Yields the batches of `make_batch`. Raises UserError for a video that could not be read, or with
-    `skip_unreadable` leaves it out and adds the error to `skipped`."""
+    `skip_unreadable` leaves it out and adds the error to `skipped`; a batch without any readable video
+    is None, so that batches can still be counted."""
 
     def __init__(self, *args, skip_unreadable: bool = False, skipped: Iterable[str] = (), **kwargs):
         super().__init__(*args, **kwargs)
@@ -576,8 +577,7 @@ class ClipLoader(DataLoader):
             if item["errors"] and not self.skip_unreadable:
                 raise UserError(item["errors"][0])
             self.skipped.update(item["errors"])
-            if item["batch"] is not None:
-                yield item["batch"]
+            yield item["batch"]
 
 
 def build_loader(

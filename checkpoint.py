@@ -48,7 +48,6 @@ from config import (
     make_folder,
     read_yaml,
     run_name,
-    to_dict,
     write_yaml,
 )
 
@@ -143,7 +142,7 @@ def start_run(run_dir: Path, model: VideoModel, config: Config, metadata: dict[s
     for name, whole in fully_trained(config).items():
         if whole and name in model.sources:
             save_tower_files(model, name, run_dir / name)
-    replace_file(run_dir / SETTINGS, lambda p: write_yaml(to_dict(config), p))
+    replace_file(run_dir / SETTINGS, lambda p: write_yaml(asdict(config), p))
     write_json(metadata, run_dir / METADATA)
 
 
@@ -389,7 +388,7 @@ def load_run(run_dir: Path, config: Config = Config(), typed: Set[str] = frozens
     }
     model = build_model(saved, len(metadata["class_names"]), sources.get("vision"), sources.get("language"))
     check_fingerprints(run_dir, metadata, sources)
-    metadata["facts"] = load_weights(run_dir, model)
+    load_weights(run_dir, model)
     here = {n: getattr(config, n) for n, f in FIELDS.items() if f.metadata["group"] in ("inference", "run and machine")}
     return model.eval(), replace(saved, **here), metadata
 

@@ -10,7 +10,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -372,10 +372,6 @@ def run_script(body: Callable[[list[str] | None], int | None], argv: list[str] |
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    return asdict(config)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ class Progress:
     right: int = 0
     seconds: float = 0.0  # spent training in this epoch
     best: tuple[float, ...] | None = None  # rank of the best epoch
+    skipped: list[str] = field(default_factory=list)  # what was wrong with the videos left out so far
     log: list[dict[str, Any]] = field(default_factory=list)
 
     def next_epoch(self) -> None:
@@ -153,10 +154,11 @@ def loss_sum(model: VideoModel, batch: dict[str, torch.Tensor]) -> tuple[torch.T
 
 
 def groups_of(loader: DataLoader, size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """The loader's batches in lists of `size`, the last perhaps shorter: one list per optimizer step."""
+    """The loader's batches in lists of `size`, the last perhaps shorter: one list per optimizer step. Batches
+    without any readable video are left out of their list."""
     batches = iter(loader)
     while group := list(islice(batches, size)):
-        yield group
+        yield [batch for batch in group if batch is not None]
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
@@ -167,7 +169,7 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
     """The rest of the epoch under way. A step's loss is the mean over all targets of its batches, however
     many they are. Raises UserError for a loss that is not finite, naming step and files."""
     model.train()
-    accelerator, optimizer, progress = engine.accelerator, engine.optimizer, engine.progress
+    optimizer, progress = engine.optimizer, engine.progress
     loader.batch_sampler.epoch = progress.epoch
     loader.batch_sampler.start = progress.groups * engine.accumulate
     clock = time.perf_counter()
@@ -178,17 +180,23 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
         for group in bar:
             for settings in optimizer.param_groups:
                 settings["lr"] = lr_at(progress.step, engine.total_steps, settings["peak_lr"])
-            accumulate_gradients(model, group, loader, engine)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            with first_steps_checked(model, progress.step):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.step += not accelerator.optimizer_step_was_skipped  # fp16 skips steps that overflow
+            if group:
+                accumulate_gradients(model, group, loader, engine)
+                optimizer_step(model, engine)
             progress.groups += 1
             progress.seconds, clock = progress.seconds + time.perf_counter() - clock, time.perf_counter()
-            bar.set_postfix(loss=f"{progress.loss / progress.count:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{progress.loss / max(1, progress.count):.3f}", refresh=False)
             engine.after_step()
     return {"loss": progress.loss / progress.count, "accuracy": progress.right / progress.count}
+
+
+def optimizer_step(model: VideoModel, engine: Engine) -> None:
+    """Clips the gradients, steps, and checks the first two steps."""
+    engine.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    with first_steps_checked(model, engine.progress.step):
+        engine.optimizer.step()
+    engine.optimizer.zero_grad(set_to_none=True)
+    engine.progress.step += not engine.accelerator.optimizer_step_was_skipped  # fp16 skips steps that overflow
 
 
 def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoader, engine: Engine) -> None:
@@ -379,10 +387,12 @@ def train(
     engine = Engine(accelerator, optimizer, steps, config.gradient_accumulation_steps)
     if config.resume:
         engine.progress = Progress(**load_state(run_dir, model, optimizer))
+        loaders["train"].skipped.update(engine.progress.skipped)
         write_log(engine.progress.log, run_dir)
     with stop_signals() as signals:
 
         def save() -> None:
+            engine.progress.skipped = sorted(loaders["train"].skipped)
             save_state(run_dir, model, optimizer, asdict(engine.progress))
 
         def after_step() -> None:

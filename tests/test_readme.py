@@ -97,3 +97,13 @@ def test_your_own_clips(tmp_path, monkeypatch, capsys):
     assert "2 classes" in out and "add --weights hub" in out
     assert run(*answering) == 0
     assert "of 6 right" in capsys.readouterr().out
+
+
+def test_the_table_of_learning_rates_is_the_code_s():
+    from train_code import LEARNING_RATES
+
+    cells = r"\| ([0-9.e-]+) \(× (\d+)\) " * 3
+    for weights, title in (("tiny", "tiny"), ("hub", "hub, folders")):
+        found = re.search(rf"\| {title} {cells}\|", README).groups()
+        shown = [(float(found[i]), float(found[i + 1])) for i in (0, 2, 4)]
+        assert shown == [LEARNING_RATES[weights, kind] for kind in ("full", "lora", "frozen")]

@@ -86,6 +86,41 @@ def test_resumed_equals_uninterrupted(dataset, tmp_path, monkeypatch, job, worke
     assert not (tmp_path / "stopped" / "r" / "state").exists()
 
 
+def test_resuming_keeps_count_of_skipped_videos_and_of_empty_batches(dataset, tmp_path, monkeypatch):
+    """Batches of one video, two of them unreadable in training: whole batches are left out."""
+    import VLoader
+
+    broken = [s.path for s in VLoader.read_splits(dataset).train[:2]]
+    original = VLoader.read_clip
+
+    def read_clip(path, *args):
+        if path in broken:
+            raise VLoader.ReadError(path, "a bad frame")
+        return original(path, *args)
+
+    monkeypatch.setattr(VLoader, "read_clip", read_clip)
+    more = [
+        "--skip_unreadable",
+        "True",
+        "--batch_size",
+        "1",
+        "--epochs",
+        "2",
+        "--save_every",
+        "1",
+        "--num_workers",
+        "0",
+    ]
+    assert main.main(flags(dataset, tmp_path / "whole", *more)) == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, 6)  # of 7 in an epoch of 9
+        main.main(flags(dataset, tmp_path / "stopped", *more))
+    assert main.main([*flags(dataset, tmp_path / "stopped", *more), "--resume", "True"]) == 0
+    assert_same(tmp_path / "whole" / "r", tmp_path / "stopped" / "r")
+    log, _, metrics = outcome(tmp_path / "whole" / "r")
+    assert log[0]["skipped"] == len(metrics["skipped"]) == 2 and log[-1]["step"] == 14
+
+
 def start(argv: list[str]) -> subprocess.Popen:
     env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "main.py", *argv], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
