@@ -13,7 +13,8 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -109,59 +110,68 @@ class VideoFile:
     trusted, it seeks when a keyframe lies between here and the next wanted frame; else it decodes on.
     """
 
+    #: codecs whose decoders pass over a frame that no other frame is predicted from, when asked to
+    SKIPPING = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video", "vp8"})
+
     def __init__(self, path: Path):
         import av
 
         self.path = path
-        try:
-            with av.open(str(path)) as container:
-                stream = container.streams.best("video")
-                if stream is None:
-                    raise ReadError(path, "no video in this file")
-                packets = [p for p in container.demux(stream) if p.size]
-                # AVI stores no presentation times: with B-frames those of its packets are wrong
-                ordered = container.format.name != "avi"
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise ReadError(path, getattr(error, "strerror", None) or error) from None
-        times = [p.pts for p in packets]
-        self.times = sorted(times) if ordered and None not in times and len(set(times)) == len(times) else None
-        self.keyframes = sorted(p.pts for p in packets if p.is_keyframe) if self.times else []
-        self.count = len(packets)
-        if not packets:
+        with self._named_errors():
+            self.container = av.open(str(path))
+            self.stream = self.container.streams.best("video")
+            if self.stream is None:
+                raise ReadError(path, "no video in this file")
+            # a tuple of each packet: the packets themselves would be the whole file in memory
+            packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self.container.demux(self.stream) if p.size]
+        # a clip that was cut out without encoding anew holds frames that are decoded but never shown
+        times = [time for time, _, hidden in packets if not hidden]
+        # AVI stores no presentation times: with B-frames those of its packets are wrong
+        ordered = self.container.format.name != "avi" and None not in times and len(set(times)) == len(times)
+        self.times = sorted(times) if ordered else None
+        self.keyframes = sorted(time for time, is_key, _ in packets if is_key and time is not None) if ordered else []
+        self.count = len(times)
+        if not times:
             raise ReadError(path, "no frames in this file")
+
+    @contextmanager
+    def _named_errors(self) -> Generator[None]:
+        """FFmpeg's errors as ReadError."""
+        import av
+
+        try:
+            yield
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise ReadError(self.path, getattr(error, "strerror", None) or error) from None
 
     def __len__(self) -> int:
         return self.count
 
+    def seconds(self) -> np.ndarray:
+        """When each frame is shown, in seconds from the first."""
+        if self.times is not None:
+            times = np.array(self.times, dtype=float) * float(self.stream.time_base)
+            return times - times[0]
+        return np.arange(self.count) / float(self.stream.average_rate or 25)
+
     def frames(self, indices: np.ndarray) -> torch.Tensor:
         wanted = [int(i) for i in indices]
-        found = self._read(sorted(set(wanted)))
-        return torch.from_numpy(np.stack([found[i] for i in wanted])).permute(0, 3, 1, 2)  # [T, C, H, W]
+        chosen = sorted(set(wanted))
+        with self._named_errors():
+            found = self._seek(chosen) if self.times else None
+            found = self._decode_all(chosen) if found is None else found
+        return torch.stack([found[i] for i in wanted]).permute(0, 3, 1, 2)  # [T, C, H, W]
 
-    def _read(self, wanted: list[int]) -> dict[int, np.ndarray]:
-        import av
-
-        try:
-            with av.open(str(self.path)) as container:
-                stream = container.streams.best("video")
-                # one thread in a loader's worker: the workers already fill the cores
-                stream.thread_type = "AUTO"
-                stream.thread_count = 1 if get_worker_info() else 0
-                found = self._seek(container, stream, wanted) if self.times else None
-            if found is None:
-                found = self._decode_all(wanted)
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise ReadError(self.path, getattr(error, "strerror", None) or error) from None
-        return found
-
-    def _seek(self, container, stream, wanted: list[int]) -> dict[int, np.ndarray] | None:
+    def _seek(self, wanted: list[int]) -> dict[int, torch.Tensor] | None:
         """The wanted frames by timestamp; None if the decoder's timestamps are not the packets'."""
-        decoded, position, found = container.decode(stream), self.times[0] - 1, {}
+        decoded, position, found = iter(()), None, {}
+        targets = {self.times[index] for index in wanted}
+        use_cores(self.stream)
         for index in wanted:
             target = self.times[index]
-            key = self.keyframes[max(0, bisect_right(self.keyframes, target) - 1)] if self.keyframes else position
-            if key > position + 1 and key > self.times[0]:
-                decoded = self._jump(container, stream, target, key)
+            key = self.keyframes[max(0, bisect_right(self.keyframes, target) - 1)] if self.keyframes else self.times[0]
+            if position is None or key > position + 1:
+                decoded = self._jump(target, key, targets)
             for frame in decoded:
                 position = frame.pts if frame.pts is not None else target + 1
                 if position >= target:
@@ -171,24 +181,41 @@ class VideoFile:
             found[index] = upright(frame)
         return found
 
-    @staticmethod
-    def _jump(container, stream, target: int, key: int) -> Iterator:
+    def _jump(self, target: int, key: int, targets: Set[int]) -> Iterator:
         """Frames from the last keyframe at or before `target` on."""
-        container.seek(target, stream=stream, backward=True)
-        decoded = container.decode(stream)
-        first = next(decoded)
-        if first.pts is not None and first.pts > target:  # the demuxer landed on the keyframe after it
-            container.seek(key, stream=stream, backward=True)
-            return container.decode(stream)
+        import av
+
+        try:
+            self.container.seek(target, stream=self.stream, backward=True)
+        except av.FFmpegError:  # gif: start again
+            self.container = av.open(str(self.path))
+            self.stream = self.container.streams.best("video")
+            return self._decoded(targets)
+        decoded = self._decoded(targets)
+        first = next(decoded, None)
+        if first is None or (first.pts is not None and first.pts > target):  # landed on the keyframe after it
+            self.container.seek(key, stream=self.stream, backward=True)
+            return self._decoded(targets)
         return itertools.chain([first], decoded)
 
-    def _decode_all(self, wanted: list[int]) -> dict[int, np.ndarray]:
+    def _decoded(self, targets: Set[int]) -> Iterator:
+        """Decoded frames from here on; of those that are neither wanted nor needed for others, as few as can be."""
+        context = self.stream.codec_context
+        skipping = context.name in self.SKIPPING
+        for packet in self.container.demux(self.stream):
+            if skipping:
+                context.skip_frame = "DEFAULT" if packet.pts in targets else "NONREF"
+            yield from packet.decode()
+
+    def _decode_all(self, wanted: list[int]) -> dict[int, torch.Tensor]:
         """The wanted frames by counting decoded frames. Raises ReadError if fewer come than there are packets."""
         import av
 
         found, chosen = {}, set(wanted)
         with av.open(str(self.path)) as container:
-            for index, frame in enumerate(container.decode(container.streams.best("video"))):
+            stream = container.streams.best("video")
+            use_cores(stream)
+            for index, frame in enumerate(container.decode(stream)):
                 if index in chosen:
                     found[index] = upright(frame)
                 if len(found) == len(chosen):
@@ -196,9 +223,16 @@ class VideoFile:
         raise ReadError(self.path, f"frame {min(chosen - set(found))} of {self.count} does not decode")
 
 
-def upright(frame) -> np.ndarray:
+def use_cores(stream) -> None:
+    """One decoding thread in a loader's worker, since the workers already fill the cores; else as many as there are."""
+    if not stream.codec_context.is_open:
+        stream.thread_type = "AUTO"
+        stream.thread_count = 1 if get_worker_info() else 0
+
+
+def upright(frame) -> torch.Tensor:
     """A decoded frame as uint8 [H, W, C], turned as the file's display matrix says (PyAV does not)."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90).copy()
+    return torch.rot90(torch.from_numpy(frame.to_ndarray(format="rgb24")), frame.rotation // 90)
 
 
 def natural_key(path: Path | str) -> list:

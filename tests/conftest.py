@@ -39,14 +39,12 @@ def real_data() -> Path:
     return Path(REAL)
 
 
-def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", rotation: int = 0, **options: str) -> Path:
+def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", **options: str) -> Path:
     """Encodes uint8 [T, H, W, C] with PyAV."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv444p" if codec == "libx264" else "yuv420p"
-        if rotation:
-            stream.set_display_rotation(rotation)
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())

@@ -29,7 +29,7 @@ def full_decode(path: Path) -> np.ndarray:
     """Every frame in the decoder's order, the slow way: uint8 [T, C, H, W]."""
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
-        return np.stack([upright(f) for f in container.decode(stream)]).transpose(0, 3, 1, 2)
+        return torch.stack([upright(f) for f in container.decode(stream)]).permute(0, 3, 1, 2).numpy()
 
 
 def all_frames(path: Path) -> np.ndarray:
@@ -87,12 +87,36 @@ def test_any_frames_equal_a_full_decode(tmp_path, name, codec, options):
         assert (reader.frames(np.array(indices)).numpy() == reference[indices]).all(), indices
 
 
+def test_a_clip_cut_without_encoding_anew(tmp_path):
+    """`ffmpeg -ss ... -c copy` starts at the keyframe before the cut and marks what lies between as not shown."""
+    whole = write_video(tmp_path / "whole.mp4", counting_frames(60), g="20", bf="2")
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as target:
+        copy = target.add_stream_from_template(source.streams.video[0])
+        packets = [p for p in source.demux(video=0) if p.size]
+        shown_from = sorted(p.pts for p in packets)[25]
+        keyframe = max(i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= shown_from)
+        for packet in packets[keyframe:]:
+            packet.pts, packet.dts, packet.stream = packet.pts - shown_from, packet.dts - shown_from, copy
+            target.mux(packet)
+    reference = full_decode(tmp_path / "cut.mp4")
+    assert keyframe < 25 and (reference == full_decode(whole)[25:]).all()
+    reader = open_video(tmp_path / "cut.mp4")
+    assert len(reader) == len(reference) == 35
+    for indices in ([0], [34], [3, 4, 20], list(range(35))):
+        assert (reader.frames(np.array(indices)).numpy() == reference[indices]).all(), indices
+
+
 @pytest.mark.parametrize("rotation", [90, 180, -90])
 def test_rotation_is_applied(tmp_path, rotation):
-    frames = counting_frames(4)
-    plain = all_frames(write_video(tmp_path / "plain.mp4", frames))
-    turned = all_frames(write_video(tmp_path / "turned.mp4", frames, rotation=rotation))
-    expected = np.rot90(plain, rotation // 90, axes=(2, 3))
+    plain = write_video(tmp_path / "plain.mp4", counting_frames(4))
+    with av.open(str(plain)) as source, av.open(str(tmp_path / "turned.mp4"), "w") as target:
+        copy = target.add_stream_from_template(source.streams.video[0])  # the same packets: the encoder may vary
+        copy.set_display_rotation(rotation)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = copy
+                target.mux(packet)
+    turned, expected = all_frames(tmp_path / "turned.mp4"), np.rot90(all_frames(plain), rotation // 90, axes=(2, 3))
     assert turned.shape == expected.shape and (turned == expected).all()
 
 
