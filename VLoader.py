@@ -498,11 +498,18 @@ def stamp(path: Path) -> str:
 def scan(
     splits: Splits, num_frames: int, stride: int, num_workers: int, known: dict[str, str]
 ) -> tuple[dict[Path, str], dict[str, str]]:
-    """(what is wrong with each unreadable video, stamps of the good ones). Videos whose stamp is in `known`
-    are not read again."""
+    """scan_videos of all splits; of val and test, all frames that evaluation takes are decoded."""
+    jobs = {s.path: name != "train" for name in ("train", "val", "test") for s in getattr(splits, name)}
+    return scan_videos(jobs, num_frames, stride, num_workers, known)
+
+
+def scan_videos(
+    jobs: dict[Path, bool], num_frames: int, stride: int, num_workers: int, known: dict[str, str]
+) -> tuple[dict[Path, str], dict[str, str]]:
+    """(what is wrong with each unreadable video, stamps of the good ones). `jobs` says of which videos all
+    sampled frames are decoded, not just two. Videos whose stamp is in `known` are not read again."""
     from tqdm import tqdm
 
-    jobs = {s.path: name != "train" for name in ("train", "val", "test") for s in getattr(splits, name)}
     stamps = {path: stamp(path) if path.exists() else "" for path in jobs}
     fresh = [(path, whole) for path, whole in jobs.items() if known.get(str(path.resolve())) != stamps[path]]
     loader = DataLoader(

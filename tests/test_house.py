@@ -57,7 +57,7 @@ def test_requirements_are_pinned_and_say_why():
 
 def test_an_older_python_gets_one_line():
     code = "import sys; sys.version_info = (3, 9, 1); import {}"
-    for script in ("main", "inference", "dummy_data", "create_dummy"):
+    for script in ("main", "inference", "dummy_data", "create_dummy", "convert_dataset"):
         done = subprocess.run([sys.executable, "-c", code.format(script)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1
         assert done.stderr == "error: vidtune needs Python 3.11 or newer, this is 3.9\n"
@@ -67,11 +67,13 @@ def test_an_older_python_can_parse_the_guard():
     """The file that holds the check must be readable by the Pythons that it turns away."""
     source = (ROOT / "config.py").read_text(encoding="utf-8")
     ast.parse(source, feature_version=(3, 8))
-    for script in ("main", "inference", "dummy_data", "create_dummy"):
+    for script in ("main", "inference", "dummy_data", "create_dummy", "convert_dataset"):
         ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
-@pytest.mark.parametrize("name", ["main", "inference", "dummy_data", "create_dummy", "pretrain_backbones"])
+@pytest.mark.parametrize(
+    "name", ["main", "inference", "dummy_data", "create_dummy", "pretrain_backbones", "convert_dataset"]
+)
 def test_help_teaches_and_does_nothing(name, tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / f"{name}.py"), "--help"], cwd=tmp_path, capture_output=True, text=True

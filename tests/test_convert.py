@@ -1,0 +1,304 @@
+"""Every annotation format to the rows it stands for; what is missing, broken or ambiguous is named, never guessed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import counting_frames, write_video
+from PIL import Image
+
+import convert_dataset
+from VLoader import open_video, read_clip, read_folder, read_splits
+
+
+def make_videos(folder: Path, *names: str) -> Path:
+    """A tensor video at each name; names that end in .mp4 or .avi are encoded."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".mp4", ".avi"):
+            write_video(path, counting_frames(10), codec="mpeg4")
+        else:
+            torch.save(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), path.with_name(path.name + ".pt"))
+    return folder
+
+
+def convert(tmp_path: Path, name: str, files: dict[str, str], *flags: str, encoding: str = "utf-8") -> int:
+    """Writes the annotation files and converts them with the videos in tmp_path/videos to tmp_path/out."""
+    paths = []
+    for file, text in files.items():
+        paths.append(tmp_path / file)
+        paths[-1].write_bytes(text.encode(encoding))
+    argv = ["--format", name, "--annotations", *map(str, paths)]
+    return convert_dataset.main(
+        [*argv, "--videos", str(tmp_path / "videos"), "--output", str(tmp_path / "out"), *flags]
+    )
+
+
+def rows(tmp_path: Path, split: str) -> list[dict]:
+    """The written rows, each path as what it leads to below tmp_path/videos."""
+    folder = tmp_path / "out" / split
+    found = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in found:
+        row["file_name"] = (folder / row["file_name"]).resolve().relative_to((tmp_path / "videos").resolve()).as_posix()
+    return found
+
+
+def labels(tmp_path: Path, split: str) -> dict[str, str]:
+    return {row["file_name"]: row["label"] for row in rows(tmp_path, split)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a/x.pt run\nb c.mp4 high jump\n", "a/x.pt,run\nb c.mp4,high jump\n", "a/x.pt\trun\nb c.mp4\thigh jump\n",
+     '\ufeff# a comment\n"b c.mp4","high jump"\na/x,run\n', "Path,Label,split\na/x.pt,run,train\nb c.mp4,high jump,\n"],
+    ids=["spaces", "commas", "tabs", "quotes", "titles"],
+)  # fmt: skip
+def test_lists(tmp_path, text):
+    make_videos(tmp_path / "videos", "a/x", "b c.mp4")
+    assert convert(tmp_path, "list", {"train.txt": text}) == 0
+    assert labels(tmp_path, "train") == {"a/x.pt": "run", "b c.mp4": "high jump"}
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [("names.txt", "run\njump\n"), ("names.csv", "1,jump\n0,run\n"), ("names.json", '{"run": 0, "jump": 1}')],
+)
+def test_numbered_classes_get_their_names(tmp_path, name, text):
+    make_videos(tmp_path / "videos", "x", "y")
+    (tmp_path / name).write_text(text)
+    assert convert(tmp_path, "list", {"val_list.txt": "x.pt 0\ny.pt 1\n"}, "--class_names", str(tmp_path / name)) == 0
+    assert labels(tmp_path, "val") == {"x.pt": "run", "y.pt": "jump"}
+
+
+def test_table_with_captions_texts_and_splits(tmp_path):
+    make_videos(tmp_path / "videos", "x", "y")
+    table = (
+        "video,caption,text,split\nx.pt,a man runs,sports,train\nx.pt,he runs,sports,train\ny.pt,it rains,,validation\n"
+    )
+    assert convert(tmp_path, "list", {"all.csv": table}) == 0
+    assert rows(tmp_path, "train") == [{"file_name": "x.pt", "caption": ["a man runs", "he runs"], "text": "sports"}]
+    assert rows(tmp_path, "val") == [{"file_name": "y.pt", "caption": ["it rains"]}]
+
+
+def test_several_labels_are_refused_by_name(tmp_path, capsys):
+    make_videos(tmp_path / "videos", "x", "y", "z", "good", "w")
+    text = "x.pt 3 17\ny.pt a\ny.pt b\nz.pt a;b\nw.pt\ngood.pt a\n"
+    assert convert(tmp_path, "list", {"train.txt": text}) == 0
+    out = capsys.readouterr().out
+    assert labels(tmp_path, "train") == {"good.pt": "a"}
+    for words in (
+        "x.pt: several labels (3, 17)",
+        "y.pt: several labels (a, b)",
+        "z.pt: several labels (a;b)",
+        "w.pt: no label",
+    ):
+        assert words in out
+    assert json.loads((tmp_path / "out/train/conversion.json").read_text())["refused"][0].startswith("x.pt: several")
+
+
+def test_ucf101(tmp_path):
+    make_videos(
+        tmp_path / "videos", "Archery/v_Archery_g01_c01.avi", "Archery/v_Archery_g08_c01.avi", "Biking/v_Biking_g09_c02"
+    )
+    files = {
+        "trainlist01.txt": "Archery/v_Archery_g08_c01.avi 3\r\nBiking/v_Biking_g09_c02.avi 11\r\n",
+        "testlist01.txt": "Archery/v_Archery_g01_c01.avi\r\n",
+    }
+    assert convert(tmp_path, "ucf101", files) == 0
+    assert labels(tmp_path, "train") == {
+        "Archery/v_Archery_g08_c01.avi": "Archery",
+        "Biking/v_Biking_g09_c02.pt": "Biking",
+    }
+    assert labels(tmp_path, "test") == {"Archery/v_Archery_g01_c01.avi": "Archery"}
+
+
+def test_hmdb51(tmp_path):
+    make_videos(tmp_path / "videos", "wave/a", "wave/b", "wave/c", "ride_bike/a")
+    files = {"wave_test_split1.txt": "a.avi 1 \nb.avi 2 \nc.avi 0 \n", "ride_bike_test_split1.txt": "a.avi 1 \n"}
+    assert convert(tmp_path, "hmdb51", files) == 0
+    assert labels(tmp_path, "train") == {"wave/a.pt": "wave", "ride_bike/a.pt": "ride_bike"}
+    assert labels(tmp_path, "test") == {"wave/b.pt": "wave"}
+
+
+def test_kinetics_pads_times_and_keeps_leading_dashes(tmp_path):
+    make_videos(tmp_path / "videos", "abseiling/-x_7Rz0_000007_000017", "y1_000120_000130")
+    text = 'label,youtube_id,time_start,time_end,split,is_cc\nabseiling,-x_7Rz0,7,17,train,0\n"air, drumming",y1,120,130,validate,0\n'
+    assert convert(tmp_path, "kinetics", {"k.csv": text}) == 0
+    assert labels(tmp_path, "train") == {"abseiling/-x_7Rz0_000007_000017.pt": "abseiling"}
+    assert labels(tmp_path, "val") == {"y1_000120_000130.pt": "air, drumming"}
+
+
+def test_something_something_drops_the_brackets(tmp_path):
+    make_videos(tmp_path / "videos", "12", "13")
+    items = [
+        {"id": "12", "label": "holding a cup", "template": "Holding [something]", "placeholders": ["a cup"]},
+        {"id": 13},
+    ]
+    assert convert(tmp_path, "ssv2", {"something-something-v2-validation.json": json.dumps(items)}) == 0
+    assert rows(tmp_path, "val") == [{"file_name": "12.pt", "label": "Holding something", "caption": ["holding a cup"]}]
+
+
+def test_msrvtt(tmp_path):
+    make_videos(tmp_path / "videos", "video0.mp4", "video1")
+    values = {
+        "videos": [{"video_id": "video0", "split": "train"}, {"video_id": "video1", "split": "validate"}],
+        "sentences": [{"video_id": "video0", "caption": "a café"}, {"video_id": "video1", "caption": "b"}, {"video_id": "video0", "caption": "c"}],
+    }  # fmt: skip
+    assert convert(tmp_path, "msrvtt", {"train_val_videodatainfo.json": json.dumps(values)}) == 0
+    assert rows(tmp_path, "train") == [{"file_name": "video0.mp4", "caption": ["a café", "c"]}]
+    assert rows(tmp_path, "val") == [{"file_name": "video1.pt", "caption": ["b"]}]
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("AllVideoDescriptions.txt", "# header\n\nab_c_1_11 a bird sings\nab_c_1_11 it sings\nzz_2_12 rain\n"),
+        ("corpus.csv", "VideoID,Start,End,Language,Description\nab_c,1,11,English,a bird sings\nab_c,1,11,German,ein Vogel\n"
+         "ab_c,1,11,English,it sings\nzz,2,12,English,rain\n"),
+    ],
+)  # fmt: skip
+def test_msvd(tmp_path, file, text):
+    make_videos(tmp_path / "videos", "ab_c_1_11", "zz_2_12")
+    assert convert(tmp_path, "msvd", {file: text}, "--split", "test") == 0
+    assert [r["caption"] for r in rows(tmp_path, "test")] == [["a bird sings", "it sings"], ["rain"]]
+
+
+def test_vatex_in_cp1252(tmp_path):
+    make_videos(tmp_path / "videos", "id_000001_000011")
+    assert convert(tmp_path, "vatex", {"test.csv": "id_000001_000011|a man’s hat|un café|\n"}, encoding="cp1252") == 0
+    assert rows(tmp_path, "test")[0]["caption"] == ["a man’s hat", "un café"]
+
+
+def test_frame_lists_link_the_frames_between_start_and_end(tmp_path):
+    for folder in ("jumping/0001", "running/0001"):
+        (tmp_path / "videos" / folder).mkdir(parents=True)
+        for index in range(1, 11):
+            Image.new("RGB", (16, 16), (20 * index, 0, 0)).save(tmp_path / "videos" / folder / f"img_{index:05d}.png")
+    text = "jumping/0001 1 10 0\nrunning/0001 3 6 1\nrunning/0001 7 10 1\n"
+    assert convert(tmp_path, "frames", {"annotations.txt": text}) == 0
+    samples = {s.path.name: s for s in read_folder(tmp_path / "out" / "train")}
+    assert {name: s.label for name, s in samples.items()} == {
+        "0001": "0",
+        "running_0001_3_6": "1",
+        "running_0001_7_10": "1",
+    }
+    clip = read_clip(samples["running_0001_3_6"].path, 4)
+    assert clip[:, 0, 0, 0].tolist() == [60, 80, 100, 120]
+    assert len(open_video(samples["0001"].path)) == 10
+
+
+def test_chat(tmp_path):
+    make_videos(tmp_path / "videos", "demo/1.mp4", "demo/2.avi")
+    turn = [{"role": "user", "content": "<video>What is it?"}, {"role": "assistant", "content": "A cat."}]
+    items = [{"messages": turn, "videos": ["demo/1.mp4"]}, {"messages": turn * 2, "videos": ["demo/2.avi"]}]
+    assert convert(tmp_path, "chat", {"chat.json": json.dumps(items)}) == 0
+    assert rows(tmp_path, "train") == [{"file_name": "demo/1.mp4", "caption": ["A cat."], "text": "What is it?"}]
+
+
+def test_missing_and_unreadable_are_counted_and_named(tmp_path, capsys):
+    make_videos(tmp_path / "videos", "a.mp4", "b.mp4")
+    (tmp_path / "videos/b.mp4").write_bytes((tmp_path / "videos/b.mp4").read_bytes()[:100])
+    assert convert(tmp_path, "list", {"train.txt": "a.mp4 x\nb.mp4 x\ngone.mp4 y\n"}) == 0
+    out = capsys.readouterr().out
+    assert labels(tmp_path, "train") == {"a.mp4": "x"}
+    assert "gone.mp4" in out and "b.mp4" in out
+    report = json.loads((tmp_path / "out/train/conversion.json").read_text())
+    numbers = {k: report[k] for k in ("rows", "found", "videos", "classes", "missing")}
+    assert numbers == {
+        "rows": 3, "found": 2, "videos": 1, "missing": ["gone.mp4"],
+        "classes": {"x": {"rows": 2, "videos": 1}, "y": {"rows": 1, "videos": 0}},
+    }  # fmt: skip
+    assert len(report["unreadable"]) == 1 and "b.mp4" in report["unreadable"][0]
+
+
+def test_a_name_with_another_folder_is_another_video(tmp_path, capsys):
+    """jumping/0001 must not become running/0001; an id without folder is found anywhere, if it is the only one."""
+    make_videos(tmp_path / "videos", "running/0001", "deep/down/id7", "one/twice", "two/twice")
+    text = "jumping/0001 a\nid7 b\nsome/prefix/running/0001.mp4 c\ntwice d\none/twice e\n"
+    assert convert(tmp_path, "list", {"train.txt": text}) == 0
+    assert labels(tmp_path, "train") == {"deep/down/id7.pt": "b", "running/0001.pt": "c", "one/twice.pt": "e"}
+    assert "twice: 2 files are of this name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, files, words",
+    [
+        ("msrvtt", {"x.json": "{}"}, "x.json is not of --format msrvtt: no 'sentences'"),
+        ("ssv2", {"x.json": "not json"}, "x.json is not of --format ssv2"),
+        ("kinetics", {"x.csv": "a,b\n1,2\n"}, "x.csv is not of --format kinetics: no 'time_start'"),
+        ("hmdb51", {"x.txt": "a.avi 1\n"}, "<class>_test_split<n>.txt"),
+        ("list", {"train.txt": ""}, "the annotations hold no rows"),
+        ("list", {"train.txt": "gone.mp4 a\n"}, "1 not found in"),
+        ("list", {"train.txt": "x.pt 1 2\n"}, "1 refused, first x.pt: several labels"),
+    ],
+)
+def test_bad_annotations_are_one_line(tmp_path, capsys, name, files, words):
+    make_videos(tmp_path / "videos", "x")
+    assert convert(tmp_path, name, files) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("out/*/metadata.jsonl"))
+
+
+def test_splits_add_up_and_nothing_is_replaced_unasked(tmp_path, capsys):
+    make_videos(tmp_path / "videos", "a", "b", "c", "d")
+    assert convert(tmp_path, "list", {"test.csv": "a.pt,x\n"}) == 0
+    assert "convert the training list" in capsys.readouterr().out
+    assert convert(tmp_path, "list", {"train.csv": "b.pt,x\nc.pt,y\nd.pt,y\n"}) == 0
+    splits = read_splits(tmp_path / "out")
+    assert (len(splits.train) + len(splits.val), len(splits.test)) == (3, 1)
+    assert convert(tmp_path, "list", {"train.csv": "a.pt,x\n"}) == 2
+    assert "exists: add --overwrite" in capsys.readouterr().err
+    assert convert(tmp_path, "list", {"train.csv": "a.pt,x\n"}, "--overwrite") == 0
+    assert labels(tmp_path, "train") == {"a.pt": "x"}
+
+
+def stand_ins(folder: Path, name: str, files: list[Path]) -> Path:
+    """A tensor video for every row of real annotation files."""
+    video = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    for file in files:
+        for row in convert_dataset.FORMATS[name](file):
+            path = folder / Path(row.video).with_suffix(".pt")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(video, path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, places, expected",
+    [
+        ("ucf101", ["ucf101/trainlist01_head600.txt", "ucf101/testlist01.txt"], {"train": (600, 7, 0), "test": (3783, 101, 0)}),
+        ("kinetics", ["kinetics/k400_val_head300.csv"], {"val": (300, 7, 0)}),
+        ("ssv2", ["ssv2/finetune_5shot_training.json"], {"train": (430, 86, 430)}),
+        ("msrvtt", ["msrvtt/videodatainfo_sample.json"], {"train": (10, 0, 200), "val": (10, 0, 200), "test": (10, 0, 200)}),
+        ("vatex", ["vatex/vatex_test_sample_cp1252.csv"], {"test": (47, 0, 470)}),
+        ("chat", ["chat/mllm_video_demo.json"], {"train": (3, 0, 3)}),
+    ],
+)  # fmt: skip
+def test_real_annotation_files(real_data, tmp_path, name, places, expected):
+    """Rows, classes and captions of published files; counted in the files by other means."""
+    files = [real_data / "annotations" / place for place in places]
+    videos = stand_ins(tmp_path / "videos", name, files)
+    argv = ["--format", name, "--annotations", *map(str, files), "--videos", str(videos)]
+    assert convert_dataset.main([*argv, "--output", str(tmp_path / "out"), "--no_scan"]) == 0
+    for split, (count, classes, captions) in expected.items():
+        samples = read_folder(tmp_path / "out" / split)
+        assert len(samples) == count
+        assert len({s.label for s in samples} - {None}) == classes
+        assert sum(len(s.captions) for s in samples) == captions
+        assert not any("�" in c or "[" in (s.label or "") for s in samples for c in (*s.captions, ""))
+    if name == "ssv2":
+        known = json.loads((real_data / "annotations/ssv2/finetune_labels.json").read_text())
+        assert {s.label for s in read_folder(tmp_path / "out/train")} <= set(known)
+
+
+def test_real_frame_list(real_data, tmp_path):
+    argv = ["--format", "frames", "--annotations", str(real_data / "frames/annotations.txt")]
+    assert convert_dataset.main([*argv, "--videos", str(real_data / "frames"), "--output", str(tmp_path)]) == 0
+    samples = read_folder(tmp_path / "train")
+    assert [(s.path.resolve().parent.name, s.label) for s in samples] == [("jumping", "0")] * 2 + [("running", "1")] * 2
+    assert [len(open_video(s.path)) for s in samples][:3] == [17, 18, 15]
+    assert np.diff([len(open_video(s.path)) for s in samples[2:]]) == 0
