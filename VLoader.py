@@ -256,10 +256,11 @@ def open_video(path: Path) -> TensorVideo | FrameFolder | VideoFile:
     return TensorVideo(path) if path.suffix == ".pt" else VideoFile(path)
 
 
-def read_clip(path: Path, num_frames: int, stride: int = 0, rng: np.random.Generator | None = None) -> torch.Tensor:
-    """`num_frames` frames of a video, uint8 [T, C, H, W]; see `transforms.sample_indices` for which."""
-    reader = open_video(path)
-    return reader.frames(sample_indices(len(reader), num_frames, stride, rng))
+def view_indices(available: int, num_frames: int, stride: int, clips: int) -> np.ndarray:
+    """The frames of `clips` clips of one video, one behind the other, [clips * num_frames]; one clip is the
+    one that evaluation takes."""
+    places = (np.arange(clips) + 0.5) / clips
+    return np.concatenate([sample_indices(available, num_frames, stride, place=place) for place in places])
 
 
 # -- what a folder holds ----------------------------------------------------------------------------
@@ -293,6 +294,7 @@ class Sample:
     captions: tuple[str, ...] = ()
     text: str | None = None
     attributes: dict[str, str] = field(default_factory=dict, hash=False)
+    span: tuple[int, int] | None = None  # first and last frame, where only a part is meant
 
 
 def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -470,20 +472,20 @@ def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
 
 class ScanDataset(Dataset):
     """Item i is what is wrong with video i, "" if nothing: it is opened, and of its sampled frames the
-    first and the last are decoded, or all that evaluation takes."""
+    first and the last are decoded, or those of as many clips as its job says."""
 
-    def __init__(self, jobs: list[tuple[Path, bool]], num_frames: int, stride: int):
+    def __init__(self, jobs: list[tuple[Path, int]], num_frames: int, stride: int):
         self.jobs, self.num_frames, self.stride = jobs, num_frames, stride
 
     def __len__(self) -> int:
         return len(self.jobs)
 
     def __getitem__(self, index: int) -> str:
-        path, whole = self.jobs[index]
+        path, clips = self.jobs[index]
         try:
             reader = open_video(path)
-            indices = sample_indices(len(reader), self.num_frames, self.stride)
-            reader.frames(indices if whole else indices[[0, -1]])
+            indices = view_indices(len(reader), self.num_frames, self.stride, max(1, clips))
+            reader.frames(indices if clips else indices[[0, -1]])
         except ReadError as error:
             return str(error)
         return ""
@@ -496,22 +498,24 @@ def stamp(path: Path) -> str:
 
 
 def scan(
-    splits: Splits, num_frames: int, stride: int, num_workers: int, known: dict[str, str]
+    splits: Splits, num_frames: int, stride: int, test_clips: int, num_workers: int, known: dict[str, str]
 ) -> tuple[dict[Path, str], dict[str, str]]:
     """scan_videos of all splits; of val and test, all frames that evaluation takes are decoded."""
-    jobs = {s.path: name != "train" for name in ("train", "val", "test") for s in getattr(splits, name)}
+    clips = {"train": 0, "val": 1, "test": test_clips}
+    jobs = {s.path: count for name, count in clips.items() for s in getattr(splits, name)}
     return scan_videos(jobs, num_frames, stride, num_workers, known)
 
 
 def scan_videos(
-    jobs: dict[Path, bool], num_frames: int, stride: int, num_workers: int, known: dict[str, str]
+    jobs: dict[Path, int], num_frames: int, stride: int, num_workers: int, known: dict[str, str]
 ) -> tuple[dict[Path, str], dict[str, str]]:
-    """(what is wrong with each unreadable video, stamps of the good ones). `jobs` says of which videos all
-    sampled frames are decoded, not just two. Videos whose stamp is in `known` are not read again."""
+    """(what is wrong with each unreadable video, stamps of the good ones). `jobs` says of how many clips of
+    each video all frames are decoded; 0: only two frames. Videos whose stamp is in `known` are not read again."""
     from tqdm import tqdm
 
-    stamps = {path: stamp(path) if path.exists() else "" for path in jobs}
-    fresh = [(path, whole) for path, whole in jobs.items() if known.get(str(path.resolve())) != stamps[path]]
+    depth = {clips: f" {num_frames}/{stride}/{clips}" if clips else "" for clips in {*jobs.values()}}
+    stamps = {path: stamp(path) + depth[clips] if path.exists() else "" for path, clips in jobs.items()}
+    fresh = [(path, clips) for path, clips in jobs.items() if known.get(str(path.resolve())) != stamps[path]]
     loader = DataLoader(
         ScanDataset(fresh, num_frames, stride), batch_size=16, num_workers=num_workers if len(fresh) > 64 else 0, collate_fn=list
     )  # fmt: skip
@@ -540,35 +544,62 @@ def leave_out(splits: Splits, bad: dict[Path, str]) -> Splits:
 
 
 class ClipDataset(Dataset):
-    """Clips of samples; item (epoch, index) depends on nothing but (seed, epoch, index).
+    """Clips of samples; item (draw, index) depends on nothing but (seed, draw, index).
 
     In training the frames are jittered and one caption is drawn; else centres and the first caption.
+    `views` (clips, crops) other than (1, 1) gives pixel_values [clips * crops, T, C, H, W].
     """
 
     def __init__(
         self, samples: list[Sample], preprocessing: Preprocessing, num_frames: int, stride: int,
-        class_names: list[str], train: bool = False, seed: int = 0,
+        class_names: list[str], train: bool = False, seed: int = 0, views: tuple[int, int] = (1, 1),
     ):  # fmt: skip
         self.samples = samples
         self.preprocessing = preprocessing
         self.num_frames, self.stride = num_frames, stride
         self.class_index = {name: i for i, name in enumerate(class_names)}
-        self.train, self.seed = train, seed
+        self.train, self.seed, self.views = train, seed, views
+        self.last: tuple[Path, Any] | None = None  # the reader in use: spans of one video follow each other
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def labels(self) -> list[int]:
+        """The class of every sample, -100 where it is not known."""
+        return [self.class_index.get(sample.label, -100) for sample in self.samples]
+
+    def reader(self, sample: Sample) -> TensorVideo | FrameFolder | VideoFile:
+        if sample.span is None:
+            return open_video(sample.path)
+        if self.last is None or self.last[0] != sample.path:
+            self.last = (sample.path, open_video(sample.path))
+        return self.last[1]
+
+    def pixels(self, sample: Sample, rng: np.random.Generator | None) -> torch.Tensor:
+        """uint8 [T, C, H, W], or [V, T, C, H, W] of several views. Raises ReadError."""
+        reader = self.reader(sample)
+        first, last = sample.span or (0, len(reader) - 1)
+        clips, crops = self.views
+        if self.views == (1, 1):
+            indices = sample_indices(last - first + 1, self.num_frames, self.stride, rng)
+            return self.preprocessing.pixels(reader.frames(first + indices))
+        frames = reader.frames(first + view_indices(last - first + 1, self.num_frames, self.stride, clips))
+        places = [None] if crops == 1 else np.linspace(0, 1, crops).tolist()
+        views = [self.preprocessing.pixels(frames, place).unflatten(0, (clips, -1)) for place in places]
+        return torch.stack(views, dim=1).flatten(0, 1)
+
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
-        epoch, place = index
+        draw, place = index
         sample = self.samples[place]
-        rng = np.random.default_rng([self.seed, epoch, place]) if self.train else None
+        rng = np.random.default_rng([self.seed, draw, place]) if self.train else None
         try:
-            clip = read_clip(sample.path, self.num_frames, self.stride, rng)
+            pixels = self.pixels(sample, rng)
         except ReadError as error:  # raised by ClipLoader: a worker's exception would arrive as a traceback
-            return {"error": str(error)}
+            return {"error": str(error), "index": place}
         captions = sample.captions or ("",)
         return {
-            "pixel_values": self.preprocessing.pixels(clip),  # [T, C, H, W] uint8
+            "pixel_values": pixels,
             "label": self.class_index.get(sample.label, -100),
             "caption": captions[int(rng.integers(len(captions))) if rng else 0],
             "text": sample.text or "",
@@ -577,29 +608,52 @@ class ClipDataset(Dataset):
 
 
 class EpochBatches:
-    """Yields lists of (epoch, index); the order is a permutation from (seed, epoch), or plain.
+    """Yields lists of (draw, index); the order comes from (seed, epoch), or is plain.
 
+    With `classes`, each sample's class, an epoch draws equally many clips of every class, else every clip once.
     `epoch` and `start`, the number of batches to leave out, are set before each pass.
     """
 
-    def __init__(self, count: int, batch_size: int, shuffle: bool = False, seed: int = 0):
+    def __init__(
+        self, count: int, batch_size: int, shuffle: bool = False, seed: int = 0, classes: list[int] | None = None
+    ):
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
+        self.classes = classes
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.count)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
+        order = self.order()
         for start in range(self.start * self.batch_size, self.count, self.batch_size):
-            yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
+            yield order[start : start + self.batch_size]
+
+    def order(self) -> list[tuple[int, int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        if self.shuffle and self.classes is not None:
+            return balanced_order(np.array(self.classes), self.epoch, rng)
+        places = rng.permutation(self.count) if self.shuffle else np.arange(self.count)
+        return [(self.epoch, int(place)) for place in places]
+
+
+def balanced_order(classes: np.ndarray, epoch: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """As many (draw, index) as there are clips, equally many of every class (give or take one); a class that
+    is too small repeats its clips, each time as another draw."""
+    groups = [np.flatnonzero(classes == k) for k in np.unique(classes)]
+    share, rest = divmod(len(classes), len(groups))
+    draws = -(-(share + 1) // min(map(len, groups)))  # of one clip in one epoch, at most
+    extra = set(rng.permutation(len(groups))[:rest].tolist())
+    order: list[tuple[int, int]] = []
+    for number, group in enumerate(groups):
+        drawn = [(epoch * draws + d, int(i)) for d in range(draws) for i in rng.permutation(group)]
+        order += drawn[: share + (number in extra)]
+    return [order[i] for i in rng.permutation(len(order))]
 
 
 def collate(items: list[dict[str, Any]], make_batch: Callable[[list[dict[str, Any]]], dict]) -> dict[str, Any]:
-    """make_batch(the items that could be read), with the errors of the others beside it."""
-    errors = [item["error"] for item in items if "error" in item]
+    """make_batch(the items that could be read); {index: what is wrong} of the others beside it."""
+    errors = {item["index"]: item["error"] for item in items if "error" in item}
     good = [item for item in items if "error" not in item]
     return {"batch": make_batch(good) if good else None, "errors": errors}
 
@@ -616,8 +670,8 @@ class ClipLoader(DataLoader):
     def __iter__(self):
         for item in super().__iter__():
             if item["errors"] and not self.skip_unreadable:
-                raise UserError(item["errors"][0])
-            self.skipped.update(item["errors"])
+                raise UserError(next(iter(item["errors"].values())))
+            self.skipped.update(item["errors"].values())
             yield item["batch"]
 
 
@@ -627,11 +681,13 @@ def build_loader(
     batch_size: int,
     num_workers: int,
     pin_memory: bool = False,
+    balance: bool = False,
     **skipping: Any,
 ) -> ClipLoader:
-    """A loader of `dataset`; its `batch_sampler` takes the epoch before each pass in training. `skipping` are
-    ClipLoader's own arguments."""
-    batches = EpochBatches(len(dataset), batch_size, shuffle=dataset.train, seed=dataset.seed)
+    """A loader of `dataset`; its `batch_sampler` takes the epoch before each pass in training, and with
+    `balance` draws all classes equally often. `skipping` are ClipLoader's own arguments."""
+    classes = dataset.labels if balance else None
+    batches = EpochBatches(len(dataset), batch_size, shuffle=dataset.train, seed=dataset.seed, classes=classes)
     return ClipLoader(
         dataset, batch_sampler=batches, collate_fn=partial(collate, make_batch=make_batch), num_workers=num_workers,
         persistent_workers=num_workers > 0, pin_memory=pin_memory,

@@ -10,6 +10,7 @@ K classes; t h w count a clip's tokens over time, height and width.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -390,6 +391,14 @@ class VideoModel(nn.Module):
     def targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the logits are scored against: (B,) or (B, L); -100 does not count."""
         return batch["labels"]
+
+    def scores(self, pixel_values: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """The logits of uint8 (B, T, C, H, W); of several views of each video, (B, V, T, C, H, W), the log of
+        the views' mean probabilities (B, K), one view at a time."""
+        if pixel_values.ndim == 5:
+            return self(pixel_values=pixel_values, **inputs).float()
+        views = [self(pixel_values=view, **inputs).float().log_softmax(-1) for view in pixel_values.unbind(1)]
+        return torch.stack(views).logsumexp(0) - math.log(len(views))
 
     def room_for_text(self, taken: int) -> int:
         """Text tokens that fit behind `taken` other positions. Raises UserError if none do."""

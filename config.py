@@ -138,11 +138,17 @@ class Config:
     image_size: int | str = option("auto", auto_or(number(int, 8, 2048)), "data", TRAIN, "height and width in pixels that the backbone sees; auto = what it was trained with")
     frame_stride: int = option(0, number(int, 0, 1000), "data", TRAIN, "0 spreads the frames over the whole video; S > 0 takes every S-th frame of one window, the middle one at evaluation")
     skip_unreadable: bool = option(False, to_bool, "data", TRAIN, "leave out videos that cannot be read, counted and listed in metrics.json, instead of stopping with an error")
+    augment: str = option("none", one_of("none", "light", "strong"), "data", TRAIN, "random changes of training clips, the same for all frames of one: light = mild crop and erasing; strong = wider crop, RandAugment without rotation or flip, colour jitter and, for classifiers that read no text, mixup and cutmix (needs kornia: requirements-extra.txt). For small sets; strong hides colours that captions name")
+    flip: bool = option(False, to_bool, "data", TRAIN, "mirror half of the training clips; not where left and right matter, as in 'moving left'")
+    class_balance: bool = option(False, to_bool, "data", TRAIN, "draw equally many clips of every class in each epoch: small classes repeat theirs with other frames, large ones take turns")
     # training
     epochs: int = option(10, number(int, 1, 100_000), "training", TRAIN, "passes over the training videos; the best on val is kept")
     batch_size: int | str = option("auto", auto_or(number(int, 1, 65_536)), "training", BOTH, "clips per step; lower it when memory runs out. auto: 16, at inference 8")
     learning_rate: float | str = option("auto", auto_or(number(float, 0)), "training", TRAIN, "peak learning rate, reached after a tenth of the steps, cosine to zero after; auto: the table in README.md")
     weight_decay: float = option(0.05, number(float, 0), "training", TRAIN, "AdamW's, on tensors of two or more dimensions; not on adapters")
+    layer_decay: float = option(1.0, number(float, 0.1, 1), "training", TRAIN, "each layer of a backbone learns by this factor slower than the one above it; 0.65 to 0.9 keeps more of what a backbone knows when it is trained in full")
+    label_smoothing: float = option(0.0, number(float, 0, 0.9), "training", TRAIN, "share of each target that is spread over all classes (or words); 0.1 tempers overconfidence")
+    patience: int = option(0, number(int, 0), "training", TRAIN, "stop when val has not improved for this many epochs; 0: never")
     gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", TRAIN, "batches per optimizer step: N with --batch_size B trains as N x B would, in the memory of B")
     gradient_checkpointing: bool = option(False, to_bool, "training", TRAIN, "recompute activations in the backward pass: less memory, about a third slower")
     seed: int = option(0, number(int, 0, 2**31 - 1), "training", TRAIN, "of new layers, sampling, dropout and order; the val split does not depend on it")
@@ -150,9 +156,12 @@ class Config:
     video_dir: str | None = option(None, text_value, "inference", INFER, "what to answer for: a video file, a folder of frames, a .pt, or a folder of any of these")
     text_input: str | None = option(None, text_value, "inference", INFER, f"the text of every clip, for a classifier trained with --use_text True, e.g. '{TEXT_EXAMPLE}'; or give each clip its text in a metadata.jsonl in --video_dir")
     top_k: int = option(3, number(int, 1), "inference", INFER, "how many classes to print with their scores")
+    test_clips: int = option(1, number(int, 1, 100), "inference", BOTH, "classifiers: average the answers for this many clips of each test video, at other times")
+    test_crops: int = option(1, number(int, 1, 10), "inference", BOTH, "and for this many crops of each, along the longer side of the picture; papers take 3 clips or more x 3 crops")
     max_new_tokens: int = option(40, number(int, 1, 4096), "inference", BOTH, "longest caption, in tokens")
     num_beams: int = option(1, number(int, 1, 64), "inference", BOTH, "1 writes captions greedily; 3 to 5 searches wider and is slower")
-    output: str | None = option(None, text_value, "inference", INFER, "also write the answers to this file, one JSON object per line")
+    timeline: float = option(0.0, number(float, 0), "inference", INFER, "answer for every SECONDS of a long video instead of once for all of it; 0: once")
+    output: str | None = option(None, text_value, "inference", INFER, "also write the answers to this file, one JSON object per line; a file begun by the same run is gone on with, videos that it answers are skipped")
     export: str | None = option(None, text_value, "inference", INFER, "write the run to this folder for other programs: a classifier as a merged Hugging Face model, adapters as peft folders")
     # run and machine
     checkpoint: str | None = option(None, text_value, "run and machine", INFER, "folder of a run to load; it says itself what it is, no other flag is needed")
@@ -161,6 +170,7 @@ class Config:
     overwrite: bool = option(False, to_bool, "run and machine", TRAIN, "replace an existing run of this name")
     resume: bool = option(False, to_bool, "run and machine", TRAIN, "go on with a run that was stopped, from its last saved step, exactly as if it had not been; the run's own options are in force")
     doctor: bool = option(False, to_bool, "run and machine", TRAIN, "check data, backbone, adapters, first loss and whether a batch can be learned by heart, print a table, train nothing; exit status 1 if a check fails")
+    preview: int = option(0, number(int, 0, 200), "run and machine", TRAIN, "write a picture of what the model will see of this many training clips, with labels or captions, and train nothing")
     save_every: int = option(0, number(int, 0), "run and machine", TRAIN, "save what --resume needs every N optimizer steps too; 0: after each epoch, and when the run is stopped with Ctrl-C or SIGTERM")
     device: str = option("auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", BOTH, "auto: cuda, else mps, else cpu")
     mixed_precision: str = option("auto", one_of("auto", "no", "bf16", "fp16"), "run and machine", BOTH, "auto: bf16 on a GPU that has it, else no")
@@ -278,10 +288,18 @@ def complete(config: Config) -> Config:
                 raise UserError(f"--{name} needs --use_vlm True")
     elif config.language_model is None:
         config = replace(config, language_model="gpt2" if config.captioning else "bert")
+    check_for_classifiers(config)
     check_backbone("vision_model", config.vision_model, "vision")
     if config.use_vlm:
         check_backbone("language_model", config.language_model, "decoder" if config.captioning else "encoder")
     return config
+
+
+def check_for_classifiers(config: Config) -> None:
+    """Raises UserError for options that say nothing to a captioner."""
+    for name in ("test_clips", "test_crops", "class_balance"):
+        if config.captioning and getattr(config, name) != FIELDS[name].default:
+            raise UserError(f"--{name} is for classifiers, not for captions")
 
 
 def check_backbone(option_name: str, name: str, wanted: str) -> None:

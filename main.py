@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config import BACKBONES, Config, UserError, as_flags, parse, run_script
+from config import BACKBONES, Config, UserError, as_flags, make_folder, parse, run_name, run_script
 
 LISTED = 20  # unreadable videos that an error names
 SCAN_CACHE = ".readable.json"  # in the folder of runs: which videos were found readable, by size and time
@@ -78,7 +78,9 @@ def print_hints(config: Config, splits: Any) -> None:
 def result_line(metrics: dict[str, Any]) -> str:
     split = "test" if "test" in metrics else "val"
     scores = metrics[split]
-    parts = [f"{split} of epoch {metrics['best_epoch']} on {scores['count']} clips: loss {scores['loss']:.3f}"]
+    views = scores.get("views", {"clips": 1, "crops": 1})
+    each = "" if set(views.values()) == {1} else f", {views['clips']} clips x {views['crops']} crops of each"
+    parts = [f"{split} of epoch {metrics['best_epoch']} on {scores['count']} videos{each}: loss {scores['loss']:.3f}"]
     if "accuracy" in scores:
         parts.append(f"accuracy {100 * scores['accuracy']:.1f} %")
     if "exact_match" in scores:
@@ -132,7 +134,7 @@ def scanned(splits: Any, config: Config) -> Any:
 
     cache = Path(config.output_dir) / SCAN_CACHE
     known = read_scan(cache)
-    bad, good = scan(splits, config.num_frames, config.frame_stride, config.num_workers, known)
+    bad, good = scan(splits, config.num_frames, config.frame_stride, config.test_clips, config.num_workers, known)
     if bad and not config.skip_unreadable:
         causes = "; ".join([*bad.values()][:LISTED]) + (f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
         raise UserError(f"{causes} -- mend or remove them, or add --skip_unreadable True to leave them out")
@@ -143,6 +145,45 @@ def scanned(splits: Any, config: Config) -> Any:
         )
     write_scan(cache, known | good)
     return splits
+
+
+def write_preview(config: Config, model: Any, splits: Any, accelerator: Any, display: dict[str, str]) -> None:
+    """A picture of the first training clips of the first epoch, as the model will see them."""
+    from augment import Augment
+    from figures import plot_clips
+    from train_code import build_loaders, to_device
+
+    loader, augment = build_loaders(model, config, splits)["train"], Augment(config.augment, config.flip)
+    clips: list[tuple[Any, str]] = []
+    for batch in loader:
+        if batch is not None and len(clips) < config.preview:
+            batch = augment(to_device(batch, accelerator.device))
+            texts = clip_titles(batch, model, splits, display)
+            clips += zip(batch["pixel_values"].cpu(), texts, strict=True)
+        if len(clips) >= config.preview:
+            break
+    path = Path(config.output_dir) / f"preview_{run_name(config)}.png"
+    make_folder(path.parent)
+    plot_clips(clips[: config.preview], path)
+    print(f"wrote {path}: {min(len(clips), config.preview)} training clips, {config.num_frames} frames each")
+
+
+def clip_titles(batch: dict[str, Any], model: Any, splits: Any, display: dict[str, str]) -> list[str]:
+    """File, label (of a mixed clip both, with their shares), and the text or caption that the model reads."""
+    names = [display[name] for name in splits.class_names]
+    titles = []
+    for row, index in enumerate(batch["index"].tolist()):
+        parts = [splits.train[index].path.name]
+        if "labels" in batch:
+            parts.append(names[batch["labels"][row]])
+        if "mix" in batch:
+            share = float(batch["mix"][row])
+            parts[-1] = f"{share:.2f} {parts[-1]} + {1 - share:.2f} {names[batch['mixed_labels'][row]]}"
+        if "input_ids" in batch:
+            ids = batch["input_ids"][row][batch["attention_mask"][row] == 1]
+            parts.append(repr(model.tokenizer.decode(ids, skip_special_tokens=True).strip()))
+        titles.append("  |  ".join(parts))
+    return titles
 
 
 def print_examination(config: Config, model: Any, splits: Any, accelerator: Any) -> int:
@@ -170,7 +211,7 @@ def body(argv: list[str] | None) -> int:
     run_dir = None
     if config.resume:
         run_dir, config = resumable_run(config, typed)
-    elif not config.doctor:
+    elif not config.doctor and not config.preview:
         run_dir = free_run_dir(config)
     data_dir = Path(config.data_dir)
     splits = read_splits(data_dir)
@@ -181,12 +222,15 @@ def body(argv: list[str] | None) -> int:
     config = resolve(config, model)
     if config.doctor:
         return print_examination(config, model, splits, accelerator)
+    display = read_display_names(data_dir, splits.class_names)
+    if config.preview:
+        write_preview(config, model, splits, accelerator, display)
+        return 0
     splits = scanned(splits, config)
     data = fingerprint_data(splits, data_dir)
     if config.resume:
         check_same(run_dir, model, data)
     else:
-        display = read_display_names(data_dir, splits.class_names)
         make_run_dir(run_dir)
         start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display, data))
     print_towers(config, model)

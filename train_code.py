@@ -5,6 +5,7 @@ val selects the best epoch; test is read once, at the end. Evaluation sums over 
 
 import json
 import math
+import re
 import shutil
 import signal
 import threading
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import dummy_data
+from augment import Augment
 from build_model import VideoModel, adapters, trained_tensors
 from checkpoint import load_state, load_weights, replace_file, save_state, save_weights, write_json
 from config import BACKBONES, Config, UserError
@@ -62,18 +64,31 @@ def default_rates(model: VideoModel, config: Config) -> tuple[float, float]:
     return LEARNING_RATES[("tiny" if tiny else "hub", freest(model))]
 
 
+def layers_above(tower: nn.Module, name: str) -> int:
+    """How many layers of a tower lie above a tensor, itself included: 1 for the last layer's, one more than
+    there are layers for the embeddings', 0 for what follows the layers (BEiT, arXiv:2106.08254)."""
+    layer = re.search(r"\.(?:layers?|h)\.(\d+)\.", f".{name}")
+    if layer:
+        return tower.config.num_hidden_layers - int(layer[1])
+    return tower.config.num_hidden_layers + 1 if re.search(r"embeddings|wte|wpe", name) else 0
+
+
 def build_optimizer(model: VideoModel, config: Config) -> torch.optim.AdamW:
     """AdamW: decay on tensors of two or more dimensions, none on adapters; new layers by their own rate.
 
     Every group carries `peak_lr`; `lr_at` of it is set before each step.
     """
-    towers = {id(p) for tower in model.towers().values() for p in tower.parameters()}
+    scales = {
+        id(p): config.layer_decay ** layers_above(tower, name)
+        for tower in model.towers().values()
+        for name, p in tower.named_parameters()
+    }
     rate, new_scale = default_rates(model, config)
     rate = rate if config.learning_rate == "auto" else config.learning_rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_tensors(model).items():
         decay = config.weight_decay if parameter.ndim >= 2 and ".lora_" not in name else 0.0
-        peak = rate if id(parameter) in towers else rate * new_scale
+        peak = rate * scales.get(id(parameter), new_scale)
         groups.setdefault((decay, peak), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": p, "weight_decay": decay, "peak_lr": peak} for (decay, peak), p in groups.items()],
@@ -121,6 +136,8 @@ class Engine:
     total_steps: int
     accumulate: int
     progress: Progress = field(default_factory=Progress)
+    label_smoothing: float = 0.0
+    augment: Callable[[dict], dict] = lambda batch: batch
     after_step: Callable[[], None] = lambda: None  # saves, and raises Stopped
 
 
@@ -145,12 +162,24 @@ def build_accelerator(config: Config) -> Any:
     return accelerator
 
 
-def loss_sum(model: VideoModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(summed cross-entropy, logits (..., classes or V), targets (...)) of a batch; -100 does not count."""
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
-    logits = model(**inputs).float()
+def loss_sum(
+    model: VideoModel, batch: dict[str, torch.Tensor], smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(summed cross-entropy, logits (..., classes or V), targets (...)) of a batch; -100 does not count.
+
+    Of a mixed clip both labels count, each by its share of the clip.
+    """
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "mixed_labels", "mix", "index")}
+    logits = model.scores(**inputs)
     targets = model.targets(batch)
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum"), logits, targets
+
+    def losses(truth: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, -2), truth.flatten(), reduction="none", label_smoothing=smoothing)
+
+    loss = losses(targets)
+    if "mix" in batch:
+        loss = batch["mix"] * loss + (1 - batch["mix"]) * losses(batch["mixed_labels"])
+    return loss.sum(), logits, targets
 
 
 def groups_of(loader: DataLoader, size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -202,11 +231,11 @@ def optimizer_step(model: VideoModel, engine: Engine) -> None:
 def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoader, engine: Engine) -> None:
     """Backward of one optimizer step's batches; adds to the epoch's sums."""
     accelerator, progress = engine.accelerator, engine.progress
-    group = [to_device(batch, accelerator.device) for batch in group]
+    group = [engine.augment(to_device(batch, accelerator.device)) for batch in group]
     targets = sum(int((model.targets(batch) != -100).sum()) for batch in group)
     for batch in group:
         with accelerator.autocast():
-            loss, logits, truth = loss_sum(model, batch)
+            loss, logits, truth = loss_sum(model, batch, engine.label_smoothing)
         if not torch.isfinite(loss):
             files = [str(loader.dataset.samples[i].path) for i in batch["index"].tolist()]
             raise UserError(f"the loss is {loss.item()} at step {progress.step}; the batch: {', '.join(files)}")
@@ -330,12 +359,19 @@ def build_loaders(model: VideoModel, config: Config, splits: Any) -> dict[str, D
         dataset = ClipDataset(
             getattr(splits, name), model.vision_encoder.preprocessing, config.num_frames, config.frame_stride,
             splits.class_names, train=train, seed=config.seed,
+            views=(config.test_clips, config.test_crops) if name == "test" else (1, 1),
         )  # fmt: skip
         # the scan has read all that evaluation takes; the jitter of training may still hit a bad frame
-        skipping = {"skip_unreadable": config.skip_unreadable, "skipped": splits.unreadable} if train else {}
+        more: dict[str, Any] = {}
+        if train:
+            more = {
+                "balance": config.class_balance,
+                "skip_unreadable": config.skip_unreadable,
+                "skipped": splits.unreadable,
+            }
         pin_memory = torch.cuda.is_available()
         loaders[name] = build_loader(
-            dataset, model.collator(), config.batch_size, config.num_workers, pin_memory, **skipping
+            dataset, model.collator(), config.batch_size, config.num_workers, pin_memory, **more
         )
     return loaders
 
@@ -384,7 +420,10 @@ def train(
     model.to(accelerator.device)
     steps = config.epochs * -(-len(loaders["train"]) // config.gradient_accumulation_steps)
     optimizer = accelerator.prepare(build_optimizer(model, config))
-    engine = Engine(accelerator, optimizer, steps, config.gradient_accumulation_steps)
+    engine = Engine(
+        accelerator, optimizer, steps, config.gradient_accumulation_steps,
+        label_smoothing=config.label_smoothing, augment=Augment(config.augment, config.flip),
+    )  # fmt: skip
     if config.resume:
         engine.progress = Progress(**load_state(run_dir, model, optimizer))
         loaders["train"].skipped.update(engine.progress.skipped)
@@ -402,11 +441,13 @@ def train(
                 raise Stopped(signals[0])
 
         engine.after_step = after_step
-        while engine.progress.epoch < config.epochs:
+        while engine.progress.epoch < config.epochs and not out_of_patience(engine.progress.log, config.patience):
             one_epoch(model, loaders, engine, config, run_dir)
             save()
             if signals:
                 raise Stopped(signals[0])
+    if engine.progress.epoch < config.epochs:
+        print(f"stopped after epoch {engine.progress.epoch}: val has not improved for {config.patience} epochs")
     metrics = test_best(model, loaders, config, accelerator, run_dir)
     metrics["skipped"] = sorted(loaders["train"].skipped)
     metrics["seconds"] = round(time.perf_counter() - started, 1)
@@ -442,6 +483,11 @@ def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine,
     tqdm.write(epoch_line(row, config.epochs))
 
 
+def out_of_patience(log: list[dict[str, Any]], patience: int) -> bool:
+    """Whether the last `patience` epochs were all no better than one before them; patience 0 has no end."""
+    return 0 < patience < len(log) and not any(row["best"] for row in log[-patience:])
+
+
 def write_log(log: list[dict[str, Any]], run_dir: Path) -> None:
     """log.jsonl, one line per finished epoch."""
     lines = "".join(json.dumps(row) + "\n" for row in log)
@@ -456,4 +502,5 @@ def test_best(
     metrics = {"best_epoch": facts["epoch"], "val": final_scores(model, loaders["val"], accelerator, config, "val")}
     if "test" in loaders:
         metrics["test"] = final_scores(model, loaders["test"], accelerator, config, "test")
+        metrics["test"]["views"] = {"clips": config.test_clips, "crops": config.test_crops}
     return metrics

@@ -15,25 +15,26 @@ INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's codes
 
 
 def sample_indices(
-    available: int, num_frames: int, stride: int = 0, rng: np.random.Generator | None = None
+    available: int, num_frames: int, stride: int = 0, rng: np.random.Generator | None = None, place: float = 0.5
 ) -> np.ndarray:
     """Ascending indices of `num_frames` out of `available` frames.
 
     stride 0 cuts the whole video into `num_frames` segments (TSN, arXiv:1608.00859) and takes their
     centres, or with `rng` a random frame of each. stride S takes every S-th frame of one window, the
-    middle one, or with `rng` a random one. A video that is too short repeats its last frame.
+    middle one, or with `rng` a random one. `place` takes another point than the centre: 0 is the first
+    frame of each segment, or the first window, 1 the last. A video that is too short repeats its last frame.
     """
     if available < 1 or num_frames < 1:
         raise ValueError(f"cannot take {num_frames} of {available} frames")
     if stride == 0 and available >= num_frames:
         edges = np.arange(num_frames + 1) * available / num_frames
         if rng is None:
-            return ((edges[:-1] + edges[1:]) / 2).astype(int)
+            return np.minimum(edges[:-1] + place * available / num_frames, available - 1).astype(int)
         low, high = edges[:-1].astype(int), np.ceil(edges[1:]).astype(int)
         return np.maximum.accumulate(rng.integers(low, high))
     step = stride or 1
     slack = max(0, available - (num_frames - 1) * step - 1)
-    start = slack // 2 if rng is None else int(rng.integers(slack + 1))
+    start = int(place * slack) if rng is None else int(rng.integers(slack + 1))
     return np.minimum(start + np.arange(num_frames) * step, available - 1)
 
 
@@ -90,16 +91,20 @@ class Preprocessing:
             "image_std": list(self.std),
         }
 
-    def pixels(self, clip: torch.Tensor) -> torch.Tensor:
-        """Resizes and centre-crops uint8 [T, C, H, W] to [T, C, image_size, image_size]."""
+    def pixels(self, clip: torch.Tensor, place: float | None = None) -> torch.Tensor:
+        """Resizes and crops uint8 [T, C, H, W] to [T, C, image_size, image_size].
+
+        The crop is the middle one; `place` from 0 to 1 moves it along the longer side of the picture, whose
+        proportions are then kept even where the backbone's own preprocessing would squash them.
+        """
         height, width = clip.shape[-2:]
         if self.resize is not None:
-            target = self.resize
+            target = self.resize if place is None else (min(self.resize),)
             if len(target) == 1:  # the shorter side to target, the longer in proportion
                 short = min(height, width)
                 target = (target[0] * height // short, target[0] * width // short)
             clip = resize_frames(clip, target, self.interpolation)
-        return centre_crop(clip, self.image_size)
+        return crop_square(clip, self.image_size, 0.5 if place is None else place)
 
     def normalise(self, video: torch.Tensor) -> torch.Tensor:
         """uint8 (B, T, C, H, W) to normalised float32 of the same shape, on the video's device."""
@@ -127,12 +132,14 @@ def resize_frames(clip: torch.Tensor, size: tuple[int, int], mode: str = "biline
     return F.interpolate(clip, size=size, mode=mode, antialias=True).contiguous()
 
 
-def centre_crop(clip: torch.Tensor, size: int) -> torch.Tensor:
-    """The middle size x size pixels of [T, C, H, W]; a smaller picture is padded with black."""
+def crop_square(clip: torch.Tensor, size: int, place: float = 0.5) -> torch.Tensor:
+    """size x size pixels of [T, C, H, W]: at `place` (0 to 1) along the longer side, in the middle of the
+    shorter one; a smaller picture is padded with black."""
     height, width = clip.shape[-2:]
     if height < size or width < size:
         pad_h, pad_w = max(0, size - height), max(0, size - width)
         clip = F.pad(clip, (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2))
         height, width = clip.shape[-2:]
-    top, left = (height - size) // 2, (width - size) // 2
+    along_height, along_width = (place, 0.5) if height > width else (0.5, place)
+    top, left = int((height - size) * along_height), int((width - size) * along_width)
     return clip[..., top : top + size, left : left + size]

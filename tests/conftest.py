@@ -10,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import dummy_data
+from transforms import sample_indices
+from VLoader import open_video
 
 torch.set_num_threads(1)
 # no deadlines: machines are noisy
@@ -49,6 +51,12 @@ def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", **option
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def read_clip(path: Path, num_frames: int, stride: int = 0, rng: np.random.Generator | None = None) -> torch.Tensor:
+    """`num_frames` frames of a video, uint8 [T, C, H, W]."""
+    reader = open_video(path)
+    return reader.frames(sample_indices(len(reader), num_frames, stride, rng))
 
 
 def counting_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:

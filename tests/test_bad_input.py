@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import counting_frames, write_video
+from conftest import counting_frames, read_clip, write_video
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ import inference
 import main
 import train_code
 from config import UserError
-from VLoader import open_video, read_clip, read_folder, read_metadata
+from VLoader import open_video, read_folder, read_metadata
 
 
 def refused(capsys, status: int) -> str:

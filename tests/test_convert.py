@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import counting_frames, write_video
+from conftest import counting_frames, read_clip, write_video
 from PIL import Image
 
 import convert_dataset
-from VLoader import open_video, read_clip, read_folder, read_splits
+from VLoader import open_video, read_folder, read_splits
 
 
 def make_videos(folder: Path, *names: str) -> Path:

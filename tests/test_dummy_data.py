@@ -102,7 +102,7 @@ def test_one_frame_holds_no_motion():
 
 @pytest.mark.parametrize("kind", ["mp4", "frames"])
 def test_formats_hold_the_same_videos(tmp_path, dataset, kind):
-    from VLoader import read_clip
+    from conftest import read_clip
 
     dummy_data.main(["--classes", "2", "--videos_per_class", "1", "--test_per_class", "1", "--format", kind, "--output", str(tmp_path / "d")])  # fmt: skip
     suffix = ".mp4" if kind == "mp4" else ""

@@ -12,7 +12,7 @@ from config import ROOT
 
 LAYERS = [
     {"config", "transforms", "metrics"},
-    {"dummy_data", "VLoader", "build_model"},
+    {"dummy_data", "VLoader", "augment", "build_model"},
     {"feature_cache", "checkpoint"},
     {"train_code", "figures"},
     {"doctor", "controls"},

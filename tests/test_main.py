@@ -347,14 +347,17 @@ def test_a_scan_is_remembered_until_a_file_changes(dataset, tmp_path, monkeypatc
     data = tmp_path / "data"
     shutil.copytree(dataset, data)
     splits = VLoader.read_splits(data)
-    bad, good = VLoader.scan(splits, 8, 0, 0, {})
+    bad, good = VLoader.scan(splits, 8, 0, 1, 0, {})
     assert not bad and len(opened) == len(good) == 18
     opened.clear()
-    assert VLoader.scan(splits, 8, 0, 0, good) == ({}, good) and not opened
+    assert VLoader.scan(splits, 8, 0, 1, 0, good) == ({}, good) and not opened
     changed = data / "test" / "class_1" / "video_1.pt"
     changed.write_bytes(b"0" * changed.stat().st_size)
-    bad, _ = VLoader.scan(splits, 8, 0, 0, good)
+    bad, _ = VLoader.scan(splits, 8, 0, 1, 0, good)
     assert list(bad) == [changed] and opened == [changed]
+    opened.clear()
+    VLoader.scan(splits, 8, 0, 3, 0, good)  # other frames of the test videos are to be decoded
+    assert len(opened) == 6
 
 
 @pytest.mark.parametrize("skip", ["False", "True"])
@@ -365,14 +368,14 @@ def test_a_video_that_fails_during_training_is_named_or_skipped_never_replaced(
     import VLoader
 
     broken = dataset / "train" / "class_0" / "video_1.pt"
-    original = VLoader.read_clip
+    original = VLoader.ClipDataset.pixels
 
-    def read_clip(path, num_frames, stride=0, rng=None):
-        if path == broken:
-            raise VLoader.ReadError(path, "a bad frame")
-        return original(path, num_frames, stride, rng)
+    def pixels(self, sample, rng):
+        if sample.path == broken:
+            raise VLoader.ReadError(sample.path, "a bad frame")
+        return original(self, sample, rng)
 
-    monkeypatch.setattr(VLoader, "read_clip", read_clip)
+    monkeypatch.setattr(VLoader.ClipDataset, "pixels", pixels)
     assert broken in [s.path for s in VLoader.read_splits(dataset).train]
     status = train(dataset, tmp_path, "--freeze_visionbackbone", "True", "--run_name", "r", "--skip_unreadable", skip)
     if skip == "False":

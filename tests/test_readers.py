@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import counting_frames, write_video
+from conftest import counting_frames, read_clip, write_video
 from PIL import Image
 
 import dummy_data
@@ -18,7 +18,6 @@ from VLoader import (
     hold_out,
     natural_key,
     open_video,
-    read_clip,
     read_folder,
     read_splits,
     upright,

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import counting_frames, write_video
+from conftest import counting_frames, read_clip, write_video
 
 import create_dummy
 import dummy_data
 import inference
 import main
 from config import ROOT
-from VLoader import read_clip
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(<!-- test: own clips -->\n)?```bash\n(.*?)```", README, flags=re.DOTALL)

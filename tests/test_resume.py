@@ -91,14 +91,14 @@ def test_resuming_keeps_count_of_skipped_videos_and_of_empty_batches(dataset, tm
     import VLoader
 
     broken = [s.path for s in VLoader.read_splits(dataset).train[:2]]
-    original = VLoader.read_clip
+    original = VLoader.ClipDataset.pixels
 
-    def read_clip(path, *args):
-        if path in broken:
-            raise VLoader.ReadError(path, "a bad frame")
-        return original(path, *args)
+    def pixels(self, sample, rng):
+        if sample.path in broken:
+            raise VLoader.ReadError(sample.path, "a bad frame")
+        return original(self, sample, rng)
 
-    monkeypatch.setattr(VLoader, "read_clip", read_clip)
+    monkeypatch.setattr(VLoader.ClipDataset, "pixels", pixels)
     more = [
         "--skip_unreadable",
         "True",
