@@ -22,7 +22,7 @@ $(VENV)/installed: requirements.txt $(VENV)/bin/python
 	$(PY) -m pip install -q $(PIP_ARGS) -r requirements.txt
 	@touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+$(VENV)/installed-dev: requirements-dev.txt requirements-extra.txt $(VENV)/installed
 	$(PY) -m pip install -q $(PIP_ARGS) -r requirements-dev.txt
 	@touch $@
 

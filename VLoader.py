@@ -297,6 +297,23 @@ class Sample:
     span: tuple[int, int] | None = None  # first and last frame, where only a part is meant
 
 
+def cut(sample: Sample, seconds: float) -> list[tuple[Sample, float, float]]:
+    """A video's windows of this length: (sample with its frames as span, start, end in seconds), the last one
+    perhaps shorter. Raises ReadError if it cannot be read, or is no video file and so has no times."""
+    reader = open_video(sample.path)
+    if not isinstance(reader, VideoFile):
+        raise ReadError(sample.path, "no times: a timeline needs a video file")
+    times = reader.seconds()
+    end = float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0))
+    windows = []
+    for start in np.arange(0, max(end, 1e-9), seconds):
+        first, last = np.searchsorted(times, [start, start + seconds - 1e-6])
+        if last > first:
+            span = (int(first), int(last) - 1)
+            windows.append((replace(sample, span=span), round(float(start), 3), round(min(start + seconds, end), 3)))
+    return windows
+
+
 def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
     """metadata.jsonl of a folder as {path: row}, {} if there is none. Errors name the line."""
     file = folder / "metadata.jsonl"
@@ -667,12 +684,17 @@ class ClipLoader(DataLoader):
         super().__init__(*args, **kwargs)
         self.skip_unreadable, self.skipped = skip_unreadable, set(skipped)
 
-    def __iter__(self):
+    def with_errors(self) -> Iterator[tuple[dict[str, Any] | None, dict[int, str]]]:
+        """Every batch beside {index: what is wrong} of its unreadable videos."""
         for item in super().__iter__():
-            if item["errors"] and not self.skip_unreadable:
-                raise UserError(next(iter(item["errors"].values())))
-            self.skipped.update(item["errors"].values())
-            yield item["batch"]
+            yield item["batch"], item["errors"]
+
+    def __iter__(self):
+        for batch, errors in self.with_errors():
+            if errors and not self.skip_unreadable:
+                raise UserError(next(iter(errors.values())))
+            self.skipped.update(errors.values())
+            yield batch
 
 
 def build_loader(

@@ -7,19 +7,25 @@ predictor = Predictor.from_checkpoint("checkpoints/timesformer")
 print(predictor.predict("clip.mp4"))
 """
 
+import hashlib
 import json
+import os
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import FIELDS, Config, UserError, parse, run_script
+from config import FIELDS, Config, UserError, check_for_classifiers, parse, run_script
 
 if TYPE_CHECKING:
     from VLoader import Sample
 
 FEW = 16  # so few videos are read faster without worker processes
+SHOWN = 100  # answers that are printed where a file takes them too
 
 
 class Predictor:
@@ -28,6 +34,7 @@ class Predictor:
     def __init__(self, model: Any, config: Config, metadata: dict[str, Any]):
         from train_code import build_accelerator
 
+        check_for_classifiers(config)
         self.config = config
         self.names: list[str] = metadata["class_names"]
         self.display: dict[str, str] = metadata["display_names"]
@@ -51,10 +58,13 @@ class Predictor:
         """
         from VLoader import Sample
 
-        return next(self.predict_many([Sample(Path(path), text=text)]))
+        answer = next(self.predict_many([Sample(Path(path), text=text)]))
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
 
     def predict_many(self, samples: list["Sample"]) -> Iterator[dict[str, Any]]:
-        """The answers for many videos, in order, batched."""
+        """The answers for many videos, in order, batched; {"file", "error"} for one that cannot be read."""
         import torch
 
         from VLoader import ClipDataset, build_loader
@@ -62,26 +72,29 @@ class Predictor:
         self.check_texts(samples)
         config = self.config
         dataset = ClipDataset(
-            samples, self.model.vision_encoder.preprocessing, config.num_frames, config.frame_stride, self.names
-        )
+            samples, self.model.vision_encoder.preprocessing, config.num_frames, config.frame_stride, self.names,
+            views=(config.test_clips, config.test_crops),
+        )  # fmt: skip
         collator = self.model.collator()
         if config.captioning:  # nothing to read: captions are what is asked for
             collator = replace(collator, codec=None)
         batch_size = 8 if config.batch_size == "auto" else config.batch_size
         workers = config.num_workers if len(samples) > FEW else 0
-        for batch in build_loader(dataset, collator, batch_size, workers):
-            batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
-            with torch.inference_mode(), self.accelerator.autocast():
-                answers = self.answer(batch)
-            for index, answer in zip(batch["index"].tolist(), answers, strict=True):
-                yield {"file": str(samples[index].path)} | answer
+        for batch, errors in build_loader(dataset, collator, batch_size, workers).with_errors():
+            answers = {index: {"error": cause} for index, cause in errors.items()}
+            if batch is not None:
+                batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
+                with torch.inference_mode(), self.accelerator.autocast():
+                    answers |= zip(batch["index"].tolist(), self.answer(batch), strict=True)
+            for index in sorted(answers):
+                yield {"file": str(samples[index].path)} | answers[index]
 
     def answer(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         if self.config.captioning:
             texts = self.model.generate(batch["pixel_values"], self.config.max_new_tokens, self.config.num_beams)
             return [{"caption": text} for text in texts]
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
-        scores, classes = self.model(**inputs).float().softmax(-1).topk(min(self.config.top_k, len(self.names)))
+        scores, classes = self.model.scores(**inputs).softmax(-1).topk(min(self.config.top_k, len(self.names)))
         rows = []
         for row_scores, row_classes in zip(scores.tolist(), classes.tolist(), strict=True):
             top = [
@@ -102,6 +115,35 @@ class Predictor:
             )
 
 
+@dataclass(frozen=True)
+class Job:
+    """One answer to give: for a video, or with --timeline for `times` (start, end) of it."""
+
+    sample: "Sample"
+    times: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, float | None]:
+        return os.path.abspath(self.sample.path), self.times.get("start")
+
+
+def list_jobs(samples: list["Sample"], seconds: float) -> tuple[list[Job], list[dict[str, Any]]]:
+    """(what is to be answered, rows of the videos that could not be cut into windows)."""
+    if not seconds:
+        return [Job(sample) for sample in samples], []
+    from tqdm import tqdm
+
+    from VLoader import ReadError, cut
+
+    jobs, failed = [], []
+    for sample in tqdm(samples, desc="lengths", unit="video", leave=False):
+        try:
+            jobs += [Job(part, {"start": start, "end": end}) for part, start, end in cut(sample, seconds)]
+        except ReadError as error:
+            failed.append({"file": str(sample.path), "error": str(error)})
+    return jobs, failed
+
+
 def is_right(answer: dict[str, Any], sample: "Sample", display: dict[str, str]) -> bool | None:
     """Whether an answer is right; None where the truth is not known (or, for captions, not decidable)."""
     if "caption" in answer:
@@ -111,26 +153,75 @@ def is_right(answer: dict[str, Any], sample: "Sample", display: dict[str, str]) 
             return None
         found = dummy_data.attributes(answer["caption"])
         return all(found.get(name) == value for name, value in sample.attributes.items())
-    if sample.label is None:
+    if sample.label is None or "error" in answer:
         return None
     return sample.label in (answer["label"], display[answer["label"]])
 
 
-def answer_line(answer: dict[str, Any], right: bool | None, width: int) -> str:
-    name = Path(answer["file"]).name
-    if "caption" in answer:
-        said = answer["caption"]
-    else:
+def answer_line(answer: dict[str, Any], width: int) -> str:
+    said = answer.get("caption") or answer.get("error")
+    if said is None:
         said = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer["top_k"])
-    mark = {None: "", True: "  right", False: "  WRONG"}[right]
-    return f"{name:<{width}}  {said}{mark}"
+    when = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
+    mark = {None: "", True: "  right", False: "  WRONG"}[answer.get("right")]
+    return f"{Path(answer['file']).name:<{width}}  {when}{said}{mark}"
 
 
-def open_output(path: str | None) -> Any:
-    if path is None:
-        return None
+# -- the file of answers ----------------------------------------------------------------------------
+
+
+def fingerprint_answers(run_dir: Path, config: Config) -> str:
+    """Of all that an answer depends on beside its video: the run's weights and the options in force."""
+    from checkpoint import WEIGHTS
+
+    names = ("top_k", "test_clips", "test_crops", "max_new_tokens", "num_beams", "timeline", "text_input")
+    digest = hashlib.sha256((run_dir / WEIGHTS).read_bytes())
+    digest.update(repr([getattr(config, name) for name in names]).encode())
+    return f"{run_dir.name} {digest.hexdigest()[:12]}"
+
+
+def begun(path: Path, run: str) -> dict[tuple[str, float | None], dict[str, Any]]:
+    """The answers that a file of answers holds already; errors in it, and a last line cut short, are dropped.
+
+    Raises UserError if the file is not one of answers by the same run with the same options.
+    """
+    from checkpoint import replace_file
+
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):  # a killed run's
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+            made_by = rows[-1]["run"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"--output {path}, line {number} is no answer of this program; choose another file"
+            ) from None
+        if made_by != run:
+            raise UserError(
+                f"--output {path} holds answers of another run or with other options ({made_by}, this is {run}); "
+                "remove it or choose another file"
+            )
+    good = [row for row in rows if "error" not in row]
+    kept = "".join(map(as_line, good))
+    if kept != text:
+        replace_file(path, lambda p: p.write_text(kept, encoding="utf-8"))
+    return {(os.path.abspath(row["file"]), row.get("start")): row for row in good}
+
+
+def as_line(row: dict[str, Any]) -> str:
+    # a file's name that is no text becomes JSON's own escape
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+
+
+def open_output(path: Path) -> Any:
     try:
-        return Path(path).open("w", encoding="utf-8", errors="backslashreplace")
+        return path.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
 
@@ -142,24 +233,61 @@ def note_unread(typed: set[str]) -> None:
         print(f"note: {', '.join(unread)} belong to training; here the checkpoint decides")
 
 
-def print_answers(predictor: Predictor, samples: list["Sample"], path: str | None) -> None:
-    """One line per video; writes them to `path` too; at the end how many are right, where that is known."""
+def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> int:
+    """Answers, prints, writes --output; goes on with one that was begun. Returns 1 if a video could not be read."""
+    from tqdm import tqdm
+
+    config = predictor.config
+    run = fingerprint_answers(run_dir, config)
+    output = Path(config.output) if config.output is not None else None
+    done = begun(output, run) if output else {}
+    jobs, failed = list_jobs(samples, config.timeline)
+    todo = [job for job in jobs if job.key not in done]
+    if len(todo) < len(jobs):
+        print(f"{output} has {len(jobs) - len(todo)} of the {len(jobs)} answers already")
+    rows = [done[job.key] for job in jobs if job.key in done]
+    show = output is None or len(jobs) <= SHOWN
     width = max(len(s.path.name) for s in samples)
-    output = open_output(path)
-    verdicts = []
-    for sample, answer in zip(samples, predictor.predict_many(samples), strict=True):
-        right = is_right(answer, sample, predictor.display)
-        verdicts.append(right)
-        print(answer_line(answer, right, width))
-        if output is not None:
-            known = {} if right is None else {"right": right}
-            output.write(json.dumps(answer | known, ensure_ascii=False) + "\n")
-    judged = [v for v in verdicts if v is not None]
+    clock = time.perf_counter()
+    with (
+        open_output(output) if output else nullcontext() as file,
+        tqdm(
+            total=len(jobs) + len(failed), initial=len(rows), unit="answer", disable=len(todo) <= FEW, leave=False
+        ) as bar,
+    ):
+        for row in chain(failed, predict_jobs(predictor, todo)):
+            rows.append(row)
+            bar.update()
+            if show:
+                tqdm.write(answer_line(row, width))
+            if file is not None:
+                file.write(as_line(row | {"run": run}))
+                file.flush()
+    print_summary(rows, len(todo), time.perf_counter() - clock, output)
+    return int(any("error" in row for row in rows))
+
+
+def predict_jobs(predictor: Predictor, jobs: list[Job]) -> Iterator[dict[str, Any]]:
+    """A row for every job: file, times, the answer or error, and whether it is right where that is known."""
+    answers = predictor.predict_many([job.sample for job in jobs]) if jobs else iter(())
+    for job, answer in zip(jobs, answers, strict=True):
+        right = is_right(answer, job.sample, predictor.display)
+        file = {"file": answer.pop("file")}
+        yield file | job.times | answer | ({} if right is None else {"right": right})
+
+
+def print_summary(rows: list[dict[str, Any]], fresh: int, seconds: float, output: Path | None) -> None:
+    judged = [row["right"] for row in rows if "right" in row]
+    errors = [row["error"] for row in rows if "error" in row]
     if judged:
         print(f"{sum(judged)} of {len(judged)} right")
+    if fresh > FEW:
+        print(f"{fresh} answers in {seconds:.1f} s, {fresh / seconds:.1f} a second")
+    if errors:
+        where = f"; their rows in {output} hold an `error`" if output else ""
+        print(f"{len(errors)} of {len(rows)} could not be read{where}, first: {errors[0]}", file=sys.stderr)
     if output is not None:
-        output.close()
-        print(f"wrote {path}")
+        print(f"wrote {output}")
 
 
 def print_export(run_dir: Path, model: Any, config: Config, metadata: dict[str, Any]) -> None:
@@ -184,14 +312,15 @@ def body(argv: list[str] | None) -> int:
         if model.text_source != "text":
             raise UserError(f"--text_input: {run_dir} was trained without a text input; leave the flag out")
         samples = [replace(s, text=config.text_input) for s in samples]
+    status = 0
     if samples:
         predictor = Predictor(model, config, metadata)
         predictor.check_texts(samples)
         print(f"{run_dir}: {metadata['task']}, {len(samples)} videos in {config.video_dir}")
-        print_answers(predictor, samples, config.output)
+        status = answer_all(predictor, samples, run_dir)
     if config.export is not None:
         print_export(run_dir, model.cpu(), config, metadata)
-    return 0
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:

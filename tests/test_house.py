@@ -50,7 +50,7 @@ def test_conda_environment_installs_the_same_requirements():
 
 
 def test_requirements_are_pinned_and_say_why():
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-extra.txt", "requirements-dev.txt"):
         for line in (ROOT / name).read_text().splitlines():
             assert line.startswith(("#", "-r ")) or re.fullmatch(r"[a-z0-9-]+==[0-9.]+ +# .+", line), line
 

@@ -1,0 +1,232 @@
+"""Options for small and uneven sets, and testing with several views, each against a plain computation."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import counting_frames, read_clip, write_video
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import main
+from build_model import build_model
+from config import Config
+from train_code import build_accelerator, build_optimizer, evaluate, layers_above, loss_sum, out_of_patience
+from transforms import Preprocessing, resize_frames, sample_indices
+from VLoader import ClipDataset, EpochBatches, Sample, build_loader, view_indices
+
+SQUARE = Preprocessing(16, (16,), "bilinear", 1 / 255, (0.5,) * 3, (0.5,) * 3)
+
+
+# -- balanced classes -------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.integers(0, 5))
+def test_an_epoch_draws_every_class_equally_often(sizes, epoch):
+    classes = [k for k, size in enumerate(sizes) for _ in range(size)]
+    batches = EpochBatches(len(classes), 4, shuffle=True, seed=1, classes=classes)
+    batches.epoch = epoch
+    order = [item for batch in batches for item in batch]
+    assert len(order) == len(classes) and len(set(order)) == len(order)  # a repeated clip is another draw
+    counts = Counter(classes[place] for _, place in order)
+    assert max(counts.values()) - min(counts.get(k, 0) for k in range(len(sizes))) <= 1
+    for k, size in enumerate(sizes):  # none of a class is drawn twice before all are drawn once
+        drawn = Counter(place for _, place in order if classes[place] == k)
+        assert not drawn or max(drawn.values()) - min(drawn[p] for p in drawn) <= 1
+        assert len(drawn) == min(size, counts.get(k, 0))
+    batches.epoch = epoch + 1
+    assert not {item for batch in batches for item in batch} & set(order)  # and so is the next epoch's
+
+
+def test_a_repeated_clip_shows_other_frames(tmp_path):
+    write_video(tmp_path / "v.mp4", counting_frames(60))
+    dataset = ClipDataset([Sample(tmp_path / "v.mp4", "a")], SQUARE, 4, 0, ["a"], train=True)
+    clips = {dataset[draw, 0]["pixel_values"].numpy().tobytes() for draw in range(6)}
+    assert len(clips) == 6
+
+
+def test_balanced_training_sees_the_rare_class_as_often(dataset, tmp_path):
+    """By the loader that main builds: two of three classes keep one training video each."""
+    from config import parse
+    from train_code import build_loaders
+    from VLoader import read_splits
+
+    config, _ = parse(["--data_dir", str(dataset), "--class_balance", "True", "--num_workers", "0"], "main")
+    config = replace(config, num_frames=8, batch_size=4)
+    splits = read_splits(dataset)
+    rare = [s for s in splits.train if s.label == "class_0"] + [
+        next(s for s in splits.train if s.label == name) for name in ("class_1", "class_2")
+    ]
+    loader = build_loaders(build_model(config, 3), config, replace(splits, train=rare))["train"]
+    labels = Counter(label for batch in loader for label in batch["labels"].tolist())
+    assert sum(labels.values()) == len(rare) and max(labels.values()) - min(labels.values()) <= 1
+
+
+# -- patience ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "best, patience, stop",
+    [("TFF", 2, True), ("TFF", 3, False), ("TFT", 2, False), ("TFFF", 0, False), ("T", 1, False), ("TTF", 1, True), ("", 1, False)],
+)  # fmt: skip
+def test_patience_counts_epochs_since_the_best(best, patience, stop):
+    assert out_of_patience([{"best": b == "T"} for b in best], patience) is stop
+
+
+def test_patience_ends_a_run_early_and_keeps_its_best(dataset, tmp_path, capsys):
+    """A rate this small changes no prediction, and val loss decides: with rate 0 no epoch beats the first."""
+    flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--num_workers", "0", "--epochs", "6"]
+    assert (
+        main.main(
+            [*flags, "--learning_rate", "0", "--freeze_visionbackbone", "True", "--run_name", "r", "--patience", "2"]
+        )
+        == 0
+    )
+    assert "stopped after epoch 3: val has not improved for 2 epochs" in capsys.readouterr().out
+    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert [row["best"] for row in log] == [True, False, False]
+    assert json.loads((tmp_path / "r" / "metrics.json").read_text())["best_epoch"] == 1
+
+
+# -- losses and rates -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(0)
+    return build_model(Config(), 5).eval()
+
+
+def batch_of(count: int = 4) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    clips = torch.randint(0, 256, (count, 8, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    return {"pixel_values": clips, "labels": torch.arange(count) % 5, "index": torch.arange(count)}
+
+
+def test_label_smoothing_and_mixed_labels_are_soft_targets(classifier):
+    batch = batch_of() | {"mixed_labels": torch.tensor([3, 3, 4, 0]), "mix": torch.tensor([0.9, 0.6, 1.0, 0.5])}
+    with torch.no_grad():
+        logits = classifier(batch["pixel_values"])
+        loss, _, _ = loss_sum(classifier, batch, smoothing=0.1)
+        plain, _, _ = loss_sum(classifier, batch_of())
+    first, second = F.one_hot(batch["labels"], 5), F.one_hot(batch["mixed_labels"], 5)
+    soft = batch["mix"][:, None] * first + (1 - batch["mix"][:, None]) * second
+    soft = 0.9 * soft + 0.1 / 5
+    assert torch.allclose(loss, -(soft * logits.log_softmax(-1)).sum(), rtol=1e-5)
+    assert torch.allclose(plain, F.cross_entropy(logits, batch["labels"], reduction="sum"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, layers", [("timesformer", 4), ("videomae", 4)])
+def test_layer_decay_slows_lower_layers(name, layers):
+    model = build_model(Config(vision_model=name), 3)
+    base = {
+        id(p): g["peak_lr"] for g in build_optimizer(model, Config(vision_model=name)).param_groups for p in g["params"]
+    }
+    config = Config(vision_model=name, layer_decay=0.5)
+    decayed = {id(p): g["peak_lr"] for g in build_optimizer(model, config).param_groups for p in g["params"]}
+    assert model.vision_encoder.config.num_hidden_layers == layers
+    for parameter, power in (
+        (model.head.weight, 0),
+        (model.vision_encoder.backbone.encoder.layer[layers - 1].output.dense.weight, 1),
+        (model.vision_encoder.backbone.encoder.layer[0].output.dense.weight, layers),
+        (next(model.vision_encoder.backbone.embeddings.parameters()), layers + 1),
+    ):
+        assert decayed[id(parameter)] == pytest.approx(base[id(parameter)] * 0.5**power)
+
+
+def test_layers_of_language_models_are_found_too():
+    model = build_model(Config(use_vlm=True, captioning=True, language_model="gpt2", use_lora_llm=True), 3)
+    tower, count = model.language_model, model.language_model.config.num_hidden_layers
+    found = {layers_above(tower, name) for name, p in tower.named_parameters() if p.requires_grad}
+    assert found == set(range(1, count + 1))
+    assert (
+        layers_above(tower, "transformer.wte.weight") == count + 1
+        and layers_above(tower, "transformer.ln_f.weight") == 0
+    )
+
+
+# -- several views ----------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 300), st.integers(1, 16), st.integers(0, 5), st.integers(1, 5))
+def test_clips_of_a_video_spread_around_the_one_that_evaluation_takes(available, num_frames, stride, clips):
+    rows = view_indices(available, num_frames, stride, clips).reshape(clips, num_frames)
+    assert (np.diff(rows, axis=1) >= 0).all() and (np.diff(rows, axis=0) >= 0).all()
+    assert rows.min() >= 0 and rows.max() < available
+    if clips % 2:
+        assert (rows[clips // 2] == sample_indices(available, num_frames, stride)).all()
+    if stride == 0 and available >= num_frames * clips:
+        assert len(np.unique(rows)) == rows.size  # no frame twice
+
+
+def test_views_are_the_clips_and_crops_that_a_plain_loop_takes(tmp_path):
+    path = write_video(tmp_path / "wide.mp4", counting_frames(40, height=32, width=80))
+    dataset = ClipDataset([Sample(path, "a")], SQUARE, 4, 0, ["a"], views=(2, 3))
+    views = dataset[0, 0]["pixel_values"]  # [6, 4, 3, 16, 16]
+    assert views.shape[0] == 6
+    reader_frames = read_clip(path, 40)
+    row = 0
+    for clip in range(2):
+        indices = sample_indices(40, 4, place=(clip + 0.5) / 2)
+        resized = SQUARE.pixels(reader_frames[indices], 0.5)
+        for left in (0, 12, 24):  # a picture of 16 x 40
+            expected = resize_frames(reader_frames[indices], (16, 40))[..., left : left + 16]
+            assert torch.equal(views[row], expected)
+            row += 1
+        assert torch.equal(views[row - 2], resized)
+
+
+def test_scores_of_views_are_their_mean_probabilities(classifier):
+    clips = torch.randint(0, 256, (2, 3, 8, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        scores = classifier.scores(clips)
+        expected = torch.stack([classifier(clips[:, v]).softmax(-1) for v in range(3)]).mean(0)
+        assert torch.allclose(scores.softmax(-1), expected, atol=1e-6)
+        assert torch.allclose(scores.exp().sum(-1), torch.ones(2), atol=1e-5)
+        same = classifier.scores(clips[:, :1].expand(-1, 4, -1, -1, -1, -1))
+        assert torch.allclose(same.softmax(-1), classifier(clips[:, 0]).softmax(-1), atol=1e-6)
+
+
+def test_a_run_tested_with_views_says_so_and_inference_agrees(dataset, tmp_path, capsys):
+    import inference
+
+    flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--num_workers", "0", "--epochs", "1"]
+    views = ["--test_clips", "2", "--test_crops", "3"]
+    assert main.main([*flags, *views, "--freeze_visionbackbone", "True", "--run_name", "r"]) == 0
+    assert "on 6 videos, 2 clips x 3 crops of each" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert metrics["test"]["views"] == {"clips": 2, "crops": 3} and metrics["test"]["count"] == 6
+    output = tmp_path / "answers.jsonl"
+    argv = [
+        "--checkpoint",
+        str(tmp_path / "r"),
+        "--video_dir",
+        str(dataset / "test"),
+        "--output",
+        str(output),
+        "--num_workers",
+        "0",
+    ]
+    assert inference.main([*argv, *views]) == 0
+    right = [json.loads(line)["right"] for line in output.read_text().splitlines()]
+    assert np.mean(right) == pytest.approx(metrics["test"]["accuracy"])
+
+
+def test_evaluation_with_views_counts_every_video_once(classifier, tmp_path):
+    paths = [write_video(tmp_path / f"{i}.mp4", counting_frames(20 + i, 64, 96)) for i in range(3)]
+    samples = [Sample(path, "abcde"[i]) for i, path in enumerate(paths)]
+    preprocessing = classifier.vision_encoder.preprocessing
+    dataset = ClipDataset(samples, preprocessing, 8, 0, list("abcde"), views=(3, 2))
+    loader = build_loader(dataset, classifier.collator(), 2, 0)
+    result = evaluate(classifier, loader, build_accelerator(Config(device="cpu")))
+    assert result["count"] == 3 and len(result["predicted"]) == 3
+
+
+@pytest.mark.parametrize("flags", [["--test_clips", "2"], ["--test_crops", "3"], ["--class_balance", "True"]])
+def test_captioners_refuse_what_is_for_classifiers(dataset, capsys, flags):
+    assert main.main(["--data_dir", str(dataset), "--use_vlm", "True", "--captioning", "True", *flags]) == 2
+    assert f"{flags[0]} is for classifiers" in capsys.readouterr().err
