@@ -249,12 +249,8 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
     show = output is None or len(jobs) <= SHOWN
     width = max(len(s.path.name) for s in samples)
     clock = time.perf_counter()
-    with (
-        open_output(output) if output else nullcontext() as file,
-        tqdm(
-            total=len(jobs) + len(failed), initial=len(rows), unit="answer", disable=len(todo) <= FEW, leave=False
-        ) as bar,
-    ):
+    bar = tqdm(total=len(jobs) + len(failed), initial=len(rows), unit="answer", disable=len(todo) <= FEW, leave=False)
+    with open_output(output) if output else nullcontext() as file, bar:
         for row in chain(failed, predict_jobs(predictor, todo)):
             rows.append(row)
             bar.update()
