@@ -134,6 +134,12 @@ class VideoFile:
         if not times:
             raise ReadError(path, "no frames in this file")
 
+    def __del__(self):
+        # at once, not when the garbage collector finds the container: decoding threads that are still there when
+        # a loader's worker is forked crash it
+        if hasattr(self, "container"):
+            self.container.close()
+
     @contextmanager
     def _named_errors(self) -> Generator[None]:
         """FFmpeg's errors as ReadError."""
@@ -188,6 +194,7 @@ class VideoFile:
         try:
             self.container.seek(target, stream=self.stream, backward=True)
         except av.FFmpegError:  # gif: start again
+            self.container.close()
             self.container = av.open(str(self.path))
             self.stream = self.container.streams.best("video")
             return self._decoded(targets)

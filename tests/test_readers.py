@@ -1,5 +1,6 @@
 """Every reader gives the same clip; nothing unreadable is replaced."""
 
+import gc
 import pickle
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from PIL import Image
 
 import dummy_data
 from config import UserError
+from transforms import Preprocessing
 from VLoader import (
+    ClipDataset,
+    Sample,
     VideoFile,
+    build_loader,
     find_videos,
     hold_out,
     natural_key,
@@ -117,6 +122,24 @@ def test_rotation_is_applied(tmp_path, rotation):
                 target.mux(packet)
     turned, expected = all_frames(tmp_path / "turned.mp4"), np.rot90(all_frames(plain), rotation // 90, axes=(2, 3))
     assert turned.shape == expected.shape and (turned == expected).all()
+
+
+def test_workers_survive_videos_that_were_decoded_before_they_were_forked(tmp_path):
+    """Decoding threads of the main process must be gone by then, even where the garbage collector never ran."""
+    samples = [Sample(write_video(tmp_path / f"{i}.mp4", counting_frames(60, 64, 64)), "a") for i in range(12)]
+    dataset = ClipDataset(samples, Preprocessing(16, (16,), "bilinear", 1 / 255, (0.5,) * 3, (0.5,) * 3), 8, 0, ["a"])
+
+    def make_batch(items):
+        gc.collect()  # in the worker
+        return [item["pixel_values"] for item in items]
+
+    gc.disable()
+    try:
+        expected = [dataset[0, i]["pixel_values"] for i in range(12)]
+        clips = [clip for batch in build_loader(dataset, make_batch, 2, 2) for clip in batch]
+    finally:
+        gc.enable()
+    assert len(clips) == 12 and all(torch.equal(a, b) for a, b in zip(clips, expected, strict=True))
 
 
 def test_frames_in_natural_order_and_of_one_size(tmp_path):
