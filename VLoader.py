@@ -30,6 +30,7 @@ from transforms import Preprocessing, sample_indices
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}  # fmt: skip
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 VAL_FRACTION, VAL_SALT = 0.1, "val"
+LARGE = 1280 * 720  # pixels of a picture that several threads decode faster than one
 
 
 class ReadError(UserError):
@@ -231,10 +232,12 @@ class VideoFile:
 
 
 def use_cores(stream) -> None:
-    """One decoding thread in a loader's worker, since the workers already fill the cores; else as many as there are."""
-    if not stream.codec_context.is_open:
-        stream.thread_type = "AUTO"
-        stream.thread_count = 1 if get_worker_info() else 0
+    """Several decoding threads for large pictures only, for which they pay, and not in a loader's worker, since the
+    workers already fill the cores."""
+    context = stream.codec_context
+    if not context.is_open:
+        alone = get_worker_info() is None and context.width * context.height >= LARGE
+        stream.thread_type, stream.thread_count = "AUTO", 0 if alone else 1
 
 
 def upright(frame) -> torch.Tensor:

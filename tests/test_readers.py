@@ -12,6 +12,7 @@ from conftest import counting_frames, read_clip, write_video
 from PIL import Image
 
 import dummy_data
+import VLoader
 from config import UserError
 from transforms import Preprocessing
 from VLoader import (
@@ -124,8 +125,9 @@ def test_rotation_is_applied(tmp_path, rotation):
     assert turned.shape == expected.shape and (turned == expected).all()
 
 
-def test_workers_survive_videos_that_were_decoded_before_they_were_forked(tmp_path):
+def test_workers_survive_videos_that_were_decoded_before_they_were_forked(tmp_path, monkeypatch):
     """Decoding threads of the main process must be gone by then, even where the garbage collector never ran."""
+    monkeypatch.setattr(VLoader, "LARGE", 0)  # several threads for small pictures too
     samples = [Sample(write_video(tmp_path / f"{i}.mp4", counting_frames(60, 64, 64)), "a") for i in range(12)]
     dataset = ClipDataset(samples, Preprocessing(16, (16,), "bilinear", 1 / 255, (0.5,) * 3, (0.5,) * 3), 8, 0, ["a"])
 
