@@ -381,7 +381,7 @@ def drop_unreadable(outcomes: dict[str, Outcome], workers: int) -> None:
     """Opens every video and decodes its first and last frame, as main.py's scan does."""
     from VLoader import scan_videos
 
-    jobs = {path: False for outcome in outcomes.values() for path in outcome.samples}
+    jobs = {path: 0 for outcome in outcomes.values() for path in outcome.samples}
     bad, _ = scan_videos(jobs, num_frames=8, stride=0, num_workers=workers, known={})
     for outcome in outcomes.values():
         outcome.unreadable += [bad[path] for path in outcome.samples if path in bad]
@@ -398,7 +398,8 @@ def write_rows(outcomes: dict[str, Outcome], output: Path) -> None:
         lines = []
         for path, sample in outcome.samples.items():
             outcome.captions += len(sample.captions)
-            name = Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
+            place = path.parent.resolve() / path.name  # `..` behind a linked folder would lead elsewhere
+            name = Path(os.path.relpath(place, folder.resolve())).as_posix()
             row = {"file_name": name, "label": sample.label, "caption": list(sample.captions), "text": sample.text}
             lines.append(json.dumps({k: v for k, v in row.items() if v not in (None, [])}) + "\n")
         text = "".join(lines)

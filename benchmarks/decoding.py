@@ -33,20 +33,20 @@ def read_vidtune(path: str, indices: list[int]) -> np.ndarray:
 
 
 def read_torchcodec(path: str, indices: list[int]) -> np.ndarray:
-    from torchcodec.decoders import VideoDecoder
+    from torchcodec.decoders import VideoDecoder  # ty: ignore[import-not-found]
 
     return VideoDecoder(path, dimension_order="NHWC").get_frames_at(indices).data.numpy()
 
 
 def read_decord2(path: str, indices: list[int]) -> np.ndarray:
-    import decord
+    import decord  # ty: ignore[import-not-found]
 
     return decord.VideoReader(path, num_threads=1).get_batch(indices).asnumpy()
 
 
 def read_opencv(path: str, indices: list[int]) -> np.ndarray:
     """By counting grabbed frames: setting the position is wrong where the frame rate varies."""
-    import cv2
+    import cv2  # ty: ignore[import-not-found]
 
     video = cv2.VideoCapture(path)
     frames, position = [], -1
