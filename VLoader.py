@@ -573,19 +573,20 @@ def leave_out(splits: Splits, bad: dict[Path, str]) -> Splits:
 class ClipDataset(Dataset):
     """Clips of samples; item (draw, index) depends on nothing but (seed, draw, index).
 
-    In training the frames are jittered and one caption is drawn; else centres and the first caption.
-    `views` (clips, crops) other than (1, 1) gives pixel_values [clips * crops, T, C, H, W].
+    In training the frames are jittered (unless `jitter` is off) and one caption is drawn; else centres and the
+    first caption. `features`, by place, are given instead of pixel_values where they are known already. `views` (clips, crops) other than (1, 1) gives pixel_values [clips * crops, T, C, H, W].
     """
 
     def __init__(
         self, samples: list[Sample], preprocessing: Preprocessing, num_frames: int, stride: int,
-        class_names: list[str], train: bool = False, seed: int = 0, views: tuple[int, int] = (1, 1),
+        class_names: list[str], train: bool = False, seed: int = 0, views: tuple[int, int] = (1, 1), features: Any = None,
     ):  # fmt: skip
         self.samples = samples
         self.preprocessing = preprocessing
         self.num_frames, self.stride = num_frames, stride
         self.class_index = {name: i for i, name in enumerate(class_names)}
-        self.train, self.seed, self.views = train, seed, views
+        self.train, self.seed, self.views, self.features = train, seed, views, features
+        self.jitter = True
         self.last: tuple[Path, Any] | None = None  # the reader in use: spans of one video follow each other
 
     def __len__(self) -> int:
@@ -621,12 +622,14 @@ class ClipDataset(Dataset):
         sample = self.samples[place]
         rng = np.random.default_rng([self.seed, draw, place]) if self.train else None
         try:
-            pixels = self.pixels(sample, rng)
+            if self.features is not None:
+                video = {"features": self.features[place]}  # [1 + N, D] fp16
+            else:
+                video = {"pixel_values": self.pixels(sample, rng if self.jitter else None)}
         except ReadError as error:  # raised by ClipLoader: a worker's exception would arrive as a traceback
             return {"error": str(error), "index": place}
         captions = sample.captions or ("",)
-        return {
-            "pixel_values": pixels,
+        return video | {
             "label": self.class_index.get(sample.label, -100),
             "caption": captions[int(rng.integers(len(captions))) if rng else 0],
             "text": sample.text or "",

@@ -42,6 +42,8 @@ class Augment:
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The batch with other `pixel_values`; mixed clips add `mixed_labels` and `mix`, the share of `labels`."""
+        if self.level == "none" and not self.flip:
+            return batch
         video = batch["pixel_values"]  # (B, T, C, H, W) uint8
         if self.flip:
             video = flip(video)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -172,6 +173,24 @@ def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> Non
     patches.num_patches = embeddings.num_patches = new_side**2 * new_times if tubelet > 1 else new_side**2
 
 
+def fuse_attention(backbone: nn.Module) -> None:
+    """Gives TimeSformer, which transformers computes step by step, torch's fused attention; same weights, same
+    values to rounding. Backbones that have it already stay as they are."""
+    from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention
+
+    for module in backbone.modules():
+        if isinstance(module, TimesformerSelfAttention):
+            module.forward = MethodType(fused_attention, module)
+
+
+def fused_attention(self: Any, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor]:
+    """Stands for TimesformerSelfAttention.forward: (B, N, D) -> ((B, N, D),)."""
+    query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    dropout = self.attn_drop.p if self.training else 0.0
+    context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
+    return (context.transpose(1, 2).flatten(2),)
+
+
 def resize_grid(grid: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
     """Linear interpolation of embeddings (1, t, h, w, D) over t, h and w; the same tensor at its own size."""
     if tuple(grid.shape[1:4]) == size:
@@ -219,15 +238,32 @@ class VisionEncoder(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.backbone(self.preprocessing.normalise(pixel_values)).last_hidden_state
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, T, C, H, W) -> the pooled token (B, D), as the published classifier pools."""
-        tokens = self.tokens(pixel_values)
-        return tokens[:, 0] if self.has_cls else self.fc_norm(tokens.mean(1))
+    def num_tokens(self, grid: int) -> int:
+        """How many tokens encode_video gives: [1 +] num_times grid^2."""
+        return int(self.has_cls) + self.num_times * grid**2
 
-    def encode_video(self, pixel_values: torch.Tensor, grid: int) -> torch.Tensor:
-        """uint8 (B, T, C, H, W) -> (B, N, D): CLS where there is one, then grid x grid averaged tokens
-        per time step in (t, h, w) order; N = [1 +] num_times grid^2."""
+    def features(self, pixel_values: torch.Tensor, grid: int) -> torch.Tensor:
+        """uint8 (B, T, C, H, W) -> (B, 1 + N, D): all that the models read of a frozen backbone, the pooled token
+        before its norm, then encode_video's tokens. Stands for `pixel_values` in forward and encode_video."""
         tokens = self.tokens(pixel_values)
+        return torch.cat([self.pooled(tokens)[:, None], self.grid_tokens(tokens, grid)], dim=1)
+
+    def pooled(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[:, 0] if self.has_cls else tokens.mean(1)
+
+    def forward(self, pixel_values: torch.Tensor | None = None, features: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 (B, T, C, H, W), or features of it -> the pooled token (B, D), as the published classifier pools."""
+        pooled = self.pooled(self.tokens(pixel_values)) if features is None else features[:, 0].float()
+        return pooled if self.has_cls else self.fc_norm(pooled)
+
+    def encode_video(
+        self, pixel_values: torch.Tensor | None, grid: int, features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """uint8 (B, T, C, H, W), or features of it -> (B, N, D): CLS where there is one, then grid x grid averaged
+        tokens per time step in (t, h, w) order; N = num_tokens(grid)."""
+        return self.grid_tokens(self.tokens(pixel_values), grid) if features is None else features[:, 1:].float()
+
+    def grid_tokens(self, tokens: torch.Tensor, grid: int) -> torch.Tensor:
         patches = token_grid(tokens, self.config)  # (B, t, h, w, D)
         batch, times, *_ = patches.shape
         pooled = F.adaptive_avg_pool2d(patches.flatten(0, 1).permute(0, 3, 1, 2), grid)  # (B t, D, g, g)
@@ -250,6 +286,7 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
     num_frames = settings.num_frames if config.num_frames == "auto" else config.num_frames
     image_size = side_of(settings.image_size) if config.image_size == "auto" else config.image_size
     fit_embeddings(backbone, num_frames, image_size)
+    fuse_attention(backbone)
     values = load_preprocessor(source, settings.model_type)
     try:
         preprocessing = Preprocessing.from_dict(values, image_size)
@@ -310,8 +347,9 @@ class Collator:
     source: str  # which text the model reads: "caption" or "text"
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        video = "features" if "features" in items[0] else "pixel_values"
         batch = {
-            "pixel_values": torch.stack([item["pixel_values"] for item in items]),  # (B, T, C, H, W) uint8
+            video: torch.stack([item[video] for item in items]),  # (B, 1 + N, D) fp16 or (B, T, C, H, W) uint8
             "index": torch.tensor([item["index"] for item in items]),
         }
         if self.source != "caption":
@@ -340,7 +378,7 @@ class Projector(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(width, width),
         )
-        self.num_tokens = int(vision.has_cls) + vision.num_times * grid**2
+        self.num_tokens = vision.num_tokens(grid)
         times = torch.arange(vision.num_times).repeat_interleave(grid**2) + int(vision.has_cls)
         times = torch.cat([times.new_zeros(int(vision.has_cls)), times])  # CLS has an entry of its own
         self.register_buffer("times", times, persistent=False)  # (N,)
@@ -392,10 +430,10 @@ class VideoModel(nn.Module):
         """What the logits are scored against: (B,) or (B, L); -100 does not count."""
         return batch["labels"]
 
-    def scores(self, pixel_values: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """The logits of uint8 (B, T, C, H, W); of several views of each video, (B, V, T, C, H, W), the log of
-        the views' mean probabilities (B, K), one view at a time."""
-        if pixel_values.ndim == 5:
+    def scores(self, pixel_values: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
+        """The logits of uint8 (B, T, C, H, W), or of `features`; of several views of each video,
+        (B, V, T, C, H, W), the log of the views' mean probabilities (B, K), one view at a time."""
+        if pixel_values is None or pixel_values.ndim == 5:
             return self(pixel_values=pixel_values, **inputs).float()
         views = [self(pixel_values=view, **inputs).float().log_softmax(-1) for view in pixel_values.unbind(1)]
         return torch.stack(views).logsumexp(0) - math.log(len(views))
@@ -426,9 +464,9 @@ class VideoClassifier(VideoModel):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, T, C, H, W) -> logits (B, K)."""
-        return self.head(self.dropout(self.vision_encoder(pixel_values)))
+    def forward(self, pixel_values: torch.Tensor | None = None, features: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 (B, T, C, H, W), or features of it -> logits (B, K)."""
+        return self.head(self.dropout(self.vision_encoder(pixel_values, features)))
 
 
 class VisionLanguageModel(VideoModel):
@@ -444,9 +482,9 @@ class VisionLanguageModel(VideoModel):
         self.grid = grid
         self.projector = Projector(vision_encoder, language_model.config.hidden_size, grid, dropout)
 
-    def video_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, T, C, H, W) -> (B, N, D) in the language model's width."""
-        return self.projector(self.vision_encoder.encode_video(pixel_values, self.grid))
+    def video_tokens(self, pixel_values: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:
+        """uint8 (B, T, C, H, W), or features of it -> (B, N, D) in the language model's width."""
+        return self.projector(self.vision_encoder.encode_video(pixel_values, self.grid, features))
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.language_model.get_input_embeddings()(input_ids)
@@ -473,10 +511,11 @@ class VisionLanguageClassifier(VisionLanguageModel):
         return TextCodec(self.tokenizer, bos=(), eos=self.tokenizer.sep_token_id, max_tokens=room)
 
     def forward(
-        self, pixel_values: torch.Tensor, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
+        self, pixel_values: torch.Tensor | None = None, input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None, features: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """uint8 (B, T, C, H, W) and text ids ending in [SEP], right-padded (B, L) -> logits (B, K)."""
-        video = self.video_tokens(pixel_values)  # (B, N, D)
+        """uint8 (B, T, C, H, W), or features of it, and text ids ending in [SEP], right-padded (B, L) -> logits (B, K)."""
+        video = self.video_tokens(pixel_values, features)  # (B, N, D)
         batch, device = len(video), video.device
         marks = torch.tensor([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id], device=device)
         cls, sep = self.embed(marks).to(video.dtype).expand(batch, 2, -1).split(1, dim=1)
@@ -518,10 +557,12 @@ class VideoCaptioner(VisionLanguageModel):
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]  # (B, L - 1)
 
     def forward(
-        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """uint8 (B, T, C, H, W) and BOS, caption, EOS, right-padded (B, L) -> logits of `targets` (B, L - 1, V)."""
-        video = self.video_tokens(pixel_values)  # (B, N, D)
+        self, pixel_values: torch.Tensor | None, input_ids: torch.Tensor, attention_mask: torch.Tensor,
+        features: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """uint8 (B, T, C, H, W), or features of it, and BOS, caption, EOS, right-padded (B, L) -> logits of
+        `targets` (B, L - 1, V)."""
+        video = self.video_tokens(pixel_values, features)  # (B, N, D)
         seen = torch.ones(video.shape[:2], dtype=attention_mask.dtype, device=video.device)
         logits = self.language_model(
             inputs_embeds=torch.cat([video, self.embed(input_ids)], dim=1),
@@ -532,12 +573,15 @@ class VideoCaptioner(VisionLanguageModel):
         return logits[:, :-1]
 
     @torch.no_grad()
-    def generate(self, pixel_values: torch.Tensor, max_new_tokens: int, num_beams: int = 1) -> list[str]:
-        """One caption per clip of uint8 (B, T, C, H, W); greedy, or the best of `num_beams` beams.
+    def generate(
+        self, pixel_values: torch.Tensor | None, max_new_tokens: int, num_beams: int = 1,
+        features: torch.Tensor | None = None,
+    ) -> list[str]:  # fmt: skip
+        """One caption per clip of uint8 (B, T, C, H, W), or of features; greedy, or the best of `num_beams` beams.
 
         Raises UserError if prefix and caption exceed the language model's positions.
         """
-        video = self.video_tokens(pixel_values)  # (B, N, D)
+        video = self.video_tokens(pixel_values, features)  # (B, N, D)
         positions = getattr(self.language_model.config, "max_position_embeddings", None)
         if positions and video.shape[1] + 1 + max_new_tokens > positions:
             raise UserError(

@@ -12,7 +12,6 @@ Loading is strict both ways, and no pickle is ever read.
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Set
@@ -47,6 +46,7 @@ from config import (
     as_flags,
     make_folder,
     read_yaml,
+    replace_file,
     run_name,
     write_yaml,
 )
@@ -58,19 +58,6 @@ PROVIDED = ROOT / "checkpoints" / "provided"
 
 
 # -- saving -----------------------------------------------------------------------------------------
-
-
-def replace_file(path: Path, write: Any) -> None:
-    """write(temporary path), then rename, so that `path` is always whole: the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def write_json(values: Any, path: Path) -> None:

@@ -8,6 +8,7 @@ converters, since PyYAML reads 1e-3 as a string.
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -137,6 +138,8 @@ class Config:
     num_frames: int | str = option("auto", auto_or(number(int, 1, 1024)), "data", TRAIN, "frames taken from each video; auto = what the backbone was trained with. More frames see finer motion and cost time")
     image_size: int | str = option("auto", auto_or(number(int, 8, 2048)), "data", TRAIN, "height and width in pixels that the backbone sees; auto = what it was trained with")
     frame_stride: int = option(0, number(int, 0, 1000), "data", TRAIN, "0 spreads the frames over the whole video; S > 0 takes every S-th frame of one window, the middle one at evaluation")
+    cache_features: str = option("auto", one_of("auto", "True", "False"), "data", TRAIN, "compute what a frozen vision backbone says of each video once, and let every epoch and every later run read that. Frames are then the middle ones in training too, not jittered. auto: where the backbone is frozen and clips are not changed at random")
+    cache_dir: str = option("auto", text_value, "data", TRAIN, "folder of such features, which may be removed at any time; auto: .features in --output_dir")
     skip_unreadable: bool = option(False, to_bool, "data", TRAIN, "leave out videos that cannot be read, counted and listed in metrics.json, instead of stopping with an error")
     augment: str = option("none", one_of("none", "light", "strong"), "data", TRAIN, "random changes of training clips, the same for all frames of one: light = mild crop and erasing; strong = wider crop, RandAugment without rotation or flip, colour jitter and, for classifiers that read no text, mixup and cutmix (needs kornia: requirements-extra.txt). For small sets; strong hides colours that captions name")
     flip: bool = option(False, to_bool, "data", TRAIN, "mirror half of the training clips; not where left and right matter, as in 'moving left'")
@@ -362,6 +365,21 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """write(temporary path), then rename, so that `path` is always whole: the old file or the new one."""
+    from safetensors import SafetensorError
+
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def config_file_text() -> str:

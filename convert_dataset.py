@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from config import Parser, UserError, make_folder, run_script
+from config import Parser, UserError, make_folder, replace_file, run_script
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -390,8 +390,6 @@ def drop_unreadable(outcomes: dict[str, Outcome], workers: int) -> None:
 
 def write_rows(outcomes: dict[str, Outcome], output: Path) -> None:
     """<output>/<split>/metadata.jsonl, with file names relative to that folder."""
-    from checkpoint import replace_file
-
     for split, outcome in outcomes.items():
         folder = output / split
         make_folder(folder)

@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import FIELDS, Config, UserError, check_for_classifiers, parse, run_script
+from config import FIELDS, Config, UserError, check_for_classifiers, parse, replace_file, run_script
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -185,8 +185,6 @@ def begun(path: Path, run: str) -> dict[tuple[str, float | None], dict[str, Any]
 
     Raises UserError if the file is not one of answers by the same run with the same options.
     """
-    from checkpoint import replace_file
-
     if not path.is_file():
         return {}
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -104,14 +104,14 @@ def resume_command(config: Config) -> str:
     return " ".join(filter(None, ["python main.py --resume True", flags, place]))
 
 
-def train_run(config: Config, model: Any, splits: Any, accelerator: Any, run_dir: Path) -> int:
+def train_run(config: Config, model: Any, splits: Any, features: Any, accelerator: Any, run_dir: Path) -> int:
     """Trains, plots, reports; returns the exit status."""
     from torch import OutOfMemoryError
 
     import train_code
     from figures import plot_curves
 
-    loaders = train_code.build_loaders(model, config, splits)
+    loaders = train_code.build_loaders(model, config, splits, features)
     try:
         metrics = train_code.train(model, loaders, config, accelerator, run_dir)
     except train_code.Stopped as stopped:
@@ -127,14 +127,23 @@ def train_run(config: Config, model: Any, splits: Any, accelerator: Any, run_dir
     return 0
 
 
-def scanned(splits: Any, config: Config) -> Any:
-    """The splits without their unreadable videos. Raises UserError listing those unless --skip_unreadable True."""
+def scanned(splits: Any, config: Config) -> dict[Path, str]:
+    """What is wrong with each unreadable video."""
     from checkpoint import read_scan, write_scan
-    from VLoader import leave_out, scan
+    from VLoader import scan
 
     cache = Path(config.output_dir) / SCAN_CACHE
     known = read_scan(cache)
     bad, good = scan(splits, config.num_frames, config.frame_stride, config.test_clips, config.num_workers, known)
+    if not bad or config.skip_unreadable:  # else this is the end: nothing is to be left behind
+        write_scan(cache, known | good)
+    return bad
+
+
+def without_unreadable(splits: Any, bad: dict[Path, str], config: Config) -> Any:
+    """The splits without these videos. Raises UserError listing them unless --skip_unreadable True."""
+    from VLoader import leave_out
+
     if bad and not config.skip_unreadable:
         causes = "; ".join([*bad.values()][:LISTED]) + (f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
         raise UserError(f"{causes} -- mend or remove them, or add --skip_unreadable True to leave them out")
@@ -143,8 +152,21 @@ def scanned(splits: Any, config: Config) -> Any:
         print(
             f"left out {len(bad)} unreadable videos (listed in metrics.json at the end), first: {splits.unreadable[0]}"
         )
-    write_scan(cache, known | good)
     return splits
+
+
+def readable(splits: Any, config: Config, model: Any, accelerator: Any) -> tuple[Any, dict[str, Any] | None]:
+    """(the splits with what can be read, the features of those that are read from the cache). Every video is
+    tried once: those that go into the cache by computing their features, the others by the scan."""
+    from feature_cache import cached_splits, fill, open_store, read_features, use_cache
+
+    if not use_cache(model, config):
+        return without_unreadable(splits, scanned(splits, config), config), None
+    store = open_store(model, config)
+    bad = fill(store, model, splits, config, accelerator)
+    bad |= scanned(replace(splits, **{name: [] for name in cached_splits(config)}), config)
+    splits = without_unreadable(splits, bad, config)
+    return splits, read_features(store, splits, config)
 
 
 def write_preview(config: Config, model: Any, splits: Any, accelerator: Any, display: dict[str, str]) -> None:
@@ -226,21 +248,21 @@ def body(argv: list[str] | None) -> int:
     if config.preview:
         write_preview(config, model, splits, accelerator, display)
         return 0
-    splits = scanned(splits, config)
+    print_towers(config, model)
+    print_hints(config, splits)
+    splits, features = readable(splits, config, model, accelerator)
     data = fingerprint_data(splits, data_dir)
     if config.resume:
         check_same(run_dir, model, data)
     else:
         make_run_dir(run_dir)
         start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display, data))
-    print_towers(config, model)
-    print_hints(config, splits)
     sizes = ", ".join(f"{len(getattr(splits, name))} {name}" for name in ("train", "val", "test"))
     print(f"data: {sizes} videos, {len(splits.class_names)} classes in {data_dir}")
     if splits.note:
         print(splits.note)
     print_settings(config, model, accelerator)
-    return train_run(config, model, splits, accelerator, run_dir)
+    return train_run(config, model, splits, features, accelerator, run_dir)
 
 
 def main(argv: list[str] | None = None) -> int:

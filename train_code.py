@@ -26,8 +26,8 @@ from tqdm import tqdm
 import dummy_data
 from augment import Augment
 from build_model import VideoModel, adapters, trained_tensors
-from checkpoint import load_state, load_weights, replace_file, save_state, save_weights, write_json
-from config import BACKBONES, Config, UserError
+from checkpoint import load_state, load_weights, save_state, save_weights, write_json
+from config import BACKBONES, Config, UserError, replace_file
 from metrics import accuracy, attribute_accuracy, exact_match, per_class_accuracy
 from VLoader import ClipDataset, build_loader
 
@@ -310,9 +310,10 @@ def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config:
     model.eval()
     captions: dict[int, str] = {}
     for batch in tqdm(loader, desc="captions", leave=False, unit="batch"):
+        batch = to_device(batch, accelerator.device)
         with accelerator.autocast():
             texts = model.generate(
-                batch["pixel_values"].to(accelerator.device), config.max_new_tokens, config.num_beams
+                batch.get("pixel_values"), config.max_new_tokens, config.num_beams, batch.get("features")
             )
         captions |= dict(zip(batch["index"].tolist(), texts, strict=True))
     return [captions[i] for i in range(len(loader.dataset))]
@@ -349,9 +350,12 @@ def final_scores(model: VideoModel, loader: DataLoader, accelerator: Any, config
 # -- the run ----------------------------------------------------------------------------------------
 
 
-def build_loaders(model: VideoModel, config: Config, splits: Any) -> dict[str, DataLoader]:
-    """A loader for every split that has samples; `config` is resolved (no auto)."""
-    loaders = {}
+def build_loaders(
+    model: VideoModel, config: Config, splits: Any, features: dict[str, Any] | None = None
+) -> dict[str, DataLoader]:
+    """A loader for every split that has samples; `config` is resolved (no auto). Splits whose `features` are
+    given are read from these, without worker processes: they would cost more than they save."""
+    loaders, features = {}, features or {}
     for name in ("train", "val", "test"):
         if not getattr(splits, name):
             continue
@@ -359,7 +363,7 @@ def build_loaders(model: VideoModel, config: Config, splits: Any) -> dict[str, D
         dataset = ClipDataset(
             getattr(splits, name), model.vision_encoder.preprocessing, config.num_frames, config.frame_stride,
             splits.class_names, train=train, seed=config.seed,
-            views=(config.test_clips, config.test_crops) if name == "test" else (1, 1),
+            views=(config.test_clips, config.test_crops) if name == "test" else (1, 1), features=features.get(name),
         )  # fmt: skip
         # the scan has read all that evaluation takes; the jitter of training may still hit a bad frame
         more: dict[str, Any] = {}
@@ -371,7 +375,12 @@ def build_loaders(model: VideoModel, config: Config, splits: Any) -> dict[str, D
             }
         pin_memory = torch.cuda.is_available()
         loaders[name] = build_loader(
-            dataset, model.collator(), config.batch_size, config.num_workers, pin_memory, **more
+            dataset,
+            model.collator(),
+            config.batch_size,
+            0 if name in features else config.num_workers,
+            pin_memory,
+            **more,
         )
     return loaders
 

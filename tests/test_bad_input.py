@@ -28,7 +28,7 @@ def refused(capsys, status: int) -> str:
 
 def train(data: Path, runs: Path, *flags: str) -> int:
     fixed = ["--data_dir", str(data), "--output_dir", str(runs), "--epochs", "1", "--num_workers", "0"]
-    return main.main([*fixed, "--freeze_visionbackbone", "True", *flags])
+    return main.main([*fixed, "--freeze_visionbackbone", "True", "--cache_features", "False", *flags])
 
 
 def clip_file(path: Path, frames: int = 4) -> Path:

@@ -109,7 +109,8 @@ def test_the_checkpoint_holds_exactly_what_is_trained_and_loads_to_the_same_outp
 
     loaders = train_code.build_loaders(one, config, read_splits(dataset))
     again = train_code.evaluate(one, loaders["test"], train_code.build_accelerator(config))
-    assert again["loss"] == pytest.approx(metrics["test"]["loss"], abs=1e-6)
+    cached = "freeze_visionbackbone" in " ".join(JOBS[job])  # its own test read features of 16 bits
+    assert again["loss"] == pytest.approx(metrics["test"]["loss"], abs=2e-4 if cached else 1e-6)
 
 
 def test_a_fully_trained_run_needs_no_backbone_folder(runs, monkeypatch, tmp_path, frames):
@@ -321,7 +322,19 @@ def damaged(dataset, tmp_path) -> Path:
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_unreadable_videos_are_listed_before_training(damaged, tmp_path, capfd, workers):
-    assert train(damaged, tmp_path / "runs", "--freeze_visionbackbone", "True", "--num_workers", workers) == 2
+    assert (
+        train(
+            damaged,
+            tmp_path / "runs",
+            "--freeze_visionbackbone",
+            "True",
+            "--cache_features",
+            "False",
+            "--num_workers",
+            workers,
+        )
+        == 2
+    )
     err = capfd.readouterr().err.strip().splitlines()[-1]  # behind the progress bar
     assert err.startswith("error: cannot read") and err.count("cannot read") == 3 and "--skip_unreadable True" in err
     assert not (tmp_path / "runs").exists()
@@ -377,7 +390,7 @@ def test_a_video_that_fails_during_training_is_named_or_skipped_never_replaced(
 
     monkeypatch.setattr(VLoader.ClipDataset, "pixels", pixels)
     assert broken in [s.path for s in VLoader.read_splits(dataset).train]
-    status = train(dataset, tmp_path, "--freeze_visionbackbone", "True", "--run_name", "r", "--skip_unreadable", skip)
+    status = train(dataset, tmp_path, "--cache_features", "False", "--run_name", "r", "--skip_unreadable", skip)
     if skip == "False":
         assert status == 2 and f"cannot read {broken}: a bad frame" in capfd.readouterr().err
     else:

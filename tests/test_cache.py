@@ -1,0 +1,254 @@
+"""The feature cache: training from it equals training from pixels, nothing stale is read, a kill loses little."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import feature_cache
+import main
+import train_code
+from build_model import build_model, fingerprint
+from config import ROOT, parse
+from feature_cache import FeatureIndex, fill, open_store, read_features, video_ids
+from train_code import build_accelerator
+from VLoader import Sample, read_splits
+
+FROZEN = ["--freeze_visionbackbone", "True"]
+BERT = [*FROZEN, "--use_vlm", "True", "--language_model", "bert", "--use_text", "True"]
+GPT2 = [*FROZEN, "--use_vlm", "True", "--captioning", "True", "--use_lora_llm", "True"]
+
+
+def train(dataset: Path, folder: Path, *flags: str) -> int:
+    argv = ["--data_dir", str(dataset), "--output_dir", str(folder / "runs"), "--cache_dir", str(folder / "cache")]
+    return main.main([*argv, "--epochs", "2", "--num_workers", "0", "--batch_size", "4", *flags])
+
+
+def log_of(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / "runs" / name / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("vision", ["timesformer", "videomae"])
+@pytest.mark.parametrize("job", [FROZEN, BERT, GPT2], ids=["classifier", "bert", "gpt2"])
+def test_training_from_the_cache_equals_training_from_pixels(dataset, tmp_path, monkeypatch, vision, job):
+    """The same clips, batches and captions: the log agrees to 1e-3. Not closer: the features are fp16, 5e-4 off at
+    most, and training magnifies that (hence a small rate here; with fp32 features the logs agree to 1e-6)."""
+    flags = [*job, "--vision_model", vision, "--learning_rate", "3e-4"]
+    assert train(dataset, tmp_path, *flags, "--run_name", "cached") == 0
+    original = train_code.build_loaders
+
+    def without_jitter(*args, **kwargs):
+        loaders = original(*args, **kwargs)
+        loaders["train"].dataset.jitter = False
+        return loaders
+
+    monkeypatch.setattr(train_code, "build_loaders", without_jitter)
+    assert train(dataset, tmp_path, *flags, "--run_name", "pixels", "--cache_features", "False") == 0
+    for a, b in zip(log_of(tmp_path, "cached"), log_of(tmp_path, "pixels"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
+    cached, pixels = (
+        json.loads((tmp_path / "runs" / n / "metrics.json").read_text())["test"] for n in ("cached", "pixels")
+    )
+    assert cached["loss"] == pytest.approx(pixels["loss"], rel=1e-3)
+    assert cached.get("accuracy") == pixels.get("accuracy") and cached.get("examples") == pixels.get("examples")
+
+
+def test_every_later_run_reads_what_the_first_computed(dataset, tmp_path, capsys, monkeypatch):
+    """Another head, seed, text setting and language model compute nothing; another token_grid or length does."""
+    asked: list[int] = []
+    original = feature_cache.features_of
+    monkeypatch.setattr(feature_cache, "features_of", lambda e, p, *a: asked.append(len(p)) or original(e, p, *a))
+    assert train(dataset, tmp_path, *FROZEN, "--run_name", "a") == 0
+    assert sum(asked) == 18
+    asked.clear()
+    for number, flags in enumerate((BERT, GPT2, [*FROZEN, "--seed", "3", "--dropout", "0"])):
+        assert train(dataset, tmp_path, *flags, "--run_name", f"b{number}") == 0
+    assert not asked and "18 of 18 videos are in" in capsys.readouterr().out
+    assert train(dataset, tmp_path, *FROZEN, "--token_grid", "1", "--run_name", "c") == 0
+    assert train(dataset, tmp_path, *FROZEN, "--num_frames", "4", "--run_name", "d") == 0
+    assert train(dataset, tmp_path, *FROZEN, "--frame_stride", "2", "--run_name", "e") == 0
+    assert sum(asked) == 3 * 18
+
+
+@pytest.fixture
+def parts(dataset, tmp_path):
+    """(store of an empty folder, model, splits, resolved config, accelerator)."""
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    config, _ = parse(
+        ["--data_dir", str(data), "--cache_dir", str(tmp_path / "cache"), *FROZEN, "--num_workers", "0"], "main"
+    )
+    config = replace(config, num_frames=8, image_size=64, batch_size=4)
+    model = build_model(config, 3)
+    return open_store(model, config), model, read_splits(data), config, build_accelerator(config)
+
+
+def test_a_changed_video_is_computed_anew_and_never_read_stale(parts):
+    store, model, splits, config, accelerator = parts
+    assert fill(store, model, splits, config, accelerator) == {}
+    before = read_features(store, splits, config)["test"][0]
+    sample = splits.test[0]
+    torch.save(255 - torch.load(sample.path, weights_only=True), sample.path)  # the same size
+    os.utime(sample.path, ns=(1, 1))
+    assert store.index.find(video_ids([sample])).tolist() == [-1]
+    fresh = open_store(model, config)
+    assert fill(fresh, model, splits, config, accelerator) == {}
+    after = read_features(fresh, splits, config)["test"][0]
+    assert not torch.allclose(before, after)
+    with torch.no_grad():
+        clip = model.vision_encoder.preprocessing.pixels(torch.load(sample.path, weights_only=True)[1::2])
+        expected = model.vision_encoder.features(clip[None], config.token_grid)[0]
+    assert torch.allclose(after.float(), expected, atol=2e-3)
+
+
+def test_another_backbone_has_another_store(parts):
+    store, model, _, config, _ = parts
+    with torch.no_grad():
+        next(model.vision_encoder.backbone.parameters()).add_(1e-3)
+    model.sources["vision"].fingerprint = fingerprint(model.vision_encoder.backbone)
+    assert open_store(model, config).folder != store.folder
+    assert open_store(model, replace(config, token_grid=1)).folder != store.folder
+
+
+def test_damaged_and_unfinished_shards_are_passed_over(parts):
+    store, model, splits, config, accelerator = parts
+    fill(store, model, splits, config, accelerator)
+    shard = next(store.folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    (store.folder / "1-1.safetensors.tmp").write_bytes(b"half")
+    again = open_store(model, config)
+    assert len(again.shards) == 0
+    assert fill(again, model, splits, config, accelerator) == {}
+    assert (again.index.find(video_ids(splits.train)) >= 0).all()
+
+
+def test_unreadable_videos_are_named_or_left_out(dataset, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    broken = data / "train" / "class_1" / "video_1.pt"
+    broken.write_bytes(b"no tensor")
+    assert train(data, tmp_path, *FROZEN, "--run_name", "r") == 2
+    assert f"cannot read {broken}" in capsys.readouterr().err
+    assert train(data, tmp_path, *FROZEN, "--run_name", "r", "--skip_unreadable", "True") == 0
+    metrics = json.loads((tmp_path / "runs" / "r" / "metrics.json").read_text())
+    assert len(metrics["skipped"]) == 1 and str(broken) in metrics["skipped"][0]
+
+
+def test_a_killed_extraction_goes_on_behind_its_last_shard(dataset, tmp_path, monkeypatch, capsys):
+    """SIGKILL while features are computed; the second run computes only what no finished shard holds."""
+    code = (
+        "import sys, time, feature_cache, main\n"
+        "feature_cache.SHARD = 4\n"
+        "original = feature_cache.features_of\n"
+        "feature_cache.features_of = lambda *a: (time.sleep(0.3), original(*a))[1]\n"
+        "sys.exit(main.main(sys.argv[1:]))\n"
+    )
+    argv = ["--data_dir", str(dataset), "--output_dir", str(tmp_path / "runs"), "--cache_dir", str(tmp_path / "cache")]
+    argv += ["--num_workers", "0", "--batch_size", "2", "--epochs", "1", *FROZEN]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and len(list((tmp_path / "cache").glob("*/*.safetensors"))) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    finished = 4 * len(list((tmp_path / "cache").glob("*/*.safetensors")))
+    assert 8 <= finished < 18
+    asked: list[int] = []
+    original = feature_cache.features_of
+    monkeypatch.setattr(feature_cache, "features_of", lambda e, p, *a: asked.append(len(p)) or original(e, p, *a))
+    assert main.main(argv) == 0
+    assert sum(asked) == 18 - finished
+    assert f"{finished} of 18 videos are in" in capsys.readouterr().out
+
+
+@given(
+    st.lists(st.integers(0, 400), min_size=1, max_size=60),
+    st.integers(1, 5),
+    st.lists(st.integers(0, 500), max_size=30),
+)
+def test_the_index_finds_what_was_added_and_nothing_else(names, shards, asked):
+    def ids(numbers):
+        return video_ids([Sample(Path(f"/nowhere/{n}")) for n in numbers])
+
+    parts = [part for part in np.array_split(np.array(names), shards) if len(part)]
+    index, where = FeatureIndex(), {}
+    for number, part in enumerate(parts):
+        index.add([(number, ids(part))])
+        for row, name in enumerate(part):
+            where.setdefault(int(name), (number << 32) + row)
+    found = index.find(ids(asked)).tolist()
+    for name, place in zip(asked, found, strict=True):
+        if name in where:
+            number, row = place >> 32, place & 0xFFFFFFFF
+            assert parts[number][row] == name
+        else:
+            assert place == -1
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--cache_features", "True"], "needs --freeze_visionbackbone True"),
+        (["--cache_features", "True", *FROZEN, "--augment", "light"], "--augment none"),
+        (["--cache_features", "True", *FROZEN, "--use_lora_vision", "True"], "without LoRA"),
+        ([*FROZEN, "--cache_dir", "/dev/null/x"], "cannot make the folder"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_an_error(dataset, tmp_path, capsys, flags, words):
+    argv = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), *flags]
+    assert main.main(argv) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_auto_caches_only_what_cannot_change(dataset, tmp_path):
+    for number, flags in enumerate(
+        (["--use_lora_vision", "True"], [*FROZEN, "--flip", "True"], [*FROZEN, "--augment", "light"])
+    ):
+        assert train(dataset, tmp_path, *flags, "--run_name", f"r{number}") == 0
+    assert not (tmp_path / "cache").exists()
+
+
+def test_several_test_views_are_read_from_pixels(dataset, tmp_path):
+    assert train(dataset, tmp_path, *FROZEN, "--test_clips", "2", "--run_name", "r") == 0
+    metrics = json.loads((tmp_path / "runs" / "r" / "metrics.json").read_text())
+    assert metrics["test"]["views"] == {"clips": 2, "crops": 1} and metrics["test"]["count"] == 6
+    assert (tmp_path / "cache").is_dir()
+
+
+def test_resuming_a_cached_run_is_exact(dataset, tmp_path):
+    """Stopped by a signal in its second epoch and resumed, the log and weights are the uninterrupted run's."""
+    flags = [*BERT, "--epochs", "3", "--save_every", "1"]
+    assert train(dataset, tmp_path, *flags, "--run_name", "whole") == 0
+    original = train_code.train_one_epoch
+
+    def stop_in_second(model, loader, engine):
+        if engine.progress.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, loader, engine)
+
+    train_code.train_one_epoch = stop_in_second
+    try:
+        assert train(dataset, tmp_path, *flags, "--run_name", "stopped") == 128 + signal.SIGTERM
+    finally:
+        train_code.train_one_epoch = original
+    assert train(dataset, tmp_path, "--run_name", "stopped", "--resume", "True", *flags) == 0
+    weights = [(tmp_path / "runs" / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+    timed = ("seconds", "clips_per_second")
+    logs = [
+        [{k: v for k, v in row.items() if k not in timed} for row in log_of(tmp_path, n)] for n in ("whole", "stopped")
+    ]
+    assert logs[0] == logs[1]
