@@ -641,14 +641,16 @@ class EpochBatches:
     """Yields lists of (draw, index); the order comes from (seed, epoch), or is plain.
 
     With `classes`, each sample's class, an epoch draws equally many clips of every class, else every clip once.
+    `share` (r, n) gives every n-th clip of each batch from the r-th on: one process's part, which may be empty.
     `epoch` and `start`, the number of batches to leave out, are set before each pass.
     """
 
     def __init__(
-        self, count: int, batch_size: int, shuffle: bool = False, seed: int = 0, classes: list[int] | None = None
-    ):
+        self, count: int, batch_size: int, shuffle: bool = False, seed: int = 0, classes: list[int] | None = None,
+        share: tuple[int, int] = (0, 1),
+    ):  # fmt: skip
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
-        self.classes = classes
+        self.classes, self.share = classes, share
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -657,7 +659,7 @@ class EpochBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = self.order()
         for start in range(self.start * self.batch_size, self.count, self.batch_size):
-            yield order[start : start + self.batch_size]
+            yield order[start : start + self.batch_size][self.share[0] :: self.share[1]]
 
     def order(self) -> list[tuple[int, int]]:
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -697,6 +699,12 @@ class ClipLoader(DataLoader):
         super().__init__(*args, **kwargs)
         self.skip_unreadable, self.skipped = skip_unreadable, set(skipped)
 
+    def close(self) -> None:
+        """Ends the worker processes at once; left to the garbage collector, each is waited for 5 seconds."""
+        if self.num_workers and self._iterator is not None:
+            self._iterator._shutdown_workers()
+            self._iterator = None
+
     def with_errors(self) -> Iterator[tuple[dict[str, Any] | None, dict[int, str]]]:
         """Every batch beside {index: what is wrong} of its unreadable videos."""
         for item in super().__iter__():
@@ -717,12 +725,15 @@ def build_loader(
     num_workers: int,
     pin_memory: bool = False,
     balance: bool = False,
+    share: tuple[int, int] = (0, 1),
     **skipping: Any,
 ) -> ClipLoader:
     """A loader of `dataset`; its `batch_sampler` takes the epoch before each pass in training, and with
-    `balance` draws all classes equally often. `skipping` are ClipLoader's own arguments."""
+    `balance` draws all classes equally often. `share` is EpochBatches', `skipping` are ClipLoader's own arguments."""
     classes = dataset.labels if balance else None
-    batches = EpochBatches(len(dataset), batch_size, shuffle=dataset.train, seed=dataset.seed, classes=classes)
+    batches = EpochBatches(
+        len(dataset), batch_size, shuffle=dataset.train, seed=dataset.seed, classes=classes, share=share
+    )
     return ClipLoader(
         dataset, batch_sampler=batches, collate_fn=partial(collate, make_batch=make_batch), num_workers=num_workers,
         persistent_workers=num_workers > 0, pin_memory=pin_memory,

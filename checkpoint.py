@@ -170,12 +170,15 @@ def write_scan(file: Path, known: dict[str, str]) -> None:
 # -- what --resume needs ----------------------------------------------------------------------------
 
 
-def save_state(run_dir: Path, model: VideoModel, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Trained tensors, optimizer and random generators in one file; `progress` (JSON) in its header."""
+def save_state(
+    run_dir: Path, model: VideoModel, optimizer: torch.optim.Optimizer, progress: dict[str, Any], random: dict[int, torch.Tensor]
+) -> None:  # fmt: skip
+    """Trained tensors, optimizer and the state of every process's random generator in one file; `progress` (JSON)
+    in its header."""
     tensors = {f"model.{name}": p.detach().cpu() for name, p in trained_tensors(model).items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value.detach().cpu() for name, value in slots.items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
+    tensors |= {f"rng.cpu.{process}": state for process, state in random.items()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     (run_dir / STATE).parent.mkdir(exist_ok=True)
@@ -183,11 +186,12 @@ def save_state(run_dir: Path, model: VideoModel, optimizer: torch.optim.Optimize
     replace_file(run_dir / STATE, lambda p: save_file(tensors, str(p), metadata={"progress": json.dumps(progress)}))
 
 
-def load_state(run_dir: Path, model: VideoModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restores what save_state saved and returns the progress.
+def load_state(run_dir: Path, model: VideoModel, optimizer: torch.optim.Optimizer, process: int = 0) -> dict[str, Any]:
+    """Restores what save_state saved, with the random generator of this `process`, and returns the progress.
 
     Raises:
-        UserError: there is nothing to resume, or the file is damaged or another model's.
+        UserError: there is nothing to resume, the file is damaged or another model's, or it was written by fewer
+        processes.
     """
     file = run_dir / STATE
     if not file.is_file():
@@ -200,7 +204,9 @@ def load_state(run_dir: Path, model: VideoModel, optimizer: torch.optim.Optimize
             _, index, slot = name.split(".")
             slots.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
-    torch.set_rng_state(tensors["rng.cpu"])
+    if f"rng.cpu.{process}" not in tensors:
+        raise UserError(f"{run_dir} was stopped with fewer processes; resume it with as many")
+    torch.set_rng_state(tensors[f"rng.cpu.{process}"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     return json.loads(header["progress"])

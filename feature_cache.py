@@ -74,12 +74,16 @@ class FeatureStore:
     def __init__(self, folder: Path, about: dict[str, Any]):
         self.folder = folder
         make_folder(folder)
-        text = json.dumps(about, indent=1) + "\n"
-        replace_file(folder / "about.json", lambda p: p.write_text(text, encoding="utf-8"))
+        if not (folder / "about.json").is_file():
+            self.describe(about)
         self.index = FeatureIndex()
         self.shards: list[Path] = []
         self.handles: dict[int, Any] = {}  # opened where they are used: a worker opens its own
         self.refresh()
+
+    def describe(self, about: dict[str, Any]) -> None:
+        text = json.dumps(about, indent=1) + "\n"
+        replace_file(self.folder / "about.json", lambda p: p.write_text(text, encoding="utf-8"))
 
     def refresh(self) -> None:
         """Reads the ids of shards that have come since. A damaged one is passed over: its videos are computed anew."""
@@ -184,6 +188,7 @@ def fill(store: FeatureStore, model: VideoModel, splits: Splits, config: Config,
         from accelerate.utils import gather_object
 
         bad = dict(gather_object(list(bad.items())))
+    accelerator.wait_for_everyone()
     store.refresh()
     return bad
 
@@ -221,6 +226,7 @@ def extract(
             if len(shard) >= SHARD:
                 flush()
     flush()
+    loader.close()
     return bad
 
 

@@ -32,6 +32,7 @@ class Predictor:
     """A trained run, ready to answer."""
 
     def __init__(self, model: Any, config: Config, metadata: dict[str, Any]):
+        from build_model import merge_adapters
         from train_code import build_accelerator
 
         check_for_classifiers(config)
@@ -39,6 +40,10 @@ class Predictor:
         self.names: list[str] = metadata["class_names"]
         self.display: dict[str, str] = metadata["display_names"]
         self.accelerator = build_accelerator(config)
+        if self.accelerator.num_processes > 1:
+            raise UserError("inference runs in one process: start it with python, give each its own --video_dir")
+        if config.use_lora_vision or config.use_lora_llm:
+            merge_adapters(model)
         self.model = model.to(self.accelerator.device).eval()
 
     @classmethod
@@ -80,14 +85,18 @@ class Predictor:
             collator = replace(collator, codec=None)
         batch_size = 8 if config.batch_size == "auto" else config.batch_size
         workers = config.num_workers if len(samples) > FEW else 0
-        for batch, errors in build_loader(dataset, collator, batch_size, workers).with_errors():
-            answers = {index: {"error": cause} for index, cause in errors.items()}
-            if batch is not None:
-                batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
-                with torch.inference_mode(), self.accelerator.autocast():
-                    answers |= zip(batch["index"].tolist(), self.answer(batch), strict=True)
-            for index in sorted(answers):
-                yield {"file": str(samples[index].path)} | answers[index]
+        loader = build_loader(dataset, collator, batch_size, workers)
+        try:
+            for batch, errors in loader.with_errors():
+                answers = {index: {"error": cause} for index, cause in errors.items()}
+                if batch is not None:
+                    batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
+                    with torch.inference_mode(), self.accelerator.autocast():
+                        answers |= zip(batch["index"].tolist(), self.answer(batch), strict=True)
+                for index in sorted(answers):
+                    yield {"file": str(samples[index].path)} | answers[index]
+        finally:
+            loader.close()
 
     def answer(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         if self.config.captioning:
@@ -313,6 +322,8 @@ def body(argv: list[str] | None) -> int:
         print(f"{run_dir}: {metadata['task']}, {len(samples)} videos in {config.video_dir}")
         status = answer_all(predictor, samples, run_dir)
     if config.export is not None:
+        if samples:  # its adapters are merged
+            model, _, _ = load_run(run_dir, config, typed)
         print_export(run_dir, model.cpu(), config, metadata)
     return status
 

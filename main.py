@@ -4,6 +4,8 @@ python main.py --vision_model timesformer
 python main.py --help
 """
 
+import contextlib
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +113,8 @@ def train_run(config: Config, model: Any, splits: Any, features: Any, accelerato
     import train_code
     from figures import plot_curves
 
-    loaders = train_code.build_loaders(model, config, splits, features)
+    share = (accelerator.process_index, accelerator.num_processes)
+    loaders = train_code.build_loaders(model, config, splits, features, share)
     try:
         metrics = train_code.train(model, loaders, config, accelerator, run_dir)
     except train_code.Stopped as stopped:
@@ -122,6 +125,11 @@ def train_run(config: Config, model: Any, splits: Any, features: Any, accelerato
             "out of memory: lower --batch_size (--gradient_accumulation_steps makes up for it), --num_frames or "
             "--image_size; or --gradient_checkpointing True, --freeze_visionbackbone True, --mixed_precision bf16"
         ) from None
+    finally:
+        for loader in loaders.values():
+            loader.close()
+    if not accelerator.is_main_process:
+        return 0
     plot_curves(metrics.pop("log"), run_dir / "curves.png", run_dir.name)
     print_end(config, model, metrics, run_dir)
     return 0
@@ -135,7 +143,7 @@ def scanned(splits: Any, config: Config) -> dict[Path, str]:
     cache = Path(config.output_dir) / SCAN_CACHE
     known = read_scan(cache)
     bad, good = scan(splits, config.num_frames, config.frame_stride, config.test_clips, config.num_workers, known)
-    if not bad or config.skip_unreadable:  # else this is the end: nothing is to be left behind
+    if is_main() and (not bad or config.skip_unreadable):  # else this is the end: nothing is to be left behind
         write_scan(cache, known | good)
     return bad
 
@@ -161,10 +169,13 @@ def readable(splits: Any, config: Config, model: Any, accelerator: Any) -> tuple
     from feature_cache import cached_splits, fill, open_store, read_features, use_cache
 
     if not use_cache(model, config):
-        return without_unreadable(splits, scanned(splits, config), config), None
-    store = open_store(model, config)
+        with accelerator.main_process_first():  # what one found readable the others need not try
+            return without_unreadable(splits, scanned(splits, config), config), None
+    with accelerator.main_process_first():
+        store = open_store(model, config)
     bad = fill(store, model, splits, config, accelerator)
-    bad |= scanned(replace(splits, **{name: [] for name in cached_splits(config)}), config)
+    with accelerator.main_process_first():
+        bad |= scanned(replace(splits, **{name: [] for name in cached_splits(config)}), config)
     splits = without_unreadable(splits, bad, config)
     return splits, read_features(store, splits, config)
 
@@ -234,7 +245,7 @@ def body(argv: list[str] | None) -> int:
     if config.resume:
         run_dir, config = resumable_run(config, typed)
     elif not config.doctor and not config.preview:
-        run_dir = free_run_dir(config)
+        run_dir = free_run_dir(config) if is_main() else Path(config.output_dir) / run_name(config)
     data_dir = Path(config.data_dir)
     splits = read_splits(data_dir)
     check_samples(splits, config.captioning, config.use_text)
@@ -255,8 +266,11 @@ def body(argv: list[str] | None) -> int:
     if config.resume:
         check_same(run_dir, model, data)
     else:
-        make_run_dir(run_dir)
-        start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display, data))
+        if accelerator.is_main_process:
+            make_run_dir(run_dir)
+            start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display, data))
+        if accelerator.process_index > 0:
+            set_seed(config.seed + accelerator.process_index)  # other dropout than the first process's
     sizes = ", ".join(f"{len(getattr(splits, name))} {name}" for name in ("train", "val", "test"))
     print(f"data: {sizes} videos, {len(splits.class_names)} classes in {data_dir}")
     if splits.note:
@@ -265,8 +279,17 @@ def body(argv: list[str] | None) -> int:
     return train_run(config, model, splits, features, accelerator, run_dir)
 
 
+def is_main() -> bool:
+    """Whether this is the only process or the first that torchrun started."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    return run_script(body, argv)
+    if is_main():
+        return run_script(body, argv)
+    os.environ["TQDM_DISABLE"] = "1"  # one process speaks
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        return run_script(body, argv)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ val selects the best epoch; test is read once, at the end. Evaluation sums over 
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -156,10 +157,41 @@ def build_accelerator(config: Config) -> Any:
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
     if precision == "fp16" and not on_gpu:
         raise UserError("--mixed_precision fp16 needs an NVIDIA GPU; bf16 or no work everywhere")
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
-    if accelerator.num_processes > 1:
-        raise UserError("one process at a time: start it with python, without torchrun or accelerate launch")
-    return accelerator
+    return Accelerator(cpu=device == "cpu" or (not on_gpu and "RANK" in os.environ), mixed_precision=precision)
+
+
+# -- several processes: every one takes its share of each batch; sums and gradients are added up ----------
+
+
+def summed(accelerator: Any, *values: float) -> list[float]:
+    """Each value's sum over all processes."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    return accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum").tolist()
+
+
+def gathered(accelerator: Any, rows: list[Any]) -> list[Any]:
+    """The rows of all processes."""
+    if accelerator.num_processes == 1:
+        return rows
+    from accelerate.utils import gather_object
+
+    return gather_object(rows)
+
+
+def sum_gradients(model: VideoModel, accelerator: Any) -> None:
+    """Adds up the gradients of all processes; one whose share of the batch was empty adds nothing.
+
+    With the losses divided by the targets of all processes this is the gradient of the whole batch, the same on
+    every process to the bit, whatever tensors a step leaves unused.
+    """
+    if accelerator.num_processes == 1:
+        return
+    parameters = list(trained_tensors(model).values())
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    torch.distributed.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def loss_sum(
@@ -209,8 +241,7 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
         for group in bar:
             for settings in optimizer.param_groups:
                 settings["lr"] = lr_at(progress.step, engine.total_steps, settings["peak_lr"])
-            if group:
-                accumulate_gradients(model, group, loader, engine)
+            if accumulate_gradients(model, group, loader, engine):
                 optimizer_step(model, engine)
             progress.groups += 1
             progress.seconds, clock = progress.seconds + time.perf_counter() - clock, time.perf_counter()
@@ -221,6 +252,7 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
 
 def optimizer_step(model: VideoModel, engine: Engine) -> None:
     """Clips the gradients, steps, and checks the first two steps."""
+    sum_gradients(model, engine.accelerator)
     engine.accelerator.clip_grad_norm_(model.parameters(), 1.0)
     with first_steps_checked(model, engine.progress.step):
         engine.optimizer.step()
@@ -228,11 +260,12 @@ def optimizer_step(model: VideoModel, engine: Engine) -> None:
     engine.progress.step += not engine.accelerator.optimizer_step_was_skipped  # fp16 skips steps that overflow
 
 
-def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoader, engine: Engine) -> None:
-    """Backward of one optimizer step's batches; adds to the epoch's sums."""
+def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoader, engine: Engine) -> bool:
+    """Backward of one optimizer step's batches; adds to the epoch's sums. Whether there was anything to learn."""
     accelerator, progress = engine.accelerator, engine.progress
     group = [engine.augment(to_device(batch, accelerator.device)) for batch in group]
-    targets = sum(int((model.targets(batch) != -100).sum()) for batch in group)
+    (targets,) = summed(accelerator, sum(int((model.targets(batch) != -100).sum()) for batch in group))
+    sums = [0.0, 0, 0]  # loss, targets, right ones
     for batch in group:
         with accelerator.autocast():
             loss, logits, truth = loss_sum(model, batch, engine.label_smoothing)
@@ -240,9 +273,12 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
             files = [str(loader.dataset.samples[i].path) for i in batch["index"].tolist()]
             raise UserError(f"the loss is {loss.item()} at step {progress.step}; the batch: {', '.join(files)}")
         accelerator.backward(loss / targets)
-        progress.loss += loss.item()
-        progress.count += int((truth != -100).sum())
-        progress.right += int((logits.argmax(-1) == truth).sum())
+        sums[0] += loss.item()
+        sums[1] += int((truth != -100).sum())
+        sums[2] += int((logits.argmax(-1) == truth).sum())
+    loss, count, right = summed(accelerator, *sums)
+    progress.loss, progress.count, progress.right = progress.loss + loss, progress.count + count, progress.right + right
+    return targets > 0
 
 
 class first_steps_checked:  # noqa: N801, used as a context like torch.no_grad
@@ -283,23 +319,25 @@ class first_steps_checked:  # noqa: N801, used as a context like torch.no_grad
 def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str = "val") -> dict[str, Any]:
     """Mean loss over all targets; for classifiers accuracy and the predictions as well."""
     model.eval()
-    total, count, seen = 0.0, 0, []
-    predicted: list[int] = []
-    truth: list[int] = []
+    total, count = 0.0, 0
+    rows: list[tuple[int, ...]] = []  # place, and for classifiers predicted and true class
     for batch in tqdm(loader, desc=desc, leave=False, unit="batch"):
+        if batch is None:  # this process's share of a small last batch
+            continue
         batch = to_device(batch, accelerator.device)
         with accelerator.autocast():
             loss, logits, targets = loss_sum(model, batch)
         total += loss.item()
         count += int((targets != -100).sum())
-        seen += batch["index"].tolist()
-        if targets.ndim == 1:
-            predicted += logits.argmax(-1).tolist()
-            truth += targets.tolist()
-    if sorted(seen) != list(range(len(loader.dataset))):
+        classes = [logits.argmax(-1).tolist(), targets.tolist()] if targets.ndim == 1 else []
+        rows += zip(batch["index"].tolist(), *classes, strict=True)
+    total, count = summed(accelerator, total, count)
+    seen, *classes = map(list, zip(*sorted(gathered(accelerator, rows)), strict=True))
+    if seen != list(range(len(loader.dataset))):
         raise AssertionError(f"{desc}: {len(seen)} clips evaluated, the split has {len(loader.dataset)}")
     result: dict[str, Any] = {"loss": total / count, "count": len(seen)}
-    if truth:
+    if classes:
+        predicted, truth = classes
         result |= {"accuracy": accuracy(predicted, truth), "predicted": predicted, "truth": truth}
     return result
 
@@ -310,12 +348,15 @@ def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config:
     model.eval()
     captions: dict[int, str] = {}
     for batch in tqdm(loader, desc="captions", leave=False, unit="batch"):
+        if batch is None:
+            continue
         batch = to_device(batch, accelerator.device)
         with accelerator.autocast():
             texts = model.generate(
                 batch.get("pixel_values"), config.max_new_tokens, config.num_beams, batch.get("features")
             )
         captions |= dict(zip(batch["index"].tolist(), texts, strict=True))
+    captions = dict(gathered(accelerator, list(captions.items())))
     return [captions[i] for i in range(len(loader.dataset))]
 
 
@@ -351,10 +392,15 @@ def final_scores(model: VideoModel, loader: DataLoader, accelerator: Any, config
 
 
 def build_loaders(
-    model: VideoModel, config: Config, splits: Any, features: dict[str, Any] | None = None
+    model: VideoModel,
+    config: Config,
+    splits: Any,
+    features: dict[str, Any] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, DataLoader]:
     """A loader for every split that has samples; `config` is resolved (no auto). Splits whose `features` are
-    given are read from these, without worker processes: they would cost more than they save."""
+    given are read from these, without worker processes: they would cost more than they save. `share` is the
+    number of this process and how many there are."""
     loaders, features = {}, features or {}
     for name in ("train", "val", "test"):
         if not getattr(splits, name):
@@ -366,9 +412,9 @@ def build_loaders(
             views=(config.test_clips, config.test_crops) if name == "test" else (1, 1), features=features.get(name),
         )  # fmt: skip
         # the scan has read all that evaluation takes; the jitter of training may still hit a bad frame
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"share": share}
         if train:
-            more = {
+            more |= {
                 "balance": config.class_balance,
                 "skip_unreadable": config.skip_unreadable,
                 "skipped": splits.unreadable,
@@ -434,36 +480,45 @@ def train(
         label_smoothing=config.label_smoothing, augment=Augment(config.augment, config.flip),
     )  # fmt: skip
     if config.resume:
-        engine.progress = Progress(**load_state(run_dir, model, optimizer))
+        engine.progress = Progress(**load_state(run_dir, model, optimizer, accelerator.process_index))
         loaders["train"].skipped.update(engine.progress.skipped)
-        write_log(engine.progress.log, run_dir)
+        if accelerator.is_main_process:
+            write_log(engine.progress.log, run_dir)
     with stop_signals() as signals:
 
         def save() -> None:
-            engine.progress.skipped = sorted(loaders["train"].skipped)
-            save_state(run_dir, model, optimizer, asdict(engine.progress))
+            skipped = {
+                cause for causes in gathered(accelerator, [sorted(loaders["train"].skipped)]) for cause in causes
+            }
+            engine.progress.skipped = sorted(skipped)
+            random = dict(gathered(accelerator, [(accelerator.process_index, torch.get_rng_state())]))
+            if accelerator.is_main_process:
+                save_state(run_dir, model, optimizer, asdict(engine.progress), random)
 
         def after_step() -> None:
-            if signals or (config.save_every and engine.progress.step % config.save_every == 0):
+            (stopped,) = summed(accelerator, len(signals))  # all processes stop behind the same step
+            if stopped or (config.save_every and engine.progress.step % config.save_every == 0):
                 save()
-            if signals:
-                raise Stopped(signals[0])
+            if stopped:
+                raise Stopped(signals[0] if signals else signal.SIGTERM)
 
         engine.after_step = after_step
         while engine.progress.epoch < config.epochs and not out_of_patience(engine.progress.log, config.patience):
             one_epoch(model, loaders, engine, config, run_dir)
+            engine.progress.next_epoch()
             save()
-            if signals:
-                raise Stopped(signals[0])
+            if summed(accelerator, len(signals))[0]:
+                raise Stopped(signals[0] if signals else signal.SIGTERM)
     if engine.progress.epoch < config.epochs:
         print(f"stopped after epoch {engine.progress.epoch}: val has not improved for {config.patience} epochs")
     metrics = test_best(model, loaders, config, accelerator, run_dir)
-    metrics["skipped"] = sorted(loaders["train"].skipped)
+    metrics["skipped"] = engine.progress.skipped
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     log = engine.progress.log
     metrics["seconds_per_epoch"] = round(sum(row["seconds"] for row in log) / len(log), 2)
-    write_json(metrics, run_dir / "metrics.json")
-    shutil.rmtree(run_dir / "state")  # a finished run has nothing to resume
+    if accelerator.is_main_process:
+        write_json(metrics, run_dir / "metrics.json")
+        shutil.rmtree(run_dir / "state")  # a finished run has nothing to resume
     return metrics | {"log": log}
 
 
@@ -478,17 +533,19 @@ def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine,
     if "accuracy" in val:
         row |= {"train_accuracy": trained["accuracy"], "val_accuracy": val["accuracy"]}
     row["best"] = progress.best is None or rank > tuple(progress.best)
+    causes = gathered(engine.accelerator, [sorted(loaders["train"].skipped)])
     row |= {
-        "skipped": len(loaders["train"].skipped),
+        "skipped": len({cause for part in causes for cause in part}),
         "seconds": round(seconds, 2),
         "clips_per_second": round(len(loaders["train"].dataset) / seconds, 1),
     }
     if row["best"]:
         progress.best = rank
-        save_weights(run_dir, model, {k: row[k] for k in ("epoch", "step", "val_loss")})
     progress.log.append(row)
-    write_log(progress.log, run_dir)
-    progress.next_epoch()
+    if engine.accelerator.is_main_process:
+        if row["best"]:
+            save_weights(run_dir, model, {k: row[k] for k in ("epoch", "step", "val_loss")})
+        write_log(progress.log, run_dir)
     tqdm.write(epoch_line(row, config.epochs))
 
 
@@ -507,6 +564,7 @@ def test_best(
     model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, run_dir: Path
 ) -> dict[str, Any]:
     """The scores of the best epoch's weights on val, and on test where there is one."""
+    accelerator.wait_for_everyone()  # the main process writes them
     facts = load_weights(run_dir, model)
     metrics = {"best_epoch": facts["epoch"], "val": final_scores(model, loaders["val"], accelerator, config, "val")}
     if "test" in loaders:

@@ -233,7 +233,7 @@ def test_a_save_interrupted_at_each_operation_leaves_the_old_file_whole(
         patch.setattr(owner, name, fail)
         for save in (
             lambda: checkpoint.save_weights(run, model, {}),
-            lambda: checkpoint.save_state(run, model, optimizer, {}),
+            lambda: checkpoint.save_state(run, model, optimizer, {}, {0: torch.get_rng_state()}),
         ):
             with pytest.raises(Killed if fault is Killed else UserError) as caught:
                 save()

@@ -1,0 +1,103 @@
+"""Two processes under torchrun (gloo, CPU) train as one process with the same batches does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from config import ROOT
+
+CLASSIFIER = ["--vision_model", "videomae", "--use_lora_vision", "True"]
+CAPTIONER = ["--use_vlm", "True", "--captioning", "True", "--freeze_visionbackbone", "True"]
+
+
+def start(processes: int, dataset: Path, runs: Path, *flags: str) -> subprocess.Popen:
+    """main.py under torchrun; batches of 3 leave a last batch of one clip, of which one process gets nothing."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [str(ROOT / "main.py"), "--data_dir", str(dataset), "--output_dir", str(runs), "--num_workers", "0"]
+    command += ["--batch_size", "3", "--dropout", "0", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def log_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "job", [pytest.param(CLASSIFIER, id="lora", marks=pytest.mark.slow), pytest.param(CAPTIONER, id="captioner")]
+)
+def test_two_processes_give_the_log_of_one(dataset, tmp_path, job):
+    """Counts and scores are equal, losses to rounding; one log, one checkpoint, one voice."""
+    runs, flags = tmp_path / "runs", ["--epochs", "2", "--run_name"]
+    if job is CLASSIFIER:  # adapters have dropout of their own, other in each process
+        flags = ["--lora_r", "2", *flags]
+    one = finish(start(1, dataset, runs, *job, *flags, "one"))
+    two = finish(start(2, dataset, runs, *job, *flags, "two"))
+    loose = 5e-2 if job is CLASSIFIER else 1e-4
+    for a, b in zip(log_of(runs / "one"), log_of(runs / "two"), strict=True):
+        assert a["step"] == b["step"] and a["train_loss"] == pytest.approx(b["train_loss"], rel=loose)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=loose)
+    first, second = (json.loads((runs / name / "metrics.json").read_text()) for name in ("one", "two"))
+    for split, count in (("val", 3), ("test", 6)):
+        assert first[split]["count"] == second[split]["count"] == count
+    if job is CAPTIONER:
+        assert [e["file"] for e in first["test"]["examples"]] == [e["file"] for e in second["test"]["examples"]]
+    assert two.count("epoch 1/2") == one.count("epoch 1/2") == 1
+    files = [sorted(p.name for p in (runs / name).iterdir()) for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_full_training_agrees_to_rounding(dataset, tmp_path):
+    """No dropout anywhere: with the same sums of gradients the accuracies are the same, the losses to 1e-5."""
+    for processes in (1, 2):
+        finish(start(processes, dataset, tmp_path, "--epochs", "2", "--run_name", str(processes)))
+    for a, b in zip(log_of(tmp_path / "1"), log_of(tmp_path / "2"), strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-5) and a["val_accuracy"] == b["val_accuracy"]
+        assert (
+            a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5) and a["train_accuracy"] == b["train_accuracy"]
+        )
+
+
+def test_a_stopped_run_of_two_processes_goes_on_exactly(dataset, tmp_path):
+    """LoRA has dropout: every process's random generator must be restored."""
+    flags = [*CLASSIFIER, "--epochs", "8", "--save_every", "1", "--run_name"]
+    finish(start(2, dataset, tmp_path, *flags, "whole"))
+    process = start(2, dataset, tmp_path, *flags, "stopped")
+    state = tmp_path / "stopped" / "state" / "state.safetensors"
+    while process.poll() is None and not state.is_file():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert state.is_file() and not (tmp_path / "stopped" / "metrics.json").exists()
+    finish(start(2, dataset, tmp_path, *flags, "stopped", "--resume", "True"))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_inference_refuses_several_processes(dataset, tmp_path):
+    finish(start(1, dataset, tmp_path, "--epochs", "1", "--freeze_visionbackbone", "True", "--run_name", "r"))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "inference.py"),
+    ]
+    argv = ["--checkpoint", str(tmp_path / "r"), "--video_dir", str(dataset / "test")]
+    done = subprocess.run([*command, *argv], capture_output=True, text=True)
+    assert done.returncode != 0 and "inference runs in one process" in done.stderr
