@@ -154,6 +154,7 @@ class Config:
     patience: int = option(0, number(int, 0), "training", TRAIN, "stop when val has not improved for this many epochs; 0: never")
     gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", TRAIN, "batches per optimizer step: N with --batch_size B trains as N x B would, in the memory of B")
     gradient_checkpointing: bool = option(False, to_bool, "training", TRAIN, "recompute activations in the backward pass: less memory, about a third slower")
+    compile: bool = option(False, to_bool, "training", TRAIN, "torch.compile the backbones: a slow first step, faster ones after it; for long trainings on a GPU. Needs a C++ compiler")
     seed: int = option(0, number(int, 0, 2**31 - 1), "training", TRAIN, "of new layers, sampling, dropout and order; the val split does not depend on it")
     # inference
     video_dir: str | None = option(None, text_value, "inference", INFER, "what to answer for: a video file, a folder of frames, a .pt, or a folder of any of these")

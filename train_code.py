@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import dummy_data
 from augment import Augment
-from build_model import VideoModel, adapters, trained_tensors
+from build_model import VideoModel, adapters, tower_body, trained_tensors
 from checkpoint import load_state, load_weights, save_state, save_weights, write_json
 from config import BACKBONES, Config, UserError, replace_file
 from metrics import accuracy, attribute_accuracy, exact_match, per_class_accuracy
@@ -473,6 +473,9 @@ def train(
     """
     started = time.perf_counter()
     model.to(accelerator.device)
+    if config.compile:
+        for tower in model.towers().values():
+            tower_body(tower).compile()  # in place: names of tensors stay
     steps = config.epochs * -(-len(loaders["train"]) // config.gradient_accumulation_steps)
     optimizer = accelerator.prepare(build_optimizer(model, config))
     engine = Engine(

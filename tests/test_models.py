@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 import dummy_data
-from build_model import Source, adapters, build_model, fit_embeddings, load_vision, locate, token_grid, trained_tensors
+from build_model import (
+    Source,
+    adapters,
+    build_model,
+    fit_embeddings,
+    fused_attention,
+    load_vision,
+    locate,
+    token_grid,
+    trained_tensors,
+)
 from config import Config, UserError, complete
 from train_code import build_accelerator, build_optimizer, first_steps_checked, loss_sum
 from transforms import Preprocessing
@@ -100,7 +110,7 @@ def test_at_its_own_size_the_encoder_is_the_published_classifier(tmp_path, famil
     pixel_values = clips(2, frames=4, size=32)
     with torch.no_grad():
         expected = model(vision.preprocessing.normalise(pixel_values)).logits
-        assert torch.equal(model.classifier(vision(pixel_values)), expected)
+        assert torch.allclose(model.classifier(vision(pixel_values)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,6 +130,26 @@ def test_any_length_and_size_equals_a_native_model(tmp_path, family, num_frames,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_fused_attention_equals_transformers_own(tmp_path):
+    """Outputs and gradients of TimeSformer in training mode, to 1e-5 of the largest."""
+    native = native_model("timesformer")
+    fused = load_vision(preprocessor_folder(tmp_path, native), Config()).backbone.train()
+    native = native.base_model.train()
+    clips = torch.randn(2, native.config.num_frames, 3, native.config.image_size, native.config.image_size)
+    results = []
+    for model in (native, fused):
+        hidden = model(clips).last_hidden_state
+        hidden.square().mean().backward()
+        results.append((hidden.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (expected, gradients), (output, fused_gradients) = results
+    assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert gradients.keys() == fused_gradients.keys()
+    for name, gradient in gradients.items():
+        assert (fused_gradients[name] - gradient).abs().max() <= 1e-5 * max(float(gradient.abs().max()), 1e-3), name
+    attention = fused.encoder.layer[0].attention.attention
+    assert attention.forward.__func__ is fused_attention
+
+
 def test_embeddings_are_interpolated_along_their_own_axis(family):
     """A table that is linear in t, h and w stays linear: the value at a token's centre."""
     model = native_model(family).base_model

@@ -1,0 +1,108 @@
+"""Training clips per second of a captioner with a frozen vision backbone: from pixels, from features, and at most.
+
+    python -m benchmarks.captioning --data_dir synthetic_dataset [the flags of a training]
+
+    pixels     the loop of main.py, the backbone run on every clip of every epoch
+    features   the same loop on a warm feature cache
+    ceiling    the same optimizer steps on batches that lie in memory: no loader, no sums, no progress bar
+Rounds of one epoch alternate in one process; medians, and the medians of the ratios within a round.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from build_model import build_model
+from config import UserError, parse
+from feature_cache import fill, open_store, read_features
+from main import resolve
+from train_code import (
+    Engine,
+    Progress,
+    build_accelerator,
+    build_loaders,
+    build_optimizer,
+    loss_sum,
+    to_device,
+    train_one_epoch,
+)
+from VLoader import read_splits
+
+JOB = ["--use_vlm", "True", "--captioning", "True", "--freeze_visionbackbone", "True", "--use_lora_llm", "True"]
+
+
+def compare(argv: list[str], cache: str) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.captioning", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    args, flags = parser.parse_known_args(argv)
+    config, _ = parse([*JOB, *flags, "--cache_dir", cache], "main")
+    splits = read_splits(Path(config.data_dir))
+    accelerator = build_accelerator(config)
+    torch.manual_seed(0)
+    model = build_model(config, len(splits.class_names)).to(accelerator.device)
+    config = resolve(config, model)
+    store = open_store(model, config)
+    fill(store, model, splits, config, accelerator)
+    features = read_features(store, splits, config)
+    loaders = {
+        "pixels": build_loaders(model, config, splits)["train"],
+        "features": build_loaders(model, config, splits, features)["train"],
+    }
+    optimizer = accelerator.prepare(build_optimizer(model, config))
+    engine = Engine(accelerator, optimizer, 10**9, 1, progress=Progress(step=2))  # past the checks of the first steps
+    batches = [to_device(batch, accelerator.device) for batch in loaders["features"]]
+
+    def loop(name: str) -> None:
+        train_one_epoch(model, loaders[name], engine)
+        engine.progress.next_epoch()
+
+    def ceiling() -> None:
+        model.train()
+        for batch in batches:
+            with accelerator.autocast():
+                loss, _, targets = loss_sum(model, batch)
+            accelerator.backward(loss / (targets != -100).sum())
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    jobs: dict[str, Callable[[], None]] = {
+        "pixels": lambda: loop("pixels"),
+        "features": lambda: loop("features"),
+        "ceiling": ceiling,
+    }
+    rates: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(args.rounds + 1):  # the first one warms up
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if number:
+                rates[name].append(len(splits.train) / (time.perf_counter() - start))
+    padding = 1 - sum(int(b["attention_mask"].sum()) for b in batches) / sum(
+        b["attention_mask"].numel() for b in batches
+    )
+    print(
+        f"{config.vision_model} + {config.language_model}: {len(splits.train)} clips, batch {config.batch_size}, {100 * padding:.1f} % of the text positions are padding"
+    )
+    print(f"{'':<10}{'clips/s':>9}{'spread':>14}{'x pixels':>10}{'x ceiling':>11}")
+    for name, values in rates.items():
+        against = [median(a / b for a, b in zip(values, rates[other], strict=True)) for other in ("pixels", "ceiling")]
+        print(
+            f"{name:<10}{median(values):>9.1f}{f'{min(values):.0f}-{max(values):.0f}':>14}{against[0]:>10.2f}{against[1]:>11.2f}"
+        )
+    for loader in loaders.values():
+        loader.close()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compare(sys.argv[1:], folder)
+        except UserError as error:
+            sys.exit(f"error: {error}")
