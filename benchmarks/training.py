@@ -115,21 +115,21 @@ def run_trainer(row: str, args: argparse.Namespace) -> dict[str, float]:
             r=16, lora_alpha=32, lora_dropout=0.05, target_modules=layers, modules_to_save=["classifier"]
         )
         model = get_peft_model(model, settings)
-    index = {name: number for number, name in enumerate(splits.class_names)}
+    numbers = {name: number for number, name in enumerate(splits.class_names)}
 
     class Clips(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return len(splits.train)
 
-        def __getitem__(self, number: int) -> dict[str, Any]:
-            sample = splits.train[number]
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            sample = splits.train[index]
             reader = open_video(sample.path)
             clip = reader.frames(sample_indices(len(reader), model.config.num_frames))
             if row == "trainer_sample":
                 clip = processor([frame.permute(1, 2, 0).numpy() for frame in clip], return_tensors="pt")[
                     "pixel_values"
                 ][0]
-            return {"pixel_values": clip, "labels": index[sample.label]}
+            return {"pixel_values": clip, "labels": numbers[sample.label]}
 
     def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         clips = torch.stack([item["pixel_values"] for item in items])

@@ -129,7 +129,6 @@ def test_any_length_and_size_equals_a_native_model(tmp_path, family, num_frames,
         assert torch.allclose(vision.tokens(pixel_values), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_fused_attention_equals_transformers_own(tmp_path):
     """Outputs and gradients of TimeSformer in training mode, to 1e-5 of the largest."""
     native = native_model("timesformer")
@@ -150,6 +149,7 @@ def test_fused_attention_equals_transformers_own(tmp_path):
     assert attention.forward.__func__ is fused_attention
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_interpolated_along_their_own_axis(family):
     """A table that is linear in t, h and w stays linear: the value at a token's centre."""
     model = native_model(family).base_model
