@@ -31,6 +31,7 @@ demo: $(VENV)/installed
 	$(PY) dummy_data.py --output $(DEMO)/synthetic_dataset --overwrite; \
 	$(PY) main.py --data_dir $(DEMO)/synthetic_dataset --output_dir $(DEMO)/checkpoints --epochs 4 --overwrite True; \
 	$(PY) create_dummy.py --data_dir $(DEMO)/synthetic_dataset --output $(DEMO)/frames_see; \
+	rm -f $(DEMO)/predictions.jsonl; \
 	$(PY) inference.py --output_dir $(DEMO)/checkpoints --video_dir $(DEMO)/frames_see --output $(DEMO)/predictions.jsonl; \
 	echo "Drew $(DEMO)/synthetic_dataset, trained $(DEMO)/checkpoints/timesformer (see its curves.png), wrote frames to"; \
 	echo "$(DEMO)/frames_see and the answers for them to $(DEMO)/predictions.jsonl. Next: your own clips, see README.md."; \
