@@ -554,3 +554,16 @@ def test_a_classifier_of_real_clips(real_data, tmp_path, capsys):
     assert status == 0 and out.count(" %") == 4 * 3
     assert len(read_folder(frames)) == len(find_videos(frames)) == 4
     assert Config().weights == "tiny"
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_and_loads_as_any_other(dataset, frames, tmp_path, capsys):
+    """torch.compile changes the speed; the log agrees to 1e-3 and the checkpoint holds the same names."""
+    for name, flags in (("plain", []), ("compiled", ["--compile", "True"])):
+        assert train(dataset, tmp_path, "--run_name", name, "--dropout", "0", *flags) == 0
+    plain, compiled = (json.loads((tmp_path / name / "log.jsonl").read_text()) for name in ("plain", "compiled"))
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
+    assert compiled["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-3)
+    tensors = [load_file(tmp_path / name / "model.safetensors").keys() for name in ("plain", "compiled")]
+    assert tensors[0] == tensors[1]
+    assert answers(capsys, "--checkpoint", str(tmp_path / "compiled"), "--video_dir", str(frames))[0] == 0
