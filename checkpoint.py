@@ -222,7 +222,17 @@ def resumable_run(config: Config, typed: Set[str]) -> tuple[Path, Config]:
     saved, _ = read_run(run_dir)
     if (run_dir / "metrics.json").is_file():
         raise UserError(f"{run_dir} is finished: nothing to resume; --overwrite True trains it anew")
-    free = {"data_dir", "device", "num_workers", "output_dir", "overwrite", "resume", "run_name", "save_every"}
+    free = {
+        "cache_dir",
+        "data_dir",
+        "device",
+        "num_workers",
+        "output_dir",
+        "overwrite",
+        "resume",
+        "run_name",
+        "save_every",
+    }
     wrong = [
         f"--{name} {getattr(config, name)} (it has {getattr(saved, name)})"
         for name in sorted(typed - free)

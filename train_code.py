@@ -489,29 +489,20 @@ def train(
             write_log(engine.progress.log, run_dir)
     with stop_signals() as signals:
 
-        def save() -> None:
-            skipped = {
-                cause for causes in gathered(accelerator, [sorted(loaders["train"].skipped)]) for cause in causes
-            }
-            engine.progress.skipped = sorted(skipped)
-            random = dict(gathered(accelerator, [(accelerator.process_index, torch.get_rng_state())]))
-            if accelerator.is_main_process:
-                save_state(run_dir, model, optimizer, asdict(engine.progress), random)
-
-        def after_step() -> None:
+        def save_or_stop(due: bool) -> None:
             (stopped,) = summed(accelerator, len(signals))  # all processes stop behind the same step
-            if stopped or (config.save_every and engine.progress.step % config.save_every == 0):
-                save()
+            if stopped or due:
+                save_progress(model, loaders["train"], engine, run_dir)
             if stopped:
                 raise Stopped(signals[0] if signals else signal.SIGTERM)
 
-        engine.after_step = after_step
+        engine.after_step = lambda: save_or_stop(
+            config.save_every > 0 and engine.progress.step % config.save_every == 0
+        )
         while engine.progress.epoch < config.epochs and not out_of_patience(engine.progress.log, config.patience):
             one_epoch(model, loaders, engine, config, run_dir)
             engine.progress.next_epoch()
-            save()
-            if summed(accelerator, len(signals))[0]:
-                raise Stopped(signals[0] if signals else signal.SIGTERM)
+            save_or_stop(due=True)
     if engine.progress.epoch < config.epochs:
         print(f"stopped after epoch {engine.progress.epoch}: val has not improved for {config.patience} epochs")
     metrics = test_best(model, loaders, config, accelerator, run_dir)
@@ -525,6 +516,20 @@ def train(
     return metrics | {"log": log}
 
 
+def all_skipped(loader: DataLoader, accelerator: Any) -> list[str]:
+    """What was wrong with the videos that any process left out."""
+    return sorted({cause for causes in gathered(accelerator, [sorted(loader.skipped)]) for cause in causes})
+
+
+def save_progress(model: VideoModel, loader: DataLoader, engine: Engine, run_dir: Path) -> None:
+    """Writes what --resume needs, with every process's random generator."""
+    accelerator, progress = engine.accelerator, engine.progress
+    progress.skipped = all_skipped(loader, accelerator)
+    random = dict(gathered(accelerator, [(accelerator.process_index, torch.get_rng_state())]))
+    if accelerator.is_main_process:
+        save_state(run_dir, model, engine.optimizer, asdict(progress), random)
+
+
 def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config, run_dir: Path) -> None:
     """Trains the epoch under way to its end, evaluates on val, saves the weights if they are the best, logs."""
     progress = engine.progress
@@ -536,9 +541,8 @@ def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine,
     if "accuracy" in val:
         row |= {"train_accuracy": trained["accuracy"], "val_accuracy": val["accuracy"]}
     row["best"] = progress.best is None or rank > tuple(progress.best)
-    causes = gathered(engine.accelerator, [sorted(loaders["train"].skipped)])
     row |= {
-        "skipped": len({cause for part in causes for cause in part}),
+        "skipped": len(all_skipped(loaders["train"], engine.accelerator)),
         "seconds": round(seconds, 2),
         "clips_per_second": round(len(loaders["train"].dataset) / seconds, 1),
     }
