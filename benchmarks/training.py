@@ -87,34 +87,42 @@ def run_vidtune(row: str, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def run_trainer(row: str, args: argparse.Namespace) -> dict[str, float]:
-    """As the guide for video classification does it, with LoRA by peft and freezing by requires_grad."""
-    from transformers import AutoImageProcessor, AutoModelForVideoClassification, Trainer, TrainingArguments
+def trainer_model(folder: str, kind: str, num_classes: int) -> Any:
+    """The published class, frozen by requires_grad or with LoRA by peft."""
+    from transformers import AutoModelForVideoClassification
 
     from build_model import linear_layers
+
+    torch.manual_seed(0)
+    model = AutoModelForVideoClassification.from_pretrained(
+        folder, num_labels=num_classes, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
+    if kind == "full":
+        return model
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    if kind == "frozen":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    layers = linear_layers(model.base_model)
+    settings = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=layers, modules_to_save=["classifier"])
+    return get_peft_model(model, settings)
+
+
+def run_trainer(row: str, args: argparse.Namespace) -> dict[str, float]:
+    """As the guide for video classification does it."""
+    from transformers import AutoImageProcessor, Trainer, TrainingArguments
+
     from config import BACKBONES
     from transforms import sample_indices
     from VLoader import open_video, read_splits
 
     folder = str(ROOT / BACKBONES[args.backbone].tiny) if args.backbone in BACKBONES else args.backbone
     splits = read_splits(Path(args.data_dir))
-    torch.manual_seed(0)
-    model = AutoModelForVideoClassification.from_pretrained(
-        folder, num_labels=len(splits.class_names), ignore_mismatched_sizes=True, dtype=torch.float32
-    )
+    model = trainer_model(folder, args.kind, len(splits.class_names))
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
-    if args.kind != "full":
-        model.requires_grad_(False)
-        model.classifier.requires_grad_(True)
-    if args.kind == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        layers = linear_layers(model.base_model)
-        settings = LoraConfig(
-            r=16, lora_alpha=32, lora_dropout=0.05, target_modules=layers, modules_to_save=["classifier"]
-        )
-        model = get_peft_model(model, settings)
     numbers = {name: number for number, name in enumerate(splits.class_names)}
 
     class Clips(torch.utils.data.Dataset):
@@ -126,9 +134,8 @@ def run_trainer(row: str, args: argparse.Namespace) -> dict[str, float]:
             reader = open_video(sample.path)
             clip = reader.frames(sample_indices(len(reader), model.config.num_frames))
             if row == "trainer_sample":
-                clip = processor([frame.permute(1, 2, 0).numpy() for frame in clip], return_tensors="pt")[
-                    "pixel_values"
-                ][0]
+                frames = [frame.permute(1, 2, 0).numpy() for frame in clip]
+                clip = processor(frames, return_tensors="pt")["pixel_values"][0]
             return {"pixel_values": clip, "labels": numbers[sample.label]}
 
     def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

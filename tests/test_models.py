@@ -110,7 +110,9 @@ def test_at_its_own_size_the_encoder_is_the_published_classifier(tmp_path, famil
     pixel_values = clips(2, frames=4, size=32)
     with torch.no_grad():
         expected = model(vision.preprocessing.normalise(pixel_values)).logits
-        assert torch.allclose(model.classifier(vision(pixel_values)), expected, atol=1e-6)
+        logits = model.classifier(vision(pixel_values))
+    # TimeSformer's attention is fused, in another order of sums
+    assert torch.equal(logits, expected) if family == "videomae" else torch.allclose(logits, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
