@@ -168,7 +168,7 @@ def is_right(answer: dict[str, Any], sample: "Sample", display: dict[str, str]) 
 
 
 def answer_line(answer: dict[str, Any], width: int) -> str:
-    said = answer.get("caption") or answer.get("error")
+    said = answer.get("caption", answer.get("error"))  # a caption may be empty
     if said is None:
         said = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer["top_k"])
     when = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
@@ -197,9 +197,10 @@ def begun(path: Path, run: str) -> dict[tuple[str, float | None], dict[str, Any]
     if not path.is_file():
         return {}
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):  # a killed run's
-        lines.pop()
+    *lines, torn = text.split("\n")  # not splitlines: captions may hold other ends of line
+    start = '{"file": '
+    if not (torn.startswith(start) or start.startswith(torn)):  # else what a killed run left, or nothing
+        lines.append(torn)
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

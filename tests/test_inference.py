@@ -99,6 +99,18 @@ def test_answers_of_another_run_or_with_other_options_are_not_mixed(run, videos,
     assert answer(run, videos, output) == 2
     assert "line 1 is no answer of this program" in capsys.readouterr().err
     assert output.read_text() == "a note of mine\n"
+    output.write_text("a note without an end of line")
+    assert answer(run, videos, output) == 2
+    assert output.read_text() == "a note without an end of line"
+
+
+def test_odd_captions_are_printed_and_read_again(tmp_path):
+    row = {"file": "a.mp4", "caption": "one\u2028two\x85", "run": "r 1"}
+    output = tmp_path / "out.jsonl"
+    output.write_text(inference.as_line(row) + '{"fi', encoding="utf-8")
+    assert list(inference.begun(output, "r 1").values()) == [row]
+    assert output.read_text(encoding="utf-8") == inference.as_line(row)
+    assert inference.answer_line({"file": "a.mp4", "caption": ""}, 8).strip() == "a.mp4"
 
 
 def test_a_killed_inference_ends_as_if_it_had_not_been(run, videos, tmp_path):
