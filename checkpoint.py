@@ -4,7 +4,7 @@
                       config.yaml         every option, resolved
                       metadata.json       task, classes, backbones with fingerprints, preprocessing, versions
                       vision/ language/   configuration and tokenizer of a tower that was trained in full
-                      log.jsonl metrics.json curves.png
+                      log.jsonl metrics.json predictions_{val,test}.jsonl *.png
                       state/                what --resume needs, until the run is finished
 
 Loading is strict both ways, and no pickle is ever read.
@@ -66,6 +66,23 @@ def write_json(values: Any, path: Path) -> None:
     replace_file(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """One JSON object a line."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_file(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What write_rows wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    """A run's metrics.json; {} where its training is not finished."""
+    file = run_dir / "metrics.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def free_run_dir(config: Config) -> Path:
     """Where a new run is to lie. Raises UserError if the run exists and --overwrite is not given."""
     run_dir = Path(config.output_dir) / run_name(config)
@@ -99,6 +116,12 @@ def git_commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def portable(path: str) -> str:
+    """A path in this repository relative to it, any other as it is."""
+    place = Path(path)
+    return place.relative_to(ROOT).as_posix() if place.is_relative_to(ROOT) else path
+
+
 def describe_run(
     model: VideoModel, config: Config, class_names: list[str], display: dict[str, str], data: str
 ) -> dict[str, Any]:
@@ -108,7 +131,7 @@ def describe_run(
 
     whole = fully_trained(config)
     backbones = {
-        name: {"source": source.path, "revision": source.revision, "fingerprint": source.fingerprint, "in_checkpoint": whole[name]}
+        name: {"source": portable(source.path), "revision": source.revision, "fingerprint": source.fingerprint, "in_checkpoint": whole[name]}
         for name, source in model.sources.items()
     }  # fmt: skip
     return {

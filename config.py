@@ -8,6 +8,7 @@ converters, since PyYAML reads 1e-3 as a string.
 
 import argparse
 import difflib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -174,6 +175,9 @@ class Config:
     overwrite: bool = option(False, to_bool, "run and machine", TRAIN, "replace an existing run of this name")
     resume: bool = option(False, to_bool, "run and machine", TRAIN, "go on with a run that was stopped, from its last saved step, exactly as if it had not been; the run's own options are in force")
     doctor: bool = option(False, to_bool, "run and machine", TRAIN, "check data, backbone, adapters, first loss and whether a batch can be learned by heart, print a table, train nothing; exit status 1 if a check fails")
+    evaluate: str | None = option(None, text_value, "run and machine", TRAIN, "folder of a run to score anew on val and test, with its own options, instead of training; its metrics.json, predictions and pictures are written anew. With another --data_dir they go to evaluation_<name of that> in it")
+    controls: bool = option(False, to_bool, "run and machine", TRAIN, "also score the model on frames repeated, shuffled and reversed, on blank video and on other texts, beside the majority class and the nearest neighbour, and say how much it uses motion and text")
+    tensorboard: bool = option(False, to_bool, "run and machine", TRAIN, "also write the log for TensorBoard, to the run's folder (needs tensorboardX: requirements-extra.txt)")
     preview: int = option(0, number(int, 0, 200), "run and machine", TRAIN, "write a picture of what the model will see of this many training clips, with labels or captions, and train nothing")
     save_every: int = option(0, number(int, 0), "run and machine", TRAIN, "save what --resume needs every N optimizer steps too; 0: after each epoch, and when the run is stopped with Ctrl-C or SIGTERM")
     device: str = option("auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", BOTH, "auto: cuda, else mps, else cpu")
@@ -270,7 +274,7 @@ def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
     values = read_yaml(Path(path)) if path else read_yaml(CONFIG_FILE) if CONFIG_FILE.is_file() else {}
     typed = {name: convert(name, value, "--") for name, value in given.items()}
     config = Config(**(values | typed))
-    if script == "main" or config.checkpoint is None:  # a checkpoint says itself what it is
+    if config.checkpoint is None and config.evaluate is None:  # a checkpoint says itself what it is
         config = complete(config)
     if script == "inference" and config.video_dir is None and config.export is None:
         raise UserError("say what to answer for: --video_dir <a video file, a folder of frames, or a folder of these>")
@@ -292,6 +296,8 @@ def complete(config: Config) -> Config:
                 raise UserError(f"--{name} needs --use_vlm True")
     elif config.language_model is None:
         config = replace(config, language_model="gpt2" if config.captioning else "bert")
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise UserError("--tensorboard True needs tensorboardX: pip install -r requirements-extra.txt")
     check_for_classifiers(config)
     check_backbone("vision_model", config.vision_model, "vision")
     if config.use_vlm:

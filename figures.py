@@ -1,19 +1,29 @@
-"""One function per picture."""
+"""One function per picture. Rows are those of predictions_{val,test}.jsonl, scores those of metrics.json."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 SHEET_WIDTH = 1600  # pixels, of a contact sheet at most
+NAMED = 30  # classes that a picture names; with more, the confusion matrix has no names, the bars are the worst ones
+STRIPS = 8  # clips on a sheet
+COLOUR, SECOND = "#33638d", "#d1603d"
 
 
-def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss, and where there is one accuracy, over the epochs of log.jsonl, as a PNG."""
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+
+    return plt
+
+
+def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Loss, and where there is one accuracy, over the epochs of log.jsonl, as a PNG."""
     from matplotlib.ticker import MaxNLocator
 
+    plt = pyplot()
     epochs = [row["epoch"] for row in log]
     best = [row for row in log if row["best"]][-1]  # the last that beat all before it
     panels = ["loss"] + ["accuracy"] * ("val_accuracy" in log[0])
@@ -29,11 +39,10 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
             axis.set_ylim(0, 1.02)
         axis.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
-def plot_clips(clips: list[tuple[Any, str]], path: Path) -> None:
+def plot_clips(clips: list[tuple[Any, str]], path: Path) -> Path:
     """A contact sheet as a PNG: one row per clip, uint8 [T, C, H, W], its frames side by side under its title."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -51,3 +60,142 @@ def plot_clips(clips: list[tuple[Any, str]], path: Path) -> None:
             image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
             sheet.paste(image, (column * (width + 2), top + line))
     sheet.save(path)
+    return path
+
+
+# -- what a model answers -----------------------------------------------------------------------------
+
+
+def draw_labels(
+    rows: list[dict], scores: dict[str, Any], display: dict[str, str], clip: Callable[[int], Any], folder: Path
+) -> list[Path]:
+    """The pictures of a classifier on one split; clip(place) reads a clip, uint8 [T, C, H, W]."""
+    recalls = {display[n]: (c["recall"], c["interval"]) for n, c in scores["classes"].items() if c["count"]}
+    worst = dict(sorted(recalls.items(), key=lambda item: item[1][0])[:NAMED]) if len(recalls) > NAMED else recalls
+    sheet = [(clip(place), title) for place, title in worst_clips(rows, display)]
+    return [
+        plot_confusion(scores["classes"], display, folder / "confusion.png"),
+        plot_bars(worst, f"recall, 95 % intervals, n = {scores['count']}", folder / "classes.png"),
+        plot_reliability(scores["calibration"], scores["calibration_error"], folder / "reliability.png"),
+        plot_clips(sheet, folder / "worst.png"),
+    ]
+
+
+def draw_captions(rows: list[dict], scores: dict[str, Any], clip: Callable[[int], Any], folder: Path) -> list[Path]:
+    """The pictures of a captioner on one split: captions that equal a reference, and others; attributes where known."""
+    exact = [r["caption"] in r["references"] for r in rows]
+    places = [place for want in (False, True) for place in [i for i, e in enumerate(exact) if e == want][: STRIPS // 2]]
+    sheet = []
+    for place in places:
+        row = rows[place]
+        mark = "equals a reference" if exact[place] else f"reference: {row['references'][0]}"
+        sheet.append((clip(place), f"{row['caption']}  |  {mark}"))
+    drawn = [plot_clips(sheet, folder / "captions.png")]
+    if "attributes" in scores:
+        values = {n: v for n, v in scores["attributes"].items() if n != "intervals"}
+        bars = {n: (v, scores["attributes"]["intervals"][n]) for n, v in values.items()}
+        drawn.append(
+            plot_bars(bars, f"share named rightly, 95 % intervals, n = {len(rows)}", folder / "attributes.png")
+        )
+    return drawn
+
+
+def worst_clips(rows: list[dict], display: dict[str, str]) -> list[tuple[int, str]]:
+    """(place, title) of the clips that went worst: wrong ones by confidence, then right ones by the lack of it."""
+
+    def wrongness(row: dict) -> float:
+        return row["score"] if row["label"] != row["truth"] else -row["score"]
+
+    order = sorted(range(len(rows)), key=lambda i: -wrongness(rows[i]))[:STRIPS]
+    titles = []
+    for place in order:
+        row = rows[place]
+        mark = "right" if row["label"] == row["truth"] else f"in truth {display[row['truth']]}"
+        titles.append(f"{Path(row['file']).name}: {display[row['label']]} {100 * row['score']:.0f} %, {mark}")
+    return list(zip(order, titles, strict=True))
+
+
+def plot_confusion(classes: dict[str, Any], display: dict[str, str], path: Path) -> Path:
+    """How often each class (rows) is taken for each (columns), as shares of its clips."""
+    plt = pyplot()
+    names = [*classes]
+    shares = [[c["predicted"].get(n, 0) / max(1, c["count"]) for n in names] for c in classes.values()]
+    named = len(names) <= NAMED
+    side = min(3 + 0.38 * len(names), 12) if named else 8
+    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    axis.set(xlabel="predicted", ylabel="truth")
+    if named:
+        labels = [display[n] for n in names]
+        axis.set_xticks(range(len(names)), labels, rotation=60, ha="right", fontsize=8)
+        axis.set_yticks(
+            range(len(names)),
+            [f"{label} ({c['count']})" for label, c in zip(labels, classes.values(), strict=True)],
+            fontsize=8,
+        )
+        for i, row in enumerate(shares):
+            for j, share in enumerate(row):
+                if share:
+                    colour = "white" if share > 0.5 else "black"
+                    axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, ax=axis, label="share of the class's clips", shrink=0.8)
+    return save(figure, path)
+
+
+def plot_bars(values: dict[str, tuple[float, list[float]]], title: str, path: Path) -> Path:
+    """Shares with their intervals, one bar each."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6.5, 1.2 + 0.28 * len(values)), layout="constrained")
+    shares = [v for v, _ in values.values()]
+    errors = [
+        [max(0.0, v - low) for v, (low, _) in values.values()],
+        [max(0.0, high - v) for v, (_, high) in values.values()],
+    ]
+    axis.barh([*values], shares, xerr=errors, color=COLOUR, ecolor=SECOND, capsize=3, height=0.7)
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.02), xlabel=title)
+    axis.tick_params(axis="y", labelsize=8)
+    return save(figure, path)
+
+
+def plot_reliability(bins: list[tuple[int, float, float]], error: float, path: Path) -> Path:
+    """Accuracy over confidence, in bins of equal width; the area of a point is its number of clips."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(4.2, 4), layout="constrained")
+    axis.plot([0, 1], [0, 1], color="0.7", lw=1, label="as sure as right")
+    most = max(count for count, _, _ in bins)
+    sizes = [12 + 150 * count / most for count, _, _ in bins]
+    axis.scatter(
+        [c for _, c, _ in bins], [a for _, _, a in bins], s=sizes, color=COLOUR, alpha=0.8, label="bins of clips"
+    )
+    axis.set(xlim=(0, 1.04), ylim=(-0.02, 1.04), xlabel="confidence", ylabel="accuracy (share)")
+    axis.set_title(f"expected calibration error {error:.3f}, n = {sum(count for count, _, _ in bins)}", fontsize=9)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    return save(figure, path)
+
+
+def plot_occlusion(maps: list[tuple[Any, Any, str]], display: dict[str, str], path: Path) -> Path:
+    """Each clip's frames, and below them where covering a cell makes the model least sure of its answer (red)."""
+    from torch.nn import functional as F
+
+    clips = []
+    for clip, fall, answer in maps:
+        times, _, height, width = clip.shape
+        scale = fall.clamp(min=0) / fall.max().clamp(min=1e-6)
+        heat = F.interpolate(scale[None, None], size=(times, height, width), mode="nearest")[0, 0]  # (T, H, W)
+        red = clip.new_tensor([255, 0, 0])[:, None, None]
+        alpha = 0.7 * heat[:, None]
+        clips.append((clip, f"{display.get(answer, answer)}: the frames"))
+        clips.append(
+            (
+                (clip * (1 - alpha) + red * alpha).to(clip.dtype),
+                f"red: where covering a cell makes it less sure of that, by {float(fall.max()):.2f} nats at most",
+            )
+        )
+    return plot_clips(clips, path)
+
+
+def save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=130)
+    pyplot().close(figure)
+    return path

@@ -7,11 +7,12 @@ python main.py --help
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config import BACKBONES, Config, UserError, as_flags, make_folder, parse, run_name, run_script
+from config import BACKBONES, NAMING, Config, UserError, as_flags, make_folder, parse, run_name, run_script
 
 LISTED = 20  # unreadable videos that an error names
 SCAN_CACHE = ".readable.json"  # in the folder of runs: which videos were found readable, by size and time
@@ -84,16 +85,19 @@ def result_line(metrics: dict[str, Any]) -> str:
     each = "" if set(views.values()) == {1} else f", {views['clips']} clips x {views['crops']} crops of each"
     parts = [f"{split} of epoch {metrics['best_epoch']} on {scores['count']} videos{each}: loss {scores['loss']:.3f}"]
     if "accuracy" in scores:
-        parts.append(f"accuracy {100 * scores['accuracy']:.1f} %")
-    if "exact_match" in scores:
+        low, high = scores["intervals"]["accuracy"]
+        parts.append(f"accuracy {100 * scores['accuracy']:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f})")
+    if "CIDEr" in scores:
+        low, high = scores["intervals"]["CIDEr"]
+        parts.append(f"CIDEr {scores['CIDEr']:.3f} (95 %: {low:.3f} to {high:.3f})")
         parts.append(f"exact match {100 * scores['exact_match']:.1f} %")
-    parts += [f"{name} {100 * value:.1f} %" for name, value in scores.get("attributes", {}).items()]
+    attributes = scores.get("attributes", {})
+    parts += [f"{name} {100 * value:.1f} %" for name, value in attributes.items() if name != "intervals"]
     return ", ".join(parts)
 
 
-def print_end(config: Config, model: Any, metrics: dict[str, Any], run_dir: Path) -> None:
-    print(result_line(metrics))
-    print(f"run: {run_dir}/ (model.safetensors, config.yaml, metadata.json, log.jsonl, metrics.json, curves.png)")
+def print_end(config: Config, model: Any, run_dir: Path) -> None:
+    print(f"run: {run_dir}/ (model.safetensors, config.yaml, metadata.json, log.jsonl, metrics.json, predictions)")
     flags = [as_flags(config) if config.run_name is None else f"--checkpoint {run_dir}"]
     flags += ["--video_dir <video, frame folder, or a folder of them>"]
     flags += ["--text_input '...'"] if model.text_source == "text" else []
@@ -106,33 +110,145 @@ def resume_command(config: Config) -> str:
     return " ".join(filter(None, ["python main.py --resume True", flags, place]))
 
 
-def train_run(config: Config, model: Any, splits: Any, features: Any, accelerator: Any, run_dir: Path) -> int:
+def train_run(
+    config: Config, model: Any, splits: Any, features: Any, display: dict[str, str], accelerator: Any, run_dir: Path
+) -> int:  # fmt: skip
     """Trains, plots, reports; returns the exit status."""
-    from torch import OutOfMemoryError
-
     import train_code
     from figures import plot_curves
 
     share = (accelerator.process_index, accelerator.num_processes)
     loaders = train_code.build_loaders(model, config, splits, features, share)
     try:
-        metrics = train_code.train(model, loaders, config, accelerator, run_dir)
+        with memory_advice():
+            metrics = train_code.train(model, loaders, config, accelerator, run_dir)
+            log = metrics.pop("log")
+            if accelerator.is_main_process:
+                plot_curves(log, run_dir / "curves.png", run_dir.name)
+            report(metrics, model, splits, display, config, accelerator, run_dir)
     except train_code.Stopped as stopped:
         print(f"{stopped}; its state is saved. To go on: {resume_command(config)}")
         return 128 + stopped.number
+    finally:
+        for loader in loaders.values():
+            loader.close()
+    print_end(config, model, run_dir)
+    return 0
+
+
+@contextlib.contextmanager
+def memory_advice() -> Iterator[None]:
+    """Running out of memory becomes a UserError that names the ways out."""
+    from torch import OutOfMemoryError
+
+    try:
+        yield
     except OutOfMemoryError:
         raise UserError(
             "out of memory: lower --batch_size (--gradient_accumulation_steps makes up for it), --num_frames or "
             "--image_size; or --gradient_checkpointing True, --freeze_visionbackbone True, --mixed_precision bf16"
         ) from None
+
+
+def report(
+    metrics: dict[str, Any], model: Any, splits: Any, display: dict[str, str], config: Config, accelerator: Any, folder: Path
+) -> None:  # fmt: skip
+    """Prints the result, adds the controls where they are asked for, writes metrics.json, draws the pictures."""
+    from checkpoint import write_json
+    from controls import control_line, control_scores
+
+    print(result_line(metrics))
+    if config.controls:
+        metrics["controls"] = control_scores(model, splits, config, accelerator)
+        print(control_line(metrics["controls"]))
+    if accelerator.is_main_process:
+        write_json(metrics, folder / "metrics.json")
+        draw_pictures(metrics, model, splits, display, config, accelerator, folder)
+
+
+def draw_pictures(
+    metrics: dict[str, Any], model: Any, splits: Any, display: dict[str, str], config: Config, accelerator: Any, folder: Path
+) -> None:  # fmt: skip
+    """The pictures of a scored run, of its test split or else of val."""
+    import figures
+    from checkpoint import read_rows
+    from controls import occlusion_maps
+    from train_code import build_loaders
+
+    split = "test" if "test" in metrics else "val"
+    rows = read_rows(folder / f"predictions_{split}.jsonl")
+    only = replace(splits, train=[], val=[], test=getattr(splits, split))
+    loader = build_loaders(model, replace(config, test_clips=1, test_crops=1), only)["test"]
+
+    def clip(place: int) -> Any:
+        return loader.dataset[(0, place)]["pixel_values"]  # [T, C, H, W]
+
+    if config.captioning:
+        drawn = figures.draw_captions(rows, metrics[split], clip, folder)
+    else:
+        drawn = figures.draw_labels(rows, metrics[split], display, clip, folder)
+    maps = occlusion_maps(model, loader, rows, accelerator)
+    drawn.append(figures.plot_occlusion(maps, display, folder / "occlusion.png"))
+    print(f"pictures of {split} in {folder}/: {', '.join(path.name for path in drawn)}")
+
+
+# -- evaluating a run --------------------------------------------------------------------------------
+
+#: what may be typed beside --evaluate; all else is the run's own
+EVALUATION = {
+    "evaluate", "controls", "data_dir", "output_dir", "cache_features", "cache_dir", "skip_unreadable", "batch_size",
+    "test_clips", "test_crops", "max_new_tokens", "num_beams", "device", "mixed_precision", "num_workers",
+}  # fmt: skip
+
+
+def evaluate_run(given: Config, typed: set[str]) -> int:
+    """Scores a run anew on val and test."""
+    import train_code
+    from checkpoint import PROVIDED, load_run, load_weights, read_metrics, read_run
+    from VLoader import check_samples, read_splits
+
+    run_dir = Path(given.evaluate)
+    other = sorted(typed - EVALUATION - set(NAMING))
+    if other:
+        raise UserError(f"--{other[0]} says nothing to --evaluate, which takes the run's own options")
+    saved, _ = read_run(run_dir)
+    if run_dir.resolve().is_relative_to(PROVIDED.resolve()):
+        raise UserError(f"{PROVIDED} is never written; copy {run_dir} to another place and evaluate that")
+    model, _, metadata = load_run(run_dir, given, typed)
+    display = metadata["display_names"]
+    config = replace(saved, **{name: getattr(given, name) for name in typed & EVALUATION})
+    data_dir = Path(config.data_dir)
+    splits = read_splits(data_dir)
+    check_samples(splits, config.captioning, config.use_text)
+    if not config.captioning and splits.class_names != metadata["class_names"]:
+        raise UserError(f"the classes in {data_dir} are not those that {run_dir} was trained on")
+    folder = run_dir
+    if data_dir.resolve() != Path(saved.data_dir).resolve():
+        folder = run_dir / f"evaluation_{data_dir.resolve().name}"
+        make_folder(folder)
+    accelerator = train_code.build_accelerator(config)
+    if not config.controls:  # these alone look at the training videos
+        splits = replace(splits, train=[])
+    splits, features = readable(splits, config, model, accelerator)
+    share = (accelerator.process_index, accelerator.num_processes)
+    loaders = train_code.build_loaders(model, config, replace(splits, train=[]), features, share)
+    model.to(accelerator.device)
+    metrics = (read_metrics(run_dir) if folder == run_dir else {}) | {
+        "best_epoch": load_weights(run_dir, model)["epoch"]
+    }
+    metrics.pop("controls", None)  # they belong to the scores of then
+    try:
+        with memory_advice():
+            metrics |= train_code.score_splits(model, loaders, config, accelerator, folder)
+            report(metrics, model, splits, display, config, accelerator, folder)
     finally:
         for loader in loaders.values():
             loader.close()
-    if not accelerator.is_main_process:
-        return 0
-    plot_curves(metrics.pop("log"), run_dir / "curves.png", run_dir.name)
-    print_end(config, model, metrics, run_dir)
+    print(f"wrote {folder}/metrics.json and {folder}/predictions_*.jsonl")
     return 0
+
+
+# -- what can be read --------------------------------------------------------------------------------
 
 
 def scanned(splits: Any, config: Config) -> dict[Path, str]:
@@ -234,6 +350,8 @@ def print_examination(config: Config, model: Any, splits: Any, accelerator: Any)
 
 def body(argv: list[str] | None) -> int:
     config, typed = parse(argv, "main")
+    if config.evaluate is not None:
+        return evaluate_run(config, typed)
     from accelerate.utils import set_seed
 
     from build_model import build_model
@@ -276,7 +394,7 @@ def body(argv: list[str] | None) -> int:
     if splits.note:
         print(splits.note)
     print_settings(config, model, accelerator)
-    return train_run(config, model, splits, features, accelerator, run_dir)
+    return train_run(config, model, splits, features, display, accelerator, run_dir)
 
 
 def is_main() -> bool:
@@ -293,4 +411,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "RANK" in os.environ:  # gloo's threads may still want an interpreter that is going, and would abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -3,12 +3,12 @@
 val selects the best epoch; test is read once, at the end. Evaluation sums over what was really seen.
 """
 
-import json
 import math
 import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -27,9 +28,9 @@ from tqdm import tqdm
 import dummy_data
 from augment import Augment
 from build_model import VideoModel, adapters, tower_body, trained_tensors
-from checkpoint import load_state, load_weights, save_state, save_weights, write_json
-from config import BACKBONES, Config, UserError, replace_file
-from metrics import accuracy, attribute_accuracy, exact_match, per_class_accuracy
+from checkpoint import load_state, load_weights, save_state, save_weights, write_json, write_rows
+from config import BACKBONES, Config, UserError
+from metrics import attribute_summary, caption_scores, label_scores, with_intervals
 from VLoader import ClipDataset, build_loader
 
 WARMUP = 0.1  # share of all steps
@@ -317,10 +318,11 @@ class first_steps_checked:  # noqa: N801, used as a context like torch.no_grad
 
 @torch.no_grad()
 def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str = "val") -> dict[str, Any]:
-    """Mean loss over all targets; for classifiers accuracy and the predictions as well."""
+    """Mean loss over all targets, and count; for classifiers accuracy, and of every clip `truth` (n,), the
+    likeliest classes `ranked` (n, min(5, K)) and their `probabilities`, best first."""
     model.eval()
     total, count = 0.0, 0
-    rows: list[tuple[int, ...]] = []  # place, and for classifiers predicted and true class
+    rows: list[tuple] = []  # place, and for classifiers true class, likeliest ones, their probabilities
     for batch in tqdm(loader, desc=desc, leave=False, unit="batch"):
         if batch is None:  # this process's share of a small last batch
             continue
@@ -329,16 +331,20 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
             loss, logits, targets = loss_sum(model, batch)
         total += loss.item()
         count += int((targets != -100).sum())
-        classes = [logits.argmax(-1).tolist(), targets.tolist()] if targets.ndim == 1 else []
-        rows += zip(batch["index"].tolist(), *classes, strict=True)
+        columns = [batch["index"].tolist()]
+        if targets.ndim == 1:
+            best = logits.softmax(-1).topk(min(5, logits.shape[-1]))
+            columns += [targets.tolist(), best.indices.tolist(), best.values.tolist()]
+        rows += zip(*columns, strict=True)
     total, count = summed(accelerator, total, count)
-    seen, *classes = map(list, zip(*sorted(gathered(accelerator, rows)), strict=True))
-    if seen != list(range(len(loader.dataset))):
+    seen, *columns = zip(*sorted(gathered(accelerator, rows)), strict=True)
+    if list(seen) != list(range(len(loader.dataset))):
         raise AssertionError(f"{desc}: {len(seen)} clips evaluated, the split has {len(loader.dataset)}")
     result: dict[str, Any] = {"loss": total / count, "count": len(seen)}
-    if classes:
-        predicted, truth = classes
-        result |= {"accuracy": accuracy(predicted, truth), "predicted": predicted, "truth": truth}
+    if columns:
+        truth, ranked, probabilities = map(np.array, columns)
+        result |= {"accuracy": float((ranked[:, 0] == truth).mean())}
+        result |= {"truth": truth, "ranked": ranked, "probabilities": probabilities}
     return result
 
 
@@ -361,31 +367,41 @@ def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config:
 
 
 def score_captions(captions: list[str], dataset: ClipDataset) -> dict[str, Any]:
-    """Exact match with a reference and, on dummy data, what the captions get right about size, colour, shape, motion."""
-    scores: dict[str, Any] = {"exact_match": exact_match(captions, [s.captions for s in dataset.samples])}
+    """Bleu, ROUGE-L, CIDEr, METEOR, exact match and, on dummy data, what the captions get right about size, colour,
+    shape, motion."""
+    scores: dict[str, Any] = caption_scores(captions, [s.captions for s in dataset.samples])
     names = dummy_data.attributes("").keys()
     if all(s.attributes.keys() == names for s in dataset.samples):
         found = [dummy_data.attributes(c) for c in captions]
-        scores["attributes"] = attribute_accuracy(found, [s.attributes for s in dataset.samples])
+        summary = attribute_summary(found, [s.attributes for s in dataset.samples])
+        scores["attributes"] = with_intervals(summary, len(captions))
     return scores
 
 
-def final_scores(model: VideoModel, loader: DataLoader, accelerator: Any, config: Config, split: str) -> dict[str, Any]:
-    """What metrics.json says of a split; the test split is read here and nowhere else."""
+def final_scores(
+    model: VideoModel, loader: DataLoader, accelerator: Any, config: Config, split: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(what metrics.json says of a split, a row for each of its clips); after training the test split is read here
+    and nowhere else."""
     result = evaluate(model, loader, accelerator, desc=split)
     dataset = loader.dataset
     if config.captioning:
         captions = caption_all(model, loader, accelerator, config)
-        result |= score_captions(captions, dataset)
-        result["examples"] = [
-            {"file": str(s.path), "caption": c, "reference": s.captions[0]}
-            for s, c in islice(zip(dataset.samples, captions, strict=True), 8)
+        rows = [
+            {"file": str(s.path), "caption": c, "references": list(s.captions)}
+            for s, c in zip(dataset.samples, captions, strict=True)
         ]
-    else:
-        names = list(dataset.class_index)
-        recalls = per_class_accuracy(result.pop("predicted"), result.pop("truth"), len(names))
-        result["per_class_accuracy"] = dict(zip(names, recalls, strict=True))
-    return result
+        return result | score_captions(captions, dataset), rows
+    truth, ranked, probabilities = (result.pop(name) for name in ("truth", "ranked", "probabilities"))
+    names = list(dataset.class_index)
+    rows = [
+        {
+            "file": str(sample.path), "truth": names[t], "label": names[best[0]], "score": round(p[0], 4),
+            "top_k": [{"label": names[k], "score": round(q, 4)} for k, q in zip(best, p, strict=True)],
+        }
+        for sample, t, best, p in zip(dataset.samples, truth, ranked.tolist(), probabilities.tolist(), strict=True)
+    ]  # fmt: skip
+    return result | label_scores(truth, ranked, probabilities[:, 0], names), rows
 
 
 # -- the run ----------------------------------------------------------------------------------------
@@ -486,7 +502,7 @@ def train(
         engine.progress = Progress(**load_state(run_dir, model, optimizer, accelerator.process_index))
         loaders["train"].skipped.update(engine.progress.skipped)
         if accelerator.is_main_process:
-            write_log(engine.progress.log, run_dir)
+            write_rows(engine.progress.log, run_dir / "log.jsonl")
     with stop_signals() as signals:
 
         def save_or_stop(due: bool) -> None:
@@ -509,11 +525,24 @@ def train(
     metrics["skipped"] = engine.progress.skipped
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     log = engine.progress.log
+    metrics["peak_mb"] = peak_memory(accelerator)
     metrics["seconds_per_epoch"] = round(sum(row["seconds"] for row in log) / len(log), 2)
     if accelerator.is_main_process:
         write_json(metrics, run_dir / "metrics.json")
         shutil.rmtree(run_dir / "state")  # a finished run has nothing to resume
     return metrics | {"log": log}
+
+
+def peak_memory(accelerator: Any) -> float | None:
+    """MB: of this process, its loader's workers not counted, or on a GPU of that; None where it is not told."""
+    if accelerator.device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
 def all_skipped(loader: DataLoader, accelerator: Any) -> list[str]:
@@ -552,7 +581,9 @@ def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine,
     if engine.accelerator.is_main_process:
         if row["best"]:
             save_weights(run_dir, model, {k: row[k] for k in ("epoch", "step", "val_loss")})
-        write_log(progress.log, run_dir)
+        write_rows(progress.log, run_dir / "log.jsonl")
+        if config.tensorboard:
+            tensorboard_row(row, run_dir / "tensorboard")
     tqdm.write(epoch_line(row, config.epochs))
 
 
@@ -561,10 +592,14 @@ def out_of_patience(log: list[dict[str, Any]], patience: int) -> bool:
     return 0 < patience < len(log) and not any(row["best"] for row in log[-patience:])
 
 
-def write_log(log: list[dict[str, Any]], run_dir: Path) -> None:
-    """log.jsonl, one line per finished epoch."""
-    lines = "".join(json.dumps(row) + "\n" for row in log)
-    replace_file(run_dir / "log.jsonl", lambda p: p.write_text(lines, encoding="utf-8"))
+def tensorboard_row(row: dict[str, Any], folder: Path) -> None:
+    """The numbers of a finished epoch, for TensorBoard, over optimizer steps."""
+    from tensorboardX import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "clips_per_second"):
+            if name in row:
+                writer.add_scalar(name, row[name], row["step"])
 
 
 def test_best(
@@ -573,8 +608,19 @@ def test_best(
     """The scores of the best epoch's weights on val, and on test where there is one."""
     accelerator.wait_for_everyone()  # the main process writes them
     facts = load_weights(run_dir, model)
-    metrics = {"best_epoch": facts["epoch"], "val": final_scores(model, loaders["val"], accelerator, config, "val")}
-    if "test" in loaders:
-        metrics["test"] = final_scores(model, loaders["test"], accelerator, config, "test")
+    return {"best_epoch": facts["epoch"]} | score_splits(model, loaders, config, accelerator, run_dir)
+
+
+def score_splits(
+    model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, folder: Path
+) -> dict[str, Any]:
+    """The scores on val and, where there is one, test; writes predictions_{val,test}.jsonl."""
+    metrics: dict[str, Any] = {}
+    for split in ("val", "test"):
+        if split in loaders:
+            metrics[split], rows = final_scores(model, loaders[split], accelerator, config, split)
+            if accelerator.is_main_process:
+                write_rows(rows, folder / f"predictions_{split}.jsonl")
+    if "test" in metrics:
         metrics["test"]["views"] = {"clips": config.test_clips, "crops": config.test_crops}
     return metrics

@@ -20,7 +20,7 @@ import feature_cache
 import main
 import train_code
 from build_model import build_model, fingerprint
-from checkpoint import load_run
+from checkpoint import load_run, read_rows
 from config import ROOT, parse
 from feature_cache import FeatureIndex, fill, open_store, read_features, video_ids
 from train_code import build_accelerator
@@ -62,10 +62,13 @@ def test_training_from_the_cache_equals_training_from_pixels(dataset, tmp_path, 
     model, config, _ = load_run(tmp_path / "runs" / "cached")  # the same weights, tested from pixels
     accelerator = build_accelerator(config)
     loader = original(model, config, read_splits(dataset))["test"]
-    again = train_code.final_scores(model, loader, accelerator, config, "test")
+    again, rows = train_code.final_scores(model, loader, accelerator, config, "test")
     scores = json.loads((tmp_path / "runs" / "cached" / "metrics.json").read_text())["test"]
     assert scores["loss"] == pytest.approx(again["loss"], rel=1e-3)
-    assert scores.get("accuracy") == again.get("accuracy") and scores.get("examples") == again.get("examples")
+    assert scores.get("accuracy") == again.get("accuracy")
+    assert [r.get("caption") for r in read_rows(tmp_path / "runs" / "cached" / "predictions_test.jsonl")] == [
+        r.get("caption") for r in rows
+    ]
 
 
 def test_every_later_run_reads_what_the_first_computed(dataset, tmp_path, capsys, monkeypatch):

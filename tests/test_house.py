@@ -11,7 +11,8 @@ import yaml
 from config import ROOT
 
 LAYERS = [
-    {"config", "transforms", "metrics"},
+    {"config", "transforms"},
+    {"metrics"},
     {"dummy_data", "VLoader", "augment", "build_model"},
     {"feature_cache", "checkpoint"},
     {"train_code", "figures"},

@@ -223,7 +223,7 @@ def test_evaluation_with_views_counts_every_video_once(classifier, tmp_path):
     dataset = ClipDataset(samples, preprocessing, 8, 0, list("abcde"), views=(3, 2))
     loader = build_loader(dataset, classifier.collator(), 2, 0)
     result = evaluate(classifier, loader, build_accelerator(Config(device="cpu")))
-    assert result["count"] == 3 and len(result["predicted"]) == 3
+    assert result["count"] == 3 and result["ranked"].shape == (3, 5)
 
 
 @pytest.mark.parametrize("flags", [["--test_clips", "2"], ["--test_crops", "3"], ["--class_balance", "True"]])

@@ -1,0 +1,247 @@
+"""What a trained model really uses: the same test under conditions in which it should fail, and rivals without training.
+
+majority            the commonest class (or caption) of the training videos, for every clip
+nearest_neighbour   the answer of the training video whose frozen features are nearest (cosine, centred)
+one_frame           every frame replaced by the middle one: no motion
+shuffled reversed   the same frames in another order
+blank_video         every pixel the backbone's mean grey; where the model reads text, text alone
+text_shuffled       every clip with the text of another one
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import dummy_data
+from build_model import VideoModel, build_model, locate
+from config import Config
+from feature_cache import fill, open_store, video_ids
+from metrics import attribute_summary, caption_summary
+from train_code import build_loaders, caption_all, evaluate, loss_sum, to_device
+from transforms import Preprocessing
+from VLoader import Sample, Splits
+
+SHOWN, PARTS, CELLS = 2, 4, 6  # clips whose occlusion is mapped; parts of the frames, cells on each side
+
+
+# -- other videos -----------------------------------------------------------------------------------
+
+
+def middle_frame(pixel_values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """uint8 (..., T, C, H, W), its middle frame T times."""
+    times = pixel_values.shape[-4]
+    return pixel_values.narrow(-4, times // 2, 1).expand_as(pixel_values)
+
+
+def shuffled_frames(pixel_values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Every clip's frames in an order of its own, the same at every evaluation."""
+    clips = []
+    for clip, place in zip(pixel_values, index.tolist(), strict=True):
+        order = np.random.default_rng(place).permutation(clip.shape[-4])
+        clips.append(clip.index_select(-4, torch.from_numpy(order)))
+    return torch.stack(clips)
+
+
+def reversed_frames(pixel_values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return pixel_values.flip(-4)
+
+
+def blank(preprocessing: Preprocessing) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Replaces every pixel by the mean that the backbone's normalisation takes away."""
+    grey = (
+        (torch.tensor(preprocessing.mean) / preprocessing.rescale_factor).round().to(torch.uint8)[:, None, None]
+    )  # (C, 1, 1)
+    return lambda pixel_values, index: grey.expand_as(pixel_values)
+
+
+class Changed:
+    """A loader whose clips are changed by change(pixel_values, index)."""
+
+    def __init__(self, loader: DataLoader, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+        self.loader, self.change, self.dataset = loader, change, loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor] | None]:
+        for batch in self.loader:
+            if batch is not None:
+                batch["pixel_values"] = self.change(batch["pixel_values"], batch["index"])
+            yield batch
+
+
+def with_texts_of_others(samples: list[Sample]) -> list[Sample]:
+    """Every sample with the text of the next one in a random circle: never its own."""
+    order = np.random.default_rng(0).permutation(len(samples))
+    texts = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+    return [replace(sample, text=samples[texts[i]].text) for i, sample in enumerate(samples)]
+
+
+# -- rivals without training ------------------------------------------------------------------------
+
+
+def nearest(splits: Splits, asked: list[Sample], config: Config, accelerator: Any) -> np.ndarray:
+    """For every sample asked the place of the training sample nearest to it. (n,)"""
+    plain = replace(
+        config, use_vlm=False, captioning=False, use_text=False, language_model=None, use_lora_vision=False,
+        freeze_visionbackbone=True, test_clips=1, test_crops=1, augment="none", flip=False,
+    )  # fmt: skip
+    encoder = build_model(plain, 1, locate(config.vision_model, config.weights))
+    store = open_store(encoder, plain)
+    fill(store, encoder, replace(splits, val=[], test=asked), plain, accelerator)
+
+    def pooled(samples: list[Sample]) -> torch.Tensor:
+        return torch.stack([store.read(p)[0].float() for p in store.index.find(video_ids(samples))])  # (n, D)
+
+    known = pooled(splits.train)
+    centre = known.mean(0)
+    return (unit(pooled(asked) - centre) @ unit(known - centre).T).argmax(1).numpy()
+
+
+def unit(features: torch.Tensor) -> torch.Tensor:
+    return features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+# -- where the model looks --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def occlusion_maps(
+    model: VideoModel, loader: DataLoader, rows: list[dict[str, Any]], accelerator: Any
+) -> list[tuple[torch.Tensor, torch.Tensor, str]]:
+    """(clip uint8 [T, C, H, W], map [PARTS, CELLS, CELLS], answer) of the first clips: by how much answer_scores of
+    the model's own answer fall when a cell of the picture is grey in a part of the frames (Zeiler 2014).
+
+    One clip of each answer, SHOWN at most.
+    """
+    model.to(accelerator.device).eval()
+    names = list(loader.dataset.class_index)
+    answers = [row["caption"] if "caption" in row else row["label"] for row in rows]
+    first = sorted({answer: place for place, answer in reversed([*enumerate(answers)])}.values())[:SHOWN]
+    grey = blank(model.vision_encoder.preprocessing)
+    maps = []
+    for place in tqdm(first, desc="occlusion", unit="clip", leave=False):
+        item = loader.dataset[(0, place)]
+        if "caption" in rows[place]:
+            item["caption"] = answers[place]
+        else:
+            item["label"] = names.index(answers[place])
+        covered = list(occluded(item["pixel_values"], grey))
+        scores = torch.cat([
+            answer_scores(model, [item | {"pixel_values": c} for c in chunk], accelerator)
+            for chunk in ([item["pixel_values"]], *(covered[i : i + 16] for i in range(0, len(covered), 16)))
+        ])  # fmt: skip
+        maps.append((item["pixel_values"], (scores[0] - scores[1:]).view(PARTS, CELLS, CELLS), answers[place]))
+    return maps
+
+
+def occluded(clip: torch.Tensor, grey: Callable[..., torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The clip, uint8 [T, C, H, W], with one cell grey: over parts of the frames, rows, columns."""
+    times, _, height, width = clip.shape
+    filled = grey(clip, None)
+    edges = [
+        torch.linspace(0, size, n + 1).round().int().tolist()
+        for size, n in ((times, PARTS), (height, CELLS), (width, CELLS))
+    ]
+    spans = [[slice(a, b) for a, b in pairwise(e)] for e in edges]
+    for time, row, column in product(*spans):
+        changed = clip.clone()
+        changed[time, :, row, column] = filled[time, :, row, column]
+        yield changed
+
+
+def answer_scores(model: VideoModel, items: list[dict], accelerator: Any) -> torch.Tensor:
+    """The log odds of each item's label (a sure model's probability hardly moves), or the log probability of its
+    caption. (B,)"""
+    batch = to_device(model.collator()(items), accelerator.device)
+    with accelerator.autocast():
+        _, logits, targets = loss_sum(model, batch)
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")  # 0 where targets are -100
+    scores = -losses.view(len(items), -1).sum(1).cpu()
+    return scores if targets.ndim > 1 else scores - torch.log(-torch.expm1(scores.clamp(max=-1e-7)))
+
+
+# -- the table --------------------------------------------------------------------------------------
+
+
+def caption_row(captions: list[str], asked: list[Sample]) -> dict[str, float]:
+    """CIDEr, and on dummy data in how many captions the motion is right, and in how many everything."""
+    everything = np.arange(len(asked))
+    row = {"CIDEr": caption_summary(captions, [s.captions for s in asked])(everything)["CIDEr"]}
+    if all(s.attributes for s in asked):
+        found = [dummy_data.attributes(c) for c in captions]
+        scores = attribute_summary(found, [s.attributes for s in asked])(everything)
+        row |= {"motion": scores["motion"], "all_attributes": scores["all"]}
+    return row
+
+
+def control_scores(model: VideoModel, splits: Splits, config: Config, accelerator: Any) -> dict[str, Any]:
+    """{"split": ..., "as_it_is": {score: value}, <control>: {score: value}, ...} on test, else on val."""
+    split = "test" if splits.test else "val"
+    asked = getattr(splits, split)
+    share = (accelerator.process_index, accelerator.num_processes)
+    model.to(accelerator.device)
+
+    def loader_of(samples: list[Sample]) -> DataLoader:
+        return build_loaders(model, config, replace(splits, train=[], val=[], test=samples), share=share)["test"]
+
+    def scores(loader: Any, name: str) -> dict[str, float]:
+        if config.captioning:
+            return caption_row(caption_all(model, loader, accelerator, config), asked)
+        return {"accuracy": evaluate(model, loader, accelerator, desc=name)["accuracy"]}
+
+    def rival(answers: list[str]) -> dict[str, float]:
+        if config.captioning:
+            return caption_row(answers, asked)
+        return {"accuracy": float(np.mean([a == s.label for a, s in zip(answers, asked, strict=True)]))}
+
+    loader = loader_of(asked)
+    known = [s.captions[0] if config.captioning else str(s.label) for s in splits.train]
+    table: dict[str, Any] = {"split": split, "as_it_is": scores(loader, "as it is")}
+    table["majority"] = rival([Counter(known).most_common(1)[0][0]] * len(asked))
+    table["nearest_neighbour"] = rival([known[i] for i in nearest(splits, asked, config, accelerator)])
+    changes = {
+        "one_frame": middle_frame,
+        "shuffled": shuffled_frames,
+        "reversed": reversed_frames,
+        "blank_video": blank(model.vision_encoder.preprocessing),
+    }
+    for name, change in changes.items():
+        table[name] = scores(Changed(loader, change), name)
+    loader.close()
+    if model.text_source == "text":
+        loader = loader_of(with_texts_of_others(asked))
+        table["text_shuffled"] = scores(loader, "text shuffled")
+        loader.close()
+    return table
+
+
+def control_line(table: dict[str, Any]) -> str:
+    """How much the model uses motion, and text."""
+    name = next(n for n in ("motion", "accuracy", "CIDEr") if n in table["as_it_is"])
+    scale, unit_name = (1, "") if name == "CIDEr" else (100, " points")
+    digits = 2 if name == "CIDEr" else 1
+
+    def lost(control: str) -> str:
+        return f"{scale * (table['as_it_is'][name] - table[control][name]):.{digits}f}"
+
+    def value(control: str) -> str:
+        return f"{scale * table[control][name]:.{digits}f}{' %' if scale == 100 else ''}"
+
+    parts = [
+        f"controls on {table['split']} ({name}): {value('as_it_is')} as it is, {value('majority')} majority, "
+        f"{value('nearest_neighbour')} nearest neighbour, {value('blank_video')} blank video",
+        f"motion: one frame repeated costs {lost('one_frame')}, frames shuffled {lost('shuffled')}, "
+        f"reversed {lost('reversed')}{unit_name}",
+    ]
+    if "text_shuffled" in table:
+        parts.append(f"text: shuffled costs {lost('text_shuffled')}, alone it gives {value('blank_video')}")
+    return "; ".join(parts)

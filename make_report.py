@@ -1,0 +1,496 @@
+"""Trains what is missing of the grid in experiments/, and writes the study: report.pdf, RESULTS.md, README's tables.
+
+python make_report.py                   all rows, three seeds; resumable
+python make_report.py --provide         then also writes checkpoints/provided/
+
+Every number in them comes from the runs' metrics.json and predictions; a run that is not there is "not run".
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from config import (
+    ROOT,
+    Config,
+    UserError,
+    as_flags,
+    make_folder,
+    read_yaml,
+    replace_file,
+    run_name,
+    run_script,
+    write_yaml,
+)
+from metrics import Summary, attribute_summary, bounds, caption_summary, label_rows_summary, resampled
+
+EXPERIMENTS = ROOT / "experiments"
+NAMES = {"timesformer": "TimeSformer", "videomae": "VideoMAE", "bert": "BERT", "gpt2": "GPT-2"}
+TASKS = ("video classifier", "video + language classifier", "video captioner")
+CONTROLS = {
+    "majority": "majority", "nearest_neighbour": "nearest neighbour", "one_frame": "one frame", "shuffled": "shuffled",
+    "reversed": "reversed", "blank_video": "blank", "text_shuffled": "text shuffled",
+}  # fmt: skip
+NOT_RUN = "not run"
+
+
+class Row:
+    """One line of the grid: its options, and the runs of its seeds that are finished."""
+
+    def __init__(self, file: Path, runs: Path, seeds: int):
+        self.file = file
+        self.config = Config(**read_yaml(file))
+        self.name = run_name(self.config)
+        self.dirs = [runs / f"{self.name}_seed{seed}" for seed in range(seeds)]
+
+    @property
+    def task(self) -> str:
+        return TASKS[self.config.use_vlm + self.config.captioning]
+
+    @property
+    def title(self) -> str:
+        config = self.config
+        trained = "LoRA" if config.use_lora_vision else "frozen" if config.freeze_visionbackbone else "in full"
+        if config.use_vlm:
+            trained = "LoRA" if config.use_lora_llm else "frozen" if config.freeze_llmbackbone else "in full"
+        names = [NAMES[config.vision_model]] + ([NAMES[config.language_model]] if config.use_vlm else [])
+        return f"{' + '.join(names)} {trained}{', text' if config.use_text else ''}"
+
+    def finished(self) -> list[Path]:
+        return [d for d in self.dirs if "controls" in read_json(d / "metrics.json")]
+
+    def results(self) -> list[dict[str, Any]]:
+        return [read_json(d / "metrics.json") for d in self.finished()]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_grid(runs: Path, seeds: int, only: str) -> list[Row]:
+    """The rows in the order of tasks, vision models, text, and of what is trained."""
+    rows = [Row(file, runs, seeds) for file in EXPERIMENTS.glob("*.yaml") if re.search(only, file.stem)]
+    order = ("in full", "LoRA", "frozen")
+    return sorted(rows, key=lambda r: (TASKS.index(r.task), r.config.vision_model, r.config.use_text, [t in r.title for t in order][::-1]))  # fmt: skip
+
+
+# -- training what is missing -------------------------------------------------------------------------
+
+
+def train_missing(rows: list[Row], data_dir: Path) -> None:
+    """Trains every run that is not finished, one process each. Raises UserError if one fails."""
+    todo = [(row, seed) for row in rows for seed, d in enumerate(row.dirs) if d not in row.finished()]
+    for number, (row, seed) in enumerate(todo, start=1):
+        run_dir, start = row.dirs[seed], time.perf_counter()
+        if read_json(run_dir / "metrics.json"):  # trained, but its controls are lacking
+            flags = ["--evaluate", str(run_dir), "--controls", "True"]
+        else:
+            flags = ["--config", str(row.file), "--seed", str(seed), "--data_dir", str(data_dir), "--controls", "True"]
+            flags += ["--output_dir", str(run_dir.parent), "--run_name", run_dir.name]
+            flags += ["--resume", "True"] if (run_dir / "state").is_dir() else ["--overwrite", "True"]
+        done = subprocess.run([sys.executable, str(ROOT / "main.py"), *flags], capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{run_dir.name} failed: {done.stderr.strip().splitlines()[-1]}")
+        print(f"{number}/{len(todo)} {run_dir.name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+# -- numbers ------------------------------------------------------------------------------------------
+
+
+def predictions(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "predictions_test.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def summary_of_run(row: Row, run_dir: Path) -> Summary:
+    """A run's scores on any draw of its test clips."""
+    rows = predictions(run_dir)
+    if not row.config.captioning:
+        return label_rows_summary(rows)
+    import dummy_data
+
+    captions = [r["caption"] for r in rows]
+    scores = caption_summary(captions, [r["references"] for r in rows])
+    truth = [dummy_data.attributes(r["references"][0]) for r in rows]
+    if any(None in t.values() for t in truth):
+        return scores
+    attributes = attribute_summary([dummy_data.attributes(c) for c in captions], truth)
+    return lambda places: scores(places) | attributes(places)
+
+
+def row_scores(row: Row) -> dict[str, dict[str, Any]]:
+    """score -> mean over the seeds, its 95 % interval (bootstrap over clips, the same for all seeds), and range."""
+    summaries = [summary_of_run(row, d) for d in row.finished()]
+    if not summaries:
+        return {}
+    count = len(predictions(row.finished()[0]))
+    values, draws = [s(np.arange(count)) for s in summaries], resampled(summaries, count)
+    return {
+        name: {
+            "mean": mean(v[name] for v in values),
+            "interval": bounds(np.mean([d[name] for d in draws], axis=0)),
+            "range": [min(v[name] for v in values), max(v[name] for v in values)],
+        }
+        for name in values[0]
+    }
+
+
+def show(score: dict[str, Any] | None, scale: float = 100, digits: int = 1, interval: bool = False) -> str:
+    if score is None:
+        return NOT_RUN
+    low, high = (f"{scale * v:.{digits}f}" for v in score["interval"])
+    return f"{scale * score['mean']:.{digits}f}" + (f" [{low}, {high}]" if interval else "")
+
+
+def span(score: dict[str, Any] | None, scale: float = 100, digits: int = 1) -> str:
+    return " – ".join(f"{scale * v:.{digits}f}" for v in score["range"]) if score else NOT_RUN
+
+
+def trained_parameters(run_dir: Path) -> int:
+    from checkpoint import WEIGHTS, read_tensors
+
+    tensors, _ = read_tensors(run_dir / WEIGHTS)
+    return sum(t.numel() for t in tensors.values())
+
+
+def result_cells(row: Row, scores: dict[str, Any]) -> list[str]:
+    seeds = f"{len(row.finished())} of {len(row.dirs)}"
+    if row.config.captioning:
+        return [
+            row.title, seeds, show(scores.get("CIDEr"), 1, 2, True), show(scores.get("Bleu_4"), 1, 3),
+            show(scores.get("ROUGE_L"), 1, 3), show(scores.get("exact_match")), show(scores.get("motion")),
+            show(scores.get("colour+shape+motion"), interval=True), show(scores.get("all")),
+        ]  # fmt: skip
+    accuracy = scores.get("accuracy")
+    return [
+        row.title, seeds, show(accuracy, interval=True), span(accuracy), show(scores.get("mean_class_recall")),
+        show(scores.get("macro_f1")), show(scores.get("calibration_error"), 1, 3),
+    ]  # fmt: skip
+
+
+def control_cells(row: Row) -> list[str]:
+    """Means over the seeds, in percent: accuracy, for captioners the share with the motion right."""
+    tables = [m["controls"] for m in row.results()]
+    cells = [row.title]
+    for name in ("as_it_is", *CONTROLS):
+        if not tables:
+            cells.append(NOT_RUN)
+        elif name not in tables[0]:
+            cells.append("")
+        else:
+            score = "motion" if row.config.captioning else "accuracy"
+            cells.append(f"{100 * mean(t[name][score] for t in tables):.1f}")
+    return cells
+
+
+def cost_cells(row: Row) -> list[str]:
+    results = row.results()
+    if not results:
+        return [row.title, *[NOT_RUN] * 5]
+    weights = row.finished()[0] / "model.safetensors"
+    return [
+        row.title, f"{trained_parameters(row.finished()[0]):,}", f"{weights.stat().st_size / 1e6:.2f}",
+        f"{mean(m['seconds_per_epoch'] for m in results):.1f}", f"{mean(m['seconds'] for m in results):.0f}",
+        f"{max(m['peak_mb'] for m in results):.0f}",
+    ]  # fmt: skip
+
+
+HEADS = {
+    "labels": ["model", "seeds", "accuracy % [95 %]", "range of seeds", "recall %", "macro-F1 %", "calibration error"],
+    "captions": ["model", "seeds", "CIDEr [95 %]", "Bleu-4", "ROUGE-L", "exact %", "motion %", "colour, shape, motion % [95 %]", "all four %"],
+    "controls": ["model", "as it is", *CONTROLS.values()],
+    "cost": ["model", "trained parameters", "checkpoint MB", "s per epoch", "s in all", "peak MB"],
+}  # fmt: skip
+
+
+def collect(rows: list[Row], seeds: int, data_dir: Path) -> dict[str, Any]:
+    """All that the report says in numbers, as texts ready to print."""
+    from VLoader import read_splits
+
+    splits = read_splits(data_dir)
+    scores = {row.name: row_scores(row) for row in rows}
+    labels = [row for row in rows if not row.config.captioning]
+    captions = [row for row in rows if row.config.captioning]
+    results = [m for row in rows for m in row.results()]
+    data = {
+        "seeds": ", ".join(map(str, range(seeds))),
+        "runs": f"{len(results)} of {sum(len(row.dirs) for row in rows)}",
+        "rows": str(len(rows)),
+        "sizes": {name: str(len(getattr(splits, name))) for name in ("train", "val", "test")},
+        "classes": str(len(splits.class_names)),
+        "epochs": str(Config().epochs),
+        "tables": {
+            "labels": [result_cells(row, scores[row.name]) for row in labels],
+            "captions": [result_cells(row, scores[row.name]) for row in captions],
+            "controls": [control_cells(row) for row in labels],
+            "caption_controls": [control_cells(row) for row in captions],
+            "cost": [cost_cells(row) for row in rows],
+        },
+        "heads": HEADS,
+        "findings": findings(rows, scores),
+        "machine": machine(rows),
+    }
+    return data
+
+
+def findings(rows: list[Row], scores: dict[str, dict]) -> dict[str, str]:
+    """What the text of the report says of the numbers."""
+
+    def over(task: str, control: str, score: str = "accuracy") -> str:
+        found = [
+            m["controls"][control][score]
+            for r in rows
+            if r.task == task
+            for m in r.results()
+            if control in m["controls"]
+        ]
+        return f"{100 * min(found):.1f} to {100 * max(found):.1f} %" if found else NOT_RUN
+
+    def best(task: str, score: str) -> str:
+        found = {r.title: scores[r.name][score] for r in rows if r.task == task and scores[r.name]}
+        title = max(found, key=lambda t: found[t]["mean"], default=None)
+        return f"{title} ({show(found[title], interval=True)} %)" if title else NOT_RUN
+
+    said = {f"best_{i}": best(task, "colour+shape+motion" if i == 2 else "accuracy") for i, task in enumerate(TASKS)}
+    for i, task in enumerate(TASKS):
+        for control in ("as_it_is", *CONTROLS):
+            said[f"{control}_{i}"] = over(task, control, "motion" if i == 2 else "accuracy")
+    texts = [m["controls"] for r in rows if r.config.use_text and not r.config.captioning for m in r.results()]
+    said["text_cost"] = f"{100 * mean(t['as_it_is']['accuracy'] - t['text_shuffled']['accuracy'] for t in texts):.1f} points" if texts else NOT_RUN  # fmt: skip
+    said["text_alone"] = f"{100 * mean(t['blank_video']['accuracy'] for t in texts):.1f} %" if texts else NOT_RUN
+    return said
+
+
+def machine(rows: list[Row]) -> str:
+    import os
+
+    import torch
+
+    where = "an NVIDIA GPU" if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return f"{where}, torch {torch.__version__.split('+')[0]}"
+
+
+# -- pictures -----------------------------------------------------------------------------------------
+
+
+def draw(rows: list[Row], data_dir: Path, folder: Path) -> dict[str, str]:
+    """The report's pictures in `folder`: name -> file's name, where there is a run to draw it from."""
+    from figures import plot_bars, plot_clips
+    from VLoader import open_video, read_display_names, read_splits
+
+    make_folder(folder)
+    scores = {row.name: row_scores(row) for row in rows}
+    splits = read_splits(data_dir)
+    display = read_display_names(data_dir, splits.class_names)
+    firsts = [next(s for s in splits.train if s.label == name) for name in splits.class_names]
+    clips = []
+    for sample in firsts:
+        video = open_video(sample.path)
+        frames = video.frames(np.linspace(0, len(video) - 1, 8).round().astype(int))
+        said = f"  |  caption: {sample.captions[0]}" if sample.captions else ""
+        clips.append((frames, f"{display[sample.label]}{said}" + (f"  |  text: {sample.text}" if sample.text else "")))
+    drawn = {"data": plot_clips(clips, folder / "data.png").name}
+    for key, captioning, score in (("labels", False, "accuracy"), ("captions", True, "colour+shape+motion")):
+        chosen = [r for r in rows if r.config.captioning == captioning and scores[r.name]]
+        bars = {r.title: (scores[r.name][score]["mean"], scores[r.name][score]["interval"]) for r in chosen}
+        if bars:
+            title = f"{score}, share of test videos; mean of the seeds, 95 % intervals"
+            drawn[key] = plot_bars(bars, title, folder / f"{key}.png").name
+        worst = min(chosen, key=lambda r: scores[r.name][score]["mean"], default=None)
+        if worst:
+            drawn[f"{key}_shown"] = worst.title
+            for name in ("curves", "confusion", "reliability", "worst", "captions", "occlusion"):
+                picture = worst.finished()[0] / f"{name}.png"
+                if picture.is_file():
+                    drawn[f"{key}_{name}"] = shutil.copy(picture, folder / f"{key}_{name}.png").name
+    return drawn
+
+
+# -- what is written ----------------------------------------------------------------------------------
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def results_text(data: dict[str, Any]) -> str:
+    """RESULTS.md, and what README shows between its marks."""
+    tables, sizes = data["tables"], data["sizes"]
+    return f"""| task | script | what it does |
+|---|---|---|
+| data | `dummy_data.py`, `create_dummy.py`, `convert_dataset.py` | draw a synthetic dataset; turn test clips into folders of frames; read other annotation files |
+| video classification | `main.py`, `inference.py` | TimeSformer or VideoMAE and a head |
+| video + language classification | the same, `--use_vlm True` | the same encoders joined to BERT, with or without a text |
+| video captioning | the same, `--use_vlm True --captioning True` | the same encoders joined to GPT-2 |
+| this study | `make_report.py` | trains the grid in `experiments/`, writes report.pdf and these tables |
+
+The synthetic dataset ({sizes["train"]} training, {sizes["val"]} val and {sizes["test"]} test videos, {data["classes"]} classes), tiny backbones, defaults
+({data["epochs"]} epochs), seeds {data["seeds"]}; means over the seeds, in brackets 95 % bootstrap intervals over the test videos. The language
+models' rows have a frozen vision backbone; "in full", "LoRA" and "frozen" say how the last named backbone is trained.
+
+{markdown(HEADS["labels"], tables["labels"])}
+
+{markdown(HEADS["captions"], tables["captions"])}
+
+Controls: accuracy in %, for captioners the share of captions with the motion right, of the same models when frames are repeated,
+shuffled or reversed, when the video is grey, when texts are exchanged; and of the commonest training class, and of the nearest neighbour on
+frozen features.
+
+{markdown(HEADS["controls"], tables["controls"] + tables["caption_controls"])}
+
+{markdown(HEADS["cost"], tables["cost"])}
+
+Measured on {data["machine"]}; [report.pdf](report.pdf) says how, and what it means.
+"""
+
+
+def write_text(path: Path, text: str) -> None:
+    replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_results(data: dict[str, Any], output: Path) -> None:
+    """RESULTS.md, and the same in README.md between <!-- results --> and <!-- end of results -->."""
+    text = results_text(data)
+    write_text(output / "RESULTS.md", "# Results\n\n" + text)
+    readme = output / "README.md"
+    if readme.is_file():
+        pattern = r"(<!-- results -->\n).*?(<!-- end of results -->)"
+        new = re.sub(pattern, lambda m: m[1] + text + m[2], readme.read_text(encoding="utf-8"), flags=re.S)
+        write_text(readme, new)
+
+
+def compile_pdf(data: dict[str, Any], folder: Path, output: Path) -> None:
+    """report.pdf from experiments/report.typ; `folder` holds the pictures and gets the numbers."""
+    try:
+        import typst
+    except ImportError:
+        raise UserError("report.pdf needs typst: pip install -r requirements-extra.txt") from None
+    write_text(folder / "report.json", json.dumps(data, indent=1, ensure_ascii=False))
+    template = Path(shutil.copy(EXPERIMENTS / "report.typ", folder / "report.typ"))
+    typst.compile(str(template), output=str(output / "report.pdf"))
+
+
+# -- the provided checkpoints ---------------------------------------------------------------------------
+
+
+def provide(row: Row, folder: Path) -> int:
+    """Writes a row's first run as a provided checkpoint, in bf16 where that changes no score; returns its bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    from checkpoint import METADATA, SETTINGS, WEIGHTS, read_run, read_tensors, write_json
+
+    run_dir, target = row.dirs[0], folder / row.name
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    for name in ("vision", "language"):
+        if (run_dir / name).is_dir():
+            shutil.copytree(run_dir / name, target / name)
+    config, metadata = read_run(run_dir)
+    config = replace(config, run_name=None, output_dir=Config().output_dir, data_dir=Config().data_dir, controls=False)
+    write_yaml(asdict(config), target / SETTINGS)
+    write_json(metadata, target / METADATA)
+    tensors, header = read_tensors(run_dir / WEIGHTS)
+    save_file({name: t.to(torch.bfloat16) for name, t in tensors.items()}, str(target / WEIGHTS), metadata=header)
+    before, scores, kind = rescored(run_dir), rescored(target), "bfloat16"
+    if before != scores:
+        scores, kind = before, "float32"
+        save_file(tensors, str(target / WEIGHTS), metadata=header)
+    write_text(target / "CARD.md", card(row, config, scores, kind, sum(t.numel() for t in tensors.values())))
+    return sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
+
+
+def card(row: Row, config: Config, scores: dict[str, float], kind: str, parameters: int) -> str:
+    controls = [f"{CONTROLS[n]} {show_all(v)}" for n, v in row.results()[0]["controls"].items() if n in CONTROLS]
+    return f"""# {row.name}
+
+{row.title}: a {row.task}, trained on the synthetic dataset (`python dummy_data.py`) with `main.py {as_flags(config)}`,
+seed {config.seed}, {config.epochs} epochs. It knows coloured circles and squares that move, and nothing else.
+
+    python inference.py {as_flags(config)} --video_dir ./frames_see/
+
+Holds the {parameters:,} trained parameters in {kind}; the other tensors are those of [backbones](../../../backbones).
+
+On the dataset's test videos, this checkpoint: {show_all(scores)}.
+
+The same model where it should fail: {"; ".join(controls)}.
+
+Licence: Apache-2.0.
+"""
+
+
+def show_all(scores: dict[str, float]) -> str:
+    """Shares in percent, Bleu and CIDEr as they are."""
+    whole = ("CIDEr", "Bleu_4")
+    return ", ".join(f"{n} {v:.3f}" if n in whole else f"{n} {100 * v:.1f} %" for n, v in scores.items())
+
+
+def rescored(run_dir: Path) -> dict[str, float]:
+    """The scores of a checkpoint on test, rounded as the card prints them."""
+    import train_code
+    from checkpoint import load_run
+    from VLoader import read_splits
+
+    model, config, _ = load_run(run_dir, Config(num_workers=0))
+    splits = replace(read_splits(Path(config.data_dir)), train=[], val=[])
+    accelerator = train_code.build_accelerator(config)
+    loader = train_code.build_loaders(model, config, splits)["test"]
+    scores, _ = train_code.final_scores(model, loader, accelerator, config, "test")
+    names = ("accuracy", "macro_f1", "CIDEr", "Bleu_4")
+    kept = {name: round(scores[name], 4) for name in names if name in scores}
+    return kept | {n: round(v, 4) for n, v in scores.get("attributes", {}).items() if n != "intervals"}
+
+
+# -- the script -------------------------------------------------------------------------------------
+
+
+def body(argv: list[str] | None) -> None:
+    parser = argparse.ArgumentParser(prog="make_report.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each row")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only the rows whose names match; none: only write")
+    parser.add_argument("--data_dir", type=Path, default=Path("synthetic_dataset"), help="drawn by dummy_data.py if it is not there")  # fmt: skip
+    parser.add_argument("--runs", type=Path, default=EXPERIMENTS / "runs", help="folder of the runs")
+    parser.add_argument("--output", type=Path, default=ROOT, help="where report.pdf and RESULTS.md go")
+    parser.add_argument("--provide", action="store_true", help="also write checkpoints/provided/ from the runs of seed 0")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, not {args.seeds}")
+    if not args.data_dir.is_dir():
+        import dummy_data
+
+        dummy_data.main(["--output", str(args.data_dir)])
+    train_missing(read_grid(args.runs, args.seeds, args.only), args.data_dir)
+    rows = read_grid(args.runs, args.seeds, "")
+    data = collect(rows, args.seeds, args.data_dir)
+    pictures = args.runs / "report"
+    data["pictures"] = draw(rows, args.data_dir, pictures)
+    write_results(data, args.output)
+    compile_pdf(data, pictures, args.output)
+    print(f"{data['runs']} runs; wrote {args.output / 'report.pdf'} and {args.output / 'RESULTS.md'}")
+    if args.provide:
+        from checkpoint import PROVIDED
+
+        ready = [row for row in rows if row.dirs[0] in row.finished()]
+        size = sum(provide(row, PROVIDED) for row in ready)
+        print(f"{len(ready)} checkpoints, {size / 1e6:.1f} MB in {PROVIDED}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script(body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
