@@ -2,6 +2,8 @@
 # make test      installs into .venv, then lints and tests in minutes
 # make test-all  the longer tests too
 # make check     lint and types only
+# make report    trains what is missing of experiments/, writes report.pdf and RESULTS.md
+# make provided  the same, then checkpoints/provided/ anew
 #
 # PIP_ARGS reaches pip: see README.md for a CPU build of torch.
 
@@ -12,7 +14,7 @@ DEMO := demo
 # one thread in each of the two test processes: more only get in each other's way
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check report provided clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "error: vidtune needs Python 3.11 or newer, this is %d.%d" % v)'
@@ -24,6 +26,10 @@ $(VENV)/installed: requirements.txt $(VENV)/bin/python
 
 $(VENV)/installed-dev: requirements-dev.txt requirements-extra.txt $(VENV)/installed
 	$(PY) -m pip install -q $(PIP_ARGS) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/installed-extra: requirements-extra.txt $(VENV)/installed
+	$(PY) -m pip install -q $(PIP_ARGS) -r requirements-extra.txt
 	@touch $@
 
 demo: $(VENV)/installed
@@ -49,6 +55,12 @@ test-all: $(VENV)/installed-dev
 check: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ty check .
+
+report: $(VENV)/installed-extra
+	$(PY) make_report.py
+
+provided: $(VENV)/installed-extra
+	$(PY) make_report.py --provide
 
 clean:
 	rm -rf $(VENV) $(DEMO)

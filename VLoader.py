@@ -413,24 +413,26 @@ class Splits:
     unreadable: tuple[str, ...] = ()  # what was wrong with the videos that were left out
 
 
-def read_splits(data_dir: Path) -> Splits:
+def read_splits(data_dir: Path, class_names: list[str] | None = None) -> Splits:
     """train, val and test of a data folder. Without val/, a tenth of train is held out, of each class.
 
-    Which ones depends on the names alone (hashed), not on the machine, the seed or the order of files.
+    Which ones depends on the names alone (hashed), not on the machine, the seed or the order of files. The classes
+    are those of train/; where `class_names` are given they are these, and train/ may be lacking.
     Raises UserError if there is no train/.
     """
     if not data_dir.is_dir():
         hint = "; python dummy_data.py draws one" if data_dir.name == "synthetic_dataset" else ""
         raise UserError(f"no data folder {data_dir}{hint}")
-    if not (data_dir / "train").is_dir():
-        raise UserError(f"{data_dir} has no folder train/ (expected {data_dir}/train/<class>/<video>)")
     splits = {name: read_folder(data_dir / name) for name in ("train", "val", "test") if (data_dir / name).is_dir()}
+    if "train" not in splits and (class_names is None or not splits):
+        raise UserError(f"{data_dir} has no folder train/ (expected {data_dir}/train/<class>/<video>)")
     note = ""
-    if "val" not in splits:
+    if "train" in splits and "val" not in splits:
         splits["train"], splits["val"] = hold_out(splits["train"], data_dir / "train")
         note = f"no val/: {len(splits['val'])} of the training videos are held out for it, always the same"
-    class_names = sorted({s.label for s in splits["train"] if s.label is not None}, key=natural_key)
-    return Splits(splits["train"], splits["val"], splits.get("test", []), class_names, note)
+    if class_names is None:
+        class_names = sorted({s.label for s in splits["train"] if s.label is not None}, key=natural_key)
+    return Splits(splits.get("train", []), splits.get("val", []), splits.get("test", []), class_names, note)
 
 
 def fingerprint_data(splits: Splits, data_dir: Path) -> str:
@@ -482,7 +484,7 @@ def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
         else:
             bad = [s for s in samples if s.label not in splits.class_names]
             what = (
-                f"a class that train does not have ({bad[0].label})"
+                f"a class that is not one of the training's ({bad[0].label})"
                 if bad and bad[0].label
                 else "no class: no folder, no label"
             )

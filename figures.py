@@ -142,18 +142,22 @@ def plot_confusion(classes: dict[str, Any], display: dict[str, str], path: Path)
     return save(figure, path)
 
 
-def plot_bars(values: dict[str, tuple[float, list[float]]], title: str, path: Path) -> Path:
-    """Shares with their intervals, one bar each."""
+def plot_bars(values: dict[str, tuple[float, list[float]]], title: str, path: Path, zoom: bool = False) -> Path:
+    """Shares with their intervals: a bar each, or with `zoom` a point each on an axis that begins below the least."""
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6.5, 1.2 + 0.28 * len(values)), layout="constrained")
-    shares = [v for v, _ in values.values()]
-    errors = [
-        [max(0.0, v - low) for v, (low, _) in values.values()],
-        [max(0.0, high - v) for v, (_, high) in values.values()],
-    ]
-    axis.barh([*values], shares, xerr=errors, color=COLOUR, ecolor=SECOND, capsize=3, height=0.7)
+    figure, axis = plt.subplots(figsize=(6.5, 1.0 + 0.26 * len(values)), layout="constrained")
+    shares, spans = [v for v, _ in values.values()], [span for _, span in values.values()]
+    errors = [[max(0.0, v - low) for v, (low, _) in zip(shares, spans, strict=True)],
+              [max(0.0, high - v) for v, (_, high) in zip(shares, spans, strict=True)]]  # fmt: skip
+    if zoom:
+        axis.errorbar(shares, [*values], xerr=errors, fmt="o", ms=4, color=COLOUR, ecolor=SECOND, capsize=3)
+        axis.set_xlim(max(0.0, min(low for low, _ in spans) - 0.02), 1.005)
+        axis.grid(axis="y", color="0.9")
+    else:
+        axis.barh([*values], shares, xerr=errors, color=COLOUR, ecolor=SECOND, capsize=3, height=0.7)
+        axis.set_xlim(0, 1.02)
     axis.invert_yaxis()
-    axis.set(xlim=(0, 1.02), xlabel=title)
+    axis.set_title(title, fontsize=9)
     axis.tick_params(axis="y", labelsize=8)
     return save(figure, path)
 

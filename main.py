@@ -216,12 +216,12 @@ def evaluate_run(given: Config, typed: set[str]) -> int:
         raise UserError(f"{PROVIDED} is never written; copy {run_dir} to another place and evaluate that")
     model, _, metadata = load_run(run_dir, given, typed)
     display = metadata["display_names"]
-    config = replace(saved, **{name: getattr(given, name) for name in typed & EVALUATION})
+    config = replace(saved, **{name: getattr(given, name) for name in (typed & EVALUATION) | {"controls"}})
     data_dir = Path(config.data_dir)
-    splits = read_splits(data_dir)
+    splits = read_splits(data_dir, metadata["class_names"])
     check_samples(splits, config.captioning, config.use_text)
-    if not config.captioning and splits.class_names != metadata["class_names"]:
-        raise UserError(f"the classes in {data_dir} are not those that {run_dir} was trained on")
+    if config.controls and not splits.train:
+        raise UserError(f"--controls True looks at training videos too, and {data_dir} has no train/")
     folder = run_dir
     if data_dir.resolve() != Path(saved.data_dir).resolve():
         folder = run_dir / f"evaluation_{data_dir.resolve().name}"

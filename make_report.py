@@ -229,6 +229,7 @@ def collect(rows: list[Row], seeds: int, data_dir: Path) -> dict[str, Any]:
         "sizes": {name: str(len(getattr(splits, name))) for name in ("train", "val", "test")},
         "classes": str(len(splits.class_names)),
         "epochs": str(Config().epochs),
+        "level": "95 %",
         "tables": {
             "labels": [result_cells(row, scores[row.name]) for row in labels],
             "captions": [result_cells(row, scores[row.name]) for row in captions],
@@ -304,8 +305,8 @@ def draw(rows: list[Row], data_dir: Path, folder: Path) -> dict[str, str]:
         chosen = [r for r in rows if r.config.captioning == captioning and scores[r.name]]
         bars = {r.title: (scores[r.name][score]["mean"], scores[r.name][score]["interval"]) for r in chosen}
         if bars:
-            title = f"{score}, share of test videos; mean of the seeds, 95 % intervals"
-            drawn[key] = plot_bars(bars, title, folder / f"{key}.png").name
+            title = f"{score.replace('+', ', ')}: share of the test videos"
+            drawn[key] = plot_bars(bars, title, folder / f"{key}.png", zoom=True).name
         worst = min(chosen, key=lambda r: scores[r.name][score]["mean"], default=None)
         if worst:
             drawn[f"{key}_shown"] = worst.title

@@ -596,7 +596,7 @@ def tensorboard_row(row: dict[str, Any], folder: Path) -> None:
     """The numbers of a finished epoch, for TensorBoard, over optimizer steps."""
     from tensorboardX import SummaryWriter
 
-    with SummaryWriter(str(folder)) as writer:
+    with SummaryWriter(str(folder), filename_suffix=f".epoch{row['epoch']}") as writer:
         for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "clips_per_second"):
             if name in row:
                 writer.add_scalar(name, row[name], row["step"])

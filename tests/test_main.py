@@ -293,7 +293,7 @@ def test_a_moved_backbone_can_be_named_again(dataset, frames, tmp_path, capsys):
 
 @pytest.mark.parametrize("case, message", [
     ("no folder", "no data folder"), ("no train", "has no folder train/"), ("empty", "no videos in"), ("one class", "two classes or more"),
-    ("no captions", "have no caption"), ("new class in test", "a class that train does not have"), ("no texts", "no video of train has a text"),
+    ("no captions", "have no caption"), ("new class in test", "a class that is not one of the training's"), ("no texts", "no video of train has a text"),
 ])  # fmt: skip
 def test_data_that_cannot_be_trained_on_is_refused(tmp_path, capsys, case, message):
     data, flags = tmp_path / "data", []

@@ -1,0 +1,266 @@
+"""Controls against the same thing done by hand; --evaluate against the training that wrote the run."""
+
+import json
+import shutil
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import controls
+import main
+import metrics
+from build_model import build_model
+from checkpoint import load_run, read_rows
+from config import ROOT, Config
+from train_code import build_accelerator, build_loaders
+from VLoader import Sample, read_splits
+
+FLAGS = ["--epochs", "2", "--num_workers", "0", "--freeze_visionbackbone", "True", "--controls", "True"]
+JOBS = {
+    "classifier": [],
+    "text": ["--use_vlm", "True", "--use_text", "True", "--freeze_llmbackbone", "True"],
+    "captioner": ["--use_vlm", "True", "--captioning", "True", "--vision_model", "videomae", "--max_new_tokens", "12"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(dataset, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("controls")
+    for name, flags in JOBS.items():
+        argv = ["--data_dir", str(dataset), "--output_dir", str(folder), "--run_name", name, *FLAGS, *flags]
+        assert main.main(argv) == 0
+    return {name: folder / name for name in JOBS}
+
+
+def read(run: Path) -> dict:
+    return json.loads((run / "metrics.json").read_text())
+
+
+def accuracy_by_hand(run: Path, dataset: Path, change) -> float:
+    """One clip at a time, `change` applied to the clip that the loader reads."""
+    model, config, metadata = load_run(run)
+    splits = read_splits(dataset)
+    data = build_loaders(model, config, splits)["test"].dataset
+    right = 0
+    for place, sample in enumerate(splits.test):
+        item = data[(0, place)]
+        batch = model.collator()([item | {"pixel_values": change(item["pixel_values"])}])
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
+        with torch.no_grad():
+            right += metadata["class_names"][int(model.scores(**inputs).argmax())] == sample.label
+    return right / len(splits.test)
+
+
+@pytest.mark.parametrize("job", ["classifier", "text"])
+def test_controls_are_the_accuracies_on_changed_clips(runs, dataset, job):
+    table = read(runs[job])["controls"]
+    by_hand = {
+        "as_it_is": lambda clip: clip,
+        "one_frame": lambda clip: clip[4:5].repeat(8, 1, 1, 1),
+        "reversed": lambda clip: torch.stack(list(clip)[::-1]),
+        "blank_video": lambda clip: torch.zeros_like(clip) + round_mean(runs[job]),
+    }
+    for name, change in by_hand.items():
+        assert table[name]["accuracy"] == pytest.approx(accuracy_by_hand(runs[job], dataset, change)), name
+    assert table["majority"]["accuracy"] == pytest.approx(1 / 3)
+    assert ("text_shuffled" in table) == (job == "text")
+
+
+def round_mean(run: Path) -> torch.Tensor:
+    model, _, _ = load_run(run)
+    mean = torch.tensor(model.vision_encoder.preprocessing.mean)
+    return (mean * 255).round().to(torch.uint8)[:, None, None]
+
+
+def test_a_blank_clip_is_zero_behind_the_normalisation(runs):
+    model, _, _ = load_run(runs["classifier"])
+    preprocessing = model.vision_encoder.preprocessing
+    clip = torch.randint(0, 256, (1, 8, 3, 64, 64), dtype=torch.uint8)
+    normalised = preprocessing.normalise(controls.blank(preprocessing)(clip, None))
+    assert normalised.abs().max() < 0.5 / 255 / min(preprocessing.std) + 1e-6
+
+
+def test_shuffled_frames_are_the_same_frames_in_an_order_of_their_own(runs):
+    clips = torch.arange(3 * 8).view(3, 8, 1, 1, 1).expand(3, 8, 3, 4, 4)
+    index = torch.tensor([5, 6, 7])
+    shuffled = controls.shuffled_frames(clips, index)
+    orders = [tuple((row[:, 0, 0, 0] - row[:, 0, 0, 0].min()).tolist()) for row in shuffled]
+    assert all(sorted(order) == list(range(8)) for order in orders) and len({*orders, tuple(range(8))}) == 4
+    assert torch.equal(shuffled[1:2], controls.shuffled_frames(clips[1:2], index[1:2]))  # whatever the batch
+
+
+def test_every_clip_gets_the_text_of_another():
+    samples = [Sample(Path(f"{i}.pt"), text=f"text {i}") for i in range(7)]
+    given = controls.with_texts_of_others(samples)
+    assert sorted(s.text for s in given) == sorted(s.text for s in samples)
+    assert all(a.text != b.text and a.path == b.path for a, b in zip(given, samples, strict=True))
+
+
+@pytest.mark.parametrize("job", ["classifier", "captioner"])
+def test_the_nearest_neighbour_is_the_nearest(runs, dataset, tmp_path, job):
+    """By cosine of the pretrained backbone's pooled tokens about the training mean, in float64; the cache's are fp16."""
+    _, config, _ = load_run(runs[job])
+    splits, config = read_splits(dataset), replace(config, cache_dir=str(tmp_path))
+    found = controls.nearest(splits, splits.test, config, build_accelerator(config))
+    plain = build_model(Config(vision_model=config.vision_model, freeze_visionbackbone=True), 3).eval()
+
+    def pooled(samples: list[Sample]) -> np.ndarray:
+        only = replace(splits, train=[], val=[], test=samples)
+        data = build_loaders(plain, config, only)["test"].dataset
+        clips = torch.stack([data[(0, i)]["pixel_values"] for i in range(len(samples))])
+        with torch.no_grad():
+            encoder = plain.vision_encoder
+            return encoder.pooled(encoder.tokens(clips)).double().numpy()
+
+    known, asked = pooled(splits.train), pooled(splits.test)
+    known, asked = known - known.mean(0), asked - known.mean(0)
+    cosine = (asked @ known.T) / np.linalg.norm(asked, axis=1)[:, None] / np.linalg.norm(known, axis=1)
+    assert np.allclose(cosine[range(6), found], cosine.max(1), atol=1e-3)
+
+
+def test_the_line_says_what_motion_and_text_are_worth():
+    table = {
+        "split": "test", "as_it_is": {"accuracy": 0.9}, "majority": {"accuracy": 0.1}, "nearest_neighbour": {"accuracy": 0.5},
+        "one_frame": {"accuracy": 0.3}, "shuffled": {"accuracy": 0.5}, "reversed": {"accuracy": 0.2},
+        "blank_video": {"accuracy": 0.15}, "text_shuffled": {"accuracy": 0.85},
+    }  # fmt: skip
+    line = controls.control_line(table)
+    assert "one frame repeated costs 60.0, frames shuffled 40.0, reversed 70.0 points" in line
+    assert "text: shuffled costs 5.0, alone it gives 15.0 %" in line
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_an_occlusion_map_is_what_covering_costs(runs, dataset, job):
+    model, config, _ = load_run(runs[job])
+    loader = build_loaders(model, config, read_splits(dataset))["test"]
+    rows = read_rows(runs[job] / "predictions_test.jsonl")
+    clip, fall, answer = controls.occlusion_maps(model, loader, rows, build_accelerator(config))[0]
+    place = next(i for i, row in enumerate(rows) if answer in (row.get("caption"), row.get("label")))
+    item = loader.dataset[(0, place)]
+    assert torch.equal(clip, item["pixel_values"])
+    item |= {"caption": answer} if job == "captioner" else {"label": loader.dataset.class_index[answer]}
+    covered = clip.clone()
+    covered[2:4, :, 21:32, 53:64] = controls.blank(model.vision_encoder.preprocessing)(clip, None)[2:4, :, 21:32, 53:64]
+    with torch.no_grad():
+        before, after = (score_by_hand(model, item | {"pixel_values": c}) for c in (clip, covered))
+    assert fall[1, 2, 5] == pytest.approx(before - after, abs=2e-3)
+
+
+def score_by_hand(model, item: dict) -> float:
+    batch = model.collator()([item])
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
+    logits = model(**inputs)[0].double()
+    if logits.ndim == 1:
+        others = torch.cat([logits[: item["label"]], logits[item["label"] + 1 :]])
+        return float(logits[item["label"]] - others.logsumexp(0))
+    ids = batch["input_ids"][0, 1:]
+    return float(logits.log_softmax(-1)[range(len(ids)), ids].sum())
+
+
+def test_cells_cover_every_pixel_once():
+    clip = torch.zeros(5, 3, 30, 40, dtype=torch.uint8)
+    counts = sum(c.int() for c in controls.occluded(clip, lambda pixels, index: torch.ones_like(pixels)))
+    assert (counts == 1).all()
+
+
+# -- --evaluate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_evaluating_gives_the_scores_of_the_training(runs, tmp_path, job):
+    copy = Path(shutil.copytree(runs[job], tmp_path / job))
+    before = read(copy)
+    for name in ("metrics.json", "predictions_test.jsonl"):
+        (copy / name).unlink()
+    (copy / "metrics.json").write_text(json.dumps(before | {"test": {}, "controls": {}}))
+    assert main.main(["--evaluate", str(copy), "--controls", "True", "--num_workers", "0"]) == 0
+    assert read(copy) == before
+    assert read_rows(copy / "predictions_test.jsonl") == read_rows(runs[job] / "predictions_test.jsonl")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_predictions_give_the_same_scores_again(runs, capsys, job):
+    assert metrics.main(["--predictions", str(runs[job] / "predictions_test.jsonl")]) == 0
+    found, scores = json.loads(capsys.readouterr().out), read(runs[job])["test"]
+    names = set(found["intervals"])
+    assert names == set(scores["intervals"]) and len(names) >= 5
+    for name in names - {"calibration_error"}:  # probabilities are written with four digits
+        assert found[name] == pytest.approx(scores[name]) and found["intervals"][name] == pytest.approx(scores["intervals"][name])  # fmt: skip
+
+
+def test_pictures_are_drawn(runs):
+    drawn = {job: {p.name for p in runs[job].glob("*.png") if p.stat().st_size > 3000} - {"curves.png"} for job in JOBS}
+    assert drawn["text"] == drawn["classifier"] == {"confusion.png", "classes.png", "reliability.png", "worst.png", "occlusion.png"}  # fmt: skip
+    assert drawn["captioner"] == {"captions.png", "attributes.png", "occlusion.png"}
+
+
+def test_other_videos_are_scored_beside_the_run(runs, dataset, tmp_path):
+    copy = Path(shutil.copytree(runs["classifier"], tmp_path / "run"))
+    before = (copy / "metrics.json").read_bytes()
+    other = Path(shutil.copytree(dataset, tmp_path / "other"))
+    shutil.rmtree(other / "test" / "class_0")
+    (other / "test" / "metadata.jsonl").unlink()
+    shutil.rmtree(other / "train")
+    assert main.main(["--evaluate", str(copy), "--data_dir", str(other), "--num_workers", "0"]) == 0
+    assert (copy / "metrics.json").read_bytes() == before
+    scored = json.loads((copy / "evaluation_other" / "metrics.json").read_text())
+    assert "val" not in scored
+    assert scored["test"]["count"] == 4 and scored["test"]["classes"]["class_0"] == {"count": 0, "recall": None, "predicted": {}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", "3"], "--epochs says nothing to --evaluate"),
+        (["--vision_model", "videomae"], "was trained with other flags"),
+        (["--data_dir", "absent"], "absent"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_use(runs, capsys, flags, message):
+    assert main.main(["--evaluate", str(runs["classifier"]), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_refuses_other_classes_and_no_run(runs, dataset, tmp_path, capsys):
+    other = Path(shutil.copytree(dataset, tmp_path / "other"))
+    (other / "test" / "metadata.jsonl").unlink()
+    (other / "test" / "class_0").rename(other / "test" / "class_9")
+    assert main.main(["--evaluate", str(runs["classifier"]), "--data_dir", str(other)]) == 2
+    assert "a class that is not one of the training's (class_9)" in capsys.readouterr().err
+    assert main.main(["--evaluate", str(tmp_path)]) == 2
+    assert "is no run of this program" in capsys.readouterr().err
+    provided = sorted((ROOT / "checkpoints" / "provided").glob("*/metadata.json"))
+    if provided:
+        assert main.main(["--evaluate", str(provided[0].parent), "--data_dir", str(dataset)]) == 2
+        assert "never written" in capsys.readouterr().err
+
+
+def test_tensorboard_gets_the_log(dataset, tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    argv = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--run_name", "r", *FLAGS[:-2]]
+    assert main.main([*argv, "--tensorboard", "True"]) == 0
+    found: dict[tuple[str, int], float] = {}
+    for file in (tmp_path / "r" / "tensorboard").iterdir():
+        data = file.read_bytes()
+        while data:  # records of the TFRecord format: length, its checksum, bytes, their checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            data = data[16 + length :]
+    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    for row in log:
+        for name in ("train_loss", "val_loss", "val_accuracy"):
+            assert found[name, row["step"]] == pytest.approx(row[name], rel=1e-6)
+
+
+def test_tensorboard_without_its_package_is_one_line(monkeypatch, capsys):
+    import config
+
+    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
+    assert main.main(["--tensorboard", "True"]) == 2
+    assert "needs tensorboardX" in capsys.readouterr().err
