@@ -273,12 +273,10 @@ def findings(rows: list[Row], scores: dict[str, dict]) -> dict[str, str]:
 
 
 def machine(rows: list[Row]) -> str:
-    import os
-
     import torch
 
-    where = "an NVIDIA GPU" if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return f"{where}, torch {torch.__version__.split('+')[0]}"
+    devices = sorted({m["device"] for row in rows for m in row.results()})
+    return f"{' and '.join(devices) or NOT_RUN}, torch {torch.__version__.split('+')[0]}"
 
 
 # -- pictures -----------------------------------------------------------------------------------------
@@ -385,7 +383,7 @@ def compile_pdf(data: dict[str, Any], folder: Path, output: Path) -> None:
 # -- the provided checkpoints ---------------------------------------------------------------------------
 
 
-def provide(row: Row, folder: Path) -> int:
+def provide(row: Row, folder: Path, data_dir: Path) -> int:
     """Writes a row's first run as a provided checkpoint, in bf16 where that changes no score; returns its bytes."""
     import torch
     from safetensors.torch import save_file
@@ -405,7 +403,7 @@ def provide(row: Row, folder: Path) -> int:
     write_json(metadata, target / METADATA)
     tensors, header = read_tensors(run_dir / WEIGHTS)
     save_file({name: t.to(torch.bfloat16) for name, t in tensors.items()}, str(target / WEIGHTS), metadata=header)
-    before, scores, kind = rescored(run_dir), rescored(target), "bfloat16"
+    before, scores, kind = rescored(run_dir, data_dir), rescored(target, data_dir), "bfloat16"
     if before != scores:
         scores, kind = before, "float32"
         save_file(tensors, str(target / WEIGHTS), metadata=header)
@@ -438,14 +436,14 @@ def show_all(scores: dict[str, float]) -> str:
     return ", ".join(f"{n} {v:.3f}" if n in whole else f"{n} {100 * v:.1f} %" for n, v in scores.items())
 
 
-def rescored(run_dir: Path) -> dict[str, float]:
+def rescored(run_dir: Path, data_dir: Path) -> dict[str, float]:
     """The scores of a checkpoint on test, rounded as the card prints them."""
     import train_code
     from checkpoint import load_run
     from VLoader import read_splits
 
     model, config, _ = load_run(run_dir, Config(num_workers=0))
-    splits = replace(read_splits(Path(config.data_dir)), train=[], val=[])
+    splits = replace(read_splits(data_dir), train=[], val=[])
     accelerator = train_code.build_accelerator(config)
     loader = train_code.build_loaders(model, config, splits)["test"]
     scores, _ = train_code.final_scores(model, loader, accelerator, config, "test")
@@ -485,7 +483,7 @@ def body(argv: list[str] | None) -> None:
         from checkpoint import PROVIDED
 
         ready = [row for row in rows if row.dirs[0] in row.finished()]
-        size = sum(provide(row, PROVIDED) for row in ready)
+        size = sum(provide(row, PROVIDED, args.data_dir) for row in ready)
         print(f"{len(ready)} checkpoints, {size / 1e6:.1f} MB in {PROVIDED}")
 
 

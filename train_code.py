@@ -526,11 +526,19 @@ def train(
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     log = engine.progress.log
     metrics["peak_mb"] = peak_memory(accelerator)
+    metrics["device"] = device_name(accelerator)
     metrics["seconds_per_epoch"] = round(sum(row["seconds"] for row in log) / len(log), 2)
     if accelerator.is_main_process:
         write_json(metrics, run_dir / "metrics.json")
         shutil.rmtree(run_dir / "state")  # a finished run has nothing to resume
     return metrics | {"log": log}
+
+
+def device_name(accelerator: Any) -> str:
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{threads} {accelerator.device.type} thread{'s' if threads > 1 else ''}"
 
 
 def peak_memory(accelerator: Any) -> float | None:

@@ -1,0 +1,168 @@
+"""The study on two small rows: trained once, every number from the runs, nothing invented for those not run."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import dummy_data
+import inference
+import make_report
+from checkpoint import PROVIDED, load_run, read_run
+from config import ROOT, as_flags, read_yaml, run_name
+
+ROWS = ("timesformer_fvbb", "videomae_gpt2_caption_fvbb_fllm")
+RUNS = sorted(PROVIDED.glob("*/metadata.json"))
+
+
+@pytest.fixture(scope="module")
+def study(dataset, tmp_path_factory) -> Path:
+    """A folder with runs/ of one seed of both rows, report.pdf, RESULTS.md and a README."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "README.md").write_text("a\n<!-- results -->\nold\n<!-- end of results -->\nz\n")
+    assert make_report.main([*flags_of(folder, dataset), "--only", f"^({'|'.join(ROWS)})$"]) == 0
+    return folder
+
+
+def flags_of(folder: Path, dataset: Path) -> list[str]:
+    return ["--seeds", "1", "--data_dir", str(dataset), "--runs", str(folder / "runs"), "--output", str(folder)]
+
+
+def cells(text: str, title: str) -> list[list[str]]:
+    return [[c.strip() for c in line.strip("| ").split(" | ")] for line in text.split("\n") if line.startswith(f"| {title} |")]  # fmt: skip
+
+
+def test_the_tables_hold_the_runs_numbers(study):
+    text = (study / "RESULTS.md").read_text()
+    scores = json.loads((study / "runs" / f"{ROWS[0]}_seed0" / "metrics.json").read_text())
+    result, controls, cost = cells(text, "TimeSformer frozen")
+    low, high = scores["test"]["intervals"]["accuracy"]
+    assert result[2] == f"{100 * scores['test']['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    assert result[5] == f"{100 * scores['test']['macro_f1']:.1f}"
+    assert controls[1:3] == [f"{100 * scores['controls'][n]['accuracy']:.1f}" for n in ("as_it_is", "majority")]
+    assert cost[1] == "387" and float(cost[5]) == pytest.approx(scores["peak_mb"], abs=0.5)
+    scores = json.loads((study / "runs" / f"{ROWS[1]}_seed0" / "metrics.json").read_text())
+    result, controls, _ = cells(text, "VideoMAE + GPT-2 frozen")
+    assert result[2].startswith(f"{scores['test']['CIDEr']:.2f} [")
+    assert controls[1] == f"{100 * scores['controls']['as_it_is']['motion']:.1f}"
+
+
+def test_what_was_not_run_says_so(study):
+    text = (study / "RESULTS.md").read_text()
+    for row in cells(text, "VideoMAE LoRA"):
+        assert set(row[-5:]) == {"not run"}
+    assert text.count("0 of 1") == 22 and text.count("1 of 1") == 2
+
+
+def test_the_readme_shows_the_results_and_keeps_the_rest(study):
+    text, readme = (study / "RESULTS.md").read_text(), (study / "README.md").read_text()
+    assert readme == f"a\n<!-- results -->\n{text.removeprefix('# Results' + chr(10) * 2)}<!-- end of results -->\nz\n"
+
+
+def test_a_pdf_is_written(study):
+    assert (study / "report.pdf").read_bytes().startswith(b"%PDF-")
+
+
+def test_finished_runs_are_not_trained_again_and_unfinished_ones_are(study, dataset, capsys):
+    capsys.readouterr()
+    metrics_file = study / "runs" / f"{ROWS[0]}_seed0" / "metrics.json"
+    before = json.loads(metrics_file.read_text())
+    metrics_file.write_text(json.dumps({k: v for k, v in before.items() if k != "controls"}))  # killed before these
+    assert make_report.main([*flags_of(study, dataset), "--only", f"^({'|'.join(ROWS)})$"]) == 0
+    assert "1/1 timesformer_fvbb_seed0" in capsys.readouterr().out
+    assert json.loads(metrics_file.read_text()) == before
+    assert make_report.main([*flags_of(study, dataset), "--only", f"^({'|'.join(ROWS)})$"]) == 0
+    assert "1/1" not in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_named(study, tmp_path, capsys):
+    assert make_report.main([*flags_of(tmp_path, tmp_path), "--only", "^timesformer_fvbb$"]) == 2
+    assert "timesformer_fvbb_seed0 failed: error:" in capsys.readouterr().err
+
+
+def test_the_mean_of_seeds_and_its_interval(study, tmp_path):
+    """Two seeds with the same predictions have the interval of one; the mean of two others lies between."""
+    runs = Path(shutil.copytree(study / "runs", tmp_path / "runs"))
+    shutil.copytree(runs / f"{ROWS[0]}_seed0", runs / f"{ROWS[0]}_seed1")
+    file = ROOT / "experiments" / f"{ROWS[0]}.yaml"
+    one, two = (make_report.row_scores(make_report.Row(file, runs, seeds))["accuracy"] for seeds in (1, 2))
+    assert one == two
+    other = runs / f"{ROWS[0]}_seed1" / "predictions_test.jsonl"
+    rows = [json.loads(line) for line in other.read_text().splitlines()]
+    other.write_text("".join(json.dumps(r | {"truth": "none of them"}) + "\n" for r in rows))
+    mixed = make_report.row_scores(make_report.Row(file, runs, 2))["accuracy"]
+    assert mixed["mean"] == pytest.approx(one["mean"] / 2) and mixed["range"] == [0, one["mean"]]
+
+
+def test_a_provided_checkpoint_answers_as_its_run(study, dataset, tmp_path):
+    for name in ROWS:
+        row = make_report.Row(ROOT / "experiments" / f"{name}.yaml", study / "runs", 1)
+        size = make_report.provide(row, tmp_path, dataset)
+        target = tmp_path / name
+        assert size < 1e6 and "Holds the" in (target / "CARD.md").read_text()
+        config, _ = read_run(target)
+        assert (config.run_name, config.output_dir, config.data_dir) == (None, "checkpoints", "synthetic_dataset")
+        assert not re.search(r"\"/|: /", (target / "metadata.json").read_text() + (target / "config.yaml").read_text())
+        mine, _, _ = load_run(target)
+        theirs, _, _ = load_run(row.dirs[0])
+        for (n, a), (_, b) in zip(mine.named_parameters(), theirs.named_parameters(), strict=True):
+            assert (a - b).abs().max() <= 2**-8 * b.abs().max(), n
+
+
+# -- what the repository holds ------------------------------------------------------------------------
+
+
+def test_the_template_holds_no_results():
+    """Every digit of the template is a length, a number of columns or part of a model's name."""
+    text = re.sub(r"//.*", "", (ROOT / "experiments" / "report.typ").read_text())
+    text = re.sub(r"[\d.]+(pt|cm|fr|%)", "", text)
+    text = re.sub(
+        r"GPT-2|a4|luma\(\d+\)|columns: \d|numbering: \"1\"|head\.len\(\) - 1|== 0|Bleu-4|report_?\d", "", text
+    )
+    text = re.sub(r"\bf\.\w+_\d|--seed 0", "", text)
+    assert not re.findall(r".*\d.*", text)
+
+
+def test_the_grid_is_the_promised_one():
+    rows = make_report.read_grid(ROOT / "nowhere", 3, "")
+    assert len(rows) == 24 and all(row.name == row.file.stem for row in rows)
+    assert all(len(read_yaml(row.file)) <= 6 for row in rows)
+    assert [sum(row.task == task for row in rows) for task in make_report.TASKS] == [6, 12, 6]
+    assert all(row.config.freeze_visionbackbone for row in rows if row.config.use_vlm)
+    assert len({row.title for row in rows}) == 24
+
+
+def test_results_are_shown_in_the_readme():
+    shown = re.search(r"<!-- results -->\n(.*?)<!-- end of results -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert (ROOT / "RESULTS.md").read_text() == "# Results\n\n" + shown[1]
+    assert "not run" not in shown[1]
+
+
+def test_every_row_has_a_small_provided_checkpoint():
+    provided = [path.parent for path in RUNS]
+    assert {p.name for p in provided} == {f.stem for f in (ROOT / "experiments").glob("*.yaml")}
+    assert sum(f.stat().st_size for f in PROVIDED.rglob("*") if f.is_file()) <= 25e6
+    for path in provided:
+        config, _ = read_run(path)
+        assert run_name(config) == path.name and (path / "CARD.md").is_file()
+
+
+@pytest.mark.parametrize("run", [path.parent.name for path in RUNS])
+def test_a_provided_checkpoint_answers_at_once(run, dataset, tmp_path, monkeypatch, capsys):
+    """By the flags of its README command, where nothing was trained."""
+    monkeypatch.chdir(tmp_path)
+    config, _ = read_run(PROVIDED / run)
+    answers = tmp_path / "answers.jsonl"
+    text = ["--text_input", "a note says: it goes sideways"] if config.use_text and not config.captioning else []
+    argv = ["--video_dir", str(dataset / "test"), "--output", str(answers), "--num_workers", "0", *text]
+    assert inference.main([*as_flags(config).split(), *argv]) == 0
+    assert "using the provided checkpoint" in capsys.readouterr().out
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert len(rows) == 6
+    if config.captioning:
+        truth = [dummy_data.CLASSES[int(Path(row["file"]).parent.name[-1])][1] for row in rows]
+        assert [dummy_data.attributes(row["caption"])["motion"] for row in rows] == truth
+    else:
+        assert sum(row["label"] == Path(row["file"]).parent.name for row in rows) >= 5
