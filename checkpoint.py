@@ -247,6 +247,7 @@ def resumable_run(config: Config, typed: Set[str]) -> tuple[Path, Config]:
         raise UserError(f"{run_dir} is finished: nothing to resume; --overwrite True trains it anew")
     free = {
         "cache_dir",
+        "controls",
         "data_dir",
         "device",
         "num_workers",
@@ -255,6 +256,7 @@ def resumable_run(config: Config, typed: Set[str]) -> tuple[Path, Config]:
         "resume",
         "run_name",
         "save_every",
+        "tensorboard",
     }
     wrong = [
         f"--{name} {getattr(config, name)} (it has {getattr(saved, name)})"

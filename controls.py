@@ -218,6 +218,7 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
         table[name] = scores(Changed(loader, change), name)
     loader.close()
     if model.text_source == "text":
+        table["text_only"] = table["blank_video"]
         loader = loader_of(with_texts_of_others(asked))
         table["text_shuffled"] = scores(loader, "text shuffled")
         loader.close()
@@ -243,5 +244,5 @@ def control_line(table: dict[str, Any]) -> str:
         f"reversed {lost('reversed')}{unit_name}",
     ]
     if "text_shuffled" in table:
-        parts.append(f"text: shuffled costs {lost('text_shuffled')}, alone it gives {value('blank_video')}")
+        parts.append(f"text: shuffled costs {lost('text_shuffled')}, alone it gives {value('text_only')}")
     return "; ".join(parts)

@@ -8,11 +8,13 @@ Every number in them comes from the runs' metrics.json and predictions; a run th
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
@@ -67,14 +69,14 @@ class Row:
         return f"{' + '.join(names)} {trained}{', text' if config.use_text else ''}"
 
     def finished(self) -> list[Path]:
-        return [d for d in self.dirs if "controls" in read_json(d / "metrics.json")]
+        from checkpoint import read_metrics
+
+        return [d for d in self.dirs if "controls" in read_metrics(d)]
 
     def results(self) -> list[dict[str, Any]]:
-        return [read_json(d / "metrics.json") for d in self.finished()]
+        from checkpoint import read_metrics
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return [read_metrics(d) for d in self.finished()]
 
 
 def read_grid(runs: Path, seeds: int, only: str) -> list[Row]:
@@ -87,29 +89,43 @@ def read_grid(runs: Path, seeds: int, only: str) -> list[Row]:
 # -- training what is missing -------------------------------------------------------------------------
 
 
-def train_missing(rows: list[Row], data_dir: Path) -> None:
-    """Trains every run that is not finished, one process each. Raises UserError if one fails."""
+def train_missing(rows: list[Row], data_dir: Path, jobs: int) -> None:
+    """Trains every run that is not finished, `jobs` at a time, one process each. Raises UserError if one fails."""
     todo = [(row, seed) for row in rows for seed, d in enumerate(row.dirs) if d not in row.finished()]
-    for number, (row, seed) in enumerate(todo, start=1):
-        run_dir, start = row.dirs[seed], time.perf_counter()
-        if read_json(run_dir / "metrics.json"):  # trained, but its controls are lacking
-            flags = ["--evaluate", str(run_dir), "--controls", "True"]
-        else:
-            flags = ["--config", str(row.file), "--seed", str(seed), "--data_dir", str(data_dir), "--controls", "True"]
-            flags += ["--output_dir", str(run_dir.parent), "--run_name", run_dir.name]
-            flags += ["--resume", "True"] if (run_dir / "state").is_dir() else ["--overwrite", "True"]
-        done = subprocess.run([sys.executable, str(ROOT / "main.py"), *flags], capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{run_dir.name} failed: {done.stderr.strip().splitlines()[-1]}")
-        print(f"{number}/{len(todo)} {run_dir.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more than there are cores get in each other's way
+    with ThreadPoolExecutor(jobs) as pool:
+        started = [pool.submit(train_one, row, seed, data_dir, os.environ | {"OMP_NUM_THREADS": threads}) for row, seed in todo]  # fmt: skip
+        try:
+            for number, done in enumerate(as_completed(started), start=1):
+                print(f"{number}/{len(todo)} {done.result()}", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def train_one(row: Row, seed: int, data_dir: Path, environment: dict[str, str]) -> str:
+    """Starts a run, goes on with one that was stopped, or adds the controls of one that lacks them."""
+    run_dir, start = row.dirs[seed], time.perf_counter()
+    if (run_dir / "metrics.json").is_file():
+        flags = ["--evaluate", str(run_dir), "--controls", "True"]
+    else:
+        flags = ["--config", str(row.file), "--seed", str(seed), "--data_dir", str(data_dir), "--controls", "True"]
+        flags += ["--output_dir", str(run_dir.parent), "--run_name", run_dir.name]
+        flags += ["--resume", "True"] if (run_dir / "state").is_dir() else ["--overwrite", "True"]
+    command = [sys.executable, str(ROOT / "main.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise UserError(f"{run_dir.name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return f"{run_dir.name}: {time.perf_counter() - start:.0f} s"
 
 
 # -- numbers ------------------------------------------------------------------------------------------
 
 
 def predictions(run_dir: Path) -> list[dict[str, Any]]:
-    lines = (run_dir / "predictions_test.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    from checkpoint import read_rows
+
+    return read_rows(run_dir / "predictions_test.jsonl")
 
 
 def summary_of_run(row: Row, run_dir: Path) -> Summary:
@@ -459,19 +475,20 @@ def body(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="make_report.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores")
     parser.add_argument("--only", default="", metavar="REGEX", help="only the rows whose names match; none: only write")
     parser.add_argument("--data_dir", type=Path, default=Path("synthetic_dataset"), help="drawn by dummy_data.py if it is not there")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=EXPERIMENTS / "runs", help="folder of the runs")
     parser.add_argument("--output", type=Path, default=ROOT, help="where report.pdf and RESULTS.md go")
     parser.add_argument("--provide", action="store_true", help="also write checkpoints/provided/ from the runs of seed 0")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, not {args.seeds}")
+    if args.seeds < 1 or args.jobs < 1:
+        raise UserError("--seeds and --jobs must be at least 1")
     if not args.data_dir.is_dir():
         import dummy_data
 
         dummy_data.main(["--output", str(args.data_dir)])
-    train_missing(read_grid(args.runs, args.seeds, args.only), args.data_dir)
+    train_missing(read_grid(args.runs, args.seeds, args.only), args.data_dir, args.jobs)
     rows = read_grid(args.runs, args.seeds, "")
     data = collect(rows, args.seeds, args.data_dir)
     pictures = args.runs / "report"

@@ -85,33 +85,28 @@ def wilson(right: int, count: int) -> list[float]:
 # -- labels -----------------------------------------------------------------------------------------
 
 
-def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """How often each class (rows) is taken for each (columns). (K, K)"""
-    flat = np.bincount(truth * num_classes + predicted, minlength=num_classes**2)
-    return flat.reshape(num_classes, num_classes)
+def class_counts(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> tuple[np.ndarray, ...]:
+    """Of each class: clips answered rightly, clips, clips answered with it. (K,) each"""
+    groups = (truth[truth == predicted], truth, predicted)
+    return tuple(np.bincount(group, minlength=num_classes) for group in groups)
 
 
-def recalls(confusion: np.ndarray) -> np.ndarray:
-    """Recall of each class, nan where the truth has none of it. (K,)"""
-    with np.errstate(invalid="ignore"):
-        return confusion.diagonal() / confusion.sum(1)
+def mean_recall(right: np.ndarray, clips: np.ndarray) -> float:
+    """The mean recall of the classes that have clips."""
+    return float((right[clips > 0] / clips[clips > 0]).mean())
 
 
-def macro_f1(confusion: np.ndarray) -> float:
-    """The mean F1 of all classes that occur, as truth or as prediction."""
-    occurrences = confusion.sum(0) + confusion.sum(1)
-    seen = occurrences > 0
-    return float((2 * confusion.diagonal()[seen] / occurrences[seen]).mean())
+def macro_f1(right: np.ndarray, clips: np.ndarray, answers: np.ndarray) -> float:
+    """The mean F1 of all classes that occur, as truth or as answer."""
+    seen = clips + answers > 0
+    return float((2 * right[seen] / (clips + answers)[seen]).mean())
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> list[tuple[int, float, float]]:
     """For each of BINS equal spans of confidence that is not empty: (clips, mean confidence, accuracy)."""
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    return [(int(m.sum()), float(confidence[m].mean()), float(right[m].mean())) for m in masks(bins) if m.any()]
-
-
-def masks(bins: np.ndarray) -> list[np.ndarray]:
-    return [bins == b for b in range(BINS)]
+    masks = [bins == b for b in np.unique(bins)]
+    return [(int(m.sum()), float(confidence[m].mean()), float(right[m].mean())) for m in masks]
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
@@ -128,12 +123,12 @@ def label_summary(truth: np.ndarray, ranked: np.ndarray, confidence: np.ndarray,
     first, within = hits[:, 0], hits.any(1)
 
     def summary(places: np.ndarray) -> dict[str, float]:
-        confusion = confusion_matrix(truth[places], ranked[places, 0], num_classes)
+        right, clips, answers = class_counts(truth[places], ranked[places, 0], num_classes)
         return {
             "accuracy": float(first[places].mean()),
             "top_5_accuracy": float(within[places].mean()),
-            "mean_class_recall": float(np.nanmean(recalls(confusion))),
-            "macro_f1": macro_f1(confusion),
+            "mean_class_recall": mean_recall(right, clips),
+            "macro_f1": macro_f1(right, clips, answers),
             "calibration_error": calibration_error(confidence[places], first[places]),
         }
 
@@ -153,13 +148,15 @@ def label_scores(
     truth: np.ndarray, ranked: np.ndarray, confidence: np.ndarray, class_names: list[str]
 ) -> dict[str, Any]:
     """label_summary with intervals, and by class: recall, its Wilson interval, and what it was taken for."""
-    confusion = confusion_matrix(truth, ranked[:, 0], len(class_names))
-    classes = {}
-    for k, name in enumerate(class_names):
-        count, right = int(confusion[k].sum()), int(confusion[k, k])
-        taken = {class_names[j]: int(confusion[k, j]) for j in np.flatnonzero(confusion[k])}
-        recall = {"recall": right / count, "interval": wilson(right, count)} if count else {"recall": None}
-        classes[name] = {"count": count} | recall | {"predicted": taken}
+    classes: dict[str, dict[str, Any]] = {name: {"count": 0, "recall": None, "predicted": {}} for name in class_names}
+    for t, p in zip(truth, ranked[:, 0], strict=True):
+        row = classes[class_names[t]]
+        row["count"] += 1
+        row["predicted"][class_names[p]] = row["predicted"].get(class_names[p], 0) + 1
+    for name, row in classes.items():
+        if row["count"]:
+            right = row["predicted"].get(name, 0)
+            row |= {"recall": right / row["count"], "interval": wilson(right, row["count"])}
     scores = with_intervals(label_summary(truth, ranked, confidence, len(class_names)), len(truth))
     return scores | {"classes": classes, "calibration": calibration(confidence, ranked[:, 0] == truth)}
 
@@ -344,12 +341,15 @@ def read_rows(path: Path) -> dict[str, Any]:
 
 def paired(references: dict[str, Any] | None, predictions: dict[str, Any], path: Path) -> tuple[list, list]:
     """(predictions, truths) in the references' order; without these in the predictions' own, with the truths they
-    bring. Raises UserError for an id without prediction or a row without truth."""
+    bring. The file a/b.mp4 stands for the id b too. Raises UserError for an id without prediction or a row without truth."""
     if references is None:
         lacking = [k for k, row in predictions.items() if not isinstance(row, dict) or not row.keys() & {"truth", "references"}]  # fmt: skip
         if lacking:
             raise UserError(f"{path} holds no truth for {lacking[0]!r}: add --references R.json")
         return [*predictions.values()], [row.get("truth", row.get("references")) for row in predictions.values()]
+    by_name = {Path(k).stem: row for k, row in predictions.items()}
+    if not references.keys() & predictions.keys() and len(by_name) == len(predictions):
+        predictions = by_name  # files were answered for, ids are asked for
     lacking = [k for k in references if k not in predictions]
     if lacking:
         raise UserError(f"{path} has no prediction for {len(lacking)} of {len(references)} ids, first {lacking[0]!r}")

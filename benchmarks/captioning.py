@@ -5,6 +5,7 @@
     pixels     the loop of main.py, the backbone run on every clip of every epoch
     features   the same loop on a warm feature cache
     ceiling    the same optimizer steps on batches that lie in memory: no loader, no sums, no progress bar
+    by length  the ceiling on batches of captions of like length, with less padding: what sorting could gain
 Rounds of one epoch alternate in one process; medians, and the medians of the ratios within a round.
 """
 
@@ -37,6 +38,11 @@ from VLoader import read_splits
 JOB = ["--use_vlm", "True", "--captioning", "True", "--freeze_visionbackbone", "True", "--use_lora_llm", "True"]
 
 
+def padding(batches: list[dict[str, torch.Tensor]]) -> float:
+    masks = [batch["attention_mask"] for batch in batches]
+    return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+
 def compare(argv: list[str], cache: str) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.captioning", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -62,7 +68,12 @@ def compare(argv: list[str], cache: str) -> None:
         train_one_epoch(model, loaders[name], engine)
         engine.progress.next_epoch()
 
-    def ceiling() -> None:
+    dataset, collate = loaders["features"].dataset, model.collator()
+    items = sorted((dataset[(0, i)] for i in range(len(dataset))), key=lambda item: len(item["caption"].split()))
+    size = config.batch_size
+    sorted_batches = [to_device(collate(items[i : i + size]), accelerator.device) for i in range(0, len(items), size)]
+
+    def ceiling(batches: list[dict]) -> None:
         model.train()
         for batch in batches:
             with accelerator.autocast():
@@ -75,7 +86,8 @@ def compare(argv: list[str], cache: str) -> None:
     jobs: dict[str, Callable[[], None]] = {
         "pixels": lambda: loop("pixels"),
         "features": lambda: loop("features"),
-        "ceiling": ceiling,
+        "ceiling": lambda: ceiling(batches),
+        "by length": lambda: ceiling(sorted_batches),
     }
     rates: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(args.rounds + 1):  # the first one warms up
@@ -84,11 +96,10 @@ def compare(argv: list[str], cache: str) -> None:
             job()
             if number:
                 rates[name].append(len(splits.train) / (time.perf_counter() - start))
-    padding = 1 - sum(int(b["attention_mask"].sum()) for b in batches) / sum(
-        b["attention_mask"].numel() for b in batches
-    )
+    shares = [f"{100 * padding(found):.1f} %" for found in (batches, sorted_batches)]
     print(
-        f"{config.vision_model} + {config.language_model}: {len(splits.train)} clips, batch {config.batch_size}, {100 * padding:.1f} % of the text positions are padding"
+        f"{config.vision_model} + {config.language_model}: {len(splits.train)} clips, batch {config.batch_size}, "
+        f"{shares[0]} of the text positions are padding, by length {shares[1]}"
     )
     print(f"{'':<10}{'clips/s':>9}{'spread':>14}{'x pixels':>10}{'x ceiling':>11}")
     for name, values in rates.items():

@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import controls
 import dummy_data
 from transforms import sample_indices
 from VLoader import open_video
 
 torch.set_num_threads(1)
+controls.SHOWN, controls.CELLS = 1, 2  # most tests train something, few look at where the model looks
 # no deadlines: machines are noisy
 settings.register_profile(
     "default",

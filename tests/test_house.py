@@ -73,7 +73,17 @@ def test_an_older_python_can_parse_the_guard():
 
 
 @pytest.mark.parametrize(
-    "name", ["main", "inference", "dummy_data", "create_dummy", "pretrain_backbones", "convert_dataset"]
+    "name",
+    [
+        "main",
+        "inference",
+        "dummy_data",
+        "create_dummy",
+        "pretrain_backbones",
+        "convert_dataset",
+        "metrics",
+        "make_report",
+    ],
 )
 def test_help_teaches_and_does_nothing(name, tmp_path):
     done = subprocess.run(
