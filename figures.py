@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from metrics import rouge_l, words
+
 SHEET_WIDTH = 1600  # pixels, of a contact sheet at most
 NAMED = 30  # classes that a picture names; with more, the confusion matrix has no names, the bars are the worst ones
 STRIPS = 8  # clips on a sheet
@@ -82,14 +84,14 @@ def draw_labels(
 
 
 def draw_captions(rows: list[dict], scores: dict[str, Any], clip: Callable[[int], Any], folder: Path) -> list[Path]:
-    """The pictures of a captioner on one split: captions that equal a reference, and others; attributes where known."""
-    exact = [r["caption"] in r["references"] for r in rows]
-    places = [place for want in (False, True) for place in [i for i, e in enumerate(exact) if e == want][: STRIPS // 2]]
-    sheet = []
-    for place in places:
-        row = rows[place]
-        mark = "equals a reference" if exact[place] else f"reference: {row['references'][0]}"
-        sheet.append((clip(place), f"{row['caption']}  |  {mark}"))
+    """The pictures of a captioner on one split: the captions that share least with a reference, by ROUGE-L, and
+    captions that share all; attributes where they are known."""
+    shared = [rouge_l(words(row["caption"]), [words(r) for r in row["references"]]) for row in rows]
+    order = sorted(range(len(rows)), key=lambda place: shared[place])
+    exact = [place for place in order if rows[place]["caption"] in rows[place]["references"]]
+    worst = [place for place in order if rows[place]["caption"] not in rows[place]["references"]][: STRIPS // 2]
+    sheet = [(clip(p), f"{rows[p]['caption']}  |  reference: {rows[p]['references'][0]}") for p in worst]
+    sheet += [(clip(p), f"{rows[p]['caption']}  |  equals a reference") for p in exact[: STRIPS // 2]]
     drawn = [plot_clips(sheet, folder / "captions.png")]
     if "attributes" in scores:
         values = {n: v for n, v in scores["attributes"].items() if n != "intervals"}
@@ -152,6 +154,7 @@ def plot_bars(values: dict[str, tuple[float, list[float]]], title: str, path: Pa
     if zoom:
         axis.errorbar(shares, [*values], xerr=errors, fmt="o", ms=4, color=COLOUR, ecolor=SECOND, capsize=3)
         axis.set_xlim(max(0.0, min(low for low, _ in spans) - 0.02), 1.005)
+        axis.set_ylim(-0.6, len(values) - 0.4)
         axis.grid(axis="y", color="0.9")
     else:
         axis.barh([*values], shares, xerr=errors, color=COLOUR, ecolor=SECOND, capsize=3, height=0.7)

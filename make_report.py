@@ -285,8 +285,9 @@ def findings(rows: list[Row], scores: dict[str, dict]) -> dict[str, str]:
         for control in ("as_it_is", *CONTROLS):
             said[f"{control}_{i}"] = over(task, control, "motion" if i == 2 else "accuracy")
     texts = [m["controls"] for r in rows if r.config.use_text and not r.config.captioning for m in r.results()]
-    said["text_cost"] = f"{100 * mean(t['as_it_is']['accuracy'] - t['text_shuffled']['accuracy'] for t in texts):.1f} points" if texts else NOT_RUN  # fmt: skip
-    said["text_alone"] = f"{100 * mean(t['blank_video']['accuracy'] for t in texts):.1f} %" if texts else NOT_RUN
+    lost = [100 * (t["as_it_is"]["accuracy"] - t["text_shuffled"]["accuracy"]) for t in texts]
+    said["text_cost"] = f"{round(mean(lost), 1) + 0.0:.1f} points" if texts else NOT_RUN  # no -0.0
+    said["text_alone"] = f"{100 * mean(t['text_only']['accuracy'] for t in texts):.1f} %" if texts else NOT_RUN
     return said
 
 

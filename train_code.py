@@ -538,7 +538,7 @@ def device_name(accelerator: Any) -> str:
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
-    return f"{threads} {accelerator.device.type} thread{'s' if threads > 1 else ''}"
+    return f"{threads} {accelerator.device.type.upper()} thread{'s' if threads > 1 else ''}"
 
 
 def peak_memory(accelerator: Any) -> float | None:
