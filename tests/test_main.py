@@ -191,7 +191,7 @@ def test_runs_are_found_by_their_flags_and_listed_when_missing(dataset, tmp_path
     assert train(dataset, tmp_path, "--vision_model", "videomae", "--freeze_visionbackbone", "True") == 0
     where = ["--output_dir", str(tmp_path), "--video_dir", str(frames)]
     assert answers(capsys, "--vision_model", "videomae", "--freeze_visionbackbone", "True", *where)[0] == 0
-    status, _, err = answers(capsys, *where)
+    status, _, err = answers(capsys, "--use_vlm", "True", *where)
     assert status == 2 and "no run" in err
     assert "python inference.py --vision_model videomae --freeze_visionbackbone True --video_dir" in err
 
