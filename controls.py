@@ -103,7 +103,8 @@ def nearest(splits: Splits, asked: list[Sample], config: Config, accelerator: An
 
     known = pooled(splits.train)
     centre = known.mean(0)
-    return (unit(pooled(asked) - centre) @ unit(known - centre).T).argmax(1).numpy()
+    known = unit(known - centre).T  # (D, n)
+    return torch.cat([(part @ known).argmax(1) for part in unit(pooled(asked) - centre).split(256)]).numpy()
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
