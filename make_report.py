@@ -229,19 +229,17 @@ HEADS = {
 }  # fmt: skip
 
 
-def collect(rows: list[Row], seeds: int, data_dir: Path) -> dict[str, Any]:
+def collect(rows: list[Row], scores: dict[str, dict], seeds: int, data_dir: Path) -> dict[str, Any]:
     """All that the report says in numbers, as texts ready to print."""
     from VLoader import read_splits
 
     splits = read_splits(data_dir)
-    scores = {row.name: row_scores(row) for row in rows}
     labels = [row for row in rows if not row.config.captioning]
     captions = [row for row in rows if row.config.captioning]
     results = [m for row in rows for m in row.results()]
-    data = {
+    return {
         "seeds": ", ".join(map(str, range(seeds))),
         "runs": f"{len(results)} of {sum(len(row.dirs) for row in rows)}",
-        "rows": str(len(rows)),
         "sizes": {name: str(len(getattr(splits, name))) for name in ("train", "val", "test")},
         "classes": str(len(splits.class_names)),
         "epochs": str(Config().epochs),
@@ -257,7 +255,6 @@ def collect(rows: list[Row], seeds: int, data_dir: Path) -> dict[str, Any]:
         "findings": findings(rows, scores),
         "machine": machine(rows),
     }
-    return data
 
 
 def findings(rows: list[Row], scores: dict[str, dict]) -> dict[str, str]:
@@ -301,13 +298,12 @@ def machine(rows: list[Row]) -> str:
 # -- pictures -----------------------------------------------------------------------------------------
 
 
-def draw(rows: list[Row], data_dir: Path, folder: Path) -> dict[str, str]:
+def draw(rows: list[Row], scores: dict[str, dict], data_dir: Path, folder: Path) -> dict[str, str]:
     """The report's pictures in `folder`: name -> file's name, where there is a run to draw it from."""
     from figures import plot_bars, plot_clips
     from VLoader import open_video, read_display_names, read_splits
 
     make_folder(folder)
-    scores = {row.name: row_scores(row) for row in rows}
     splits = read_splits(data_dir)
     display = read_display_names(data_dir, splits.class_names)
     firsts = [next(s for s in splits.train if s.label == name) for name in splits.class_names]
@@ -493,9 +489,10 @@ def body(argv: list[str] | None) -> None:
         dummy_data.main(["--output", str(args.data_dir)])
     train_missing(read_grid(args.runs, args.seeds, args.only), args.data_dir, args.jobs)
     rows = read_grid(args.runs, args.seeds, "")
-    data = collect(rows, args.seeds, args.data_dir)
+    scores = {row.name: row_scores(row) for row in rows}
+    data = collect(rows, scores, args.seeds, args.data_dir)
     pictures = args.runs / "report"
-    data["pictures"] = draw(rows, args.data_dir, pictures)
+    data["pictures"] = draw(rows, scores, args.data_dir, pictures)
     write_results(data, args.output)
     compile_pdf(data, pictures, args.output)
     print(f"{data['runs']} runs; wrote {args.output / 'report.pdf'} and {args.output / 'RESULTS.md'}")
