@@ -363,7 +363,9 @@ def find_run(config: Config) -> Path:
     if run_dir.is_dir():
         return run_dir
     if (PROVIDED / name).is_dir():
-        print(f"{run_dir} does not exist: using the provided checkpoint {PROVIDED / name}")
+        print(
+            f"{run_dir} does not exist: using the provided checkpoint {PROVIDED / name}, which knows synthetic shapes only"
+        )
         return PROVIDED / name
     runs = list_runs(Path(config.output_dir)) + list_runs(PROVIDED)
     lines = "".join(f"\n  {path}: python inference.py {as_flags(c)} --video_dir ..." for path, c in runs)

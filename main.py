@@ -7,7 +7,7 @@ python main.py --help
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def train_run(
 
 
 @contextlib.contextmanager
-def memory_advice() -> Iterator[None]:
+def memory_advice() -> Generator[None]:
     """Running out of memory becomes a UserError that names the ways out."""
     from torch import OutOfMemoryError
 

@@ -241,7 +241,7 @@ def test_evaluate_refuses_other_classes_and_no_run(runs, dataset, tmp_path, caps
 
 
 def test_tensorboard_gets_the_log(dataset, tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
 
     argv = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--run_name", "r", *FLAGS[:-2]]
     assert main.main([*argv, "--tensorboard", "True"]) == 0

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from scipy.stats import binomtest
 
 import metrics
+from config import ROOT
 
 
 def predictions(seed: int, count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -246,3 +249,12 @@ def test_files_that_are_no_json_are_one_line(tmp_path, capsys):
     assert "cannot read" in capsys.readouterr().err
     assert metrics.main(["--predictions", write(tmp_path / "p.json", {"a": "x"})]) == 2
     assert "holds no truth for 'a': add --references" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_early_gets_no_traceback(tmp_path):
+    answers = {str(i): "a" for i in range(20)}
+    argv = ["--references", write(tmp_path / "r.json", answers), "--predictions", write(tmp_path / "p.json", answers)]
+    command = [sys.executable, str(ROOT / "metrics.py"), *argv]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
