@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import controls
+import figures
 import main
 import metrics
 from build_model import build_model
@@ -265,3 +267,28 @@ def test_tensorboard_without_its_package_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
     assert main.main(["--tensorboard", "True"]) == 2
     assert "needs tensorboardX" in capsys.readouterr().err
+
+
+def test_the_worst_clips_are_the_surest_wrong_ones_then_the_least_sure_right_ones():
+    rows = [
+        {"file": f"v/{i}.mp4", "truth": "a", "label": label, "score": score}
+        for i, (label, score) in enumerate([("a", 0.9), ("b", 0.6), ("a", 0.4), ("b", 0.95)])
+    ]
+    found = figures.worst_clips(rows, {"a": "running", "b": "jumping"})
+    assert [place for place, _ in found] == [3, 1, 2, 0]
+    assert found[0][1] == "3.mp4: jumping 95 %, in truth running" and found[2][1] == "2.mp4: running 40 %, right"
+
+
+def test_the_occlusion_picture_is_red_where_covering_costs(tmp_path):
+    """Two frames of 40 x 40 black pixels; the fall is in the second frame's lower right quarter, and nowhere else."""
+    fall = torch.full((2, 2, 2), -1.0)
+    fall[1, 1, 1] = 3.0
+    clip = torch.zeros(2, 3, 40, 40, dtype=torch.uint8)
+    path = figures.plot_occlusion([(clip, fall, "a")], {"a": "running"}, tmp_path / "o.png")
+    pixels = np.asarray(Image.open(path)).astype(int)
+    red = (pixels[..., 0] > 120) & (pixels[..., 1] < 40)
+    rows, columns = np.nonzero(red)
+    first, second = 80, 82  # frames are drawn twice as large, two pixels between them
+    top = 2 * 22 + 80  # below two titles and the plain frames
+    assert abs(rows.min() - (top + 40)) <= 3 and abs(rows.max() - (top + 79)) <= 3
+    assert abs(columns.min() - (second + 40)) <= 3 and abs(columns.max() - (second + first - 1)) <= 3
