@@ -166,15 +166,19 @@ def label_scores(
 ABBREVIATIONS = (
     "[a-z]|ave|blvd|bros|capt|co|corp|dr|etc|ft|gen|gov|inc|jr|lt|ltd|mr|mrs|ms|mt|prof|rd|rev|sen|sgt|sq|sr|st|vs"
 )
-WORD = re.compile(rf"\b(?:{ABBREVIATIONS})\.(?!\w)|o'clock|n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-.,/&*:]\w+)*|\S")
-PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", "(", ")", "{", "}", "[", "]", '"'}
+WORD = re.compile(
+    rf"\b(?:{ABBREVIATIONS})\.(?!\w)|o'clock|\b[dl]'\w+|n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-.,/&*:]\w+)*|\S"
+)
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}  # count as words there
+PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
 
 
 def words(caption: str) -> list[str]:
     """Lower-case words as coco-caption's tokenizer gives them: clitics split off (does n't, dog 's), punctuation
     dropped, the full stop of an abbreviation kept."""
     text = re.sub(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b", r" \1", caption.lower().replace("’", "'"))
-    return [w for w in WORD.findall(text) if w not in PUNCTUATION]
+    found = WORD.findall(re.sub(r"\bcannot\b", "can not", text))
+    return [BRACKETS.get(w, w) for w in found if w not in PUNCTUATION]
 
 
 def tokenised(

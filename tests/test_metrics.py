@@ -156,9 +156,10 @@ def test_the_published_scores_come_out(real_data, tmp_path, capsys):
     ("text", "expected"),
     [
         ("A man's dog doesn't bark.", "a man 's dog does n't bark"),
-        ("Two well-known boys, (maybe) three!", "two well-known boys maybe three"),
+        ("Two well-known boys, (maybe) three!", "two well-known boys -lrb- maybe -rrb- three"),
         ("on Morgan Rd. at 5:55 they’re off", "on morgan rd. at 5:55 they 're off"),
-        ("un'acqua di mare", "un acqua di mare"),
+        ("un'acqua di mare, l'uomo", "un acqua di mare l'uomo"),
+        ("they cannot see [a] U.S. flag", "they can not see -lsb- a -rsb- u.s. flag"),
         ("", ""),
     ],
 )
