@@ -167,7 +167,7 @@ ABBREVIATIONS = (
     "[a-z]|ave|blvd|bros|capt|co|corp|dr|etc|ft|gen|gov|inc|jr|lt|ltd|mr|mrs|ms|mt|prof|rd|rev|sen|sgt|sq|sr|st|vs"
 )
 WORD = re.compile(
-    rf"\b(?:{ABBREVIATIONS})\.(?!\w)|o'clock|\b[dl]'\w+|n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-.,/&*:]\w+)*|\S"
+    rf"\b(?:[a-z]\.){{2,}}|\b(?:{ABBREVIATIONS})\.(?!\w)|o'clock|\b[dl]'\w+|n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-.,/&*:]\w+)*|\S"
 )
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}  # count as words there
 PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
