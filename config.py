@@ -408,7 +408,9 @@ def run_script(body: Callable[[list[str] | None], int | None], argv: list[str] |
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return body(argv) or 0
+        status = body(argv) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
