@@ -313,7 +313,7 @@ def draw(rows: list[Row], scores: dict[str, dict], data_dir: Path, folder: Path)
         frames = video.frames(np.linspace(0, len(video) - 1, 8).round().astype(int))
         said = f"  |  caption: {sample.captions[0]}" if sample.captions else ""
         clips.append((frames, f"{display[sample.label]}{said}" + (f"  |  text: {sample.text}" if sample.text else "")))
-    drawn = {"data": plot_clips(clips, folder / "data.png").name}
+    drawn = {"data": smaller(plot_clips(clips, folder / "data.png"), folder / "data.jpg").name}
     for key, captioning, score in (("labels", False, "accuracy"), ("captions", True, "colour+shape+motion")):
         chosen = [r for r in rows if r.config.captioning == captioning and scores[r.name]]
         bars = {r.title: (scores[r.name][score]["mean"], scores[r.name][score]["interval"]) for r in chosen}
@@ -326,8 +326,16 @@ def draw(rows: list[Row], scores: dict[str, dict], data_dir: Path, folder: Path)
             for name in ("curves", "confusion", "reliability", "worst", "captions", "occlusion"):
                 picture = worst.finished()[0] / f"{name}.png"
                 if picture.is_file():
-                    drawn[f"{key}_{name}"] = shutil.copy(picture, folder / f"{key}_{name}.png").name
+                    drawn[f"{key}_{name}"] = smaller(picture, folder / f"{key}_{name}.jpg").name
     return drawn
+
+
+def smaller(picture: Path, path: Path) -> Path:
+    """The picture as a JPEG: frames with noise make a PNG, and the report, ten times as large."""
+    from PIL import Image
+
+    Image.open(picture).convert("RGB").save(path, quality=88)
+    return path
 
 
 # -- what is written ----------------------------------------------------------------------------------
