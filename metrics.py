@@ -102,16 +102,21 @@ def macro_f1(right: np.ndarray, clips: np.ndarray, answers: np.ndarray) -> float
     return float((2 * right[seen] / (clips + answers)[seen]).mean())
 
 
+def bins_of(confidence: np.ndarray) -> np.ndarray:
+    """Which of BINS equal spans each confidence lies in. (n,)"""
+    return np.minimum((confidence * BINS).astype(int), BINS - 1)
+
+
 def calibration(confidence: np.ndarray, right: np.ndarray) -> list[tuple[int, float, float]]:
     """For each of BINS equal spans of confidence that is not empty: (clips, mean confidence, accuracy)."""
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins = bins_of(confidence)
     masks = [bins == b for b in np.unique(bins)]
     return [(int(m.sum()), float(confidence[m].mean()), float(right[m].mean())) for m in masks]
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     """Expected calibration error (Naeini 2015): the mean distance of confidence and accuracy over the bins, by clips."""
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins = bins_of(confidence)
     gaps = np.bincount(bins, weights=confidence - right, minlength=BINS)
     return float(np.abs(gaps).sum() / len(right))
 
@@ -268,15 +273,16 @@ def cider_d(captions: list[list[str]], references: list[list[list[str]]]) -> np.
     return np.array(scores)
 
 
-def meteor(captions: list[list[str]], references: list[list[list[str]]]) -> float | None:
+def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float | None:
     """METEOR 1.5 by its own program; None where java or pycocoevalcap is not installed."""
     if shutil.which("java") is None or importlib.util.find_spec("pycocoevalcap") is None:
         return None
     from pycocoevalcap.meteor.meteor import Meteor
 
+    mine, theirs = tokenised(captions, references)
     score, _ = Meteor().compute_score(
-        {i: [" ".join(w) for w in refs] for i, refs in enumerate(references)},
-        {i: [" ".join(tokens)] for i, tokens in enumerate(captions)},
+        {i: [" ".join(w) for w in refs] for i, refs in enumerate(theirs)},
+        {i: [" ".join(tokens)] for i, tokens in enumerate(mine)},
     )
     return float(score)
 
@@ -308,7 +314,7 @@ def caption_summary(captions: Sequence[str], references: Sequence[Sequence[str]]
 def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
     """caption_summary with intervals, and METEOR (null where its program is absent)."""
     scores = with_intervals(caption_summary(captions, references), len(captions))
-    return scores | {"METEOR": meteor(*tokenised(captions, references))}
+    return scores | {"METEOR": meteor(captions, references)}
 
 
 def attribute_summary(found: Sequence[dict[str, str | None]], truth: Sequence[dict[str, str]]) -> Summary:
@@ -401,7 +407,7 @@ def body(argv: list[str] | None) -> None:
     result = {"count": len(truths)} | with_intervals(summary, len(truths))
     captions = isinstance(truths[0], list)
     if captions:
-        result["METEOR"] = meteor(*tokenised([said(row, args.predictions) for row in rows], truths))
+        result["METEOR"] = meteor([said(row, args.predictions) for row in rows], truths)
     if args.compare:
         ids = [*(references or read_rows(args.predictions))]
         others, _ = paired(dict(zip(ids, truths, strict=True)), read_rows(args.compare), args.compare)

@@ -43,6 +43,23 @@ def padding(batches: list[dict[str, torch.Tensor]]) -> float:
     return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
 
+def print_rates(jobs: dict[str, Callable[[], None]], rounds: int, clips: int) -> None:
+    """Clips per second of each job, in alternating rounds."""
+    rates: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(rounds + 1):  # the first one warms up
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if number:
+                rates[name].append(clips / (time.perf_counter() - start))
+    print(f"{'':<10}{'clips/s':>9}{'spread':>14}{'x pixels':>10}{'x ceiling':>11}")
+    for name, values in rates.items():
+        against = [median(a / b for a, b in zip(values, rates[other], strict=True)) for other in ("pixels", "ceiling")]
+        print(
+            f"{name:<10}{median(values):>9.1f}{f'{min(values):.0f}-{max(values):.0f}':>14}{against[0]:>10.2f}{against[1]:>11.2f}"
+        )
+
+
 def compare(argv: list[str], cache: str) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.captioning", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -89,24 +106,12 @@ def compare(argv: list[str], cache: str) -> None:
         "ceiling": lambda: ceiling(batches),
         "by length": lambda: ceiling(sorted_batches),
     }
-    rates: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(args.rounds + 1):  # the first one warms up
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            if number:
-                rates[name].append(len(splits.train) / (time.perf_counter() - start))
     shares = [f"{100 * padding(found):.1f} %" for found in (batches, sorted_batches)]
     print(
         f"{config.vision_model} + {config.language_model}: {len(splits.train)} clips, batch {config.batch_size}, "
         f"{shares[0]} of the text positions are padding, by length {shares[1]}"
     )
-    print(f"{'':<10}{'clips/s':>9}{'spread':>14}{'x pixels':>10}{'x ceiling':>11}")
-    for name, values in rates.items():
-        against = [median(a / b for a, b in zip(values, rates[other], strict=True)) for other in ("pixels", "ceiling")]
-        print(
-            f"{name:<10}{median(values):>9.1f}{f'{min(values):.0f}-{max(values):.0f}':>14}{against[0]:>10.2f}{against[1]:>11.2f}"
-        )
+    print_rates(jobs, args.rounds, len(splits.train))
     for loader in loaders.values():
         loader.close()
 
