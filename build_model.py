@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from config import ROOT, Config, UserError, family
+from config import ROOT, Config, UserError, collector_off, family
 from transforms import Preprocessing
 
 FAMILIES = ("timesformer", "videomae")
@@ -685,6 +685,7 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
     return rows
 
 
+@collector_off()  # it imports transformers' models
 def build_model(
     config: Config, num_classes: int, vision: Source | None = None, language: Source | None = None
 ) -> VideoModel:

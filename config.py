@@ -8,13 +8,15 @@ converters, since PyYAML reads 1e-3 as a string.
 
 import argparse
 import difflib
+import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 if sys.version_info < (3, 11):  # noqa: UP036, before anything below fails in many lines
     sys.exit("error: vidtune needs Python 3.11 or newer, this is {}.{}".format(*sys.version_info[:2]))
@@ -389,6 +391,17 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+@contextmanager
+def collector_off() -> Generator[None]:
+    """No garbage collection inside, for imports: the objects they make all stay, and looking through them again and
+    again takes as long as importing torch does."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def config_file_text() -> str:
     """config_file.yaml: every option with its default and its help; `python config.py` writes it."""
     lines = ["# Every option with its default. A flag of the same name overrides a line here."]
@@ -420,6 +433,16 @@ def run_script(body: Callable[[list[str] | None], int | None], argv: list[str] |
     except BrokenPipeError:  # who reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def leave(status: int) -> NoReturn:
+    """Ends a script that was started as a program."""
+    if "RANK" in os.environ:  # torchrun: gloo's threads may still want an interpreter that is going, and would abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    gc.freeze()  # else the collector looks through all of torch and transformers a last time
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import FIELDS, Config, UserError, check_for_classifiers, parse, replace_file, run_script
+from config import FIELDS, Config, UserError, check_for_classifiers, leave, parse, replace_file, run_script
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -334,4 +334,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,13 +6,12 @@ python main.py --help
 
 import contextlib
 import os
-import sys
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config import BACKBONES, NAMING, Config, UserError, as_flags, make_folder, parse, run_name, run_script
+from config import BACKBONES, NAMING, Config, UserError, as_flags, leave, make_folder, parse, run_name, run_script
 
 LISTED = 20  # unreadable videos that an error names
 SCAN_CACHE = ".readable.json"  # in the folder of runs: which videos were found readable, by size and time
@@ -411,9 +410,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if "RANK" in os.environ:  # gloo's threads may still want an interpreter that is going, and would abort
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    leave(main())

@@ -54,7 +54,6 @@ def one_clip(classifier: Path, captioner: Path, video: Path, rounds: int) -> Non
 
     jobs = {
         "import torch, transformers": process("-c", "import torch, transformers"),
-        "import torch, transformers.modeling_utils": process("-c", "import torch, transformers.modeling_utils"),
         "inference.py, classifier with LoRA": answer(classifier),
         "inference.py, captioner": answer(captioner),
         "inference.py --help": process("inference.py", "--help"),

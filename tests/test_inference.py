@@ -1,5 +1,6 @@
 """Many videos in: a file of answers that can be gone on with, errors beside answers, timelines of long videos."""
 
+import gc
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from conftest import counting_frames, write_video
 
 import inference
 import main
-from config import ROOT
+from config import ROOT, UserError, collector_off
 from VLoader import Sample, cut, open_video
 
 
@@ -205,3 +206,12 @@ def test_predict_raises_for_an_unreadable_video(run, videos):
 
     with pytest.raises(UserError, match=r"2\.pt"):
         inference.Predictor.from_checkpoint(run).predict(videos / "2.pt")
+
+
+def test_the_collector_rests_only_while_a_model_is_built(run, videos, capsys):
+    assert inference.main(["--checkpoint", str(run), "--video_dir", str(videos / "0.pt")]) == 0
+    assert gc.isenabled()
+    with pytest.raises(UserError), collector_off():
+        assert not gc.isenabled()
+        raise UserError
+    assert gc.isenabled()
