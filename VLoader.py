@@ -30,6 +30,7 @@ from transforms import Preprocessing, sample_indices
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}  # fmt: skip
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 VAL_FRACTION, VAL_SALT = 0.1, "val"
+WINDOW = 16  # batches whose clips are sorted by the length of their captions
 LARGE = 1280 * 720  # pixels of a picture that several threads decode faster than one
 
 
@@ -576,7 +577,8 @@ class ClipDataset(Dataset):
     """Clips of samples; item (draw, index) depends on nothing but (seed, draw, index).
 
     In training the frames are jittered (unless `jitter` is off) and one caption is drawn; else centres and the
-    first caption. `features`, by place, are given instead of pixel_values where they are known already. `views` (clips, crops) other than (1, 1) gives pixel_values [clips * crops, T, C, H, W].
+    first caption. `features`, by place, are given instead of pixel_values where they are known already.
+    `views` (clips, crops) other than (1, 1) gives pixel_values [clips * crops, T, C, H, W].
     """
 
     def __init__(
@@ -619,6 +621,18 @@ class ClipDataset(Dataset):
         views = [self.preprocessing.pixels(frames, place).unflatten(0, (clips, -1)) for place in places]
         return torch.stack(views, dim=1).flatten(0, 1)
 
+    def caption(self, draw: int, place: int) -> str:
+        """The caption of an item, known without reading its video: "" where there is none."""
+        captions = self.samples[place].captions or ("",)
+        if len(captions) == 1 or not self.train:
+            return captions[0]
+        return captions[int(np.random.default_rng([self.seed, draw, place, 1]).integers(len(captions)))]
+
+    def caption_length(self, item: tuple[int, int]) -> tuple[int, int]:
+        """(words, characters) of the caption of item (draw, index)."""
+        caption = self.caption(*item)
+        return len(caption.split()), len(caption)
+
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
         draw, place = index
         sample = self.samples[place]
@@ -630,10 +644,9 @@ class ClipDataset(Dataset):
                 video = {"pixel_values": self.pixels(sample, rng if self.jitter else None)}
         except ReadError as error:  # raised by ClipLoader: a worker's exception would arrive as a traceback
             return {"error": str(error), "index": place}
-        captions = sample.captions or ("",)
         return video | {
             "label": self.class_index.get(sample.label, -100),
-            "caption": captions[int(rng.integers(len(captions))) if rng else 0],
+            "caption": self.caption(draw, place),
             "text": sample.text or "",
             "index": place,
         }
@@ -643,16 +656,17 @@ class EpochBatches:
     """Yields lists of (draw, index); the order comes from (seed, epoch), or is plain.
 
     With `classes`, each sample's class, an epoch draws equally many clips of every class, else every clip once.
+    With `length`, of (draw, index), a shuffled epoch's batches are of like length, so that they need little padding.
     `share` (r, n) gives every n-th clip of each batch from the r-th on: one process's part, which may be empty.
     `epoch` and `start`, the number of batches to leave out, are set before each pass.
     """
 
     def __init__(
         self, count: int, batch_size: int, shuffle: bool = False, seed: int = 0, classes: list[int] | None = None,
-        share: tuple[int, int] = (0, 1),
+        share: tuple[int, int] = (0, 1), length: Callable[[tuple[int, int]], Any] | None = None,
     ):  # fmt: skip
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
-        self.classes, self.share = classes, share
+        self.classes, self.share, self.length = classes, share, length
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -664,11 +678,14 @@ class EpochBatches:
             yield order[start : start + self.batch_size][self.share[0] :: self.share[1]]
 
     def order(self) -> list[tuple[int, int]]:
+        if not self.shuffle:
+            return [(self.epoch, place) for place in range(self.count)]
         rng = np.random.default_rng([self.seed, self.epoch])
-        if self.shuffle and self.classes is not None:
-            return balanced_order(np.array(self.classes), self.epoch, rng)
-        places = rng.permutation(self.count) if self.shuffle else np.arange(self.count)
-        return [(self.epoch, int(place)) for place in places]
+        if self.classes is not None:
+            order = balanced_order(np.array(self.classes), self.epoch, rng)
+        else:
+            order = [(self.epoch, int(place)) for place in rng.permutation(self.count)]
+        return order if self.length is None else by_length(order, self.batch_size, self.length, rng)
 
 
 def balanced_order(classes: np.ndarray, epoch: int, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -683,6 +700,18 @@ def balanced_order(classes: np.ndarray, epoch: int, rng: np.random.Generator) ->
         drawn = [(epoch * draws + d, int(i)) for d in range(draws) for i in rng.permutation(group)]
         order += drawn[: share + (number in extra)]
     return [order[i] for i in rng.permutation(len(order))]
+
+
+def by_length(
+    order: list[tuple[int, int]], batch_size: int, length: Callable[[tuple[int, int]], Any], rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """The same (draw, index), those of like length side by side: sorted within windows of WINDOW batches, so that a
+    batch's company changes from epoch to epoch; then the batches are shuffled, a last short one stays last."""
+    window = WINDOW * batch_size
+    near = [item for k in range(0, len(order), window) for item in sorted(order[k : k + window], key=length)]
+    whole = len(order) // batch_size
+    batches = [near[k * batch_size : (k + 1) * batch_size] for k in rng.permutation(whole)]
+    return [*itertools.chain(*batches), *near[whole * batch_size :]]
 
 
 def collate(items: list[dict[str, Any]], make_batch: Callable[[list[dict[str, Any]]], dict]) -> dict[str, Any]:
@@ -728,14 +757,16 @@ def build_loader(
     pin_memory: bool = False,
     balance: bool = False,
     share: tuple[int, int] = (0, 1),
+    like_length: bool = False,
     **skipping: Any,
 ) -> ClipLoader:
     """A loader of `dataset`; its `batch_sampler` takes the epoch before each pass in training, and with
-    `balance` draws all classes equally often. `share` is EpochBatches', `skipping` are ClipLoader's own arguments."""
-    classes = dataset.labels if balance else None
+    `balance` draws all classes equally often, with `like_length` batches of captions of like length. `share` is
+    EpochBatches', `skipping` are ClipLoader's own arguments."""
     batches = EpochBatches(
-        len(dataset), batch_size, shuffle=dataset.train, seed=dataset.seed, classes=classes, share=share
-    )
+        len(dataset), batch_size, shuffle=dataset.train, seed=dataset.seed, share=share,
+        classes=dataset.labels if balance else None, length=dataset.caption_length if like_length else None,
+    )  # fmt: skip
     return ClipLoader(
         dataset, batch_sampler=batches, collate_fn=partial(collate, make_batch=make_batch), num_workers=num_workers,
         persistent_workers=num_workers > 0, pin_memory=pin_memory,

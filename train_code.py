@@ -432,6 +432,7 @@ def build_loaders(
         if train:
             more |= {
                 "balance": config.class_balance,
+                "like_length": config.captioning,
                 "skip_unreadable": config.skip_unreadable,
                 "skipped": splits.unreadable,
             }

@@ -1,5 +1,6 @@
 """Options for small and uneven sets, and testing with several views, each against a plain computation."""
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -14,10 +15,18 @@ from torch.nn import functional as F
 
 import main
 from build_model import build_model
-from config import Config
-from train_code import build_accelerator, build_optimizer, evaluate, layers_above, loss_sum, out_of_patience
+from config import Config, parse
+from train_code import (
+    build_accelerator,
+    build_loaders,
+    build_optimizer,
+    evaluate,
+    layers_above,
+    loss_sum,
+    out_of_patience,
+)
 from transforms import Preprocessing, resize_frames, sample_indices
-from VLoader import ClipDataset, EpochBatches, Sample, build_loader, view_indices
+from VLoader import WINDOW, ClipDataset, EpochBatches, Sample, build_loader, read_splits, view_indices
 
 SQUARE = Preprocessing(16, (16,), "bilinear", 1 / 255, (0.5,) * 3, (0.5,) * 3)
 
@@ -51,10 +60,6 @@ def test_a_repeated_clip_shows_other_frames(tmp_path):
 
 def test_balanced_training_sees_the_rare_class_as_often(dataset, tmp_path):
     """By the loader that main builds: two of three classes keep one training video each."""
-    from config import parse
-    from train_code import build_loaders
-    from VLoader import read_splits
-
     config, _ = parse(["--data_dir", str(dataset), "--class_balance", "True", "--num_workers", "0"], "main")
     config = replace(config, num_frames=8, batch_size=4)
     splits = read_splits(dataset)
@@ -64,6 +69,51 @@ def test_balanced_training_sees_the_rare_class_as_often(dataset, tmp_path):
     loader = build_loaders(build_model(config, 3), config, replace(splits, train=rare))["train"]
     labels = Counter(label for batch in loader for label in batch["labels"].tolist())
     assert sum(labels.values()) == len(rare) and max(labels.values()) - min(labels.values()) <= 1
+
+
+# -- batches of like length -----------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=80), st.integers(1, 7), st.integers(0, 3))
+def test_batches_of_like_length_hold_every_clip_once_and_come_from_one_window(lengths, size, epoch):
+    batches = EpochBatches(len(lengths), size, shuffle=True, seed=5, length=lambda item: lengths[item[1]])
+    batches.epoch = epoch
+    found = list(batches)
+    assert sorted(itertools.chain(*found)) == [(epoch, place) for place in range(len(lengths))]
+    assert [len(batch) for batch in found] == [size] * (len(lengths) // size) + [len(lengths) % size] * (len(lengths) % size > 0)  # fmt: skip
+    batches.length = None
+    order = batches.order()
+    window = WINDOW * size
+    near = [sorted(order[k : k + window], key=lambda item: lengths[item[1]]) for k in range(0, len(order), window)]
+    expected = [part[k : k + size] for part in near for k in range(0, len(part), size)]
+    assert sorted(map(tuple, found)) == sorted(map(tuple, expected))
+
+
+def test_captioners_train_on_batches_of_like_length(dataset):
+    config = replace(Config(), use_vlm=True, language_model="gpt2", captioning=True, batch_size=4, num_workers=0)
+    splits = read_splits(dataset)
+    model = build_model(config, len(splits.class_names))
+    loaders = build_loaders(model, main.resolve(config, model), splits)
+    batches, padding = loaders["train"].batch_sampler, []
+    for length in (batches.length, None):
+        batches.length = length
+        masks = []
+        for batches.epoch in range(5):
+            masks += [batch["attention_mask"] for batch in loaders["train"]]
+        padding.append(1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks))
+    assert padding[0] < 0.7 * padding[1]  # of twelve clips
+    assert [i for batch in loaders["val"] for i in batch["index"].tolist()] == list(range(len(splits.val)))
+
+
+def test_which_caption_is_drawn_is_known_before_the_video_is_read(tmp_path):
+    captions = ("one", "two words", "three words here")
+    torch.save(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), tmp_path / "v.pt")
+    samples = [Sample(tmp_path / "v.pt", "a", captions=captions)]
+    dataset, first = (ClipDataset(samples, SQUARE, 4, 0, ["a"], train=t) for t in (True, False))
+    drawn = [dataset[(draw, 0)]["caption"] for draw in range(30)]
+    assert drawn == [dataset.caption(draw, 0) for draw in range(30)]
+    assert set(drawn) == set(captions)
+    assert {first.caption(draw, 0) for draw in range(30)} == {"one"}
 
 
 # -- patience ---------------------------------------------------------------------------------------

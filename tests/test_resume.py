@@ -39,11 +39,11 @@ def flags(dataset: Path, runs: Path, *more: str) -> list[str]:
 
 
 def outcome(run: Path) -> tuple[list[dict], bytes, dict]:
-    """Log and metrics less their time fields, and the file of the weights."""
+    """Log and metrics less what they say of time and memory, and the file of the weights."""
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     metrics = json.loads((run / "metrics.json").read_text())
     for row in [*log, metrics]:
-        for key in [k for k in row if "second" in k]:
+        for key in [k for k in row if "second" in k or k == "peak_mb"]:
             del row[key]
     return log, (run / "model.safetensors").read_bytes(), metrics
 
