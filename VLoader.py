@@ -30,7 +30,6 @@ from transforms import Preprocessing, sample_indices
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}  # fmt: skip
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 VAL_FRACTION, VAL_SALT = 0.1, "val"
-WINDOW = 16  # batches whose clips are sorted by the length of their captions
 LARGE = 1280 * 720  # pixels of a picture that several threads decode faster than one
 
 
@@ -656,17 +655,19 @@ class EpochBatches:
     """Yields lists of (draw, index); the order comes from (seed, epoch), or is plain.
 
     With `classes`, each sample's class, an epoch draws equally many clips of every class, else every clip once.
-    With `length`, of (draw, index), a shuffled epoch's batches are of like length, so that they need little padding.
+    With `length`, of (draw, index), the clips of every `group` batches are sorted by it, so that they need less
+    padding: of batches that make one optimizer step, which learns from the same clips in any order.
     `share` (r, n) gives every n-th clip of each batch from the r-th on: one process's part, which may be empty.
     `epoch` and `start`, the number of batches to leave out, are set before each pass.
     """
 
     def __init__(
         self, count: int, batch_size: int, shuffle: bool = False, seed: int = 0, classes: list[int] | None = None,
-        share: tuple[int, int] = (0, 1), length: Callable[[tuple[int, int]], Any] | None = None,
+        share: tuple[int, int] = (0, 1), group: int = 1,
+        length: Callable[[tuple[int, int]], Any] | None = None,
     ):  # fmt: skip
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
-        self.classes, self.share, self.length = classes, share, length
+        self.classes, self.share, self.group, self.length = classes, share, group, length
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -685,7 +686,10 @@ class EpochBatches:
             order = balanced_order(np.array(self.classes), self.epoch, rng)
         else:
             order = [(self.epoch, int(place)) for place in rng.permutation(self.count)]
-        return order if self.length is None else by_length(order, self.batch_size, self.length, rng)
+        if self.length is None:
+            return order
+        step = self.group * self.batch_size
+        return [item for k in range(0, self.count, step) for item in sorted(order[k : k + step], key=self.length)]
 
 
 def balanced_order(classes: np.ndarray, epoch: int, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -700,18 +704,6 @@ def balanced_order(classes: np.ndarray, epoch: int, rng: np.random.Generator) ->
         drawn = [(epoch * draws + d, int(i)) for d in range(draws) for i in rng.permutation(group)]
         order += drawn[: share + (number in extra)]
     return [order[i] for i in rng.permutation(len(order))]
-
-
-def by_length(
-    order: list[tuple[int, int]], batch_size: int, length: Callable[[tuple[int, int]], Any], rng: np.random.Generator
-) -> list[tuple[int, int]]:
-    """The same (draw, index), those of like length side by side: sorted within windows of WINDOW batches, so that a
-    batch's company changes from epoch to epoch; then the batches are shuffled, a last short one stays last."""
-    window = WINDOW * batch_size
-    near = [item for k in range(0, len(order), window) for item in sorted(order[k : k + window], key=length)]
-    whole = len(order) // batch_size
-    batches = [near[k * batch_size : (k + 1) * batch_size] for k in rng.permutation(whole)]
-    return [*itertools.chain(*batches), *near[whole * batch_size :]]
 
 
 def collate(items: list[dict[str, Any]], make_batch: Callable[[list[dict[str, Any]]], dict]) -> dict[str, Any]:
@@ -757,15 +749,15 @@ def build_loader(
     pin_memory: bool = False,
     balance: bool = False,
     share: tuple[int, int] = (0, 1),
-    like_length: bool = False,
+    group: int = 1,
     **skipping: Any,
 ) -> ClipLoader:
     """A loader of `dataset`; its `batch_sampler` takes the epoch before each pass in training, and with
-    `balance` draws all classes equally often, with `like_length` batches of captions of like length. `share` is
-    EpochBatches', `skipping` are ClipLoader's own arguments."""
+    `balance` draws all classes equally often; the clips of every `group` batches are sorted by the length of their
+    captions. `share` is EpochBatches', `skipping` are ClipLoader's own arguments."""
     batches = EpochBatches(
         len(dataset), batch_size, shuffle=dataset.train, seed=dataset.seed, share=share,
-        classes=dataset.labels if balance else None, length=dataset.caption_length if like_length else None,
+        classes=dataset.labels if balance else None, group=group, length=dataset.caption_length if group > 1 else None,
     )  # fmt: skip
     return ClipLoader(
         dataset, batch_sampler=batches, collate_fn=partial(collate, make_batch=make_batch), num_workers=num_workers,

@@ -432,7 +432,7 @@ def build_loaders(
         if train:
             more |= {
                 "balance": config.class_balance,
-                "like_length": config.captioning,
+                "group": config.gradient_accumulation_steps if config.captioning else 1,
                 "skip_unreadable": config.skip_unreadable,
                 "skipped": splits.unreadable,
             }

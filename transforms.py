@@ -109,7 +109,7 @@ class Preprocessing:
     def normalise(self, video: torch.Tensor) -> torch.Tensor:
         """uint8 (B, T, C, H, W) to normalised float32 of the same shape, on the video's device."""
         mean, std = (torch.tensor(v, device=video.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (video.float() * self.rescale_factor - mean) / std
+        return (video * self.rescale_factor).sub_(mean).div_(std)  # one new tensor
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

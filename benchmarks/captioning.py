@@ -5,7 +5,8 @@
     pixels     the loop of main.py, the backbone run on every clip of every epoch
     features   the same loop on a warm feature cache
     ceiling    the same optimizer steps on batches that lie in memory: no loader, no sums, no progress bar
-    unsorted   the ceiling on batches of captions of any length: what sorting by length gains
+    unsorted   the ceiling without sorting the clips of an optimizer step by the length of their captions, which
+               changes what --gradient_accumulation_steps needs
 Rounds of one epoch alternate in one process; medians, and the medians of the ratios within a round.
 """
 
@@ -29,6 +30,7 @@ from train_code import (
     build_accelerator,
     build_loaders,
     build_optimizer,
+    groups_of,
     loss_sum,
     to_device,
     train_one_epoch,
@@ -38,8 +40,8 @@ from VLoader import read_splits
 JOB = ["--use_vlm", "True", "--captioning", "True", "--freeze_visionbackbone", "True", "--use_lora_llm", "True"]
 
 
-def padding(batches: list[dict[str, torch.Tensor]]) -> float:
-    masks = [batch["attention_mask"] for batch in batches]
+def padding(steps: list[list[dict[str, torch.Tensor]]]) -> float:
+    masks = [batch["attention_mask"] for group in steps for batch in group]
     return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
 
@@ -78,22 +80,29 @@ def compare(argv: list[str], cache: str) -> None:
         "features": build_loaders(model, config, splits, features)["train"],
     }
     optimizer = accelerator.prepare(build_optimizer(model, config))
-    engine = Engine(accelerator, optimizer, 10**9, 1, progress=Progress(step=2))  # past the checks of the first steps
-    batches = [to_device(batch, accelerator.device) for batch in loaders["features"]]
+    accumulate = config.gradient_accumulation_steps
+    engine = Engine(
+        accelerator, optimizer, 10**9, accumulate, progress=Progress(step=2)
+    )  # past the first steps' checks
     unsorted = build_loaders(model, config, splits, features)["train"]
     unsorted.batch_sampler.length = None
-    unsorted_batches = [to_device(batch, accelerator.device) for batch in unsorted]
+    steps, unsorted_steps = (
+        [[to_device(batch, accelerator.device) for batch in group] for group in groups_of(loader, accumulate)]
+        for loader in (loaders["features"], unsorted)
+    )
 
     def loop(name: str) -> None:
         train_one_epoch(model, loaders[name], engine)
         engine.progress.next_epoch()
 
-    def ceiling(batches: list[dict]) -> None:
+    def ceiling(steps: list[list[dict]]) -> None:
         model.train()
-        for batch in batches:
-            with accelerator.autocast():
-                loss, _, targets = loss_sum(model, batch)
-            accelerator.backward(loss / (targets != -100).sum())
+        for group in steps:
+            targets = sum(int((model.targets(batch) != -100).sum()) for batch in group)
+            for batch in group:
+                with accelerator.autocast():
+                    loss, _, _ = loss_sum(model, batch)
+                accelerator.backward(loss / targets)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -101,12 +110,12 @@ def compare(argv: list[str], cache: str) -> None:
     jobs: dict[str, Callable[[], None]] = {
         "pixels": lambda: loop("pixels"),
         "features": lambda: loop("features"),
-        "ceiling": lambda: ceiling(batches),
-        "unsorted": lambda: ceiling(unsorted_batches),
+        "ceiling": lambda: ceiling(steps),
+        "unsorted": lambda: ceiling(unsorted_steps),
     }
-    shares = [f"{100 * padding(found):.1f} %" for found in (batches, unsorted_batches)]
+    shares = [f"{100 * padding(found):.1f} %" for found in (steps, unsorted_steps)]
     print(
-        f"{config.vision_model} + {config.language_model}: {len(splits.train)} clips, batch {config.batch_size}, "
+        f"{config.vision_model} + {config.language_model}: {len(splits.train)} clips, batch {config.batch_size} x {accumulate}, "
         f"{shares[0]} of the text positions are padding, unsorted {shares[1]}"
     )
     print_rates(jobs, args.rounds, len(splits.train))

@@ -446,6 +446,7 @@ def test_accumulation_equals_one_large_batch(dataset):
             captioning=True,
             freeze_visionbackbone=True,
             batch_size=batch_size,
+            gradient_accumulation_steps=accumulate,
             num_workers=0,
             num_frames=8,
         )
