@@ -644,9 +644,8 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    from peft.tuners.lora import LoraLayer
-
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    """The layers that carry a LoRA adapter, by name; a model without any is told without importing peft."""
+    return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
 
 
 def choose_trained(model: VideoModel, config: Config) -> None:

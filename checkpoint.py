@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from collections.abc import Set
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,6 @@ def describe_run(
     model: VideoModel, config: Config, class_names: list[str], display: dict[str, str], data: str
 ) -> dict[str, Any]:
     """metadata.json: what the run is, in readable form; `data` identifies what it was trained on."""
-    import peft
-    import transformers
-
     whole = fully_trained(config)
     backbones = {
         name: {"source": portable(source.path), "revision": source.revision, "fingerprint": source.fingerprint, "in_checkpoint": whole[name]}
@@ -142,7 +140,7 @@ def describe_run(
         "data": data,
         "backbones": backbones,
         "preprocessing": asdict(model.vision_encoder.preprocessing),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "commit": git_commit(),
     }
 
@@ -265,6 +263,8 @@ def resumable_run(config: Config, typed: Set[str]) -> tuple[Path, Config]:
     ]
     if wrong:
         raise UserError(f"{run_dir} was started with other options: {', '.join(wrong)}")
+    for unfinished in run_dir.rglob("*.tmp"):  # what a killed process was writing
+        unfinished.unlink(missing_ok=True)
     return run_dir, replace(saved, **{name: getattr(config, name) for name in free & typed})
 
 

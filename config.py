@@ -377,10 +377,11 @@ def make_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """write(temporary path), then rename, so that `path` is always whole: the old file or the new one."""
+    """write(temporary path), then rename, so that `path` is always whole: the old file or the new one, also where
+    several processes write it."""
     from safetensors import SafetensorError
 
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with temporary.open("rb") as file:

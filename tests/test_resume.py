@@ -241,14 +241,27 @@ def test_a_save_interrupted_at_each_operation_leaves_the_old_file_whole(
                 assert "safetensors: No space left on device" in str(caught.value)
     assert before == {name: (run / name).read_bytes() for name in before}
     assert main.main([*stopped, "--resume", "True"]) == 0  # what a killed save left behind is in nobody's way
+    assert not list(run.rglob("*.tmp"))
 
 
 def test_a_full_disk_is_named(tmp_path):
     """/dev/full refuses every byte: a real ENOSPC."""
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    (tmp_path / "x.json.tmp").symlink_to("/dev/full")
+    (tmp_path / f"x.json.{os.getpid()}.tmp").symlink_to("/dev/full")
     (tmp_path / "x.json").write_text("old")
     with pytest.raises(UserError, match=r"cannot write .*x\.json: No space left on device"):
         checkpoint.write_json({"a": 1}, tmp_path / "x.json")
     assert (tmp_path / "x.json").read_text() == "old"
+
+
+def test_processes_that_write_one_file_leave_it_whole(tmp_path):
+    """As two runs in one folder of runs do with what they found readable."""
+    script = "import sys; from pathlib import Path; from config import replace_file\n"
+    script += "for _ in range(300): replace_file(Path(sys.argv[1]), lambda p: p.write_text(1000 * sys.argv[2]))"
+    command = [sys.executable, "-c", script, str(tmp_path / "file")]
+    processes = [subprocess.Popen([*command, letter], cwd=ROOT, stderr=subprocess.PIPE, text=True) for letter in "abc"]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert errors == ["", "", ""]
+    assert (tmp_path / "file").read_text() in {1000 * letter for letter in "abc"}
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
