@@ -109,7 +109,8 @@ class Preprocessing:
     def normalise(self, video: torch.Tensor) -> torch.Tensor:
         """uint8 (B, T, C, H, W) to normalised float32 of the same shape, on the video's device."""
         mean, std = (torch.tensor(v, device=video.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (video * self.rescale_factor).sub_(mean).div_(std)  # one new tensor
+        pixels = video.to(torch.float32, copy=True)  # one new tensor: more of them cost more than the arithmetic
+        return pixels.mul_(self.rescale_factor).sub_(mean).div_(std)
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

@@ -13,13 +13,13 @@ Rounds of one epoch alternate in one process; medians, and the medians of the ra
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from benchmarks import alternate
 from build_model import build_model
 from config import UserError, parse
 from feature_cache import fill, open_store, read_features
@@ -47,13 +47,7 @@ def padding(steps: list[list[dict[str, torch.Tensor]]]) -> float:
 
 def print_rates(jobs: dict[str, Callable[[], None]], rounds: int, clips: int) -> None:
     """Clips per second of each job, in alternating rounds."""
-    rates: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(rounds + 1):  # the first one warms up
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            if number:
-                rates[name].append(clips / (time.perf_counter() - start))
+    rates = {name: [clips / s for s in seconds] for name, seconds in alternate(jobs, rounds).items()}
     print(f"{'':<10}{'clips/s':>9}{'spread':>14}{'x pixels':>10}{'x ceiling':>11}")
     for name, values in rates.items():
         against = [median(a / b for a, b in zip(values, rates[other], strict=True)) for other in ("pixels", "ceiling")]

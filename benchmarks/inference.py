@@ -12,13 +12,13 @@ Jobs of one table alternate; medians over the rounds, and their spread. --classi
 import argparse
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from benchmarks import alternate
 from build_model import VideoModel
 from checkpoint import PROVIDED, load_run
 from config import ROOT, UserError
@@ -29,13 +29,7 @@ from VLoader import read_splits
 
 def table(title: str, jobs: dict[str, Callable[[], object]], rounds: int, clips: int = 1) -> None:
     """Seconds, or clips per second, of each job, and the median of its ratio to the first within a round."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(rounds + 1):  # the first one warms up
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
+    seconds = alternate(jobs, rounds)
     first = next(iter(seconds.values()))
     print(f"\n| {title} | {'s' if clips == 1 else 'clips/s'} | spread | time to the first |\n|---|---|---|---|")
     for name, values in seconds.items():

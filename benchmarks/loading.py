@@ -8,14 +8,13 @@ that is already in memory. Rounds alternate; medians.
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from benchmarks import alternate
 from build_model import build_model
 from config import UserError, parse
 from main import resolve
@@ -24,11 +23,6 @@ from VLoader import read_splits
 
 WORKERS = (0, 1, 2)
 STEPS = 4  # of the model in one round
-
-
-def clips_per_second(work: Callable[[], int]) -> float:
-    start = time.perf_counter()
-    return work() / (time.perf_counter() - start)
 
 
 def main(argv: list[str]) -> None:
@@ -45,11 +39,12 @@ def main(argv: list[str]) -> None:
     loaders = {n: build_loaders(model, replace(config, num_workers=n), splits)["train"] for n in WORKERS}
     first = {k: v.to(accelerator.device) for k, v in next(iter(loaders[0])).items()}
 
-    def load(workers: int) -> int:
+    def load(workers: int) -> None:
         loaders[workers].batch_sampler.epoch += 1
-        return sum(len(batch["index"]) for batch in loaders[workers])
+        for _ in loaders[workers]:
+            pass
 
-    def train() -> int:
+    def train() -> None:
         model.train()
         for _ in range(STEPS):
             with accelerator.autocast():
@@ -57,25 +52,18 @@ def main(argv: list[str]) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        return STEPS * len(first["index"])
 
     @torch.inference_mode()
-    def answer() -> int:
+    def answer() -> None:
         model.eval()
         for _ in range(STEPS):
             loss_sum(model, first)[0].item()
-        return STEPS * len(first["index"])
 
-    jobs = {f"loader, {n} workers": lambda n=n: load(n) for n in WORKERS} | {
-        "model trains": train,
-        "model answers": answer,
-    }
-    rates: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(args.rounds + 1):  # the first starts the workers and warms up
-        for name, job in jobs.items():
-            rate = clips_per_second(job)
-            if number:
-                rates[name].append(rate)
+    reading = {f"loader, {n} workers": lambda n=n: load(n) for n in WORKERS}
+    computing = {"model trains": train, "model answers": answer}
+    clips = dict.fromkeys(reading, len(splits.train)) | dict.fromkeys(computing, STEPS * len(first["index"]))
+    seconds = alternate(reading | computing, args.rounds)  # the first round starts the workers
+    rates = {name: [clips[name] / s for s in values] for name, values in seconds.items()}
     print(
         f"{len(splits.train)} clips of {config.num_frames} frames, {config.vision_model}, {torch.get_num_threads()} threads"
     )
