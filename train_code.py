@@ -145,15 +145,16 @@ class Engine:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep the memory of freed tensors. By default it gives large ones back to the system, which maps and
-    zeroes the same pages anew for the next step's: up to a fifth of a step on a CPU. Other C libraries are left alone.
+    """Has glibc keep the memory of freed tensors below 32 MB. By default it gives it back to the system, which maps and
+    zeroes the same pages anew for the next step's: up to a fifth of a step on a CPU. Larger tensors come and go as
+    before, for kept they would leave holes. Other C libraries are left alone.
 
     Source: mallopt(3).
     """
-    trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
+    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(mmap_max, 0)  # no pages of their own for large tensors
+        libc.mallopt(mmap_threshold, 2**25)
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 

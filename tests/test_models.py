@@ -483,16 +483,16 @@ def test_locate_names_lead_where_the_table_says(tmp_path):
 
 
 def test_freed_memory_is_used_again_without_page_faults():
-    """Tensors of 64 MB made and freed, by page faults of the process, before and after."""
+    """Tensors of 16 MB made and freed, by page faults of the process, before and after."""
     script = """
 import resource, torch
 from train_code import keep_freed_memory
 
 def faults():
-    torch.ones(16_000_000)
+    torch.ones(4_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        torch.ones(16_000_000)
+        torch.ones(4_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 given_back = faults()
