@@ -145,7 +145,7 @@ class Engine:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep the memory of freed tensors below 32 MB. By default it gives it back to the system, which maps and
+    """Has glibc keep the memory of freed tensors below 16 MB. By default it gives it back to the system, which maps and
     zeroes the same pages anew for the next step's: up to a fifth of a step on a CPU. Larger tensors come and go as
     before, for kept they would leave holes. Other C libraries are left alone.
 
@@ -154,7 +154,7 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(mmap_threshold, 2**25)
+        libc.mallopt(mmap_threshold, 2**24)
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
