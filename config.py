@@ -396,11 +396,13 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 def collector_off() -> Generator[None]:
     """No garbage collection inside, for imports: the objects they make all stay, and looking through them again and
     again takes as long as importing torch does."""
+    was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_on:
+            gc.enable()
 
 
 def config_file_text() -> str:

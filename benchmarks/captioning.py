@@ -75,9 +75,8 @@ def compare(argv: list[str], cache: str) -> None:
     }
     optimizer = accelerator.prepare(build_optimizer(model, config))
     accumulate = config.gradient_accumulation_steps
-    engine = Engine(
-        accelerator, optimizer, 10**9, accumulate, progress=Progress(step=2)
-    )  # past the first steps' checks
+    begun = Progress(step=2)  # past the checks of the first steps
+    engine = Engine(accelerator, optimizer, 10**9, accumulate, progress=begun)
     unsorted = build_loaders(model, config, splits, features)["train"]
     unsorted.batch_sampler.length = None
     steps, unsorted_steps = (

@@ -215,3 +215,10 @@ def test_the_collector_rests_only_while_a_model_is_built(run, videos, capsys):
         assert not gc.isenabled()
         raise UserError
     assert gc.isenabled()
+    gc.disable()  # as a program that uses Predictor may have done
+    try:
+        with collector_off():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
