@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from config import UserError
+from script import UserError
 
 ERASED_CLIPS = 0.25  # share of clips with an erased rectangle
 OPERATIONS = 2  # of RandAugment, per clip

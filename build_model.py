@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from config import ROOT, Config, UserError, collector_off, family
+from config import ROOT, Config, family
+from script import UserError, collector_off
 from transforms import Preprocessing
 
 FAMILIES = ("timesformer", "videomae")

@@ -38,19 +38,8 @@ from build_model import (
     tower_body,
     trained_tensors,
 )
-from config import (
-    FIELDS,
-    NAMING,
-    ROOT,
-    Config,
-    UserError,
-    as_flags,
-    make_folder,
-    read_yaml,
-    replace_file,
-    run_name,
-    write_yaml,
-)
+from config import FIELDS, NAMING, ROOT, Config, as_flags, read_yaml, run_name, write_yaml
+from script import UserError, make_folder, replace_file, write_json
 
 FORMAT_VERSION = 1
 WEIGHTS, SETTINGS, METADATA = "model.safetensors", "config.yaml", "metadata.json"
@@ -59,23 +48,6 @@ PROVIDED = ROOT / "checkpoints" / "provided"
 
 
 # -- saving -----------------------------------------------------------------------------------------
-
-
-def write_json(values: Any, path: Path) -> None:
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    # a file's name that is no text becomes JSON's own escape: "\\udcff"
-    replace_file(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
-
-
-def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """One JSON object a line."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What write_rows wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:

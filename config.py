@@ -8,27 +8,18 @@ converters, since PyYAML reads 1e-3 as a string.
 
 import argparse
 import difflib
-import gc
 import importlib.util
-import os
-import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
-
-if sys.version_info < (3, 11):  # noqa: UP036, before anything below fails in many lines
-    sys.exit("error: vidtune needs Python 3.11 or newer, this is {}.{}".format(*sys.version_info[:2]))
+from typing import Any, NamedTuple
 
 import yaml
 
+from script import Parser, UserError
+
 ROOT = Path(__file__).resolve().parent  # where backbones/ and config_file.yaml lie
 CONFIG_FILE = ROOT / "config_file.yaml"
-
-
-class UserError(Exception):
-    """A mistake that the user can mend; the scripts print it as one line `error: ...` and exit with 2."""
 
 
 class Backbone(NamedTuple):
@@ -225,13 +216,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {key: convert(key, value, f"{path}: ") for key, value in values.items()}
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors as UserError and the closest flag named."""
-
-    def error(self, message: str):
-        raise UserError(message)
-
-
 def build_parser(script: str) -> Parser:
     """The parser of main.py or inference.py. Both accept every flag, so that a run's flags can be typed
     again at inference; --help shows the ones that the script reads."""
@@ -368,43 +352,6 @@ def write_yaml(values: dict[str, Any], path: Path) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def make_folder(folder: Path) -> None:
-    """The folder and its parents. Raises UserError if it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """write(temporary path), then rename, so that `path` is always whole: the old file or the new one, also where
-    several processes write it."""
-    from safetensors import SafetensorError
-
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-@contextmanager
-def collector_off() -> Generator[None]:
-    """No garbage collection inside, for imports: the objects they make all stay, and looking through them again and
-    again takes as long as importing torch does."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 def config_file_text() -> str:
     """config_file.yaml: every option with its default and its help; `python config.py` writes it."""
     lines = ["# Every option with its default. A flag of the same name overrides a line here."]
@@ -416,36 +363,6 @@ def config_file_text() -> str:
         value = yaml.safe_dump(option_field.default).splitlines()[0]
         lines.append(f"{name}: {value}  # {option_field.metadata['help']}")
     return "\n".join(lines) + "\n"
-
-
-def run_script(body: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
-    """Runs a script's body; a UserError becomes one line on stderr and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):  # names of files need not be text
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        status = body(argv) or 0
-        sys.stdout.flush()
-        return status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # who reads our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-def leave(status: int) -> NoReturn:
-    """Ends a script that was started as a program."""
-    if "RANK" in os.environ:  # torchrun: gloo's threads may still want an interpreter that is going, and would abort
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    gc.freeze()  # else the collector looks through all of torch and transformers a last time
-    sys.exit(status)
 
 
 if __name__ == "__main__":

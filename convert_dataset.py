@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from config import Parser, UserError, make_folder, replace_file, run_script
+from script import Parser, UserError, make_folder, replace_file, run_script
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -406,7 +406,7 @@ def write_rows(outcomes: dict[str, Outcome], output: Path) -> None:
 
 def report(outcomes: dict[str, Outcome], output: Path) -> dict[str, Any]:
     """Prints the counts and writes <split>/conversion.json, which names every video that was left out."""
-    from checkpoint import write_json
+    from script import write_json
 
     counts, print_width = {}, 11
     titles = ("rows", "found", "missing", "unreadable", "refused", "videos", "classes", "captions")

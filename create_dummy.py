@@ -10,7 +10,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from config import Parser, UserError, make_folder, run_script
+from script import Parser, UserError, make_folder, run_script
 
 
 def body(argv: list[str] | None) -> int:

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from build_model import VideoModel, adapters, load_preprocessor, read_config, trained_tensors
-from config import Config, UserError
+from config import Config
+from script import UserError
 from train_code import default_rates, first_steps_checked, loss_sum, to_device
 from transforms import Preprocessing
 from VLoader import Splits, find_videos, list_images, open_video, sample_indices

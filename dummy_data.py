@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Parser, UserError, make_folder, run_script
+from script import Parser, UserError, make_folder, run_script
 
 COLOURS = {
     "red": (0.90, 0.12, 0.12), "green": (0.15, 0.80, 0.20), "blue": (0.15, 0.25, 0.95),

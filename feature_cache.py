@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from build_model import VideoModel, VisionEncoder
-from config import Config, UserError, make_folder, replace_file
+from config import Config
+from script import UserError, make_folder, replace_file
 from VLoader import ClipDataset, Sample, Splits, build_loader, stamp
 
 SHARD = 256  # videos a file

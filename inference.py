@@ -19,7 +19,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import FIELDS, Config, UserError, check_for_classifiers, leave, parse, replace_file, run_script
+from config import FIELDS, Config, check_for_classifiers, parse
+from script import UserError, leave, replace_file, run_script
 
 if TYPE_CHECKING:
     from VLoader import Sample

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config import BACKBONES, NAMING, Config, UserError, as_flags, leave, make_folder, parse, run_name, run_script
+from config import BACKBONES, NAMING, Config, as_flags, parse, run_name
+from script import UserError, leave, make_folder, run_script
 
 LISTED = 20  # unreadable videos that an error names
 SCAN_CACHE = ".readable.json"  # in the folder of runs: which videos were found readable, by size and time
@@ -153,8 +154,8 @@ def report(
     metrics: dict[str, Any], model: Any, splits: Any, display: dict[str, str], config: Config, accelerator: Any, folder: Path
 ) -> None:  # fmt: skip
     """Prints the result, adds the controls where they are asked for, writes metrics.json, draws the pictures."""
-    from checkpoint import write_json
     from controls import control_line, control_scores
+    from script import write_json
 
     print(result_line(metrics))
     if config.controls:
@@ -170,8 +171,8 @@ def draw_pictures(
 ) -> None:  # fmt: skip
     """The pictures of a scored run, of its test split or else of val."""
     import figures
-    from checkpoint import read_rows
     from controls import occlusion_maps
+    from script import read_rows
     from train_code import build_loaders
 
     split = "test" if "test" in metrics else "val"

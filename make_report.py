@@ -22,19 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from config import (
-    ROOT,
-    Config,
-    UserError,
-    as_flags,
-    make_folder,
-    read_yaml,
-    replace_file,
-    run_name,
-    run_script,
-    write_yaml,
-)
+from config import ROOT, Config, as_flags, read_yaml, run_name, write_yaml
 from metrics import Summary, attribute_summary, bounds, caption_summary, label_rows_summary, resampled
+from script import UserError, make_folder, replace_file, run_script
 
 EXPERIMENTS = ROOT / "experiments"
 NAMES = {"timesformer": "TimeSformer", "videomae": "VideoMAE", "bert": "BERT", "gpt2": "GPT-2"}
@@ -123,7 +113,7 @@ def train_one(row: Row, seed: int, data_dir: Path, environment: dict[str, str]) 
 
 
 def predictions(run_dir: Path) -> list[dict[str, Any]]:
-    from checkpoint import read_rows
+    from script import read_rows
 
     return read_rows(run_dir / "predictions_test.jsonl")
 
@@ -411,7 +401,8 @@ def provide(row: Row, folder: Path, data_dir: Path) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from checkpoint import METADATA, SETTINGS, WEIGHTS, read_run, read_tensors, write_json
+    from checkpoint import METADATA, SETTINGS, WEIGHTS, read_run, read_tensors
+    from script import write_json
 
     run_dir, target = row.dirs[0], folder / row.name
     if target.is_dir():

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from config import UserError, run_script
+from script import UserError, run_script
 
 RESAMPLES = 1000
 BINS = 15  # of confidence, for the calibration error

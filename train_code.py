@@ -29,9 +29,10 @@ from tqdm import tqdm
 import dummy_data
 from augment import Augment
 from build_model import VideoModel, adapters, tower_body, trained_tensors
-from checkpoint import load_state, load_weights, save_state, save_weights, write_json, write_rows
-from config import BACKBONES, Config, UserError
+from checkpoint import load_state, load_weights, save_state, save_weights
+from config import BACKBONES, Config
 from metrics import attribute_summary, caption_scores, label_scores, with_intervals
+from script import UserError, write_json, write_rows
 from VLoader import ClipDataset, build_loader
 
 WARMUP = 0.1  # share of all steps

@@ -21,9 +21,10 @@ import torch
 
 from benchmarks import alternate
 from build_model import build_model
-from config import UserError, parse
+from config import parse
 from feature_cache import fill, open_store, read_features
 from main import resolve
+from script import UserError
 from train_code import (
     Engine,
     Progress,

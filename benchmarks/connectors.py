@@ -24,9 +24,10 @@ from torch import nn
 
 from build_model import Projector, VideoModel, build_model, trained_tensors
 from checkpoint import describe_run, start_run
-from config import Config, UserError, parse
+from config import Config, parse
 from feature_cache import fill, open_store, read_features
 from main import resolve
+from script import UserError
 from train_code import build_accelerator, build_loaders, train
 from VLoader import Splits, read_splits
 

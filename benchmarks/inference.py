@@ -21,8 +21,9 @@ import torch
 from benchmarks import alternate
 from build_model import VideoModel
 from checkpoint import PROVIDED, load_run
-from config import ROOT, UserError
+from config import ROOT
 from inference import Predictor
+from script import UserError
 from train_code import build_loaders
 from VLoader import read_splits
 

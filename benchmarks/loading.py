@@ -16,8 +16,9 @@ import torch
 
 from benchmarks import alternate
 from build_model import build_model
-from config import UserError, parse
+from config import parse
 from main import resolve
+from script import UserError
 from train_code import build_accelerator, build_loaders, build_optimizer, loss_sum
 from VLoader import read_splits
 

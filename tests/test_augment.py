@@ -12,7 +12,8 @@ import augment
 import main
 from augment import Augment
 from build_model import build_model
-from config import UserError, parse
+from config import parse
+from script import UserError
 from train_code import build_loaders
 from VLoader import read_splits
 

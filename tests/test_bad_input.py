@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import inference
 import main
 import train_code
-from config import UserError
+from script import UserError
 from VLoader import open_video, read_folder, read_metadata
 
 

@@ -20,9 +20,10 @@ import feature_cache
 import main
 import train_code
 from build_model import build_model, fingerprint
-from checkpoint import load_run, read_rows
+from checkpoint import load_run
 from config import ROOT, parse
 from feature_cache import FeatureIndex, fill, open_store, read_features, video_ids
+from script import read_rows
 from train_code import build_accelerator
 from VLoader import Sample, read_splits
 

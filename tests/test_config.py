@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import config
 import inference
 import main
-from config import BACKBONES, FIELDS, Config, UserError, as_flags, parse, run_name
+from config import BACKBONES, FIELDS, Config, as_flags, parse, run_name
+from script import UserError
 
 ROOT = Path(config.__file__).parent
 

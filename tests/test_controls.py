@@ -16,8 +16,9 @@ import figures
 import main
 import metrics
 from build_model import build_model
-from checkpoint import load_run, read_rows
+from checkpoint import load_run
 from config import ROOT, Config
+from script import read_rows
 from train_code import build_accelerator, build_loaders
 from VLoader import Sample, read_splits
 

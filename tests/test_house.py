@@ -11,8 +11,8 @@ import yaml
 from config import ROOT
 
 LAYERS = [
-    {"config", "transforms"},
-    {"metrics"},
+    {"script", "transforms"},
+    {"config", "metrics"},
     {"dummy_data", "VLoader", "augment", "build_model"},
     {"feature_cache", "checkpoint"},
     {"train_code", "figures"},
@@ -66,7 +66,7 @@ def test_an_older_python_gets_one_line():
 
 def test_an_older_python_can_parse_the_guard():
     """The file that holds the check must be readable by the Pythons that it turns away."""
-    source = (ROOT / "config.py").read_text(encoding="utf-8")
+    source = (ROOT / "script.py").read_text(encoding="utf-8")
     ast.parse(source, feature_version=(3, 8))
     for script in ("main", "inference", "dummy_data", "create_dummy", "convert_dataset"):
         ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"), feature_version=(3, 8))

@@ -17,7 +17,8 @@ from conftest import counting_frames, write_video
 
 import inference
 import main
-from config import ROOT, UserError, collector_off
+from config import ROOT
+from script import UserError, collector_off
 from VLoader import Sample, cut, open_video
 
 
@@ -202,7 +203,7 @@ def test_captions_of_a_timeline(dataset, tmp_path):
 
 
 def test_predict_raises_for_an_unreadable_video(run, videos):
-    from config import UserError
+    from script import UserError
 
     with pytest.raises(UserError, match=r"2\.pt"):
         inference.Predictor.from_checkpoint(run).predict(videos / "2.pt")

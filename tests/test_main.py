@@ -15,8 +15,9 @@ import create_dummy
 import inference
 import main
 from checkpoint import load_run
-from config import ROOT, Config, UserError
+from config import ROOT, Config
 from inference import Predictor
+from script import UserError
 from VLoader import find_videos, read_folder
 
 FROZEN_BERT = ["--use_vlm", "--language_model", "bert", "--freeze_visionbackbone", "True"]

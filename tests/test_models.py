@@ -22,7 +22,8 @@ from build_model import (
     token_grid,
     trained_tensors,
 )
-from config import ROOT, Config, UserError, complete
+from config import ROOT, Config, complete
+from script import UserError
 from train_code import build_accelerator, build_optimizer, first_steps_checked, loss_sum
 from transforms import Preprocessing
 

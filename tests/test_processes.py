@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import read_rows
 from config import ROOT
+from script import read_rows
 
 CLASSIFIER = ["--vision_model", "videomae", "--use_lora_vision", "True"]
 CAPTIONER = ["--use_vlm", "True", "--captioning", "True", "--freeze_visionbackbone", "True"]

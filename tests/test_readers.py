@@ -13,7 +13,7 @@ from PIL import Image
 
 import dummy_data
 import VLoader
-from config import UserError
+from script import UserError
 from transforms import Preprocessing
 from VLoader import (
     ClipDataset,

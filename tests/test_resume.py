@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import torch
 import checkpoint
 import main
 import train_code
-from config import ROOT, UserError
+from config import ROOT
+from script import UserError
 
 JOBS = {
     "classifier": ["--use_lora_vision", "True"],  # adapters have dropout
@@ -248,7 +250,9 @@ def test_a_full_disk_is_named(tmp_path):
     """/dev/full refuses every byte: a real ENOSPC."""
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    (tmp_path / f"x.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+    folder = tmp_path / f".x.json.{platform.node()}.{os.getpid()}.tmp"
+    folder.mkdir()
+    (folder / "x.json").symlink_to("/dev/full")
     (tmp_path / "x.json").write_text("old")
     with pytest.raises(UserError, match=r"cannot write .*x\.json: No space left on device"):
         checkpoint.write_json({"a": 1}, tmp_path / "x.json")
@@ -257,7 +261,7 @@ def test_a_full_disk_is_named(tmp_path):
 
 def test_processes_that_write_one_file_leave_it_whole(tmp_path):
     """As two runs in one folder of runs do with what they found readable."""
-    script = "import sys; from pathlib import Path; from config import replace_file\n"
+    script = "import sys; from pathlib import Path; from script import replace_file\n"
     script += "for _ in range(300): replace_file(Path(sys.argv[1]), lambda p: p.write_text(1000 * sys.argv[2]))"
     command = [sys.executable, "-c", script, str(tmp_path / "file")]
     processes = [subprocess.Popen([*command, letter], cwd=ROOT, stderr=subprocess.PIPE, text=True) for letter in "abc"]

@@ -1,0 +1,256 @@
+"""What every script shares: errors as one line, exit status, files written whole, locks. Imports no torch.
+
+if __name__ == "__main__":
+    leave(main())       # main(argv) returns run_script(body, argv)
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import re
+import reprlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+if sys.version_info < (3, 11):  # noqa: UP036, before anything below fails in many lines
+    sys.exit("error: vidtune needs Python 3.11 or newer, this is {}.{}".format(*sys.version_info[:2]))
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
+
+LONGEST_MESSAGE = 4000  # characters of an error that reach the terminal
+#: control characters, line separators, text direction marks, and bytes of a file's name that are no text
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+# -- messages ---------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake that the user can fix; the scripts print it as one line `error: ...` and exit with status 2.
+
+    `details` are printed below it, one line each.
+    """
+
+    def __init__(self, message: str, details: Sequence[str] = ()):
+        super().__init__(message)
+        self.details = details
+
+
+def printable(text: object) -> str:
+    """The text with control characters escaped, so that a file's name or a caption cannot steer the terminal."""
+    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def shown(value: object) -> str:
+    """repr(value), cut to a length that fits into a message, however large or deep the value is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    short.maxlevel = 2
+    return short.repr(value)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as UserError."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def run_script(body: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
+    """Runs a script's body; a UserError, or a file that cannot be read or written, becomes one line on stderr and
+    exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = body(argv) or 0
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        return print_error(str(error), error.details)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if sys.stdout.errors is not None:
+            discard_output()
+        return print_error(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+
+
+def print_error(message: str, details: Sequence[str] = ()) -> int:
+    print(f"error: {printable(message)[:LONGEST_MESSAGE]}", file=sys.stderr)
+    for line in details:
+        print(printable(line), file=sys.stderr)
+    return 2
+
+
+def discard_output() -> None:
+    """Sends what stdout still holds nowhere if it cannot be written (a full disk): Python would try again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def leave(status: int) -> NoReturn:
+    """Ends a script that was started as a program."""
+    if "RANK" in os.environ:  # torchrun: gloo's threads may still want an interpreter that is going, and would abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    gc.freeze()  # else the collector looks through all of torch and transformers a last time
+    sys.exit(status)
+
+
+@contextmanager
+def collector_off() -> Generator[None]:
+    """No garbage collection inside, for imports: the objects they make all stay, and looking through them again and
+    again takes as long as importing torch does."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+# -- files ------------------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder and its parents. Raises UserError if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"cannot make the folder {folder}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls write(temporary path), then renames, so that `path` is always whole: the old file or the new one, also
+    where several processes write it.
+
+    The temporary file has a folder of its own beside `path`, so that what a library leaves there when it is killed
+    (safetensors has a temporary file too) can be found and removed. Raises UserError if the file cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    folder = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir(exist_ok=True)
+        temporary = folder / path.name
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, owned: bool = False) -> None:
+    """Removes what killed processes were writing directly in a folder: of dead processes of this machine, or all of
+    it where the folder is `owned` by this process."""
+    for path in folder.glob(".*.tmp"):
+        writer = re.search(rf"\.{re.escape(platform.node())}\.(\d+)\.tmp$", path.name)
+        if owned or (writer and not is_running(int(writer[1]))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to another user
+        return True
+    return True
+
+
+def write_json(values: Any, path: Path) -> None:
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    # a file's name that is no text becomes JSON's own escape: "\\udcff"
+    replace_file(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes one JSON object a line."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_file(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What write_rows wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+# -- locks ------------------------------------------------------------------------------------------
+
+
+class FileLock:
+    """Keeps other processes away from `what`, a folder or a file, while this process lives or until release().
+
+    A POSIX record lock (fcntl(2)) on a file of its own: the system drops it when the process ends, even by SIGKILL,
+    and forked children such as a loader's workers do not inherit it, unlike one of flock(2). The file names its
+    holder and is removed at release.
+
+    Raises UserError naming the holder if another process, or this one, has the lock.
+    """
+
+    held: set[tuple[int, str]] = set()  # noqa: RUF012, (process, path); a process is never refused its own record lock
+
+    def __init__(self, path: Path, what: str):
+        self.path, self.key = path, (os.getpid(), os.path.realpath(path))
+        if self.key in self.held:
+            raise UserError(f"{what} is in use by this process")
+        try:
+            self.file = self._acquire(what)
+            os.ftruncate(self.file, 0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.pwrite(self.file, f"process {os.getpid()} on {platform.node()} since {since}".encode(), 0)
+        except OSError as error:
+            raise UserError(f"cannot lock {what}: {path}: {error.strerror}") from None
+        self.held.add(self.key)
+
+    def _acquire(self, what: str) -> int:
+        while True:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if fcntl is not None:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
+                os.close(file)
+                raise UserError(f"{what} is in use by {holder}") from None
+            # its last holder may have removed the file after we opened it: then nobody else sees our lock
+            if os.path.exists(self.path) and os.path.samestat(os.fstat(file), os.stat(self.path)):
+                return file
+            os.close(file)
+
+    def release(self) -> None:
+        """Gives the lock up; does nothing in a forked child, which never had it, or when called again."""
+        if self.key not in self.held or self.key[0] != os.getpid():
+            return
+        self.held.discard(self.key)
+        self.path.unlink(missing_ok=True)
+        os.close(self.file)
+
+    def __enter__(self) -> "FileLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
