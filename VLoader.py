@@ -162,17 +162,19 @@ class TensorVideo(Reader):
 
     def _frames(self, indices: list[int], transform: Transform | None) -> torch.Tensor:
         """All at once, since they lie in memory already."""
-        wanted, places = np.unique(indices, return_inverse=True)
-        clip = self.video[torch.from_numpy(wanted)]
+        wanted, places = torch.tensor(indices), None
+        if len(indices) > len(self.video):  # some of them several times
+            wanted, places = wanted.unique(return_inverse=True)
+        clip = self.video[wanted]
         clip = clip if transform is None else transform(clip)
         check_clip(self.path, len(indices), clip[0])
-        return clip[torch.from_numpy(places)]
+        return clip if places is None else clip[places]
 
 
 def check_tensor_file(path: Path) -> None:
-    """Raises ReadError if a file of torch.save holds more than a clip may: it may be packed to a thousandth."""
+    """Raises ReadError if a file of torch.save holds more than a clip may, packed or not."""
     size = path.stat().st_size
-    if zipfile.is_zipfile(path):
+    if 1032 * size > LARGEST_CLIP and zipfile.is_zipfile(path):  # deflate packs to no less than a 1032nd
         with zipfile.ZipFile(path) as archive:
             size = max(size, sum(entry.file_size for entry in archive.infolist()))
     if size > LARGEST_CLIP + 2**20:
@@ -754,11 +756,7 @@ class ClipDataset(Dataset):
         if self.views == (1, 1):
             indices = sample_indices(last - first + 1, self.num_frames, self.stride, rng)
             return reader.frames(first + indices, self.preprocessing.pixels)
-
-        def crop(frames: torch.Tensor) -> torch.Tensor:  # [n, crops, C, H, W]
-            return torch.stack([self.preprocessing.pixels(frames, place) for place in places], dim=1)
-
-        places = [None] if crops == 1 else np.linspace(0, 1, crops).tolist()
+        crop = partial(self.preprocessing.crops, count=crops)
         views = reader.frames(first + view_indices(last - first + 1, self.num_frames, self.stride, clips), crop)
         return views.unflatten(0, (clips, -1)).transpose(1, 2).flatten(0, 1)
 

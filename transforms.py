@@ -98,14 +98,26 @@ class Preprocessing:
         The crop is the middle one; `place` from 0 to 1 moves it along the longer side of the picture, whose
         proportions are then kept even where the backbone's own preprocessing would squash them.
         """
+        resized = self._resized(clip, keep_proportions=place is not None)
+        return crop_square(resized, self.image_size, 0.5 if place is None else place)
+
+    def crops(self, clip: torch.Tensor, count: int) -> torch.Tensor:
+        """[T, count, C, image_size, image_size]: as many crops, spread over the longer side; one is that of pixels()."""
+        if count == 1:
+            return self.pixels(clip)[:, None]
+        resized = self._resized(clip, keep_proportions=True)
+        places = np.linspace(0, 1, count).tolist()
+        return torch.stack([crop_square(resized, self.image_size, place) for place in places], dim=1)
+
+    def _resized(self, clip: torch.Tensor, keep_proportions: bool) -> torch.Tensor:
+        if self.resize is None:
+            return clip
         height, width = clip.shape[-2:]
-        if self.resize is not None:
-            target = self.resize if place is None else (min(self.resize),)
-            if len(target) == 1:  # the shorter side to target, the longer in proportion
-                short = min(height, width)
-                target = (target[0] * height // short, target[0] * width // short)
-            clip = resize_frames(clip, target, self.interpolation)
-        return crop_square(clip, self.image_size, 0.5 if place is None else place)
+        target = (min(self.resize),) if keep_proportions else self.resize
+        if len(target) == 1:  # the shorter side to target, the longer in proportion
+            short = min(height, width)
+            target = (target[0] * height // short, target[0] * width // short)
+        return resize_frames(clip, target, self.interpolation)
 
     def normalise(self, video: torch.Tensor) -> torch.Tensor:
         """uint8 (B, T, C, H, W) to normalised float32 of the same shape, on the video's device."""
