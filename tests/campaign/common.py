@@ -3,6 +3,7 @@ data and runs, the table at the end."""
 
 import argparse
 import faulthandler
+import importlib
 import io
 import json
 import os
@@ -29,6 +30,10 @@ LONGEST_LINE = 5000  # characters
 GOOD = {0, 1, 2, 130, 143}  # exit statuses
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and newline
 MORE_MEMORY = 6 << 30  # bytes that a fork may ask for beyond what it inherits
+FAMILIES = ("bert", "gpt2", "timesformer", "videomae")
+IMPORTED = [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES]
+IMPORTED += ["transformers.models.auto", "peft", "matplotlib.pyplot", "accelerate.utils", "feature_cache", "figures"]
+IMPORTED += ["controls", "inference", "main", "metrics", "convert_dataset"]
 TINY = ["--image_size", "32", "--num_frames", "4", "--batch_size", "4", "--dropout", "0.3"]
 
 
@@ -38,20 +43,8 @@ def warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import accelerate.utils
-    import matplotlib.pyplot
-    import peft
-    import transformers.models.auto
-    import transformers.models.bert.modeling_bert
-    import transformers.models.gpt2.modeling_gpt2
-    import transformers.models.timesformer.modeling_timesformer
-    import transformers.models.videomae.modeling_videomae  # noqa: F401
-
-    import controls
-    import feature_cache
-    import figures
-    import inference
-    import main  # noqa: F401
+    for name in IMPORTED:
+        importlib.import_module(name)
 
 
 # -- one case, one process --------------------------------------------------------------------------
@@ -65,7 +58,7 @@ class Process:
 
     def __init__(self, body: Callable[[], int | None] | list[str], folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self.logs = [tempfile.TemporaryFile() for _ in range(2)]
+        self.logs = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115, open as long as this is
         self.status: int | None = None
         self.ended, self.peak_mb, self.started = False, 0.0, time.monotonic()
         sys.stdout.flush()
@@ -148,8 +141,6 @@ def script(name: str, argv: Sequence[str]) -> Callable[[], int]:
     """A body that runs a script's main(argv)."""
 
     def body() -> int:
-        import importlib
-
         return importlib.import_module(name).main([str(word) for word in argv])
 
     return body
@@ -296,6 +287,7 @@ def signature(text: str) -> str:
     """One line that cases with the same cause share: the exception and the last place of ours, or the first line."""
     places = re.findall(rf'File "{re.escape(str(ROOT))}/(?!tests)([^"]+)", line (\d+)', text)
     places = [f" at {file}:{line}" for file, line in places if not file.startswith(".venv")]
+    places = places[::-1] if "most recent call first" in text else places
     errors = re.findall(r"^(\w[\w.]*(?:Error|Exception|Interrupt|Warning|Found)\b.*)", text, re.MULTILINE)
     line = errors[-1] if errors else next(iter(text.strip().splitlines()), "")
     return re.sub(r"0x[0-9a-f]+|\d+", "N", re.sub(r"/\S+/", "", line))[:110] + (places[-1] if places else "")

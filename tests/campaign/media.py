@@ -22,7 +22,7 @@ FILMS = {
 }  # fmt: skip
 IMAGES = ("png", "jpg", "webp", "bmp", "tif", "ppm")
 LARGEST = 300_000  # bytes of a real clip that is used
-MEMORY_MB, LIMIT = 2048, 60
+MEMORY_MB, LIMIT = 2048, 30
 NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000)
 
 
