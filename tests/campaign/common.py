@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LONGEST_LINE = 5000  # characters
 GOOD = {0, 1, 2, 130, 143}  # exit statuses
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and newline
+BAR = re.compile(r"\r[^\r\n]*\d+/[\d?]+ \[[^\r\n]*\]|\r {4,}\r")  # tqdm's
 MORE_MEMORY = 6 << 30  # bytes that a fork may ask for beyond what it inherits
 FAMILIES = ("bert", "gpt2", "timesformer", "videomae")
 IMPORTED = [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES]
@@ -148,6 +149,7 @@ def script(name: str, argv: Sequence[str]) -> Callable[[], int]:
 
 def unwanted(status: int | None, out: str, err: str) -> str:
     """What is wrong with how a script ended; "" if nothing."""
+    err = BAR.sub("", err)
     errors = re.findall(r"^error:.*", err, re.MULTILINE)
     if status is None:
         return "hang"
