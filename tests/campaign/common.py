@@ -125,7 +125,7 @@ class Process:
 
     @property
     def err(self) -> str:
-        return self._text(1)
+        return BAR.sub("", self._text(1))
 
     def _text(self, number: int) -> str:
         size = os.fstat(self.logs[number].fileno()).st_size
@@ -149,7 +149,6 @@ def script(name: str, argv: Sequence[str]) -> Callable[[], int]:
 
 def unwanted(status: int | None, out: str, err: str) -> str:
     """What is wrong with how a script ended; "" if nothing."""
-    err = BAR.sub("", err)
     errors = re.findall(r"^error:.*", err, re.MULTILINE)
     if status is None:
         return "hang"
@@ -229,7 +228,8 @@ def run_here(name: str, argv: Sequence[str]) -> tuple[int | None, str, str]:
             status = 1
     for stream in streams:
         stream.flush()
-    return status, *(stream.buffer.getvalue().decode(errors="replace") for stream in streams)
+    out, err = (stream.buffer.getvalue().decode(errors="replace") for stream in streams)
+    return status, out, BAR.sub("", err)
 
 
 # -- the table --------------------------------------------------------------------------------------
