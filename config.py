@@ -28,17 +28,17 @@ class Backbone(NamedTuple):
     kind: str  # vision | encoder (BERT-like) | decoder (causal)
     tiny: str
     hub: str
-    revision: str
+    revision: str  # a commit, so that what is published later changes nothing
     trained_on: str  # what --weights tiny has seen
 
 
 BACKBONES = {
-    "timesformer": Backbone("vision", "backbones/timesformer-tiny", "facebook/timesformer-base-finetuned-k400", "main", "synthetic shapes"),
-    "videomae": Backbone("vision", "backbones/videomae-tiny", "MCG-NJU/videomae-base-finetuned-kinetics", "main", "synthetic shapes"),
-    "bert": Backbone("encoder", "backbones/bert-tiny", "google-bert/bert-base-uncased", "main", "captions of synthetic shapes"),
-    "gpt2": Backbone("decoder", "backbones/gpt2-tiny", "openai-community/gpt2", "main", "captions of synthetic shapes"),
+    "timesformer": Backbone("vision", "backbones/timesformer-tiny", "facebook/timesformer-base-finetuned-k400", "8aaf40ea7d3d282dcb0a5dea01a198320d15d6c0", "synthetic shapes"),
+    "videomae": Backbone("vision", "backbones/videomae-tiny", "MCG-NJU/videomae-base-finetuned-kinetics", "488eb9a0565f257b32866000305c8178965eb9f6", "synthetic shapes"),
+    "bert": Backbone("encoder", "backbones/bert-tiny", "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594", "captions of synthetic shapes"),
+    "gpt2": Backbone("decoder", "backbones/gpt2-tiny", "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", "captions of synthetic shapes"),
 }  # fmt: skip
-HUB_TABLE = ", ".join(f"{name} = {b.hub}@{b.revision}" for name, b in BACKBONES.items())
+HUB_TABLE = ", ".join(f"{name} = {b.hub}@{b.revision[:7]}" for name, b in BACKBONES.items())
 TEXT_EXAMPLE = "a note says: it goes sideways"  # a text of the dummy dataset (dummy_data.HINTS)
 
 

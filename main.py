@@ -113,8 +113,9 @@ def resume_command(config: Config) -> str:
 def train_run(
     config: Config, model: Any, splits: Any, features: Any, display: dict[str, str], accelerator: Any, run_dir: Path
 ) -> int:  # fmt: skip
-    """Trains, plots, reports; returns the exit status."""
+    """Trains, reports, plots; metrics.json comes last and makes the run finished. Returns the exit status."""
     import train_code
+    from checkpoint import finish_run
     from figures import plot_curves
 
     share = (accelerator.process_index, accelerator.num_processes)
@@ -126,6 +127,8 @@ def train_run(
             if accelerator.is_main_process:
                 plot_curves(log, run_dir / "curves.png", run_dir.name)
             report(metrics, model, splits, display, config, accelerator, run_dir)
+            if accelerator.is_main_process:
+                finish_run(run_dir, metrics)
     except train_code.Stopped as stopped:
         print(f"{stopped}; its state is saved. To go on: {resume_command(config)}")
         return 128 + stopped.number
@@ -143,7 +146,9 @@ def memory_advice() -> Generator[None]:
 
     try:
         yield
-    except OutOfMemoryError:
+    except (OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "allocate memory" not in str(error):  # what torch says on a CPU
+            raise
         raise UserError(
             "out of memory: lower --batch_size (--gradient_accumulation_steps makes up for it), --num_frames or "
             "--image_size; or --gradient_checkpointing True, --freeze_visionbackbone True, --mixed_precision bf16"
@@ -153,16 +158,14 @@ def memory_advice() -> Generator[None]:
 def report(
     metrics: dict[str, Any], model: Any, splits: Any, display: dict[str, str], config: Config, accelerator: Any, folder: Path
 ) -> None:  # fmt: skip
-    """Prints the result, adds the controls where they are asked for, writes metrics.json, draws the pictures."""
+    """Prints the result, adds the controls where they are asked for, draws the pictures."""
     from controls import control_line, control_scores
-    from script import write_json
 
     print(result_line(metrics))
     if config.controls:
         metrics["controls"] = control_scores(model, splits, config, accelerator)
         print(control_line(metrics["controls"]))
     if accelerator.is_main_process:
-        write_json(metrics, folder / "metrics.json")
         draw_pictures(metrics, model, splits, display, config, accelerator, folder)
 
 
@@ -202,30 +205,42 @@ EVALUATION = {
 
 
 def evaluate_run(given: Config, typed: set[str]) -> int:
-    """Scores a run anew on val and test."""
-    import train_code
-    from checkpoint import PROVIDED, load_run, load_weights, read_metrics, read_run
-    from VLoader import check_samples, read_splits
+    """Scores a run again on val and test, into its own folder or, with --output_dir, into one there of the same name."""
+    from checkpoint import METADATA, PROVIDED, lock_run, read_run
 
     run_dir = Path(given.evaluate)
     other = sorted(typed - EVALUATION - set(NAMING))
     if other:
-        raise UserError(f"--{other[0]} says nothing to --evaluate, which takes the run's own options")
+        raise UserError(f"--{other[0]} has no effect with --evaluate, which takes the run's own options")
     saved, _ = read_run(run_dir)
-    if run_dir.resolve().is_relative_to(PROVIDED.resolve()):
-        raise UserError(f"{PROVIDED} is never written; copy {run_dir} to another place and evaluate that")
-    model, _, metadata = load_run(run_dir, given, typed)
-    display = metadata["display_names"]
+    folder = Path(given.output_dir) / run_dir.resolve().name if "output_dir" in typed else run_dir
+    if folder.resolve().is_relative_to(PROVIDED.resolve()):
+        raise UserError(f"{PROVIDED} is never written: add --output_dir <a folder for the scores>")
+    if folder.resolve() != run_dir.resolve() and (folder / METADATA).exists():
+        raise UserError(f"{folder} holds a run of its own; choose another --output_dir")
     config = replace(saved, **{name: getattr(given, name) for name in (typed & EVALUATION) | {"controls"}})
     data_dir = Path(config.data_dir)
+    if data_dir.resolve() != Path(saved.data_dir).resolve():
+        folder = folder / f"evaluation_{data_dir.resolve().name}"
+    if not is_main():
+        return score_run(run_dir, given, typed, config, folder)
+    with lock_run(folder):
+        return score_run(run_dir, given, typed, config, folder)
+
+
+def score_run(run_dir: Path, given: Config, typed: set[str], config: Config, folder: Path) -> int:
+    """Scores the run with the options in `config`; metrics, predictions and pictures go to `folder`."""
+    import train_code
+    from checkpoint import METRICS, load_run, load_weights, read_metrics
+    from script import write_json
+    from VLoader import check_samples, read_splits
+
+    model, _, metadata = load_run(run_dir, given, typed)
+    display, data_dir = metadata["display_names"], Path(config.data_dir)
     splits = read_splits(data_dir, metadata["class_names"])
     check_samples(splits, config.captioning, config.use_text)
     if config.controls and not splits.train:
         raise UserError(f"--controls True looks at training videos too, and {data_dir} has no train/")
-    folder = run_dir
-    if data_dir.resolve() != Path(saved.data_dir).resolve():
-        folder = run_dir / f"evaluation_{data_dir.resolve().name}"
-        make_folder(folder)
     accelerator = train_code.build_accelerator(config)
     if not config.controls:  # these alone look at the training videos
         splits = replace(splits, train=[])
@@ -233,10 +248,9 @@ def evaluate_run(given: Config, typed: set[str]) -> int:
     share = (accelerator.process_index, accelerator.num_processes)
     loaders = train_code.build_loaders(model, config, replace(splits, train=[]), features, share)
     model.to(accelerator.device)
-    metrics = (read_metrics(run_dir) if folder == run_dir else {}) | {
-        "best_epoch": load_weights(run_dir, model)["epoch"]
-    }
-    metrics.pop("controls", None)  # they belong to the scores of then
+    # what training wrote stays, but for the controls: they belong to the scores of then
+    metrics = {k: v for k, v in read_metrics(folder).items() if k != "controls"} if folder == run_dir else {}
+    metrics["best_epoch"] = load_weights(run_dir, model).get("epoch")
     try:
         with memory_advice():
             metrics |= train_code.score_splits(model, loaders, config, accelerator, folder)
@@ -244,7 +258,9 @@ def evaluate_run(given: Config, typed: set[str]) -> int:
     finally:
         for loader in loaders.values():
             loader.close()
-    print(f"wrote {folder}/metrics.json and {folder}/predictions_*.jsonl")
+    if accelerator.is_main_process:
+        write_json(metrics, folder / METRICS)
+    print(f"wrote {folder}/{METRICS} and {folder}/predictions_*.jsonl")
     return 0
 
 
@@ -352,18 +368,22 @@ def body(argv: list[str] | None) -> int:
     config, typed = parse(argv, "main")
     if config.evaluate is not None:
         return evaluate_run(config, typed)
+    if config.doctor or config.preview:
+        return run(config, None)
+    from checkpoint import claimed_run
+
+    with claimed_run(config, typed, is_main()) as (run_dir, config):
+        return run(config, run_dir)
+
+
+def run(config: Config, run_dir: Path | None) -> int:
+    """Trains into `run_dir`, or with --doctor or --preview only looks; returns the exit status."""
     from accelerate.utils import set_seed
 
     from build_model import build_model
-    from checkpoint import check_same, describe_run, free_run_dir, make_run_dir, resumable_run, start_run
     from train_code import build_accelerator
-    from VLoader import check_samples, fingerprint_data, read_display_names, read_splits
+    from VLoader import check_samples, read_display_names, read_splits
 
-    run_dir = None
-    if config.resume:
-        run_dir, config = resumable_run(config, typed)
-    elif not config.doctor and not config.preview:
-        run_dir = free_run_dir(config) if is_main() else Path(config.output_dir) / run_name(config)
     data_dir = Path(config.data_dir)
     splits = read_splits(data_dir)
     check_samples(splits, config.captioning, config.use_text)
@@ -380,21 +400,30 @@ def body(argv: list[str] | None) -> int:
     print_towers(config, model)
     print_hints(config, splits)
     splits, features = readable(splits, config, model, accelerator)
-    data = fingerprint_data(splits, data_dir)
-    if config.resume:
-        check_same(run_dir, model, data)
-    else:
-        if accelerator.is_main_process:
-            make_run_dir(run_dir)
-            start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display, data))
-        if accelerator.process_index > 0:
-            set_seed(config.seed + accelerator.process_index)  # other dropout than the first process's
+    prepare_folder(run_dir, config, model, splits, display, accelerator)
+    if accelerator.process_index > 0:
+        set_seed(config.seed + accelerator.process_index)  # other dropout than the first process's
     sizes = ", ".join(f"{len(getattr(splits, name))} {name}" for name in ("train", "val", "test"))
     print(f"data: {sizes} videos, {len(splits.class_names)} classes in {data_dir}")
     if splits.note:
         print(splits.note)
     print_settings(config, model, accelerator)
     return train_run(config, model, splits, features, display, accelerator, run_dir)
+
+
+def prepare_folder(
+    run_dir: Path, config: Config, model: Any, splits: Any, display: dict[str, str], accelerator: Any
+) -> None:
+    """Writes what does not change while a new run trains; compares it where a run is resumed."""
+    from checkpoint import check_same, clear_run, describe_run, start_run
+    from VLoader import fingerprint_data
+
+    data = fingerprint_data(splits, Path(config.data_dir))
+    if config.resume:
+        check_same(run_dir, model, data)
+    elif accelerator.is_main_process:
+        clear_run(run_dir, config)
+        start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display, data))
 
 
 def is_main() -> bool:

@@ -7,7 +7,6 @@ import ctypes
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -29,10 +28,10 @@ from tqdm import tqdm
 import dummy_data
 from augment import Augment
 from build_model import VideoModel, adapters, tower_body, trained_tensors
-from checkpoint import load_state, load_weights, save_state, save_weights
+from checkpoint import STATE, load_state, load_weights, save_state, save_weights
 from config import BACKBONES, Config
 from metrics import attribute_summary, caption_scores, label_scores, with_intervals
-from script import UserError, write_json, write_rows
+from script import UserError, write_rows
 from VLoader import ClipDataset, build_loader
 
 WARMUP = 0.1  # share of all steps
@@ -498,10 +497,10 @@ def stop_signals() -> Generator[list[int]]:
 def train(
     model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, run_dir: Path
 ) -> dict[str, Any]:
-    """Trains to config.epochs, keeps the epoch that is best on val, tests it once, writes log and metrics.
+    """Trains to config.epochs, keeps the epoch that is best on val, tests it once, writes log and predictions.
 
     With config.resume it goes on from the run's saved state, bit for bit as if it had not been stopped.
-    Returns what metrics.json holds, and the log.
+    Returns what metrics.json will hold, and the log.
 
     Raises:
         UserError: a loss that is not finite, a dead adapter, a video that cannot be read, a full disk.
@@ -518,8 +517,8 @@ def train(
         accelerator, optimizer, steps, config.gradient_accumulation_steps,
         label_smoothing=config.label_smoothing, augment=Augment(config.augment, config.flip),
     )  # fmt: skip
-    if config.resume:
-        engine.progress = Progress(**load_state(run_dir, model, optimizer, accelerator.process_index))
+    if config.resume and (run_dir / STATE).exists():  # else it was stopped before anything was saved
+        engine.progress = resumed_progress(model, engine, config.epochs, run_dir)
         loaders["train"].skipped.update(engine.progress.skipped)
         if accelerator.is_main_process:
             write_rows(engine.progress.log, run_dir / "log.jsonl")
@@ -548,10 +547,23 @@ def train(
     metrics["peak_mb"] = peak_memory(accelerator)
     metrics["device"] = device_name(accelerator)
     metrics["seconds_per_epoch"] = round(sum(row["seconds"] for row in log) / len(log), 2)
-    if accelerator.is_main_process:
-        write_json(metrics, run_dir / "metrics.json")
-        shutil.rmtree(run_dir / "state")  # a finished run has nothing to resume
     return metrics | {"log": log}
+
+
+def resumed_progress(model: VideoModel, engine: Engine, epochs: int, run_dir: Path) -> Progress:
+    """Restores the saved state. Raises UserError if it is not one of this run."""
+    accelerator = engine.accelerator
+    values = load_state(run_dir, model, engine.optimizer, accelerator.process_index, accelerator.num_processes)
+    try:
+        progress = Progress(**values)
+        counts = (progress.epoch, progress.step, progress.groups, progress.count, progress.right)
+        fits = progress.epoch <= epochs and progress.step <= engine.total_steps and min(counts) >= 0
+        fits = fits and progress.groups * epochs <= engine.total_steps and len(progress.log) == progress.epoch
+    except TypeError:
+        fits = False
+    if not fits:
+        raise UserError(f"{run_dir / STATE} holds no state of this run")
+    return progress
 
 
 def device_name(accelerator: Any) -> str:
