@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import figures
 import inference
 import main
 import train_code
+from config import ROOT
 from script import UNSAFE, UserError
 from VLoader import open_video, read_folder, read_metadata
 
@@ -188,6 +191,18 @@ def test_a_preview_that_cannot_be_written_leaves_nothing(data, tmp_path, capsys,
         runs.mkdir(mode=0o500)
     assert "cannot" in refused(capsys, train(data, runs, "--preview", "2"))
     assert not runs.is_dir() or not [*runs.iterdir()]
+
+
+def test_a_log_for_tensorboard_on_a_full_disk_is_one_line(tmp_path):
+    """In a process of its own, whose files may not grow: its background threads would print traces too."""
+    code = (
+        "import pathlib, resource, signal, sys; from script import run_script; from train_code import tensorboard_row\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))\n"
+        "row = {'epoch': 1, 'step': 1, 'train_loss': 1.0}\n"
+        "sys.exit(run_script(lambda _: tensorboard_row(row, pathlib.Path(sys.argv[1])), None))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "log"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: cannot write to {tmp_path / 'log'}: File too large\n")
 
 
 # -- no unplanned exception -------------------------------------------------------------------------
