@@ -1,14 +1,17 @@
 """One function per picture. Rows are those of predictions_{val,test}.jsonl, scores those of metrics.json."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from metrics import rouge_l, words
+from script import printable, replace_file
 
 SHEET_WIDTH = 1600  # pixels, of a contact sheet at most
 NAMED = 30  # classes that a picture names; with more, the confusion matrix has no names, the bars are the worst ones
 STRIPS = 8  # clips on a sheet
+LONGEST_LABEL, LONGEST_TITLE = 60, 400  # characters
 COLOUR, SECOND = "#33638d", "#d1603d"
 
 
@@ -16,9 +19,15 @@ def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a `$` in a name is a `$`
     from matplotlib import pyplot as plt
 
     return plt
+
+
+def label_text(name: str) -> str:
+    """A name as a picture shows it."""
+    return printable(name)[:LONGEST_LABEL]
 
 
 def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -40,7 +49,7 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
         if name == "accuracy":
             axis.set_ylim(0, 1.02)
         axis.legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(label_text(title), fontsize=9)
     save(figure, path)
 
 
@@ -57,11 +66,11 @@ def plot_clips(clips: list[tuple[Any, str]], path: Path) -> Path:
     draw = ImageDraw.Draw(sheet)
     for row, (clip, title) in enumerate(clips):
         top = row * (height + line)
-        draw.text((2, top + 3), title.replace("\n", " "), fill="black", font=font)
+        draw.text((2, top + 3), printable(title)[:LONGEST_TITLE], fill="black", font=font)
         for column, frame in enumerate(clip):
             image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
             sheet.paste(image, (column * (width + 2), top + line))
-    sheet.save(path)
+    replace_file(path, sheet.save)
     return path
 
 
@@ -72,12 +81,12 @@ def draw_labels(
     rows: list[dict], scores: dict[str, Any], display: dict[str, str], clip: Callable[[int], Any], folder: Path
 ) -> list[Path]:
     """The pictures of a classifier on one split; clip(place) reads a clip, uint8 [T, C, H, W]."""
-    recalls = {display[n]: (c["recall"], c["interval"]) for n, c in scores["classes"].items() if c["count"]}
+    recalls = {n: (c["recall"], c["interval"]) for n, c in scores["classes"].items() if c["count"]}
     worst = dict(sorted(recalls.items(), key=lambda item: item[1][0])[:NAMED]) if len(recalls) > NAMED else recalls
     sheet = [(clip(place), title) for place, title in worst_clips(rows, display)]
     return [
         plot_confusion(scores["classes"], display, folder / "confusion.png"),
-        plot_bars(worst, f"recall, 95 % intervals, n = {scores['count']}", folder / "classes.png"),
+        plot_bars(worst, f"recall, 95 % intervals, n = {scores['count']}", folder / "classes.png", display=display),
         plot_reliability(scores["calibration"], scores["calibration_error"], folder / "reliability.png"),
         plot_clips(sheet, folder / "worst.png"),
     ]
@@ -128,7 +137,7 @@ def plot_confusion(classes: dict[str, Any], display: dict[str, str], path: Path)
     image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     axis.set(xlabel="predicted", ylabel="truth")
     if named:
-        labels = [display[n] for n in names]
+        labels = [label_text(display[n]) for n in names]
         axis.set_xticks(range(len(names)), labels, rotation=60, ha="right", fontsize=8)
         axis.set_yticks(
             range(len(names)),
@@ -144,21 +153,30 @@ def plot_confusion(classes: dict[str, Any], display: dict[str, str], path: Path)
     return save(figure, path)
 
 
-def plot_bars(values: dict[str, tuple[float, list[float]]], title: str, path: Path, zoom: bool = False) -> Path:
-    """Shares with their intervals: a bar each, or with `zoom` a point each on an axis that begins below the least."""
+def plot_bars(
+    values: dict[str, tuple[float, list[float]]],
+    title: str,
+    path: Path,
+    zoom: bool = False,
+    display: dict[str, str] | None = None,
+) -> Path:
+    """Shares with their intervals: a bar each, or with `zoom` a point each on an axis that begins below the least.
+    `display` may give names other names, several the same one too."""
     plt = pyplot()
+    places = range(len(values))
     figure, axis = plt.subplots(figsize=(6.5, 1.0 + 0.26 * len(values)), layout="constrained")
     shares, spans = [v for v, _ in values.values()], [span for _, span in values.values()]
     errors = [[max(0.0, v - low) for v, (low, _) in zip(shares, spans, strict=True)],
               [max(0.0, high - v) for v, (_, high) in zip(shares, spans, strict=True)]]  # fmt: skip
     if zoom:
-        axis.errorbar(shares, [*values], xerr=errors, fmt="o", ms=4, color=COLOUR, ecolor=SECOND, capsize=3)
+        axis.errorbar(shares, places, xerr=errors, fmt="o", ms=4, color=COLOUR, ecolor=SECOND, capsize=3)
         axis.set_xlim(max(0.0, min(low for low, _ in spans) - 0.02), 1.005)
         axis.set_ylim(-0.6, len(values) - 0.4)
         axis.grid(axis="y", color="0.9")
     else:
-        axis.barh([*values], shares, xerr=errors, color=COLOUR, ecolor=SECOND, capsize=3, height=0.7)
+        axis.barh(places, shares, xerr=errors, color=COLOUR, ecolor=SECOND, capsize=3, height=0.7)
         axis.set_xlim(0, 1.02)
+    axis.set_yticks(places, [label_text((display or {}).get(name, name)) for name in values])
     axis.invert_yaxis()
     axis.set_title(title, fontsize=9)
     axis.tick_params(axis="y", labelsize=8)
@@ -203,6 +221,11 @@ def plot_occlusion(maps: list[tuple[Any, Any, str]], display: dict[str, str], pa
 
 
 def save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
-    pyplot().close(figure)
+    """Writes the figure; what matplotlib cannot draw, such as letters that its font lacks, is no news to the user."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            replace_file(path, lambda p: figure.savefig(p, dpi=130))
+    finally:
+        pyplot().close(figure)
     return path

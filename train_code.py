@@ -31,7 +31,7 @@ from build_model import VideoModel, adapters, tower_body, trained_tensors
 from checkpoint import STATE, load_state, load_weights, save_state, save_weights
 from config import BACKBONES, Config
 from metrics import attribute_summary, caption_scores, label_scores, with_intervals
-from script import UserError, write_rows
+from script import UserError, make_folder, write_rows
 from VLoader import ClipDataset, build_loader
 
 WARMUP = 0.1  # share of all steps
@@ -634,12 +634,19 @@ def out_of_patience(log: list[dict[str, Any]], patience: int) -> bool:
 
 def tensorboard_row(row: dict[str, Any], folder: Path) -> None:
     """The numbers of a finished epoch, for TensorBoard, over optimizer steps."""
-    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter  # not SummaryWriter: its thread prints a full disk's trace
+    from tensorboardX.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
+    from tensorboardX.summary import scalar
 
-    with SummaryWriter(str(folder), filename_suffix=f".epoch{row['epoch']}") as writer:
-        for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "clips_per_second"):
-            if name in row:
-                writer.add_scalar(name, row[name], row["step"])
+    make_folder(folder)
+    names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "clips_per_second")
+    try:
+        events = EventsWriter(str(folder / "events"), f".epoch{row['epoch']}")
+        for name in (n for n in names if n in row):
+            events.write_event(Event(summary=scalar(name, row[name]), step=row["step"], wall_time=time.time()))
+        events.close()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def test_best(

@@ -1,19 +1,26 @@
 """What users get wrong: one line `error: ...`, status 2, no traceback, nothing written."""
 
+import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import counting_frames, read_clip, write_video
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+import figures
 import inference
 import main
 import train_code
-from script import UserError
+from config import ROOT
+from script import UNSAFE, UserError
 from VLoader import open_video, read_folder, read_metadata
 
 
@@ -47,8 +54,6 @@ def data(tmp_path) -> Path:
 
 
 def bad_image_size(folder: Path) -> None:
-    from PIL import Image
-
     (folder / "frames").mkdir()
     for index, size in enumerate([(16, 16), (16, 16), (20, 16)]):
         Image.new("RGB", size).save(folder / "frames" / f"{index}.png")
@@ -126,6 +131,78 @@ def test_odd_but_sound_files_are_read(data, tmp_path, capsys):
     assert inference.main(["--checkpoint", str(tmp_path / "r"), "--video_dir", str(data), "--output", str(output)]) == 0
     assert len([json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]) == 9
     assert (read_clip(folder / "-one-pixel.pt", 8) == 0).all()
+
+
+# -- names that steer a terminal or a picture ---------------------------------------------------------
+
+ODD_NAMES = {
+    "$_$": "$\\frac{$",
+    "esc\x1b]0;title\x07": "red \x1b[31m",
+    "中文\u202e": "中文\nline",
+    "same": "中文\nline",
+}
+
+
+def test_odd_names_are_drawn_and_printed_harmlessly(tmp_path, capsys, recwarn):
+    """matplotlib would read `$` as mathematics, and warn of letters that its font lacks; a terminal obeys \\x1b."""
+    for name in ODD_NAMES:
+        for index in range(3):
+            clip_file(tmp_path / "data" / "train" / name / f"\x1b[2J{index}.pt")
+    (tmp_path / "data" / "classes.json").write_text(json.dumps(ODD_NAMES))
+    assert train(tmp_path / "data", tmp_path, "--run_name", "r", "--image_size", "16", "--num_frames", "2") == 0
+    pictures = ("confusion", "classes", "reliability", "worst", "occlusion", "curves")
+    assert all((tmp_path / "r" / f"{name}.png").is_file() for name in pictures)
+    assert not [w for w in recwarn if "lyph" in str(w.message)]
+    out, err = capsys.readouterr()
+    assert not UNSAFE.search(out.replace("\n", "") + err.replace("\n", "").replace("\r", ""))
+
+
+def test_classes_that_are_displayed_alike_keep_a_bar_each(tmp_path):
+    bars = {name: (share, [share, share]) for name, share in (("a", 0.0), ("b", 1.0), ("c", 1.0))}
+    images = []
+    for display in ({}, dict.fromkeys(bars, "x")):
+        path = figures.plot_bars(bars, "t", tmp_path / "bars.png", display=display)
+        images.append((np.asarray(Image.open(path).convert("RGB")) == (0x33, 0x63, 0x8D)).all(-1).any(1).sum())
+    assert images[0] == images[1] > 0  # rows of pixels that a bar covers
+
+
+# -- places that cannot be written ---------------------------------------------------------------------
+
+
+def full_disk(monkeypatch) -> None:
+    """From here on nothing more can be flushed to the disk."""
+
+    def no_space(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", no_space)
+
+
+@pytest.mark.parametrize("place", ["a full disk", "beneath a file", "read-only"])
+def test_a_preview_that_cannot_be_written_leaves_nothing(data, tmp_path, capsys, monkeypatch, place):
+    runs = tmp_path / "runs"
+    if place == "a full disk":
+        full_disk(monkeypatch)
+    elif place == "beneath a file":
+        runs.write_text("x")
+    elif os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    else:
+        runs.mkdir(mode=0o500)
+    assert "cannot" in refused(capsys, train(data, runs, "--preview", "2"))
+    assert not runs.is_dir() or not [*runs.iterdir()]
+
+
+def test_a_log_for_tensorboard_on_a_full_disk_is_one_line(tmp_path):
+    """In a process of its own, whose files may not grow: its background threads would print traces too."""
+    code = (
+        "import pathlib, resource, signal, sys; from script import run_script; from train_code import tensorboard_row\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))\n"
+        "row = {'epoch': 1, 'step': 1, 'train_loss': 1.0}\n"
+        "sys.exit(run_script(lambda _: tensorboard_row(row, pathlib.Path(sys.argv[1])), None))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "log"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: cannot write to {tmp_path / 'log'}: File too large\n")
 
 
 # -- no unplanned exception -------------------------------------------------------------------------
