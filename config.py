@@ -141,6 +141,7 @@ class Config:
     use_text: bool = option(False, to_bool, "model", BOTH, "classification: the clip's own text is an input beside its frames; captioning: captions are the targets either way")
     weights: str = option("tiny", one_of("tiny", "hub"), "model", BOTH, f"where the short names lead: tiny = the folders in backbones/, which know synthetic shapes only; hub = {HUB_TABLE}. Take hub for real videos")
     token_grid: int = option(2, number(int, 1, 32), "model", TRAIN, "language models read this many x this many pooled video tokens per time step; more keeps finer detail and costs memory")
+    max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN, "longest text or caption that is read, in tokens; the rest is cut, which is said. The language model's positions bound it too")
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN, "before the new head, and inside the projector; raise it when val falls behind train")
     # what is trained
     freeze_visionbackbone: bool = option(False, to_bool, "what is trained", BOTH, "keep the video backbone as it is: fast, little memory, good for small sets")
@@ -162,8 +163,8 @@ class Config:
     # training
     epochs: int = option(10, number(int, 1, 100_000), "training", TRAIN, "passes over the training videos; the best on val is kept")
     batch_size: int | str = option("auto", auto_or(number(int, 1, 65_536)), "training", BOTH, "clips per step; lower it when memory runs out. auto: 16, at inference 8")
-    learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", TRAIN, "peak learning rate, reached after a tenth of the steps, cosine to zero after; auto: the table in README.md")
-    weight_decay: float = option(0.05, number(float, 0), "training", TRAIN, "AdamW's, on tensors of two or more dimensions; not on adapters")
+    learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", TRAIN, "peak learning rate, reached after a tenth of the steps, cosine to zero after; auto: the table in README.md, by the weights and by what is trained. It is the rate of the backbone with the fewest restrictions; the other one and new layers follow in the table's proportions")
+    weight_decay: float = option(0.05, number(float, 0), "training", TRAIN, "AdamW's, on the weights of layers and words; not on adapters, biases, norms, CLS, position and time embeddings")
     layer_decay: float = option(1.0, number(float, 0.1, 1), "training", TRAIN, "each layer of a backbone learns by this factor slower than the one above it; 0.65 to 0.9 keeps more of what a backbone knows when it is trained in full")
     label_smoothing: float = option(0.0, number(float, 0, 0.9), "training", TRAIN, "share of each target that is spread over all classes (or words); 0.1 tempers overconfidence")
     patience: int = option(0, number(int, 0), "training", TRAIN, "stop when val has not improved for this many epochs; 0: never")

@@ -99,8 +99,7 @@ def draw_captions(rows: list[dict], scores: dict[str, Any], clip: Callable[[int]
     order = sorted(range(len(rows)), key=lambda place: shared[place])
     exact = [place for place in order if rows[place]["caption"] in rows[place]["references"]]
     worst = [place for place in order if rows[place]["caption"] not in rows[place]["references"]][: STRIPS // 2]
-    sheet = [(clip(p), f"{rows[p]['caption']}  |  reference: {rows[p]['references'][0]}") for p in worst]
-    sheet += [(clip(p), f"{rows[p]['caption']}  |  equals a reference") for p in exact[: STRIPS // 2]]
+    sheet = [(clip(p), caption_title(rows[p])) for p in [*worst, *exact[: STRIPS // 2]]]
     drawn = [plot_clips(sheet, folder / "captions.png")]
     if "attributes" in scores:
         values = {n: v for n, v in scores["attributes"].items() if n != "intervals"}
@@ -118,12 +117,23 @@ def worst_clips(rows: list[dict], display: dict[str, str]) -> list[tuple[int, st
         return row["score"] if row["label"] != row["truth"] else -row["score"]
 
     order = sorted(range(len(rows)), key=lambda i: -wrongness(rows[i]))[:STRIPS]
-    titles = []
-    for place in order:
-        row = rows[place]
-        mark = "right" if row["label"] == row["truth"] else f"in truth {display[row['truth']]}"
-        titles.append(f"{Path(row['file']).name}: {display[row['label']]} {100 * row['score']:.0f} %, {mark}")
-    return list(zip(order, titles, strict=True))
+    return [(place, label_title(rows[place], display)) for place in order]
+
+
+def clip_name(file: str | Path) -> str:
+    """A video by its folder, which often is its class, and its name."""
+    return "/".join(Path(file).parts[-2:])
+
+
+def label_title(row: dict[str, Any], display: dict[str, str]) -> str:
+    mark = "right" if row["label"] == row["truth"] else f"in truth {display[row['truth']]}"
+    return f"{clip_name(row['file'])}: {display[row['label']]} {100 * row['score']:.0f} %, {mark}"
+
+
+def caption_title(row: dict[str, Any]) -> str:
+    equal = row["caption"] in row["references"]
+    mark = "equals a reference" if equal else f"reference: {row['references'][0]}"
+    return f"{clip_name(row['file'])}: {row['caption']}  |  {mark}"
 
 
 def plot_confusion(classes: dict[str, Any], display: dict[str, str], path: Path) -> Path:
@@ -199,24 +209,20 @@ def plot_reliability(bins: list[tuple[int, float, float]], error: float, path: P
     return save(figure, path)
 
 
-def plot_occlusion(maps: list[tuple[Any, Any, str]], display: dict[str, str], path: Path) -> Path:
+def plot_occlusion(maps: list[tuple[Any, Any, dict]], display: dict[str, str], path: Path) -> Path:
     """Each clip's frames, and below them where covering a cell makes the model least sure of its answer (red)."""
     from torch.nn import functional as F
 
     clips = []
-    for clip, fall, answer in maps:
+    for clip, fall, row in maps:
         times, _, height, width = clip.shape
         scale = fall.clamp(min=0) / fall.max().clamp(min=1e-6)
         heat = F.interpolate(scale[None, None], size=(times, height, width), mode="nearest")[0, 0]  # (T, H, W)
         red = clip.new_tensor([255, 0, 0])[:, None, None]
         alpha = 0.7 * heat[:, None]
-        clips.append((clip, f"{display.get(answer, answer)}: the frames"))
-        clips.append(
-            (
-                (clip * (1 - alpha) + red * alpha).to(clip.dtype),
-                f"red: where covering a cell makes it less sure of that, by {float(fall.max()):.2f} nats at most",
-            )
-        )
+        clips.append((clip, caption_title(row) if "caption" in row else label_title(row, display)))
+        told = f"red: where the clip's background over a cell makes it less sure of its answer, by {float(fall.max()):.2f} nats at most"
+        clips.append(((clip * (1 - alpha) + red * alpha).to(clip.dtype), told))
     return plot_clips(clips, path)
 
 

@@ -322,6 +322,8 @@ def body(argv: list[str] | None) -> int:
         predictor = Predictor(model, config, metadata)
         predictor.check_texts(samples)
         print(f"{run_dir}: {metadata['task']}, {len(samples)} videos in {config.video_dir}")
+        if not config.captioning and (note := model.cut_note(samples)):
+            print(note)
         status = answer_all(predictor, samples, run_dir)
     if config.export is not None:
         if samples:  # its adapters are merged

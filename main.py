@@ -53,11 +53,12 @@ def print_towers(config: Config, model: Any) -> None:
 def print_settings(config: Config, model: Any, accelerator: Any) -> None:
     from build_model import parameter_table
     from checkpoint import git_commit
+    from train_code import rates_line
 
     print(
         f"{model.task} on {accelerator.device.type}, precision {accelerator.mixed_precision}, batch {config.batch_size}"
         f"{f' x {config.gradient_accumulation_steps}' if config.gradient_accumulation_steps > 1 else ''}, "
-        f"learning rate {config.learning_rate:g}, {config.epochs} epochs, seed {config.seed}, commit {git_commit()}"
+        f"{rates_line(model, config)}, {config.epochs} epochs, seed {config.seed}, commit {git_commit()}"
     )
     print(f"{'part':<16}{'trained':>12}{'total':>12}")
     for name, trained, total in parameter_table(model):
@@ -334,11 +335,13 @@ def write_preview(config: Config, model: Any, splits: Any, accelerator: Any, dis
 
 
 def clip_titles(batch: dict[str, Any], model: Any, splits: Any, display: dict[str, str]) -> list[str]:
-    """File, label (of a mixed clip both, with their shares), and the text or caption that the model reads."""
+    """Folder and file, label (of a mixed clip both, with their shares), and the text or caption that the model reads."""
+    from figures import clip_name
+
     names = [display[name] for name in splits.class_names]
     titles = []
     for row, index in enumerate(batch["index"].tolist()):
-        parts = [splits.train[index].path.name]
+        parts = [clip_name(splits.train[index].path)]
         if "labels" in batch:
             parts.append(names[batch["labels"][row]])
         if "mix" in batch:
@@ -407,6 +410,8 @@ def run(config: Config, run_dir: Path | None) -> int:
     print(f"data: {sizes} videos, {len(splits.class_names)} classes in {data_dir}")
     if splits.note:
         print(splits.note)
+    if note := model.cut_note([*splits.train, *splits.val, *splits.test]):
+        print(note)
     print_settings(config, model, accelerator)
     return train_run(config, model, splits, features, display, accelerator, run_dir)
 

@@ -200,12 +200,9 @@ def test_layer_decay_slows_lower_layers(name, layers):
 def test_layers_of_language_models_are_found_too():
     model = build_model(Config(use_vlm=True, captioning=True, language_model="gpt2", use_lora_llm=True), 3)
     tower, count = model.language_model, model.language_model.config.num_hidden_layers
-    found = {layers_above(tower, name) for name, p in tower.named_parameters() if p.requires_grad}
-    assert found == set(range(1, count + 1))
-    assert (
-        layers_above(tower, "transformer.wte.weight") == count + 1
-        and layers_above(tower, "transformer.ln_f.weight") == 0
-    )
+    above = layers_above(tower)
+    assert {above[n] for n, p in tower.named_parameters() if p.requires_grad} == set(range(1, count + 1))
+    assert above["transformer.wte.weight"] == count + 1 and above["transformer.ln_f.weight"] == 0
 
 
 # -- several views ----------------------------------------------------------------------------------
