@@ -15,6 +15,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -59,7 +60,7 @@ from script import (
     write_json,
 )
 from transforms import sample_indices
-from VLoader import open_video
+from VLoader import Record, open_video
 
 FORMAT_VERSION = 1
 WEIGHTS, SETTINGS, METADATA = "model.safetensors", "config.yaml", "metadata.json"
@@ -300,18 +301,29 @@ def tensor_digest(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> st
     return digest.hexdigest()
 
 
-def read_scan(file: Path) -> dict[str, str]:
-    """The remembered result of earlier scans; {} where there is none that can be read."""
+def read_scan(file: Path) -> dict[str, Record]:
+    """What earlier scans found, by absolute path; anything else that the file holds is passed over."""
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return {path: record for path, record in known.items() if is_record(record)} if isinstance(known, dict) else {}
 
 
-def write_scan(file: Path, known: dict[str, str]) -> None:
+def is_record(value: Any) -> bool:
+    """Whether a value from a file is what a scan wrote of one video."""
+    if not isinstance(value, dict) or value.keys() != {"stamp", "digest", "decoded"}:
+        return False
+    marks, decoded = (value["stamp"], value["digest"]), value["decoded"]
+    sound = all(isinstance(mark, str) and re.fullmatch("[0-9a-f]{32}", mark) for mark in marks)
+    return sound and isinstance(decoded, list) and all(isinstance(frames, str) for frames in decoded)
+
+
+def write_scan(file: Path, found: dict[str, Record]) -> None:
+    """Adds to what is remembered; other runs may have written since it was read."""
     make_folder(file.parent)
-    write_json(known, file)
+    remove_leftovers(file.parent)
+    write_json(read_scan(file) | found, file)
 
 
 # -- what --resume needs ----------------------------------------------------------------------------
@@ -408,8 +420,10 @@ def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
 def check_same(run_dir: Path, model: VideoModel, data: str) -> None:
     """Raises UserError unless a run to resume has the data and the backbones that it was started with."""
     _, metadata = read_run(run_dir)
-    if metadata["data"] != data:
+    if metadata["data"][:32] != data[:32]:
         raise UserError(f"the videos, labels or captions are not those that {run_dir} was started with")
+    if metadata["data"] not in (data, data[:32]):  # the short one was written before contents were compared
+        raise UserError(f"the content of a video has changed, under the same name, since {run_dir} was started")
     check_fingerprints(run_dir, metadata, model.sources)
 
 

@@ -6,10 +6,10 @@ Prints a table of check, result and what to do. Trains nothing that is kept.
 """
 
 import copy
-import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from config import Config
 from script import UserError
 from train_code import default_rates, first_steps_checked, loss_sum, to_device
 from transforms import Preprocessing
-from VLoader import Splits, find_videos, list_images, open_video, sample_indices
+from VLoader import SYSTEM_FOLDERS, ReadError, Splits, digest, find_videos, open_video, sample_indices
 
 OVERFIT_STEPS, OVERFIT_SHARE = 50, 0.5  # a batch of 8 must lose half of its loss in 50 steps
 
@@ -37,14 +37,6 @@ class Finding:
 
 
 # -- the data ---------------------------------------------------------------------------------------
-
-
-def content_hash(path: Path) -> str:
-    """Of a file's bytes, or of a folder's images."""
-    digest = hashlib.sha256()
-    for file in list_images(path) if path.is_dir() else [path]:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def check_readable(splits: Splits) -> Finding:
@@ -71,7 +63,8 @@ def check_readable(splits: Splits) -> Finding:
 def check_classes(splits: Splits, folder: Path) -> Finding:
     """No class folder without videos, no class with a single training video."""
     counts = Counter(s.label for s in splits.train)
-    empty = sorted(p.name for p in folder.iterdir() if p.is_dir() and not find_videos(p))
+    classes = [p for p in folder.iterdir() if p.is_dir() and p.name.lower() not in SYSTEM_FOLDERS]
+    empty = sorted(p.name for p in classes if p.name[0] != "." and not find_videos(p))
     single = sorted(str(label) for label, count in counts.items() if count == 1)
     if empty or single:
         result = "; ".join(
@@ -90,7 +83,8 @@ def check_twins(splits: Splits) -> Iterator[Finding]:
     places: dict[str, list[tuple[str, Any]]] = defaultdict(list)
     for name in ("train", "val", "test"):
         for sample in getattr(splits, name):
-            places[content_hash(sample.path)].append((name, sample))
+            with suppress(ReadError):  # check_readable names it
+                places[digest(sample.path)].append((name, sample))
     leaked = [p for p in places.values() if len({n for n, _ in p}) > 1]
     mixed = [p for p in places.values() if len({s.label for _, s in p}) > 1]
     for check, found, advice in (

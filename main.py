@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from config import BACKBONES, NAMING, Config, as_flags, parse, run_name
-from script import UserError, leave, make_folder, run_script
+from script import UserError, leave, make_folder, printable, run_script
 
 LISTED = 20  # unreadable videos that an error names
-SCAN_CACHE = ".readable.json"  # in the folder of runs: which videos were found readable, by size and time
+SCAN_CACHE = ".videos.json"  # in the folder of runs: what was found of each video, until it changes
 
 
 def resolve(config: Config, model: Any) -> Config:
@@ -268,17 +268,20 @@ def score_run(run_dir: Path, given: Config, typed: set[str], config: Config, fol
 # -- what can be read --------------------------------------------------------------------------------
 
 
-def scanned(splits: Any, config: Config) -> dict[Path, str]:
-    """What is wrong with each unreadable video."""
+def scanned(splits: Any, config: Config, cached: tuple[str, ...]) -> tuple[Any, dict[Path, str]]:
+    """(the splits with the digest of every video, what is wrong with each unreadable one). Of the `cached` splits
+    nothing is decoded yet."""
     from checkpoint import read_scan, write_scan
-    from VLoader import scan
+    from VLoader import identified, scan
 
-    cache = Path(config.output_dir) / SCAN_CACHE
-    known = read_scan(cache)
-    bad, good = scan(splits, config.num_frames, config.frame_stride, config.test_clips, config.num_workers, known)
-    if is_main() and (not bad or config.skip_unreadable):  # else this is the end: nothing is to be left behind
-        write_scan(cache, known | good)
-    return bad
+    file = Path(config.output_dir) / SCAN_CACHE
+    known = read_scan(file)
+    frames = (config.num_frames, config.frame_stride, config.test_clips)
+    bad, good = scan(splits, *frames, config.num_workers, known, cached)
+    found = {os.path.abspath(path): record for path, record in good.items()}
+    if is_main() and not found.items() <= known.items() and (not bad or config.skip_unreadable):
+        write_scan(file, found)  # an error would be the end of this run: nothing is to be left behind
+    return identified(splits, {path: record["digest"] for path, record in good.items()}), bad
 
 
 def without_unreadable(splits: Any, bad: dict[Path, str], config: Config) -> Any:
@@ -291,7 +294,8 @@ def without_unreadable(splits: Any, bad: dict[Path, str], config: Config) -> Any
     if bad:
         splits = leave_out(splits, bad)
         print(
-            f"left out {len(bad)} unreadable videos (listed in metrics.json at the end), first: {splits.unreadable[0]}"
+            f"left out {len(bad)} unreadable videos (listed in metrics.json at the end), first: "
+            f"{printable(splits.unreadable[0])}"
         )
     return splits
 
@@ -301,14 +305,15 @@ def readable(splits: Any, config: Config, model: Any, accelerator: Any) -> tuple
     tried once: those that go into the cache by computing their features, the others by the scan."""
     from feature_cache import cached_splits, fill, open_store, read_features, use_cache
 
-    if not use_cache(model, config):
-        with accelerator.main_process_first():  # what one found readable the others need not try
-            return without_unreadable(splits, scanned(splits, config), config), None
+    cached = cached_splits(config) if use_cache(model, config) else ()
+    with accelerator.main_process_first():  # what one process found the others need not try
+        splits, bad = scanned(splits, config, cached)
+    if not cached:
+        return without_unreadable(splits, bad, config), None
     with accelerator.main_process_first():
         store = open_store(model, config)
-    bad = fill(store, model, splits, config, accelerator)
-    with accelerator.main_process_first():
-        bad |= scanned(replace(splits, **{name: [] for name in cached_splits(config)}), config)
+    sound = {name: [s for s in getattr(splits, name) if s.path not in bad] for name in cached}
+    bad |= fill(store, model, replace(splits, **sound), config, accelerator)
     splits = without_unreadable(splits, bad, config)
     return splits, read_features(store, splits, config)
 
