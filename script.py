@@ -84,6 +84,8 @@ def run_script(body: Callable[[list[str] | None], int | None], argv: list[str] |
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MemoryError:
+        return print_error("out of memory")
     except OSError as error:
         if sys.stdout.errors is not None:
             discard_output()
