@@ -348,7 +348,7 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
         if inside != folder:  # directly in the data folder lie metadata.jsonl and the like
             passed += [f"{path} (not a video)" for path in found.others + found.images]
         for path in found.folders:  # links last: a folder is known by its own place if that is one of those below
-            (waiting.append if path.is_symlink() else waiting.appendleft)(path)
+            (waiting.append if os.path.islink(path) else waiting.appendleft)(path)
     return sorted(videos, key=natural_key), passed
 
 
@@ -471,7 +471,7 @@ def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
             continue
         where = f"{file}, line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, strict=False)  # a tab or the like may stand in a text
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from None
         path = folder / check_row(row, where)
