@@ -614,7 +614,6 @@ def test_layer_decay_slows_every_layer_below_another_and_embeddings_most(tmp_pat
         options |= {"use_vlm": True, "freeze_visionbackbone": True, "captioning": family in DECODERS, "language_model": str(folder)}  # fmt: skip
     config = config_of(**options)
     model = build_model(config, 4)
-    tower = model.towers()["vision" if family in FAMILIES else "language"]
     prefix = "vision_encoder." if family in FAMILIES else "language_model."
     rates = {n.removeprefix(prefix): rate for n, (rate, _) in groups_of(model, config).items() if n.startswith(prefix)}
     layers = 4 if family in FAMILIES else 1 if family == "albert" else 3
