@@ -13,6 +13,9 @@ import itertools
 import json
 import os
 import re
+import stat
+import warnings
+import zipfile
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
@@ -25,17 +28,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from script import UserError, printable, shown
-from transforms import Preprocessing, sample_indices
+from transforms import LARGEST_PICTURE, Preprocessing, sample_indices
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}  # fmt: skip
-TENSOR_SUFFIX = ".pt"
 #: what systems and programs leave beside the user's own files, in lower case
 SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 VAL_FRACTION, VAL_SALT = 0.1, "val"
 LARGE = 1280 * 720  # pixels of a picture that several threads decode faster than one
+LARGEST_CLIP = 2**30  # bytes of the frames that are held at once
+MOST_WINDOWS = 100_000  # of one video, with a timeline
 
 
 class ReadError(UserError):
@@ -46,70 +51,171 @@ class ReadError(UserError):
         self.path = path
 
 
-# -- readers: len(reader) frames, reader.frames(indices) -> uint8 [len(indices), C, H, W] -------------
+# -- readers ----------------------------------------------------------------------------------------
+
+#: makes [n, ...] of uint8 [n, 3, H, W]; every frame for itself, since a reader may hand over one at a time
+Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
-class TensorVideo:
-    """A .pt file with one tensor [T, 3, H, W]: uint8, or floating point in [0, 1]."""
+@contextmanager
+def naming(path: Path) -> Generator[None]:
+    """Whatever a library raises inside becomes a ReadError: a damaged file can make them raise anything."""
+    try:
+        yield
+    except ReadError:
+        raise
+    except Exception as error:
+        cause = getattr(error, "strerror", None) or str(error)
+        if not isinstance(error, OSError | ValueError | UserError):
+            cause = f"{type(error).__name__}: {cause}"
+        raise ReadError(path, cause) from None
+
+
+def check_picture(path: Path, height: int, width: int) -> None:
+    if height * width > LARGEST_PICTURE:
+        raise ReadError(path, f"{width}x{height} pixels; a picture may have {LARGEST_PICTURE / 1e6:.0f} million")
+
+
+def check_clip(path: Path, count: int, frame: torch.Tensor) -> None:
+    """Raises ReadError if `count` frames like this one would take more memory than a clip may."""
+    if count * frame.nbytes > LARGEST_CLIP:
+        size = f"{count} frames of shape {list(frame.shape)} are {count * frame.nbytes / 2**30:.1f} GiB"
+        raise ReadError(path, f"{size}; a clip may have {LARGEST_CLIP / 2**30:.0f}")
+
+
+class Reader:
+    """A video: len(reader) frames. Opening and reading raise ReadError and nothing else."""
 
     def __init__(self, path: Path):
-        try:
-            video = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises a dozen kinds; a pickle of objects is refused here
-            raise ReadError(path, f"not a tensor saved with torch.save ({type(error).__name__})") from None
-        self.video = self._checked(video, path)
+        self.path = path
+        with naming(path):
+            self._open()
 
-    @staticmethod
-    def _checked(video: Any, path: Path) -> torch.Tensor:
+    def frames(self, indices: Iterable[int], transform: Transform | None = None) -> torch.Tensor:
+        """uint8 [n, 3, H, W], or [n, ...] of what `transform` makes of each frame as soon as it is read, so that no
+        more than one is held at full size."""
+        with naming(self.path):
+            return self._frames([int(i) for i in indices], transform)
+
+    def _frames(self, indices: list[int], transform: Transform | None) -> torch.Tensor:
+        clip, size, first = None, None, 0
+        places: dict[int, list[int]] = {}
+        for place, index in enumerate(indices):
+            places.setdefault(index, []).append(place)
+        for index, picture in self._pictures(sorted(places)):
+            check_picture(self.path, *picture.shape[:2])
+            if size is None:
+                size, first = picture.shape, index
+            elif picture.shape != size:
+                (h, w), (h0, w0) = picture.shape[:2], size[:2]
+                cause = f"{self._name(index)} is {w}x{h} pixels, {self._name(first)} is {w0}x{h0}"
+                raise ReadError(self.path, cause)
+            frame = picture.permute(2, 0, 1)  # [C, H, W]
+            frame = frame if transform is None else transform(frame[None])[0]
+            if clip is None:
+                check_clip(self.path, len(indices), frame)
+                layout = torch.channels_last if transform is None else torch.contiguous_format
+                clip = torch.empty((len(indices), *frame.shape), dtype=frame.dtype, memory_format=layout)
+            for place in places[index]:
+                clip[place] = frame
+        return clip
+
+    def _open(self) -> None:
+        raise NotImplementedError
+
+    def _pictures(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """(index, uint8 [H, W, 3]) of each wanted frame; one that is given again replaces what came before."""
+        raise NotImplementedError
+
+    def _name(self, index: int) -> str:
+        return f"frame {index}"
+
+
+class TensorVideo(Reader):
+    """A .pt file with one tensor [T, 3, H, W]: uint8, or floating point in [0, 1]."""
+
+    def _open(self) -> None:
+        check_tensor_file(self.path)
+        try:
+            video = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises a dozen kinds; a pickle of objects is refused here
+            raise ReadError(self.path, f"not a tensor saved with torch.save ({type(error).__name__})") from None
+        self.video = self._checked(video)
+
+    def _checked(self, video: Any) -> torch.Tensor:
         if not isinstance(video, torch.Tensor):
-            raise ReadError(path, f"holds a {type(video).__name__}, not a tensor")
+            raise ReadError(self.path, f"holds a {type(video).__name__}, not a tensor")
+        if video.layout != torch.strided or video.device.type != "cpu":  # sparse; without any numbers ("meta")
+            raise ReadError(self.path, f"expected a plain tensor, not a {video.layout} one on {video.device}")
         if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
-            raise ReadError(path, f"expected a tensor [T, 3, H, W], not {list(video.shape)}")
+            raise ReadError(self.path, f"expected a tensor [T, 3, H, W], not {list(video.shape)}")
+        check_picture(self.path, *video.shape[2:])
+        check_clip(self.path, len(video), video[0])
         if video.dtype == torch.uint8:
             return video
         if not video.dtype.is_floating_point:
-            raise ReadError(path, f"expected uint8 or floats in [0, 1], not {video.dtype}")
+            raise ReadError(self.path, f"expected uint8 or floats in [0, 1], not {video.dtype}")
         video = video.float()
         if not (video.amin() >= 0 and video.amax() <= 1):  # also false for NaN
-            raise ReadError(path, "floating-point pixels must lie in [0, 1]")
+            raise ReadError(self.path, "floating-point pixels must lie in [0, 1]")
         return (video * 255).round().to(torch.uint8)
 
     def __len__(self) -> int:
         return len(self.video)
 
-    def frames(self, indices: np.ndarray) -> torch.Tensor:
-        return self.video[torch.as_tensor(indices)]
+    def _frames(self, indices: list[int], transform: Transform | None) -> torch.Tensor:
+        """All at once, since they lie in memory already."""
+        wanted, places = np.unique(indices, return_inverse=True)
+        clip = self.video[torch.from_numpy(wanted)]
+        clip = clip if transform is None else transform(clip)
+        check_clip(self.path, len(indices), clip[0])
+        return clip[torch.from_numpy(places)]
 
 
-class FrameFolder:
+def check_tensor_file(path: Path) -> None:
+    """Raises ReadError if a file of torch.save holds more than a clip may: it may be packed to a thousandth."""
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    if size > LARGEST_CLIP + 2**20:
+        raise ReadError(path, f"it holds {size / 2**30:.1f} GiB; a clip may have {LARGEST_CLIP / 2**30:.0f}")
+
+
+class FrameFolder(Reader):
     """A folder of images in natural order (frame_2 before frame_10), all of one size."""
 
-    def __init__(self, path: Path):
-        self.images = list_images(path)
+    def _open(self) -> None:
+        self.images = list_images(self.path)
         if not self.images:
-            raise ReadError(path, "no images in this folder")
+            raise ReadError(self.path, "no images in this folder")
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def frames(self, indices: np.ndarray) -> torch.Tensor:
-        from PIL import Image, ImageOps
+    def _name(self, index: int) -> str:
+        return self.images[index].name
 
-        wanted = [self.images[i] for i in indices]
-        arrays: dict[Path, np.ndarray] = {}
-        for file in dict.fromkeys(wanted):
-            try:
-                with Image.open(file) as image:
-                    arrays[file] = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            except Exception as error:  # PIL raises many kinds, SyntaxError among them
-                raise ReadError(file, error) from None
-            if arrays[file].shape != arrays[wanted[0]].shape:
-                (h, w), (h0, w0) = arrays[file].shape[:2], arrays[wanted[0]].shape[:2]
-                raise ReadError(file, f"it is {w}x{h} pixels, {wanted[0].name} is {w0}x{h0}")
-        return torch.from_numpy(np.stack([arrays[f] for f in wanted])).permute(0, 3, 1, 2)  # [T, C, H, W]
+    def _pictures(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        return ((index, read_picture(self.images[index])) for index in wanted)
 
 
-class VideoFile:
+def read_picture(file: Path) -> torch.Tensor:
+    """An image file as uint8 [H, W, 3]. Raises ReadError."""
+    from PIL import Image, ImageOps
+
+    Image.MAX_IMAGE_PIXELS = LARGEST_PICTURE  # PIL's own limit is lower
+    with naming(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's on size and damaged EXIF; torch's on an array that is only read
+        if not file.is_file():  # a pipe would be waited for
+            raise ReadError(file, "no such file")
+        with Image.open(file) as image:
+            check_picture(file, image.height, image.width)
+            ImageOps.exif_transpose(image, in_place=True)
+            return torch.from_numpy(np.asarray(image if image.mode == "RGB" else image.convert("RGB")))
+
+
+class VideoFile(Reader):
     """Any file that FFmpeg decodes (PyAV). Frames are counted and chosen in the decoder's order.
 
     One pass over the packets, without decoding, finds all timestamps and keyframes. Where these can be
@@ -119,17 +225,11 @@ class VideoFile:
     #: codecs whose decoders pass over a frame that no other frame is predicted from, when asked to
     SKIPPING = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video", "vp8"})
 
-    def __init__(self, path: Path):
-        import av
-
-        self.path = path
-        with self._named_errors():
-            self.container = av.open(str(path))
-            self.stream = self.container.streams.best("video")
-            if self.stream is None:
-                raise ReadError(path, "no video in this file")
-            # a tuple of each packet: the packets themselves would be the whole file in memory
-            packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self.container.demux(self.stream) if p.size]
+    def _open(self) -> None:
+        self.container, self.stream = open_stream(self.path)
+        self.begun = False
+        # a tuple of each packet: the packets themselves would be the whole file in memory
+        packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self.container.demux(self.stream) if p.size]
         # a clip that was cut out without encoding anew holds frames that are decoded but never shown
         times = [time for time, _, hidden in packets if not hidden]
         # AVI stores no presentation times: with B-frames those of its packets are wrong
@@ -138,23 +238,13 @@ class VideoFile:
         self.keyframes = sorted(time for time, is_key, _ in packets if is_key and time is not None) if ordered else []
         self.count = len(times)
         if not times:
-            raise ReadError(path, "no frames in this file")
+            raise ReadError(self.path, "no frames in this file")
 
     def __del__(self):
         # at once, not when the garbage collector finds the container: decoding threads that are still there when
         # a loader's worker is forked crash it
         if hasattr(self, "container"):
             self.container.close()
-
-    @contextmanager
-    def _named_errors(self) -> Generator[None]:
-        """FFmpeg's errors as ReadError."""
-        import av
-
-        try:
-            yield
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise ReadError(self.path, getattr(error, "strerror", None) or error) from None
 
     def __len__(self) -> int:
         return self.count
@@ -166,32 +256,37 @@ class VideoFile:
             return times - times[0]
         return np.arange(self.count) / float(self.stream.average_rate or 25)
 
-    def frames(self, indices: np.ndarray) -> torch.Tensor:
-        wanted = [int(i) for i in indices]
-        chosen = sorted(set(wanted))
-        with self._named_errors():
-            found = self._seek(chosen) if self.times else None
-            found = self._decode_all(chosen) if found is None else found
-        return torch.stack([found[i] for i in wanted]).permute(0, 3, 1, 2)  # [T, C, H, W]
+    def _pictures(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        if self.times is None or not (yield from self._seek(wanted)):
+            yield from self._decode_all(wanted)
 
-    def _seek(self, wanted: list[int]) -> dict[int, torch.Tensor] | None:
-        """The wanted frames by timestamp; None if the decoder's timestamps are not the packets'."""
-        decoded, position, found = iter(()), None, {}
+    def _seek(self, wanted: list[int]) -> Generator[tuple[int, torch.Tensor], None, bool]:
+        """The wanted frames by timestamp; returns False if the decoder's timestamps are not the packets'."""
+        decoded, position = iter(()), None
         targets = {self.times[index] for index in wanted}
         use_cores(self.stream)
         for index in wanted:
             target = self.times[index]
             key = self.keyframes[max(0, bisect_right(self.keyframes, target) - 1)] if self.keyframes else self.times[0]
             if position is None or key > position + 1:
+                self._begin(key)
                 decoded = self._jump(target, key, targets)
             for frame in decoded:
                 position = frame.pts if frame.pts is not None else target + 1
                 if position >= target:
                     break
             if position != target:
-                return None
-            found[index] = upright(frame)
-        return found
+                return False
+            yield index, upright(frame)
+        return True
+
+    def _begin(self, key: int) -> None:
+        """Decodes the first packet of a video of which a later part is wanted. It tells FFmpeg which version of x264
+        made the file, and so which mistakes of that version to make again: 4:4:4 of older ones is garbage otherwise."""
+        if self.stream.codec_context.name == "h264" and not self.begun and key > self.keyframes[0]:
+            self.container.seek(self.times[0], stream=self.stream, backward=True)
+            next(self.container.demux(self.stream)).decode()
+        self.begun = True
 
     def _jump(self, target: int, key: int, targets: Set[int]) -> Iterator:
         """Frames from the last keyframe at or before `target` on."""
@@ -201,8 +296,7 @@ class VideoFile:
             self.container.seek(target, stream=self.stream, backward=True)
         except av.FFmpegError:  # gif: start again
             self.container.close()
-            self.container = av.open(str(self.path))
-            self.stream = self.container.streams.best("video")
+            self.container, self.stream = open_stream(self.path)
             return self._decoded(targets)
         decoded = self._decoded(targets)
         first = next(decoded, None)
@@ -220,20 +314,34 @@ class VideoFile:
                 context.skip_frame = "DEFAULT" if packet.pts in targets else "NONREF"
             yield from packet.decode()
 
-    def _decode_all(self, wanted: list[int]) -> dict[int, torch.Tensor]:
+    def _decode_all(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """The wanted frames by counting decoded frames. Raises ReadError if fewer come than there are packets."""
-        import av
-
-        found, chosen = {}, set(wanted)
-        with av.open(str(self.path)) as container:
-            stream = container.streams.best("video")
+        lacking = set(wanted)
+        container, stream = open_stream(self.path)
+        with container:
             use_cores(stream)
             for index, frame in enumerate(container.decode(stream)):
-                if index in chosen:
-                    found[index] = upright(frame)
-                if len(found) == len(chosen):
-                    return found
-        raise ReadError(self.path, f"frame {min(chosen - set(found))} of {self.count} does not decode")
+                if index in lacking:
+                    lacking.remove(index)
+                    yield index, upright(frame)
+                if not lacking:
+                    return
+        raise ReadError(self.path, f"frame {min(lacking)} of {self.count} does not decode")
+
+
+def open_stream(path: Path) -> tuple[Any, Any]:
+    """(container, its video). Raises ReadError if it has none, or one that cannot be decoded."""
+    import av
+
+    # a bare path may be taken for a URL: in a folder named "http:" FFmpeg would fetch it
+    container = av.open(f"file:{path}", metadata_errors="replace")
+    stream = container.streams.best("video")
+    if stream is None:
+        raise ReadError(path, "no video in this file")
+    if stream.codec_context is None:
+        raise ReadError(path, "its codec is unknown to this FFmpeg")
+    check_picture(path, stream.codec_context.height, stream.codec_context.width)
+    return container, stream
 
 
 def use_cores(stream) -> None:
@@ -247,7 +355,21 @@ def use_cores(stream) -> None:
 
 def upright(frame) -> torch.Tensor:
     """A decoded frame as uint8 [H, W, C], turned as the file's display matrix says (PyAV does not)."""
-    return torch.rot90(torch.from_numpy(frame.to_ndarray(format="rgb24")), frame.rotation // 90)
+    picture, turns = torch.from_numpy(frame.to_ndarray(format="rgb24")), frame.rotation // 90
+    return torch.rot90(picture, turns) if turns % 4 else picture
+
+
+def open_video(path: Path) -> Reader:
+    """The reader for a path. Raises ReadError, naming the file, if it is missing or cannot be read."""
+    with naming(path):
+        info = path.stat()
+        if stat.S_ISDIR(info.st_mode):
+            return FrameFolder(path)
+        if not stat.S_ISREG(info.st_mode):  # a pipe would be waited for, and a device never ends
+            raise ReadError(path, "neither a file nor a folder")
+        if info.st_size == 0:
+            raise ReadError(path, "the file is empty")
+        return TensorVideo(path) if path.suffix.lower() == ".pt" else VideoFile(path)
 
 
 def natural_key(path: Path | str) -> tuple[list, str]:
@@ -256,21 +378,9 @@ def natural_key(path: Path | str) -> tuple[list, str]:
     return [(len(part), part) if place % 2 else part for place, part in enumerate(parts)], str(path)
 
 
-@contextmanager
-def read_errors(path: Path) -> Generator[None]:
-    """The system's errors as ReadError, naming the file that it names or else `path`."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise ReadError(Path(error.filename or path), "no such file or folder") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        file, cause = getattr(error, "filename", None), getattr(error, "strerror", None)
-        raise ReadError(Path(file or path), cause or error) from None
-
-
 def visible(folder: Path) -> list[os.DirEntry]:
     """What a folder holds, without hidden files, in natural order. Raises ReadError."""
-    with read_errors(folder), os.scandir(folder) as entries:
+    with naming(folder), os.scandir(folder) as entries:
         return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: natural_key(e.name))
 
 
@@ -295,17 +405,6 @@ def list_images(folder: Path) -> list[Path]:
     return [Path(e.path) for e in visible(folder) if suffix_of(e) in IMAGE_SUFFIXES and kind_of(e) == "file"]
 
 
-def open_video(path: Path) -> TensorVideo | FrameFolder | VideoFile:
-    """The reader for a path. Raises ReadError, naming the file, if it is missing or cannot be read."""
-    if path.is_dir():
-        return FrameFolder(path)
-    if not path.is_file():
-        raise ReadError(path, "no such file or folder")
-    if path.stat().st_size == 0:
-        raise ReadError(path, "the file is empty")
-    return TensorVideo(path) if path.suffix.lower() == TENSOR_SUFFIX else VideoFile(path)
-
-
 def view_indices(available: int, num_frames: int, stride: int, clips: int) -> np.ndarray:
     """The frames of `clips` clips of one video, one behind the other, [clips * num_frames]; one clip is the
     one that evaluation takes."""
@@ -328,7 +427,7 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
     other folder is entered once, whatever links lead to it, and those above `folder` never: links may run in circles.
     """
     if not folder.is_dir():
-        return [folder] * (folder.suffix.lower() in {*VIDEO_SUFFIXES, TENSOR_SUFFIX}), []
+        return [folder] * (folder.suffix.lower() in {*VIDEO_SUFFIXES, ".pt"}), []
     videos: list[Path] = []
     passed: list[str] = []
     entered = {inode(above) for above in folder.resolve().parents}
@@ -354,7 +453,7 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
 
 def inode(folder: Path) -> tuple[int, int]:
     """What all paths of one folder have in common. Raises ReadError."""
-    with read_errors(folder):
+    with naming(folder):
         info = folder.stat()
     return info.st_dev, info.st_ino
 
@@ -375,7 +474,7 @@ class Listing:
                 self.folders.append(path)
             elif kind != "file":
                 passed.append(f"{path} ({kind})")
-            elif suffix in VIDEO_SUFFIXES or suffix == TENSOR_SUFFIX:
+            elif suffix in VIDEO_SUFFIXES or suffix == ".pt":
                 self.videos.append(path)
             else:
                 (self.images if suffix in IMAGE_SUFFIXES else self.others).append(path)
@@ -387,7 +486,7 @@ class Listing:
 def digest(path: Path) -> str:
     """32 hex digits that identify a video wherever it lies: of the whole file, or of the names and contents of a
     frame folder's images. Raises ReadError."""
-    with read_errors(path):
+    with naming(path):
         if not path.is_dir():
             return file_digest(path).hex()
         whole = hashlib.blake2b(digest_size=16, person=b"frames")
@@ -401,19 +500,23 @@ def digest(path: Path) -> str:
 
 
 def file_digest(file: Path) -> bytes:
-    if not file.is_file():  # a FIFO would be waited for
-        raise ReadError(file, "no such file or folder")
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
+    with naming(file):
+        if not stat.S_ISREG(file.stat().st_mode):  # a FIFO would be waited for
+            raise ReadError(file, "neither a file nor a folder")
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
 def stamp(path: Path) -> str:
     """What changes whenever a file, or an image of a frame folder, is written: 32 hex digits of names, sizes and
     times. Reads no content. Raises ReadError."""
-    with read_errors(path):
+    with naming(path):
         files = list_images(path) if path.is_dir() else [path]
-        facts = [(file.name, file.stat()) for file in files]
-    marks = [(name, info.st_size, info.st_mtime_ns, info.st_ctime_ns) for name, info in facts]
+    marks = []
+    for file in files:
+        with naming(file):
+            info = file.stat()
+        marks.append((file.name, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
     return hashlib.blake2b(repr(marks).encode(), digest_size=16).hexdigest()
 
 
@@ -444,10 +547,13 @@ def cut(sample: Sample, seconds: float) -> list[tuple[Sample, float, float]]:
     reader = open_video(sample.path)
     if not isinstance(reader, VideoFile):
         raise ReadError(sample.path, "no times: a timeline needs a video file")
-    times = reader.seconds()
-    end = float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0))
+    with naming(sample.path):
+        times = reader.seconds()
+    end = max(1e-9, float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0)))
+    if end > MOST_WINDOWS * seconds:
+        raise ReadError(sample.path, f"{end:g} s are more than {MOST_WINDOWS} windows of {seconds:g} s")
     windows = []
-    for start in np.arange(0, max(end, 1e-9), seconds):
+    for start in np.arange(0, end, seconds):
         first, last = np.searchsorted(times, [start, start + seconds - 1e-6])
         if last > first:
             span = (int(first), int(last) - 1)
@@ -658,6 +764,29 @@ def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
 # -- the scan before training -----------------------------------------------------------------------
 
 
+class WorkerLoader(DataLoader):
+    """A DataLoader that raises UserError when a worker process was killed."""
+
+    def __iter__(self):
+        # torch's own handler would raise wherever the main process is just then; without it, the wait for the dead
+        # worker's batch does
+        signal_handling._SIGCHLD_handler_set = True
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if not re.match(r"DataLoader worker \(pid.*(killed|exited)", str(error)):
+                raise
+            raise UserError(
+                "a process that reads videos was killed, most likely because the machine ran out of memory: lower "
+                "--num_workers, --batch_size or --num_frames"
+            ) from None
+
+
+def corner(frames: torch.Tensor) -> torch.Tensor:
+    """One pixel of each frame: for those who only ask whether it can be read."""
+    return frames[..., :1, :1]
+
+
 class ScanDataset(Dataset):
     """Item i is what is wrong with video i, "" if nothing: it is opened, and of its sampled frames the
     first and the last are decoded, or those of as many clips as its job says."""
@@ -673,7 +802,7 @@ class ScanDataset(Dataset):
         try:
             reader = open_video(path)
             indices = view_indices(len(reader), self.num_frames, self.stride, max(1, clips))
-            reader.frames(indices if clips else indices[[0, -1]])
+            reader.frames(indices if clips else indices[[0, -1]], corner)
         except ReadError as error:
             return str(error)
         return ""
@@ -738,7 +867,7 @@ def scan_videos(
             tried = record["decoded"] if record["stamp"] == mark else []
             record = {"stamp": mark, "decoded": sorted({*tried, *wanted})}
         records[path] = record
-    loader = DataLoader(
+    loader = WorkerLoader(
         Examination(fresh, num_frames, stride), batch_size=16, num_workers=num_workers if len(fresh) > 64 else 0, collate_fn=list
     )  # fmt: skip
     found: list[tuple[str, str]] = []
@@ -788,7 +917,7 @@ class ClipDataset(Dataset):
         self.class_index = {name: i for i, name in enumerate(class_names)}
         self.train, self.seed, self.views, self.features = train, seed, views, features
         self.jitter = True
-        self.last: tuple[Path, Any] | None = None  # the reader in use: spans of one video follow each other
+        self.last: tuple[Path, Reader] | None = None  # the reader in use: spans of one video follow each other
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -798,7 +927,7 @@ class ClipDataset(Dataset):
         """The class of every sample, -100 where it is not known."""
         return [self.class_index.get(sample.label, -100) for sample in self.samples]
 
-    def reader(self, sample: Sample) -> TensorVideo | FrameFolder | VideoFile:
+    def reader(self, sample: Sample) -> Reader:
         if sample.span is None:
             return open_video(sample.path)
         if self.last is None or self.last[0] != sample.path:
@@ -812,11 +941,14 @@ class ClipDataset(Dataset):
         clips, crops = self.views
         if self.views == (1, 1):
             indices = sample_indices(last - first + 1, self.num_frames, self.stride, rng)
-            return self.preprocessing.pixels(reader.frames(first + indices))
-        frames = reader.frames(first + view_indices(last - first + 1, self.num_frames, self.stride, clips))
+            return reader.frames(first + indices, self.preprocessing.pixels)
+
+        def crop(frames: torch.Tensor) -> torch.Tensor:  # [n, crops, C, H, W]
+            return torch.stack([self.preprocessing.pixels(frames, place) for place in places], dim=1)
+
         places = [None] if crops == 1 else np.linspace(0, 1, crops).tolist()
-        views = [self.preprocessing.pixels(frames, place).unflatten(0, (clips, -1)) for place in places]
-        return torch.stack(views, dim=1).flatten(0, 1)
+        views = reader.frames(first + view_indices(last - first + 1, self.num_frames, self.stride, clips), crop)
+        return views.unflatten(0, (clips, -1)).transpose(1, 2).flatten(0, 1)
 
     def caption(self, draw: int, place: int) -> str:
         """The caption of an item, known without reading its video: "" where there is none."""
@@ -911,7 +1043,7 @@ def collate(items: list[dict[str, Any]], make_batch: Callable[[list[dict[str, An
     return {"batch": make_batch(good) if good else None, "errors": errors}
 
 
-class ClipLoader(DataLoader):
+class ClipLoader(WorkerLoader):
     """Yields the batches of `make_batch`. Raises UserError for a video that could not be read, or with
     `skip_unreadable` leaves it out and adds the error to `skipped`; a batch without any readable video
     is None, so that batches can still be counted."""

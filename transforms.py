@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+LARGEST_PICTURE = 256 * 10**6  # pixels of a frame, as it is read and as it is resized
 INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's codes in preprocessor_config.json
 
 
@@ -124,9 +125,15 @@ def _sizes(value: Any) -> tuple[int, ...]:
 
 
 def resize_frames(clip: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
-    """Resizes uint8 [T, C, H, W] with antialiasing: equal to PIL within one grey level."""
+    """Resizes uint8 [T, C, H, W] with antialiasing: equal to PIL within one grey level.
+
+    Raises ValueError if a frame would become larger than any may be: one of 100000x1, its proportions kept.
+    """
     if tuple(clip.shape[-2:]) == tuple(size):
         return clip
+    if size[0] * size[1] > LARGEST_PICTURE:
+        (h, w), (height, width) = clip.shape[-2:], size
+        raise ValueError(f"{w}x{h} pixels would become {width}x{height} before the crop")
     if mode == "nearest-exact":
         return F.interpolate(clip, size=size, mode=mode)
     clip = clip.contiguous(memory_format=torch.channels_last)  # 3 x faster on uint8
