@@ -34,7 +34,6 @@ from script import UserError, printable, shown
 from transforms import LARGEST_PICTURE, Preprocessing, sample_indices
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}  # fmt: skip
-TENSOR_SUFFIX = ".pt"
 #: what systems and programs leave beside the user's own files, in lower case
 SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
@@ -379,21 +378,9 @@ def natural_key(path: Path | str) -> tuple[list, str]:
     return [(len(part), part) if place % 2 else part for place, part in enumerate(parts)], str(path)
 
 
-@contextmanager
-def read_errors(path: Path) -> Generator[None]:
-    """The system's errors as ReadError, naming the file that it names or else `path`."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise ReadError(Path(error.filename or path), "no such file or folder") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        file, cause = getattr(error, "filename", None), getattr(error, "strerror", None)
-        raise ReadError(Path(file or path), cause or error) from None
-
-
 def visible(folder: Path) -> list[os.DirEntry]:
     """What a folder holds, without hidden files, in natural order. Raises ReadError."""
-    with read_errors(folder), os.scandir(folder) as entries:
+    with naming(folder), os.scandir(folder) as entries:
         return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: natural_key(e.name))
 
 
@@ -440,7 +427,7 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
     other folder is entered once, whatever links lead to it, and those above `folder` never: links may run in circles.
     """
     if not folder.is_dir():
-        return [folder] * (folder.suffix.lower() in {*VIDEO_SUFFIXES, TENSOR_SUFFIX}), []
+        return [folder] * (folder.suffix.lower() in {*VIDEO_SUFFIXES, ".pt"}), []
     videos: list[Path] = []
     passed: list[str] = []
     entered = {inode(above) for above in folder.resolve().parents}
@@ -466,7 +453,7 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
 
 def inode(folder: Path) -> tuple[int, int]:
     """What all paths of one folder have in common. Raises ReadError."""
-    with read_errors(folder):
+    with naming(folder):
         info = folder.stat()
     return info.st_dev, info.st_ino
 
@@ -487,7 +474,7 @@ class Listing:
                 self.folders.append(path)
             elif kind != "file":
                 passed.append(f"{path} ({kind})")
-            elif suffix in VIDEO_SUFFIXES or suffix == TENSOR_SUFFIX:
+            elif suffix in VIDEO_SUFFIXES or suffix == ".pt":
                 self.videos.append(path)
             else:
                 (self.images if suffix in IMAGE_SUFFIXES else self.others).append(path)
@@ -499,7 +486,7 @@ class Listing:
 def digest(path: Path) -> str:
     """32 hex digits that identify a video wherever it lies: of the whole file, or of the names and contents of a
     frame folder's images. Raises ReadError."""
-    with read_errors(path):
+    with naming(path):
         if not path.is_dir():
             return file_digest(path).hex()
         whole = hashlib.blake2b(digest_size=16, person=b"frames")
@@ -513,19 +500,23 @@ def digest(path: Path) -> str:
 
 
 def file_digest(file: Path) -> bytes:
-    if not file.is_file():  # a FIFO would be waited for
-        raise ReadError(file, "no such file or folder")
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
+    with naming(file):
+        if not stat.S_ISREG(file.stat().st_mode):  # a FIFO would be waited for
+            raise ReadError(file, "neither a file nor a folder")
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
 def stamp(path: Path) -> str:
     """What changes whenever a file, or an image of a frame folder, is written: 32 hex digits of names, sizes and
     times. Reads no content. Raises ReadError."""
-    with read_errors(path):
+    with naming(path):
         files = list_images(path) if path.is_dir() else [path]
-        facts = [(file.name, file.stat()) for file in files]
-    marks = [(name, info.st_size, info.st_mtime_ns, info.st_ctime_ns) for name, info in facts]
+    marks = []
+    for file in files:
+        with naming(file):
+            info = file.stat()
+        marks.append((file.name, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
     return hashlib.blake2b(repr(marks).encode(), digest_size=16).hexdigest()
 
 

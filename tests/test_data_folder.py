@@ -205,7 +205,7 @@ def test_odd_names_train_and_answer(tmp_path, capsys):
     capsys.readouterr()
     (tmp_path / "data" / "train" / "line\nbreak" / "x\x1b[2J.mp4").symlink_to("nowhere")
     error = refused(capsys, train(tmp_path / "data", tmp_path / "runs", "--run_name", "s"))
-    assert "line\\nbreak/x\\x1b[2J.mp4: no such file or folder" in error
+    assert "line\\nbreak/x\\x1b[2J.mp4: No such file or directory" in error
 
 
 @given(st.lists(st.text(st.sampled_from("0129a²①/-"), max_size=6), max_size=6))
