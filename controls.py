@@ -161,7 +161,7 @@ def is_right(row: dict[str, Any]) -> bool:
 def background(clip: torch.Tensor) -> torch.Tensor:
     """What stands still in a clip, uint8 [T, C, H, W], too coarse to show an object: the median over time, blurred
     over two cells of the map. uint8 [C, H, W]"""
-    still = clip.median(0).values.float()[None]  # (1, C, H, W)
+    still = clip.contiguous().median(0).values.float()[None]  # (1, C, H, W); torch's median of expanded clips is wrong
     coarse = F.adaptive_avg_pool2d(still, max(1, CELLS // 2))
     blurred = F.interpolate(coarse, size=clip.shape[-2:], mode="bilinear", align_corners=False)
     return blurred[0].round().to(torch.uint8)
