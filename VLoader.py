@@ -369,7 +369,7 @@ def open_video(path: Path) -> Reader:
             raise ReadError(path, "neither a file nor a folder")
         if info.st_size == 0:
             raise ReadError(path, "the file is empty")
-        return TensorVideo(path) if path.suffix.lower() == TENSOR_SUFFIX else VideoFile(path)
+        return TensorVideo(path) if path.suffix.lower() == ".pt" else VideoFile(path)
 
 
 def natural_key(path: Path | str) -> tuple[list, str]:
