@@ -7,13 +7,18 @@ Every reader gives the same RGB uint8 [T, C, H, W] for the same clip. A file tha
 error that names it; it is never replaced by another clip.
 """
 
+import errno
 import hashlib
 import itertools
 import json
 import os
 import re
+import stat
+import warnings
+import zipfile
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterable, Iterator, Set
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,14 +28,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
-from script import UserError
-from transforms import Preprocessing, sample_indices
+from script import UserError, printable, shown
+from transforms import LARGEST_PICTURE, Preprocessing, sample_indices
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}  # fmt: skip
+#: what systems and programs leave beside the user's own files, in lower case
+SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 VAL_FRACTION, VAL_SALT = 0.1, "val"
 LARGE = 1280 * 720  # pixels of a picture that several threads decode faster than one
+LARGEST_CLIP = 2**30  # bytes of the frames that are held at once
+MOST_WINDOWS = 100_000  # of one video, with a timeline
 
 
 class ReadError(UserError):
@@ -41,70 +51,171 @@ class ReadError(UserError):
         self.path = path
 
 
-# -- readers: len(reader) frames, reader.frames(indices) -> uint8 [len(indices), C, H, W] -------------
+# -- readers ----------------------------------------------------------------------------------------
+
+#: makes [n, ...] of uint8 [n, 3, H, W]; every frame for itself, since a reader may hand over one at a time
+Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
-class TensorVideo:
-    """A .pt file with one tensor [T, 3, H, W]: uint8, or floating point in [0, 1]."""
+@contextmanager
+def naming(path: Path) -> Generator[None]:
+    """Whatever a library raises inside becomes a ReadError: a damaged file can make them raise anything."""
+    try:
+        yield
+    except ReadError:
+        raise
+    except Exception as error:
+        cause = getattr(error, "strerror", None) or str(error)
+        if not isinstance(error, OSError | ValueError | UserError):
+            cause = f"{type(error).__name__}: {cause}"
+        raise ReadError(path, cause) from None
+
+
+def check_picture(path: Path, height: int, width: int) -> None:
+    if height * width > LARGEST_PICTURE:
+        raise ReadError(path, f"{width}x{height} pixels; a picture may have {LARGEST_PICTURE / 1e6:.0f} million")
+
+
+def check_clip(path: Path, count: int, frame: torch.Tensor) -> None:
+    """Raises ReadError if `count` frames like this one would take more memory than a clip may."""
+    if count * frame.nbytes > LARGEST_CLIP:
+        size = f"{count} frames of shape {list(frame.shape)} are {count * frame.nbytes / 2**30:.1f} GiB"
+        raise ReadError(path, f"{size}; a clip may have {LARGEST_CLIP / 2**30:.0f}")
+
+
+class Reader:
+    """A video: len(reader) frames. Opening and reading raise ReadError and nothing else."""
 
     def __init__(self, path: Path):
-        try:
-            video = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises a dozen kinds; a pickle of objects is refused here
-            raise ReadError(path, f"not a tensor saved with torch.save ({type(error).__name__})") from None
-        self.video = self._checked(video, path)
+        self.path = path
+        with naming(path):
+            self._open()
 
-    @staticmethod
-    def _checked(video: Any, path: Path) -> torch.Tensor:
+    def frames(self, indices: Iterable[int], transform: Transform | None = None) -> torch.Tensor:
+        """uint8 [n, 3, H, W], or [n, ...] of what `transform` makes of each frame as soon as it is read, so that no
+        more than one is held at full size."""
+        with naming(self.path):
+            return self._frames([int(i) for i in indices], transform)
+
+    def _frames(self, indices: list[int], transform: Transform | None) -> torch.Tensor:
+        clip, size, first = None, None, 0
+        places: dict[int, list[int]] = {}
+        for place, index in enumerate(indices):
+            places.setdefault(index, []).append(place)
+        for index, picture in self._pictures(sorted(places)):
+            check_picture(self.path, *picture.shape[:2])
+            if size is None:
+                size, first = picture.shape, index
+            elif picture.shape != size:
+                (h, w), (h0, w0) = picture.shape[:2], size[:2]
+                cause = f"{self._name(index)} is {w}x{h} pixels, {self._name(first)} is {w0}x{h0}"
+                raise ReadError(self.path, cause)
+            frame = picture.permute(2, 0, 1)  # [C, H, W]
+            frame = frame if transform is None else transform(frame[None])[0]
+            if clip is None:
+                check_clip(self.path, len(indices), frame)
+                layout = torch.channels_last if transform is None else torch.contiguous_format
+                clip = torch.empty((len(indices), *frame.shape), dtype=frame.dtype, memory_format=layout)
+            for place in places[index]:
+                clip[place] = frame
+        return clip
+
+    def _open(self) -> None:
+        raise NotImplementedError
+
+    def _pictures(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """(index, uint8 [H, W, 3]) of each wanted frame; one that is given again replaces what came before."""
+        raise NotImplementedError
+
+    def _name(self, index: int) -> str:
+        return f"frame {index}"
+
+
+class TensorVideo(Reader):
+    """A .pt file with one tensor [T, 3, H, W]: uint8, or floating point in [0, 1]."""
+
+    def _open(self) -> None:
+        check_tensor_file(self.path)
+        try:
+            video = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises a dozen kinds; a pickle of objects is refused here
+            raise ReadError(self.path, f"not a tensor saved with torch.save ({type(error).__name__})") from None
+        self.video = self._checked(video)
+
+    def _checked(self, video: Any) -> torch.Tensor:
         if not isinstance(video, torch.Tensor):
-            raise ReadError(path, f"holds a {type(video).__name__}, not a tensor")
+            raise ReadError(self.path, f"holds a {type(video).__name__}, not a tensor")
+        if video.layout != torch.strided or video.device.type != "cpu":  # sparse; without any numbers ("meta")
+            raise ReadError(self.path, f"expected a plain tensor, not a {video.layout} one on {video.device}")
         if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
-            raise ReadError(path, f"expected a tensor [T, 3, H, W], not {list(video.shape)}")
+            raise ReadError(self.path, f"expected a tensor [T, 3, H, W], not {list(video.shape)}")
+        check_picture(self.path, *video.shape[2:])
+        check_clip(self.path, len(video), video[0])
         if video.dtype == torch.uint8:
             return video
         if not video.dtype.is_floating_point:
-            raise ReadError(path, f"expected uint8 or floats in [0, 1], not {video.dtype}")
+            raise ReadError(self.path, f"expected uint8 or floats in [0, 1], not {video.dtype}")
         video = video.float()
         if not (video.amin() >= 0 and video.amax() <= 1):  # also false for NaN
-            raise ReadError(path, "floating-point pixels must lie in [0, 1]")
+            raise ReadError(self.path, "floating-point pixels must lie in [0, 1]")
         return (video * 255).round().to(torch.uint8)
 
     def __len__(self) -> int:
         return len(self.video)
 
-    def frames(self, indices: np.ndarray) -> torch.Tensor:
-        return self.video[torch.as_tensor(indices)]
+    def _frames(self, indices: list[int], transform: Transform | None) -> torch.Tensor:
+        """All at once, since they lie in memory already."""
+        wanted, places = np.unique(indices, return_inverse=True)
+        clip = self.video[torch.from_numpy(wanted)]
+        clip = clip if transform is None else transform(clip)
+        check_clip(self.path, len(indices), clip[0])
+        return clip[torch.from_numpy(places)]
 
 
-class FrameFolder:
+def check_tensor_file(path: Path) -> None:
+    """Raises ReadError if a file of torch.save holds more than a clip may: it may be packed to a thousandth."""
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    if size > LARGEST_CLIP + 2**20:
+        raise ReadError(path, f"it holds {size / 2**30:.1f} GiB; a clip may have {LARGEST_CLIP / 2**30:.0f}")
+
+
+class FrameFolder(Reader):
     """A folder of images in natural order (frame_2 before frame_10), all of one size."""
 
-    def __init__(self, path: Path):
-        self.images = list_images(path)
+    def _open(self) -> None:
+        self.images = list_images(self.path)
         if not self.images:
-            raise ReadError(path, "no images in this folder")
+            raise ReadError(self.path, "no images in this folder")
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def frames(self, indices: np.ndarray) -> torch.Tensor:
-        from PIL import Image, ImageOps
+    def _name(self, index: int) -> str:
+        return self.images[index].name
 
-        wanted = [self.images[i] for i in indices]
-        arrays: dict[Path, np.ndarray] = {}
-        for file in dict.fromkeys(wanted):
-            try:
-                with Image.open(file) as image:
-                    arrays[file] = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            except Exception as error:  # PIL raises many kinds, SyntaxError among them
-                raise ReadError(file, error) from None
-            if arrays[file].shape != arrays[wanted[0]].shape:
-                (h, w), (h0, w0) = arrays[file].shape[:2], arrays[wanted[0]].shape[:2]
-                raise ReadError(file, f"it is {w}x{h} pixels, {wanted[0].name} is {w0}x{h0}")
-        return torch.from_numpy(np.stack([arrays[f] for f in wanted])).permute(0, 3, 1, 2)  # [T, C, H, W]
+    def _pictures(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        return ((index, read_picture(self.images[index])) for index in wanted)
 
 
-class VideoFile:
+def read_picture(file: Path) -> torch.Tensor:
+    """An image file as uint8 [H, W, 3]. Raises ReadError."""
+    from PIL import Image, ImageOps
+
+    Image.MAX_IMAGE_PIXELS = LARGEST_PICTURE  # PIL's own limit is lower
+    with naming(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's on size and damaged EXIF; torch's on an array that is only read
+        if not file.is_file():  # a pipe would be waited for
+            raise ReadError(file, "no such file")
+        with Image.open(file) as image:
+            check_picture(file, image.height, image.width)
+            ImageOps.exif_transpose(image, in_place=True)
+            return torch.from_numpy(np.asarray(image if image.mode == "RGB" else image.convert("RGB")))
+
+
+class VideoFile(Reader):
     """Any file that FFmpeg decodes (PyAV). Frames are counted and chosen in the decoder's order.
 
     One pass over the packets, without decoding, finds all timestamps and keyframes. Where these can be
@@ -114,17 +225,11 @@ class VideoFile:
     #: codecs whose decoders pass over a frame that no other frame is predicted from, when asked to
     SKIPPING = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video", "vp8"})
 
-    def __init__(self, path: Path):
-        import av
-
-        self.path = path
-        with self._named_errors():
-            self.container = av.open(str(path))
-            self.stream = self.container.streams.best("video")
-            if self.stream is None:
-                raise ReadError(path, "no video in this file")
-            # a tuple of each packet: the packets themselves would be the whole file in memory
-            packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self.container.demux(self.stream) if p.size]
+    def _open(self) -> None:
+        self.container, self.stream = open_stream(self.path)
+        self.begun = False
+        # a tuple of each packet: the packets themselves would be the whole file in memory
+        packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self.container.demux(self.stream) if p.size]
         # a clip that was cut out without encoding anew holds frames that are decoded but never shown
         times = [time for time, _, hidden in packets if not hidden]
         # AVI stores no presentation times: with B-frames those of its packets are wrong
@@ -133,23 +238,13 @@ class VideoFile:
         self.keyframes = sorted(time for time, is_key, _ in packets if is_key and time is not None) if ordered else []
         self.count = len(times)
         if not times:
-            raise ReadError(path, "no frames in this file")
+            raise ReadError(self.path, "no frames in this file")
 
     def __del__(self):
         # at once, not when the garbage collector finds the container: decoding threads that are still there when
         # a loader's worker is forked crash it
         if hasattr(self, "container"):
             self.container.close()
-
-    @contextmanager
-    def _named_errors(self) -> Generator[None]:
-        """FFmpeg's errors as ReadError."""
-        import av
-
-        try:
-            yield
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise ReadError(self.path, getattr(error, "strerror", None) or error) from None
 
     def __len__(self) -> int:
         return self.count
@@ -161,32 +256,37 @@ class VideoFile:
             return times - times[0]
         return np.arange(self.count) / float(self.stream.average_rate or 25)
 
-    def frames(self, indices: np.ndarray) -> torch.Tensor:
-        wanted = [int(i) for i in indices]
-        chosen = sorted(set(wanted))
-        with self._named_errors():
-            found = self._seek(chosen) if self.times else None
-            found = self._decode_all(chosen) if found is None else found
-        return torch.stack([found[i] for i in wanted]).permute(0, 3, 1, 2)  # [T, C, H, W]
+    def _pictures(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        if self.times is None or not (yield from self._seek(wanted)):
+            yield from self._decode_all(wanted)
 
-    def _seek(self, wanted: list[int]) -> dict[int, torch.Tensor] | None:
-        """The wanted frames by timestamp; None if the decoder's timestamps are not the packets'."""
-        decoded, position, found = iter(()), None, {}
+    def _seek(self, wanted: list[int]) -> Generator[tuple[int, torch.Tensor], None, bool]:
+        """The wanted frames by timestamp; returns False if the decoder's timestamps are not the packets'."""
+        decoded, position = iter(()), None
         targets = {self.times[index] for index in wanted}
         use_cores(self.stream)
         for index in wanted:
             target = self.times[index]
             key = self.keyframes[max(0, bisect_right(self.keyframes, target) - 1)] if self.keyframes else self.times[0]
             if position is None or key > position + 1:
+                self._begin(key)
                 decoded = self._jump(target, key, targets)
             for frame in decoded:
                 position = frame.pts if frame.pts is not None else target + 1
                 if position >= target:
                     break
             if position != target:
-                return None
-            found[index] = upright(frame)
-        return found
+                return False
+            yield index, upright(frame)
+        return True
+
+    def _begin(self, key: int) -> None:
+        """Decodes the first packet of a video of which a later part is wanted. It tells FFmpeg which version of x264
+        made the file, and so which mistakes of that version to make again: 4:4:4 of older ones is garbage otherwise."""
+        if self.stream.codec_context.name == "h264" and not self.begun and key > self.keyframes[0]:
+            self.container.seek(self.times[0], stream=self.stream, backward=True)
+            next(self.container.demux(self.stream)).decode()
+        self.begun = True
 
     def _jump(self, target: int, key: int, targets: Set[int]) -> Iterator:
         """Frames from the last keyframe at or before `target` on."""
@@ -196,8 +296,7 @@ class VideoFile:
             self.container.seek(target, stream=self.stream, backward=True)
         except av.FFmpegError:  # gif: start again
             self.container.close()
-            self.container = av.open(str(self.path))
-            self.stream = self.container.streams.best("video")
+            self.container, self.stream = open_stream(self.path)
             return self._decoded(targets)
         decoded = self._decoded(targets)
         first = next(decoded, None)
@@ -215,20 +314,34 @@ class VideoFile:
                 context.skip_frame = "DEFAULT" if packet.pts in targets else "NONREF"
             yield from packet.decode()
 
-    def _decode_all(self, wanted: list[int]) -> dict[int, torch.Tensor]:
+    def _decode_all(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """The wanted frames by counting decoded frames. Raises ReadError if fewer come than there are packets."""
-        import av
-
-        found, chosen = {}, set(wanted)
-        with av.open(str(self.path)) as container:
-            stream = container.streams.best("video")
+        lacking = set(wanted)
+        container, stream = open_stream(self.path)
+        with container:
             use_cores(stream)
             for index, frame in enumerate(container.decode(stream)):
-                if index in chosen:
-                    found[index] = upright(frame)
-                if len(found) == len(chosen):
-                    return found
-        raise ReadError(self.path, f"frame {min(chosen - set(found))} of {self.count} does not decode")
+                if index in lacking:
+                    lacking.remove(index)
+                    yield index, upright(frame)
+                if not lacking:
+                    return
+        raise ReadError(self.path, f"frame {min(lacking)} of {self.count} does not decode")
+
+
+def open_stream(path: Path) -> tuple[Any, Any]:
+    """(container, its video). Raises ReadError if it has none, or one that cannot be decoded."""
+    import av
+
+    # a bare path may be taken for a URL: in a folder named "http:" FFmpeg would fetch it
+    container = av.open(f"file:{path}", metadata_errors="replace")
+    stream = container.streams.best("video")
+    if stream is None:
+        raise ReadError(path, "no video in this file")
+    if stream.codec_context is None:
+        raise ReadError(path, "its codec is unknown to this FFmpeg")
+    check_picture(path, stream.codec_context.height, stream.codec_context.width)
+    return container, stream
 
 
 def use_cores(stream) -> None:
@@ -242,28 +355,54 @@ def use_cores(stream) -> None:
 
 def upright(frame) -> torch.Tensor:
     """A decoded frame as uint8 [H, W, C], turned as the file's display matrix says (PyAV does not)."""
-    return torch.rot90(torch.from_numpy(frame.to_ndarray(format="rgb24")), frame.rotation // 90)
+    picture, turns = torch.from_numpy(frame.to_ndarray(format="rgb24")), frame.rotation // 90
+    return torch.rot90(picture, turns) if turns % 4 else picture
 
 
-def natural_key(path: Path | str) -> list:
-    """Sorts frame_2 before frame_10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", str(path))]
+def open_video(path: Path) -> Reader:
+    """The reader for a path. Raises ReadError, naming the file, if it is missing or cannot be read."""
+    with naming(path):
+        info = path.stat()
+        if stat.S_ISDIR(info.st_mode):
+            return FrameFolder(path)
+        if not stat.S_ISREG(info.st_mode):  # a pipe would be waited for, and a device never ends
+            raise ReadError(path, "neither a file nor a folder")
+        if info.st_size == 0:
+            raise ReadError(path, "the file is empty")
+        return TensorVideo(path) if path.suffix.lower() == ".pt" else VideoFile(path)
+
+
+def natural_key(path: Path | str) -> tuple[list, str]:
+    """Sorts frame_2 before frame_10. No two names are equal: 01 and 1 have an order of their own."""
+    parts = re.split(r"0*([0-9]+)", str(path))  # text and digits in turn; digits compare by length, then by value
+    return [(len(part), part) if place % 2 else part for place, part in enumerate(parts)], str(path)
+
+
+def visible(folder: Path) -> list[os.DirEntry]:
+    """What a folder holds, without hidden files, in natural order. Raises ReadError."""
+    with naming(folder), os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: natural_key(e.name))
+
+
+def kind_of(entry: os.DirEntry) -> str:
+    """ "folder", "file" (also a link that leads nowhere: a video that is missing), or why it can be neither."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file() or not os.path.exists(entry.path):
+            return "file"
+    except OSError as error:
+        return "a link to itself" if error.errno == errno.ELOOP else "file"
+    return "a special file"  # a FIFO would be waited for
+
+
+def suffix_of(entry: os.DirEntry) -> str:
+    return os.path.splitext(entry.name)[1].lower()
 
 
 def list_images(folder: Path) -> list[Path]:
-    files = (f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
-    return sorted(files, key=lambda f: natural_key(f.name))
-
-
-def open_video(path: Path) -> TensorVideo | FrameFolder | VideoFile:
-    """The reader for a path. Raises ReadError, naming the file, if it is missing or cannot be read."""
-    if path.is_dir():
-        return FrameFolder(path)
-    if not path.is_file():
-        raise ReadError(path, "no such file or folder")
-    if path.stat().st_size == 0:
-        raise ReadError(path, "the file is empty")
-    return TensorVideo(path) if path.suffix == ".pt" else VideoFile(path)
+    """The images of a frame folder in natural order. Raises ReadError."""
+    return [Path(e.path) for e in visible(folder) if suffix_of(e) in IMAGE_SUFFIXES and kind_of(e) == "file"]
 
 
 def view_indices(available: int, num_frames: int, stride: int, clips: int) -> np.ndarray:
@@ -276,23 +415,112 @@ def view_indices(available: int, num_frames: int, stride: int, clips: int) -> np
 # -- what a folder holds ----------------------------------------------------------------------------
 
 
-def is_video(path: Path) -> bool:
-    """A video file, a .pt, or a folder of frames: one with images inside, and no videos or folders."""
-    if not path.is_dir():
-        return path.suffix.lower() in VIDEO_SUFFIXES or path.suffix == ".pt"
-    inside = [f for f in path.iterdir() if not f.name.startswith(".")]
-    images = any(f.suffix.lower() in IMAGE_SUFFIXES for f in inside)
-    return images and not any(f.is_dir() or is_video(f) for f in inside)
-
-
 def find_videos(folder: Path) -> list[Path]:
-    """Every video at or below `folder`, in natural order; hidden files are passed over."""
-    if is_video(folder):
-        return [folder]
+    """Every video at or below `folder`, in natural order. Raises ReadError for a folder that cannot be read."""
+    return survey(folder)[0]
+
+
+def survey(folder: Path) -> tuple[list[Path], list[str]]:
+    """(find_videos, what was passed over and why); hidden files are passed over in silence.
+
+    A video is a video file, a .pt, or a folder of frames: one with images inside, and no videos or folders. Every
+    other folder is entered once, whatever links lead to it, and those above `folder` never: links may run in circles.
+    """
     if not folder.is_dir():
-        return []
-    below = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: natural_key(p.name))
-    return [video for path in below for video in find_videos(path)]
+        return [folder] * (folder.suffix.lower() in {*VIDEO_SUFFIXES, ".pt"}), []
+    videos: list[Path] = []
+    passed: list[str] = []
+    entered = {inode(above) for above in folder.resolve().parents}
+    waiting = deque([folder])
+    while waiting:
+        inside = waiting.popleft()
+        here = inode(inside)
+        if here in entered:
+            passed.append(f"{inside} (a link to a folder that is read already)")
+            continue
+        found = Listing(inside, entered | {here}, passed)
+        if found.images and not found.videos and not found.folders:
+            videos.append(inside)
+            continue
+        entered.add(here)
+        videos += found.videos
+        if inside != folder:  # directly in the data folder lie metadata.jsonl and the like
+            passed += [f"{path} (not a video)" for path in found.others + found.images]
+        for path in found.folders:  # links last: a folder is known by its own place if that is one of those below
+            (waiting.append if os.path.islink(path) else waiting.appendleft)(path)
+    return sorted(videos, key=natural_key), passed
+
+
+def inode(folder: Path) -> tuple[int, int]:
+    """What all paths of one folder have in common. Raises ReadError."""
+    with naming(folder):
+        info = folder.stat()
+    return info.st_dev, info.st_ino
+
+
+class Listing:
+    """What lies directly in a folder. Links to folders already `entered`, the system's own folders and special files
+    are added to `passed`."""
+
+    def __init__(self, folder: Path, entered: Set[tuple[int, int]], passed: list[str]):
+        self.images, self.videos, self.folders, self.others = [], [], [], []
+        for entry in visible(folder):
+            path, kind, suffix = Path(entry.path), kind_of(entry), suffix_of(entry)
+            if kind == "folder" and entry.name.lower() in SYSTEM_FOLDERS:
+                passed.append(f"{path} (a folder of the system)")
+            elif kind == "folder" and entry.is_symlink() and inode(path) in entered:
+                passed.append(f"{path} (a link to a folder that is read already)")
+            elif kind == "folder":
+                self.folders.append(path)
+            elif kind != "file":
+                passed.append(f"{path} ({kind})")
+            elif suffix in VIDEO_SUFFIXES or suffix == ".pt":
+                self.videos.append(path)
+            else:
+                (self.images if suffix in IMAGE_SUFFIXES else self.others).append(path)
+
+
+# -- what identifies a video ------------------------------------------------------------------------
+
+
+def digest(path: Path) -> str:
+    """32 hex digits that identify a video wherever it lies: of the whole file, or of the names and contents of a
+    frame folder's images. Raises ReadError."""
+    with naming(path):
+        if not path.is_dir():
+            return file_digest(path).hex()
+        whole = hashlib.blake2b(digest_size=16, person=b"frames")
+        images = list_images(path)
+        if not images:
+            raise ReadError(path, "no images in this folder")
+        for image in images:
+            name = os.fsencode(image.name)
+            whole.update(len(name).to_bytes(2, "big") + name + file_digest(image))
+        return whole.hexdigest()
+
+
+def file_digest(file: Path) -> bytes:
+    with naming(file):
+        if not stat.S_ISREG(file.stat().st_mode):  # a FIFO would be waited for
+            raise ReadError(file, "neither a file nor a folder")
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
+
+
+def stamp(path: Path) -> str:
+    """What changes whenever a file, or an image of a frame folder, is written: 32 hex digits of names, sizes and
+    times. Reads no content. Raises ReadError."""
+    with naming(path):
+        files = list_images(path) if path.is_dir() else [path]
+    marks = []
+    for file in files:
+        with naming(file):
+            info = file.stat()
+        marks.append((file.name, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+    return hashlib.blake2b(repr(marks).encode(), digest_size=16).hexdigest()
+
+
+# -- samples ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -305,6 +533,12 @@ class Sample:
     text: str | None = None
     attributes: dict[str, str] = field(default_factory=dict, hash=False)
     span: tuple[int, int] | None = None  # first and last frame, where only a part is meant
+    digest: str | None = field(default=None, compare=False)  # where it has been computed; see identified()
+
+    @property
+    def identity(self) -> str:
+        """The video's digest, computed now if need be. Raises ReadError."""
+        return self.digest or digest(self.path)
 
 
 def cut(sample: Sample, seconds: float) -> list[tuple[Sample, float, float]]:
@@ -313,10 +547,13 @@ def cut(sample: Sample, seconds: float) -> list[tuple[Sample, float, float]]:
     reader = open_video(sample.path)
     if not isinstance(reader, VideoFile):
         raise ReadError(sample.path, "no times: a timeline needs a video file")
-    times = reader.seconds()
-    end = float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0))
+    with naming(sample.path):
+        times = reader.seconds()
+    end = max(1e-9, float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0)))
+    if end > MOST_WINDOWS * seconds:
+        raise ReadError(sample.path, f"{end:g} s are more than {MOST_WINDOWS} windows of {seconds:g} s")
     windows = []
-    for start in np.arange(0, max(end, 1e-9), seconds):
+    for start in np.arange(0, end, seconds):
         first, last = np.searchsorted(times, [start, start + seconds - 1e-6])
         if last > first:
             span = (int(first), int(last) - 1)
@@ -330,8 +567,9 @@ def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
     if not file.is_file():
         return {}
     rows: dict[Path, dict[str, Any]] = {}
+    missing: list[Path] = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 in a caption too
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -339,14 +577,30 @@ def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
             continue
         where = f"{file}, line {number}"
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line, strict=False)  # a tab or the like may stand in a text
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from None
         path = folder / check_row(row, where)
         if path in rows:
-            raise UserError(f"{where}: file_name {row['file_name']!r} stands twice")
+            raise UserError(f"{where}: file_name {shown(row['file_name'])} stands twice")
         rows[path] = row
+        if not exists(path, where):
+            missing.append(path)
+    if missing:
+        raise UserError(f"{file} names {len(missing)} files that do not exist, first {missing[0]}")
     return rows
+
+
+def exists(path: Path, where: str) -> bool:
+    """Whether there is such a file. Raises UserError if there cannot be: a name that is too long, or with a NUL."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: file_name {shown(str(path))}: {cause}") from None
+    return True
 
 
 def check_row(row: Any, where: str) -> str:
@@ -382,7 +636,8 @@ def sample_of(path: Path, row: dict[str, Any], folder: Path) -> Sample:
 
 
 def read_folder(folder: Path) -> list[Sample]:
-    """Every video of a folder, with its class folder and its row of metadata.jsonl. Sorted by name.
+    """Every video of a folder, with its class folder and its row of metadata.jsonl. Sorted by name. Prints how many
+    other things were passed over.
 
     Raises:
         UserError: the folder is missing or empty, or metadata.jsonl is bad or names a missing file.
@@ -390,10 +645,12 @@ def read_folder(folder: Path) -> list[Sample]:
     if not folder.exists():
         raise UserError(f"no such file or folder: {folder}")
     rows = read_metadata(folder) if folder.is_dir() else {}
-    missing = [path for path in rows if not path.exists()]
-    if missing:
-        raise UserError(f"{folder / 'metadata.jsonl'} names {len(missing)} files that do not exist, first {missing[0]}")
-    videos = {*rows, *find_videos(folder)}
+    found, passed = survey(folder)
+    if passed:
+        print(
+            printable(f"passed over {len(passed)} files or folders in {folder} that are not videos, first {passed[0]}")
+        )
+    videos = {*rows, *found}
     if not videos:
         raise UserError(
             f"no videos in {folder}: expected {', '.join(sorted(VIDEO_SUFFIXES))}, .pt or folders of images"
@@ -435,22 +692,30 @@ def read_splits(data_dir: Path, class_names: list[str] | None = None) -> Splits:
     return Splits(splits.get("train", []), splits.get("val", []), splits.get("test", []), class_names, note)
 
 
+def identified(splits: Splits, digests: dict[Path, str]) -> Splits:
+    """The splits with every sample's digest, where there is one."""
+    names = ("train", "val", "test")
+    return replace(splits, **{n: [replace(s, digest=digests.get(s.path)) for s in getattr(splits, n)] for n in names})
+
+
 def fingerprint_data(splits: Splits, data_dir: Path) -> str:
-    """Of all that the splits say of their videos: names below data_dir, labels, captions, texts."""
-    digest = hashlib.sha256()
+    """32 hex digits of all that the splits say of their videos (names below data_dir, labels, captions, texts), and
+    behind them 32 of the videos' contents."""
+    said, content = hashlib.sha256(), hashlib.sha256()
     for name in ("train", "val", "test"):
         for s in getattr(splits, name):
             place = Path(os.path.relpath(s.path, data_dir)).as_posix()
-            digest.update(repr((name, place, s.label, s.captions, s.text)).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:32]
+            said.update(repr((name, place, s.label, s.captions, s.text)).encode("utf-8", "surrogateescape"))
+            content.update(s.identity.encode())
+    return said.hexdigest()[:32] + content.hexdigest()[:32]
 
 
 def read_display_names(data_dir: Path, class_names: list[str]) -> dict[str, str]:
     """classes.json's display name of every class; the class's own name where it has none."""
     file = data_dir / "classes.json"
     try:
-        names = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
+        names = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
     if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
         raise UserError(f'{file}: expected {{"class": "display name", ...}}')
@@ -499,6 +764,29 @@ def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
 # -- the scan before training -----------------------------------------------------------------------
 
 
+class WorkerLoader(DataLoader):
+    """A DataLoader that raises UserError when a worker process was killed."""
+
+    def __iter__(self):
+        # torch's own handler would raise wherever the main process is just then; without it, the wait for the dead
+        # worker's batch does
+        signal_handling._SIGCHLD_handler_set = True
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if not re.match(r"DataLoader worker \(pid.*(killed|exited)", str(error)):
+                raise
+            raise UserError(
+                "a process that reads videos was killed, most likely because the machine ran out of memory: lower "
+                "--num_workers, --batch_size or --num_frames"
+            ) from None
+
+
+def corner(frames: torch.Tensor) -> torch.Tensor:
+    """One pixel of each frame: for those who only ask whether it can be read."""
+    return frames[..., :1, :1]
+
+
 class ScanDataset(Dataset):
     """Item i is what is wrong with video i, "" if nothing: it is opened, and of its sampled frames the
     first and the last are decoded, or those of as many clips as its job says."""
@@ -514,47 +802,86 @@ class ScanDataset(Dataset):
         try:
             reader = open_video(path)
             indices = view_indices(len(reader), self.num_frames, self.stride, max(1, clips))
-            reader.frames(indices if clips else indices[[0, -1]])
+            reader.frames(indices if clips else indices[[0, -1]], corner)
         except ReadError as error:
             return str(error)
         return ""
 
 
-def stamp(path: Path) -> str:
-    """What tells that a file, or a folder's frames, are still the same: count or size, and time of change."""
-    info = path.stat()
-    return f"{len(list_images(path)) if path.is_dir() else info.st_size} {info.st_mtime_ns}"
+class Examination(Dataset):
+    """Item i is (what is wrong with video i, "" if nothing; its digest): the scan's item, or where the job's number
+    of clips is None, the digest alone."""
+
+    def __init__(self, jobs: list[tuple[Path, int | None]], num_frames: int, stride: int):
+        self.jobs = jobs
+        self.scan = ScanDataset([(path, clips or 0) for path, clips in jobs], num_frames, stride)
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, index: int) -> tuple[str, str]:
+        path, clips = self.jobs[index]
+        try:
+            content = digest(path)
+        except ReadError as error:
+            return str(error), ""
+        return "" if clips is None else self.scan[index], content
+
+
+#: what is remembered of a video: {"stamp": ..., "digest": ..., "decoded": [of which frames it was tried, ...]}
+Record = dict[str, Any]
 
 
 def scan(
-    splits: Splits, num_frames: int, stride: int, test_clips: int, num_workers: int, known: dict[str, str]
-) -> tuple[dict[Path, str], dict[str, str]]:
-    """scan_videos of all splits; of val and test, all frames that evaluation takes are decoded."""
+    splits: Splits, num_frames: int, stride: int, test_clips: int, num_workers: int, known: dict[str, Record],
+    cached: Sequence[str] = (),
+) -> tuple[dict[Path, str], dict[Path, Record]]:  # fmt: skip
+    """scan_videos of all splits; of val and test, all frames that evaluation takes are decoded. Of the `cached`
+    splits only digests are computed: they are read when their features are."""
     clips = {"train": 0, "val": 1, "test": test_clips}
-    jobs = {s.path: count for name, count in clips.items() for s in getattr(splits, name)}
+    jobs = {s.path: None if name in cached else count for name, count in clips.items() for s in getattr(splits, name)}
     return scan_videos(jobs, num_frames, stride, num_workers, known)
 
 
 def scan_videos(
-    jobs: dict[Path, int], num_frames: int, stride: int, num_workers: int, known: dict[str, str]
-) -> tuple[dict[Path, str], dict[str, str]]:
-    """(what is wrong with each unreadable video, stamps of the good ones). `jobs` says of how many clips of
-    each video all frames are decoded; 0: only two frames. Videos whose stamp is in `known` are not read again."""
+    jobs: dict[Path, int | None], num_frames: int, stride: int, num_workers: int, known: dict[str, Record]
+) -> tuple[dict[Path, str], dict[Path, Record]]:
+    """(what is wrong with each unreadable video, the records of the others). `jobs` says of how many clips of each
+    video all frames are decoded; 0: only two frames; None: the digest is enough. `known` has records by absolute
+    path; what they say of videos whose stamp is theirs is not tried again."""
     from tqdm import tqdm
 
-    depth = {clips: f" {num_frames}/{stride}/{clips}" if clips else "" for clips in {*jobs.values()}}
-    stamps = {path: stamp(path) + depth[clips] if path.exists() else "" for path, clips in jobs.items()}
-    fresh = [(path, clips) for path, clips in jobs.items() if known.get(str(path.resolve())) != stamps[path]]
-    loader = DataLoader(
-        ScanDataset(fresh, num_frames, stride), batch_size=16, num_workers=num_workers if len(fresh) > 64 else 0, collate_fn=list
+    bad: dict[Path, str] = {}
+    records: dict[Path, Record] = {}
+    fresh: list[tuple[Path, int | None]] = []
+    for path, clips in jobs.items():
+        wanted = {f"{num_frames}/{stride}/{clips}" if clips else "two frames"} if clips is not None else set()
+        try:
+            mark = stamp(path)
+        except ReadError as error:
+            bad[path] = str(error)
+            continue
+        record = known.get(os.path.abspath(path), {"stamp": None})
+        if record["stamp"] != mark or not wanted <= {*record["decoded"]}:
+            fresh.append((path, clips))
+            tried = record["decoded"] if record["stamp"] == mark else []
+            record = {"stamp": mark, "decoded": sorted({*tried, *wanted})}
+        records[path] = record
+    loader = WorkerLoader(
+        Examination(fresh, num_frames, stride), batch_size=16, num_workers=num_workers if len(fresh) > 64 else 0, collate_fn=list
     )  # fmt: skip
-    causes: list[str] = []
+    found: list[tuple[str, str]] = []
     with tqdm(total=len(fresh), desc="scan of the videos", unit="video", leave=False, disable=not fresh) as bar:
         for batch in loader:
-            causes += batch
+            found += batch
             bar.update(len(batch))
-    bad = {path: cause for (path, _), cause in zip(fresh, causes, strict=True) if cause}
-    return bad, {str(path.resolve()): mark for path, mark in stamps.items() if path not in bad}
+    for (path, _), (cause, content) in zip(fresh, found, strict=True):
+        if cause:
+            bad[path] = cause
+            del records[path]
+        else:
+            records[path] |= {"digest": content}
+    return bad, records
 
 
 def leave_out(splits: Splits, bad: dict[Path, str]) -> Splits:
@@ -590,7 +917,7 @@ class ClipDataset(Dataset):
         self.class_index = {name: i for i, name in enumerate(class_names)}
         self.train, self.seed, self.views, self.features = train, seed, views, features
         self.jitter = True
-        self.last: tuple[Path, Any] | None = None  # the reader in use: spans of one video follow each other
+        self.last: tuple[Path, Reader] | None = None  # the reader in use: spans of one video follow each other
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -600,7 +927,7 @@ class ClipDataset(Dataset):
         """The class of every sample, -100 where it is not known."""
         return [self.class_index.get(sample.label, -100) for sample in self.samples]
 
-    def reader(self, sample: Sample) -> TensorVideo | FrameFolder | VideoFile:
+    def reader(self, sample: Sample) -> Reader:
         if sample.span is None:
             return open_video(sample.path)
         if self.last is None or self.last[0] != sample.path:
@@ -614,11 +941,14 @@ class ClipDataset(Dataset):
         clips, crops = self.views
         if self.views == (1, 1):
             indices = sample_indices(last - first + 1, self.num_frames, self.stride, rng)
-            return self.preprocessing.pixels(reader.frames(first + indices))
-        frames = reader.frames(first + view_indices(last - first + 1, self.num_frames, self.stride, clips))
+            return reader.frames(first + indices, self.preprocessing.pixels)
+
+        def crop(frames: torch.Tensor) -> torch.Tensor:  # [n, crops, C, H, W]
+            return torch.stack([self.preprocessing.pixels(frames, place) for place in places], dim=1)
+
         places = [None] if crops == 1 else np.linspace(0, 1, crops).tolist()
-        views = [self.preprocessing.pixels(frames, place).unflatten(0, (clips, -1)) for place in places]
-        return torch.stack(views, dim=1).flatten(0, 1)
+        views = reader.frames(first + view_indices(last - first + 1, self.num_frames, self.stride, clips), crop)
+        return views.unflatten(0, (clips, -1)).transpose(1, 2).flatten(0, 1)
 
     def caption(self, draw: int, place: int) -> str:
         """The caption of an item, known without reading its video: "" where there is none."""
@@ -713,7 +1043,7 @@ def collate(items: list[dict[str, Any]], make_batch: Callable[[list[dict[str, An
     return {"batch": make_batch(good) if good else None, "errors": errors}
 
 
-class ClipLoader(DataLoader):
+class ClipLoader(WorkerLoader):
     """Yields the batches of `make_batch`. Raises UserError for a video that could not be read, or with
     `skip_unreadable` leaves it out and adds the error to `skipped`; a batch without any readable video
     is None, so that batches can still be counted."""
