@@ -17,9 +17,9 @@ from typing import Any
 from tests.campaign import common
 from tests.campaign.common import Process, script
 
-FLAGS = [*common.TINY, "--output_dir", "out", "--num_workers", "0", "--epochs", "2"]
-LORA = [*FLAGS, "--vision_model", "backbone", "--use_lora_vision", "True"]
-CACHED = [*FLAGS, "--vision_model", "backbone", "--freeze_visionbackbone", "True"]
+FLAGS = f"{common.TINY} --output_dir out --num_workers 0 --epochs 2"
+LORA = f"{FLAGS} --vision_model backbone --use_lora_vision True"
+CACHED = f"{FLAGS} --vision_model backbone --freeze_visionbackbone True"
 EVIL = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoImageProcessor": "evil.Evil"}
 NAN = float("nan")
 EDITS = {  # of JSON files: (key, value); None as key: another text instead of the file
@@ -54,44 +54,32 @@ class Payload:
 
 def damage_any(path: Path, rng: random.Random) -> str:
     """What can befall any file."""
-    kind = rng.choice(("pickle", "zip", "fifo", "folder", "dangling", "zero", "lacking", "empty", "junk"))
+    import torch
+
     data = path.read_bytes()
     path.unlink()
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps(Payload()))
-    elif kind == "zip":
-        import torch
-
-        torch.save(Payload(), path)
-    elif kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind in ("dangling", "zero"):
-        path.symlink_to("/dev/zero" if kind == "zero" else "nowhere")
-    elif kind in ("empty", "junk"):
-        path.write_bytes(bytes(0) if kind == "empty" else rng.randbytes(len(data)))
+    kinds: dict[str, Callable[[], Any]] = {
+        "pickle": lambda: path.write_bytes(pickle.dumps(Payload())), "zip": lambda: torch.save(Payload(), path), "fifo": lambda: os.mkfifo(path),
+        "folder": path.mkdir, "dangling": lambda: path.symlink_to("nowhere"), "zero": lambda: path.symlink_to("/dev/zero"),
+        "lacking": lambda: None, "empty": path.touch, "junk": lambda: path.write_bytes(rng.randbytes(len(data))),
+    }  # fmt: skip
+    kind = rng.choice(list(kinds))
+    kinds[kind]()
     return kind
 
 
 def damage_bytes(path: Path, rng: random.Random) -> str:
-    """Bits flipped anywhere, pieces lost or added."""
-    data = bytearray(path.read_bytes())
+    """Bits flipped anywhere or in the header, pieces lost or added."""
+    data = path.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
-    kind = rng.choice(("bit", "bit", "bit", "header bit", "cut", "longer", "zeros", "length"))
-    at = rng.randrange(header if kind == "header bit" else len(data))
-    if "bit" in kind:
-        data[at] ^= 1 << rng.randrange(8)
-    elif kind == "cut":
-        del data[at:]
-    elif kind == "longer":
-        data += rng.randbytes(rng.choice((1, 8, 4096)))
-    elif kind == "zeros":
-        data[at : at + 64] = bytes(len(data[at : at + 64]))
-    else:
-        data[:8] = rng.choice((0, 1, header * 2, 2**40, 2**63)).to_bytes(8, "little")
-    path.write_bytes(data)
-    return f"{kind} at {at} of {len(data)}"
+    if rng.random() < 0.3:
+        at = rng.randrange(len(data))
+        path.write_bytes(data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :])
+        return f"bit at {at} of {len(data)}"
+    parts = [data[:header], data[header:]] if rng.random() < 0.5 else [data]
+    parts[0] = common.mutate(parts[0], rng, [b"0"])
+    path.write_bytes(b"".join(parts))
+    return f"{len(parts)} parts, {len(data)} bytes, now {path.stat().st_size}"
 
 
 def damage_tensors(path: Path, rng: random.Random) -> str:
@@ -171,53 +159,39 @@ class World:
     def __init__(self, work: Path):
         self.data, self.folder = common.tiny_data(work / "data", per_class=4), work / "world"
         shutil.copytree(common.ROOT / "backbones" / "timesformer-tiny", self.folder / "backbone")
-        data = ["--data_dir", str(self.data)]
         for name, flags in (("lora", LORA), ("full", FLAGS), ("cached", CACHED)):
-            common.train(self.folder, *flags, *data, "--run_name", name)
+            common.finished("main", f"{flags} --data_dir {self.data} --run_name {name}", self.folder)
         self.runs = {name: common.contents(self.folder / "out" / name) for name in ("lora", "cached")}
-        state = self.folder / "out" / "half" / "state" / "state.safetensors"
-        process = Process(script("main", [*LORA, *data, "--run_name", "half", "--save_every", "1"]), self.folder)
-        process.wait(until=state.exists)
-        process.kill()
+        process = Process(script("main", f"{LORA} --data_dir {self.data} --run_name half --save_every 1"), self.folder)
+        process.wait(until=(self.folder / "out" / "half" / "state" / "state.safetensors").exists)
+        process.close()
         self.answers = {name: self.answer(name, self.folder)[1] for name in ("lora", "full")}
 
     def answer(self, name: str, folder: Path) -> tuple[Process, list[dict]]:
         """The answers of a run for the test videos."""
-        flags = [
-            "--checkpoint",
-            f"out/{name}",
-            "--video_dir",
-            self.data / "test",
-            "--output",
-            "a.jsonl",
-            "--num_workers",
-            "0",
-        ]
-        process = Process(script("inference", [*map(str, flags)]), folder).wait(60)
+        flags = f"--checkpoint out/{name} --video_dir {self.data / 'test'} --output a.jsonl --num_workers 0"
+        process = Process(script("inference", flags), folder).wait(60)
         rows = (folder / "a.jsonl").read_text().splitlines() if (folder / "a.jsonl").exists() else []
         (folder / "a.jsonl").unlink(missing_ok=True)
-        return process, sorted(
-            ({k: v for k, v in json.loads(row).items() if k != "run"} for row in rows), key=lambda row: row["file"]
-        )
-
-    def train(self, folder: Path, *flags: str) -> Process:
-        return Process(script("main", [*flags]), folder).wait(90)
+        return process, [{k: v for k, v in json.loads(row).items() if k != "run"} for row in rows]
 
 
 Used = tuple[str, Process, bool]  # (what was damaged, the process that used it, whether its answer is right)
 
 
 def weights(world: World, folder: Path, rng: random.Random) -> Used:
+    """Of a finished run."""
     name = rng.choice(("lora", "full"))
     what = damage(folder / "out" / name / "model.safetensors", rng)
     process, rows = world.answer(name, folder)
-    return f"{name}/model.safetensors {what}", process, rows == world.answers[name]
+    return f"{name} {what}", process, rows == world.answers[name]
 
 
 def description(world: World, folder: Path, rng: random.Random) -> Used:
     name = rng.choice(("lora", "full"))
-    files = ["metadata.json"] + (["vision/config.json", "vision/preprocessor_config.json"] if name == "full" else [])
-    file = rng.choice(files)
+    file = rng.choice(
+        ("metadata.json", *2 * ("vision/config.json", "vision/preprocessor_config.json") * (name == "full"))
+    )
     what = damage(folder / "out" / name / file, rng)
     process, rows = world.answer(name, folder)
     return f"{name}/{file} {what}", process, rows == world.answers[name]
@@ -225,37 +199,32 @@ def description(world: World, folder: Path, rng: random.Random) -> Used:
 
 def state(world: World, folder: Path, rng: random.Random) -> Used:
     what = damage(folder / "out" / "half" / "state" / "state.safetensors", rng)
-    process = world.train(folder, "--resume", "True", "--run_name", "half", "--output_dir", "out")
-    wrong = process.status == 0 and "model.safetensors" in str(
-        common.differences(folder / "out" / "half", world.runs["lora"])
-    )
-    return f"state {what}", process, not wrong
+    process = Process(script("main", "--resume True --run_name half --output_dir out"), folder).wait(90)
+    wrong = common.differences(folder / "out" / "half", world.runs["lora"]) if process.status == 0 else []
+    return what, process, "other model.safetensors" not in wrong
 
 
 def cache(world: World, folder: Path, rng: random.Random) -> Used:
-    shard = rng.choice(sorted((folder / "out" / ".features").rglob("*.safetensors")))
-    what = damage(shard, rng)
-    process = world.train(folder, *CACHED, "--data_dir", str(world.data), "--run_name", "again")
-    wrong = process.status == 0 and common.differences(folder / "out" / "again", world.runs["cached"])
-    return f"shard {what}", process, not wrong
+    what = damage(rng.choice(sorted((folder / "out" / ".features").rglob("*.safetensors"))), rng)
+    process = Process(script("main", f"{CACHED} --data_dir {world.data} --run_name again"), folder).wait(90)
+    wrong = common.differences(folder / "out" / "again", world.runs["cached"]) if process.status == 0 else []
+    return what, process, not wrong
 
 
 def backbone(world: World, folder: Path, rng: random.Random) -> Used:
-    """Of a run that was trained on another one."""
+    """What a finished run of adapters rests on."""
     file = rng.choice(("model.safetensors", "config.json", "preprocessor_config.json"))
     what = damage(folder / "backbone" / file, rng)
     process, rows = world.answer("lora", folder)
-    return f"backbone's {file} {what}", process, rows == world.answers["lora"]
+    return f"{file} {what}", process, rows == world.answers["lora"]
 
 
 def new_run(world: World, folder: Path, rng: random.Random) -> Used:
     """On a crafted backbone: whatever it learns is right."""
-    file = rng.choice(
-        ("model.safetensors", "config.json", "config.json", "preprocessor_config.json", "preprocessor_config.json")
-    )
+    file = rng.choice(("model.safetensors", *2 * ("config.json", "preprocessor_config.json")))
     what = damage(folder / "backbone" / file, rng) + (add_evil(folder / "backbone") if rng.random() < 0.5 else "")
-    process = world.train(folder, *LORA, "--data_dir", str(world.data), "--run_name", "new", "--epochs", "1")
-    return f"new run on {file} {what}", process, True
+    process = Process(script("main", f"{LORA} --data_dir {world.data} --run_name new --epochs 1"), folder).wait(90)
+    return f"{file} {what}", process, True
 
 
 CASES = (weights, state, cache, description, backbone, new_run)
@@ -284,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
             verdict, text = judge(world, case, work / "case", tally.rng(number))
             tally.add(verdict, text, f"{number} {case.__name__}", bad=verdict not in ("right", "refused"))
             shutil.rmtree(work / "case")
-    return tally.finish(["right", "refused", "silently wrong", "code run", "traceback", "hang"])
+    return tally.finish("right", "refused", "silently wrong", "code run", "traceback", "hang")
 
 
 if __name__ == "__main__":

@@ -30,12 +30,13 @@ LONGEST_LINE = 5000  # characters
 GOOD = {0, 1, 2, 130, 143}  # exit statuses
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and newline
 BAR = re.compile(r"\r[^\r\n]*\d+/[\d?]+ \[[^\r\n]*\]|\r {4,}\r")  # tqdm's
+NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000, 2**63)
 MORE_MEMORY = 6 << 30  # bytes that a fork may ask for beyond what it inherits
 FAMILIES = ("bert", "gpt2", "timesformer", "videomae")
 IMPORTED = [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES]
 IMPORTED += ["transformers.models.auto", "peft", "matplotlib.pyplot", "accelerate.utils", "feature_cache", "figures"]
 IMPORTED += ["controls", "inference", "main", "metrics", "convert_dataset"]
-TINY = ["--image_size", "32", "--num_frames", "4", "--batch_size", "4", "--dropout", "0.3"]
+TINY = "--image_size 32 --num_frames 4 --batch_size 4 --dropout 0.3"
 
 
 def warm_up() -> None:
@@ -61,7 +62,7 @@ class Process:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115, open as long as this is
         self.status: int | None = None
-        self.ended, self.peak_mb, self.started = False, 0.0, time.monotonic()
+        self.ended, self.started = False, time.monotonic()
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
@@ -72,8 +73,7 @@ class Process:
         try:
             os.setsid()
             os.chdir(folder)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            for number, log in enumerate(self.logs, start=1):
+            for number, log in enumerate((open(os.devnull), *self.logs)):  # noqa: SIM115
                 os.dup2(log.fileno(), number)
             if isinstance(body, list):
                 os.execv(sys.executable, [sys.executable, *body])
@@ -90,10 +90,9 @@ class Process:
     def poll(self) -> bool:
         """Whether it has ended."""
         if not self.ended:
-            pid, code, usage = os.wait4(self.pid, os.WNOHANG)
+            pid, code = os.waitpid(self.pid, os.WNOHANG)
             self.ended = pid != 0
-            if self.ended:
-                self.status, self.peak_mb = os.waitstatus_to_exitcode(code), usage.ru_maxrss / 1024
+            self.status = os.waitstatus_to_exitcode(code) if self.ended else None
         return self.ended
 
     def wait(self, limit: float = 180, until: Callable[[], bool] = lambda: False) -> "Process":
@@ -121,15 +120,11 @@ class Process:
 
     @property
     def out(self) -> str:
-        return self._text(0)
+        return os.pread(self.logs[0].fileno(), 200_000, 0).decode(errors="replace")
 
     @property
     def err(self) -> str:
-        return BAR.sub("", self._text(1))
-
-    def _text(self, number: int) -> str:
-        size = os.fstat(self.logs[number].fileno()).st_size
-        return os.pread(self.logs[number].fileno(), min(size, 200_000), 0).decode(errors="replace")
+        return BAR.sub("", os.pread(self.logs[1].fileno(), 200_000, 0).decode(errors="replace"))
 
 
 def limit_memory() -> None:
@@ -138,13 +133,9 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MORE_MEMORY,) * 2)
 
 
-def script(name: str, argv: Sequence[str]) -> Callable[[], int]:
+def script(name: str, flags: str | Sequence[str]) -> Callable[[], int]:
     """A body that runs a script's main(argv)."""
-
-    def body() -> int:
-        return importlib.import_module(name).main([str(word) for word in argv])
-
-    return body
+    return lambda: importlib.import_module(name).main(flags.split() if isinstance(flags, str) else [*flags])
 
 
 def unwanted(status: int | None, out: str, err: str) -> str:
@@ -181,10 +172,10 @@ def judge_many(count: int, judge: Judge, folder: Path, limit: int, memory_mb: in
             for line in lines:
                 yield tuple(json.loads(line))
                 done += 1
-        process.wait()
+        process.wait(limit=float("inf"))
         if process.status != 0:  # it died with case `done`
-            hang = "Timeout (" in process.err
-            yield done, "hang" if hang else "crash", f"status {process.status}\n{process.err[-8000:]}"
+            verdict = "hang" if "Timeout (" in process.err else "crash"
+            yield done, verdict, f"status {process.status}\n{process.err[-8000:]}"
             done += 1
         process.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -202,8 +193,7 @@ def judge_some(numbers: range, judge: Judge, pipe: int, limit: int, memory_mb: i
         large = peak_mb() > max(memory_mb, before)
         if large:
             verdict, text = "memory", f"{peak_mb():.0f} MB\n{text}"
-        line = json.dumps([number, verdict, text[-20_000:]]) + "\n"
-        os.write(pipe, line.encode())
+        os.write(pipe, json.dumps([number, verdict, text[-20_000:]]).encode() + b"\n")
         faulthandler.cancel_dump_traceback_later()
         for path in Path.cwd().iterdir():
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -211,11 +201,11 @@ def judge_some(numbers: range, judge: Judge, pipe: int, limit: int, memory_mb: i
             return
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak_mb(who: int = resource.RUSAGE_SELF) -> float:
+    return resource.getrusage(who).ru_maxrss / 1024
 
 
-def run_here(name: str, argv: Sequence[str]) -> tuple[int | None, str, str]:
+def run_here(name: str, argv: str | Sequence[str]) -> tuple[int | None, str, str]:
     """(status, stdout, stderr) of a script's main(argv) in this process; an exception is in stderr."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
@@ -232,6 +222,23 @@ def run_here(name: str, argv: Sequence[str]) -> tuple[int | None, str, str]:
     return status, out, BAR.sub("", err)
 
 
+def mutate(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
+    """The data with bits flipped, pieces lost, zeroed, repeated, exchanged for extreme numbers or parts of `others`, or
+    with one of `others` behind it."""
+    start = rng.randrange(len(data) + 1)
+    end = min(len(data), start + int(len(data) ** rng.random()))
+    kind, piece, other, changed = rng.randrange(10), data[start:end], rng.choice(others), bytearray(data)
+    cut = rng.randrange(len(other) + 1)
+    if kind < 3:
+        for _ in range(int(30 ** rng.random()) if data else 0):
+            changed[rng.randrange(len(data) if kind else min(200, len(data)))] ^= 1 << rng.randrange(8)
+        return bytes(changed)
+    number = rng.choice(NUMBERS).to_bytes(8, "big")[-rng.choice((1, 2, 4, 8)) :]
+    end = start + len(number) if kind == 6 else end
+    new = [b"", bytes(len(piece)), piece * int(2 + 20 ** rng.random()), number, other[cut:], other + piece]
+    return data[:start] + [*new, data[end:] + other][kind - 3] + (data[end:] if kind < 9 else b"")
+
+
 # -- the table --------------------------------------------------------------------------------------
 
 
@@ -242,14 +249,11 @@ class Tally:
         parser = argparse.ArgumentParser(description=about)
         parser.add_argument("--seed", type=int, default=0)
         parser.add_argument("--count", type=int, default=count)
-        parser.add_argument(
-            "--keep", type=Path, default=None, help="folder for unwanted cases; default: a temporary one"
-        )
+        parser.add_argument("--keep", type=Path, help="folder for unwanted cases; default: a temporary one")
         args = parser.parse_args(argv)
         self.seed, self.total, self.keep = args.seed, args.count, args.keep
-        self.counts: Counter = Counter()
-        self.signatures: Counter = Counter()
-        self.peak_mb, self.started = 0.0, time.monotonic()
+        self.counts, self.signatures = Counter(), Counter()
+        self.started = time.monotonic()
         sys.path.insert(0, str(ROOT))
         os.environ["PYTHONPATH"] = str(ROOT)
 
@@ -270,13 +274,13 @@ class Tally:
         (folder / "what.txt").write_text(report, encoding="utf-8", errors="backslashreplace")
         return folder
 
-    def finish(self, expected: Sequence[str]) -> int:
-        """Prints the table; 1 if anything but the `expected` was seen."""
+    def finish(self, *expected: str) -> int:
+        """Prints the table, the `expected` rows first; 1 if anything unwanted was seen."""
         rows = [*expected, *sorted(self.counts.keys() - set(expected))]
         print(f"\n{'tried':<22}{sum(self.counts[k] for k in rows if not k.startswith('+')):>8,}")
         for name in rows:
             print(f"{name:<22}{self.counts[name]:>8,}")
-        peak = max(self.peak_mb, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+        peak = peak_mb(resource.RUSAGE_CHILDREN)
         print(f"{'peak MB':<22}{peak:>8,.0f}\n{'minutes':<22}{(time.monotonic() - self.started) / 60:>8.1f}")
         for text, count in self.signatures.most_common(40):
             print(f"{count:>6} x {text}")
@@ -310,17 +314,14 @@ def scratch() -> Generator[Path]:
 
 def tiny_data(folder: Path, form: str = "pt", per_class: int = 6) -> Path:
     """Three classes of 16 px videos."""
-    sizes = ["--videos_per_class", per_class, "--test_per_class", 2, "--frames", 6, "--size", 16]
-    process = Process(
-        script("dummy_data", ["--classes", 3, *sizes, "--format", form, "--output", folder]), folder.parent
-    )
-    assert process.wait().status == 0, process.err
+    flags = f"--classes 3 --videos_per_class {per_class} --test_per_class 2 --frames 6 --size 16 --format {form}"
+    finished("dummy_data", f"{flags} --output {folder}", folder.parent)
     return folder
 
 
-def train(folder: Path, *flags: object) -> Process:
-    """A training to its end; asserts that it succeeds."""
-    process = Process(script("main", [*map(str, flags)]), folder).wait(600)
+def finished(name: str, flags: str, folder: Path) -> Process:
+    """A script run in `folder` to its end, with success."""
+    process = Process(script(name, flags), folder).wait(600)
     process.close()
     assert process.status == 0, process.out + process.err
     return process
@@ -353,11 +354,9 @@ def differences(run: Path, reference: dict[str, Any]) -> list[str]:
         mine = contents(run)
     except (ValueError, OSError, AttributeError) as error:
         return [f"unreadable: {error}"]
-    lacking = [f"lacks {name}" for name in reference.keys() - mine.keys()]
-    lacking += [f"has {name}" for name in mine.keys() - reference.keys()]
-    return sorted(
-        lacking + [f"other {name}" for name in mine.keys() & reference.keys() if mine[name] != reference[name]]
-    )
+    wrong = [f"lacks {name}" for name in reference.keys() - mine.keys()]
+    wrong += [f"has {name}" for name in mine.keys() - reference.keys()]
+    return sorted(wrong + [f"other {n}" for n in mine.keys() & reference.keys() if mine[n] != reference[n]])
 
 
 def leftovers(folder: Path) -> list[str]:

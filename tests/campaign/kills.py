@@ -15,31 +15,29 @@ from typing import Any
 from tests.campaign import common
 from tests.campaign.common import Process, Tally, script
 
-VLM = ["--use_vlm", "True", "--use_text", "True", "--freeze_visionbackbone", "True", "--use_lora_llm", "True"]
+VLM = "--use_vlm True --use_text True --freeze_visionbackbone True --use_lora_llm True"
 CONFIGURATIONS = {
-    "lora": ["--use_lora_vision", "True", "--save_every", "1", "--num_workers", "0"],
-    "captioner": [*VLM, "--captioning", "True", "--max_new_tokens", "6", "--num_workers", "0"],
-    "cached": ["--freeze_visionbackbone", "True", "--save_every", "2", "--num_workers", "0"],
-    "workers": ["--class_balance", "True", "--num_workers", "2", "--use_lora_vision", "True"],
-    "accumulate": ["--gradient_accumulation_steps", "2", "--augment", "light", "--save_every", "1", "--num_workers", "0"],
-    "skip": ["--skip_unreadable", "True", "--patience", "1", "--controls", "True", "--num_workers", "2"],
-    "text": [*VLM, "--cache_features", "False", "--save_every", "2", "--num_workers", "2"],
-}  # fmt: skip
+    "lora": "--use_lora_vision True --save_every 1 --num_workers 0",
+    "captioner": f"{VLM} --captioning True --max_new_tokens 6 --num_workers 0",
+    "cached": "--freeze_visionbackbone True --save_every 2 --num_workers 0",
+    "workers": "--class_balance True --num_workers 2 --use_lora_vision True",
+    "accumulate": "--gradient_accumulation_steps 2 --augment light --save_every 1 --num_workers 0",
+    "skip": "--skip_unreadable True --patience 1 --controls True --num_workers 2",
+    "text": f"{VLM} --cache_features False --save_every 2 --num_workers 2",
+}
 MOMENTS = ("uniform", "early", "temporary", "metrics", "state", "folder")
-NAME = ["--output_dir", "out", "--run_name", "r"]
+NAME = "--output_dir out --run_name r"
 
 
 def make_data(folder: Path) -> dict[str, Path]:
     """The data folder of each configuration."""
-    plain, films, junk = (
-        common.tiny_data(folder / n, form) for n, form in (("pt", "pt"), ("mp4", "mp4"), ("junk", "pt"))
-    )
+    plain, films, junk = (common.tiny_data(folder / str(i), form) for i, form in enumerate(("pt", "mp4", "pt")))
     (junk / "train" / "class_0" / "junk.pt").write_bytes(b"junk")
     return dict.fromkeys(CONFIGURATIONS, plain) | {"workers": films, "skip": junk}
 
 
-def start_flags(name: str, data: Path) -> list[str]:
-    return [*common.TINY, "--epochs", "3", "--data_dir", str(data), *NAME, *CONFIGURATIONS[name]]
+def start_flags(name: str, data: Path) -> str:
+    return f"{common.TINY} --epochs 3 --data_dir {data} {NAME} {CONFIGURATIONS[name]}"
 
 
 def until(moment: str, process: Process, out: Path, duration: float, rng: random.Random) -> Callable[[], bool]:
@@ -68,8 +66,8 @@ def trial(name: str, data: Path, lone: tuple[dict[str, Any], float], folder: Pat
     moment = rng.choice(MOMENTS)
     while True:
         begun = (folder / "out" / "r").exists()
-        flags = ["--resume", "True", *NAME] if begun else start_flags(name, data)
-        process = Process([str(common.ROOT / "main.py"), *flags] if real else script("main", flags), folder)
+        flags = f"--resume True {NAME}" if begun else start_flags(name, data)
+        process = Process([str(common.ROOT / "main.py"), *flags.split()] if real else script("main", flags), folder)
         processes.append(process)
         come = until(moment, process, folder / "out", duration + 6 * real, rng)
         process.wait(until=come if len(moments) < wanted else lambda: False)
@@ -92,8 +90,7 @@ def judge(process: Process, out: Path, reference: dict[str, Any]) -> tuple[str, 
         return "cannot be resumed", process.err
     wrong = common.differences(out / "r", reference) + (["has state/"] if (out / "r" / "state").exists() else [])
     if wrong:
-        lost = process.status != 0
-        return "finished with less" if lost else "unequal", f"{', '.join(wrong)}\n{process.err}"
+        return "unequal" if process.status == 0 else "finished with less", f"{', '.join(wrong)}\n{process.err}"
     rest = common.leftovers(out)
     return ("leftovers", ", ".join(rest)) if rest else ("equal", "")
 
@@ -105,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         data, lone = make_data(work / "data"), {}
         for name in CONFIGURATIONS:
             begin = time.monotonic()
-            common.train(work / name, *start_flags(name, data[name]))
+            common.finished("main", start_flags(name, data[name]), work / name)
             lone[name] = common.contents(work / name / "out" / "r"), time.monotonic() - begin
         number = 0
         while tally.counts["+kills"] < tally.total:
@@ -118,9 +115,7 @@ def main(argv: list[str] | None = None) -> int:
             tally.counts.update(f"+kills {moment}" for moment in moments)
             shutil.rmtree(folder)
             number += 1
-    return tally.finish(
-        ["equal", "cannot be resumed", "finished with less", "unequal", "leftovers", "traceback", "hang"]
-    )
+    return tally.finish("equal", "cannot be resumed", "finished with less", "unequal", "leftovers", "traceback", "hang")
 
 
 if __name__ == "__main__":

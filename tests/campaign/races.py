@@ -3,96 +3,63 @@
 The other one ends with 2 and one line that says who is there. Nothing is ever mixed, deleted or half removed.
 """
 
-import json
-import random
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.campaign import common
 from tests.campaign.common import Process, script
 
-RUN = ["--output_dir", "out", "--run_name", "r"]
-RESUME = ["--resume", "True", *RUN]
+RUN = "--output_dir out --run_name r"
 REFUSALS = re.compile(r"process \d+|exists|is finished|no readable|does not exist|no run|did not finish")
 Result = tuple[str, str]  # (verdict, text)
+#: the folder that it begins with, and what the two processes do
+RACES = {
+    "two starts": (None, "start", "start anew"), "overwriting a run that goes on": (None, "start", "overwrite"),
+    "two resumes": ("stopped", "resume", "resume"), "start and resume": ("stopped", "resume", "start anew"),
+    "overwrite and resume": ("stopped", "resume", "overwrite"), "evaluate while training": ("done_0", "evaluate", "overwrite"),
+}  # fmt: skip
 
 
 class World:
-    """Data, runs left alone for comparison, and a run that was stopped half way, per number of workers."""
+    """Data, runs of two seeds left alone, a run that was stopped half way, and answers of the first, for one number of
+    workers."""
 
-    def __init__(self, work: Path):
-        self.data, self.work = common.tiny_data(work / "data"), work
-        self.lone: dict[tuple[int, int], dict[str, Any]] = {}  # (seed, workers) -> contents
-        self.duration = 0.0
-        for workers in (0, 2):
-            for seed in (0, 1):
-                begin = time.monotonic()
-                common.train(self.finished(seed, workers), *self.start(seed, workers))
-                self.duration = time.monotonic() - begin
-                self.lone[seed, workers] = common.contents(self.finished(seed, workers) / "out" / "r")
-            self.stop_half_way(workers)
-        self.answers = self.work / "answers"
-        process = self.infer(self.answers).wait()
-        assert process.status == 0, process.err
-        self.rows = (self.answers / "a.jsonl").read_bytes().splitlines()
-
-    def start(self, seed: int, workers: int, *more: str) -> list[str]:
-        flags = [
-            "--data_dir",
-            self.data,
-            *RUN,
-            "--seed",
-            seed,
-            "--num_workers",
-            workers,
-            "--save_every",
-            1,
-            "--epochs",
-            3,
-        ]
-        return [*map(str, flags), *common.TINY, *more]
-
-    def finished(self, seed: int, workers: int) -> Path:
-        return self.work / f"lone_{seed}_{workers}"
-
-    def stopped(self, workers: int) -> Path:
-        return self.work / f"stopped_{workers}"
-
-    def stop_half_way(self, workers: int) -> None:
-        folder = self.stopped(workers)
-        process = Process(script("main", self.start(0, workers)), folder)
-        process.wait(until=(folder / "out" / "r" / "state" / "state.safetensors").exists)
-        process.kill()
+    def __init__(self, work: Path, workers: int):
+        self.work, self.workers = work, workers
+        self.data = common.tiny_data(work / "data")
+        self.flags = {
+            "start": self.start(0), "start anew": self.start(1), "overwrite": f"{self.start(1)} --overwrite True",
+            "resume": f"--resume True {RUN}", "evaluate": f"--evaluate out/r --num_workers {workers}",
+        }  # fmt: skip
+        begin = time.monotonic()
+        self.lone = []
+        for seed in (0, 1):
+            common.finished("main", self.start(seed), work / f"done_{seed}")
+            self.lone.append(common.contents(work / f"done_{seed}" / "out" / "r"))
+        self.duration = (time.monotonic() - begin) / 2
+        process = Process(script("main", self.start(0)), work / "stopped")
+        process.wait(until=(work / "stopped" / "out" / "r" / "state" / "state.safetensors").exists)
         process.close()
-        assert not (folder / "out" / "r" / "metrics.json").exists()
+        assert not (work / "stopped" / "out" / "r" / "metrics.json").exists()
+        run = work / "done_0" / "out" / "r"
+        self.inference = f"--checkpoint {run} --video_dir {self.data} --output a.jsonl --num_workers 0 --batch_size 2"
+        common.finished("inference", self.inference, work / "answers")
+        self.rows = (work / "answers" / "a.jsonl").read_bytes().splitlines()
 
-    def infer(self, folder: Path) -> Process:
-        run = self.finished(0, 0) / "out" / "r"
-        flags = [
-            "--checkpoint",
-            run,
-            "--video_dir",
-            self.data,
-            "--output",
-            "a.jsonl",
-            "--num_workers",
-            0,
-            "--batch_size",
-            2,
-        ]
-        return Process(script("inference", [*map(str, flags)]), folder)
+    def start(self, seed: int) -> str:
+        return f"{common.TINY} --data_dir {self.data} {RUN} --seed {seed} --num_workers {self.workers} --save_every 1 --epochs 3"
 
 
-def both(first: list[str], second: list[str], folder: Path, delay: float) -> list[Process]:
-    """The two trainings, the second `delay` seconds behind the first, at their ends."""
-    processes = [Process(script("main", first), folder)]
+def both(name: str, flags: list[str], folder: Path, delay: float) -> list[Process]:
+    """Two processes of a script, the second `delay` seconds behind the first, at their ends."""
+    processes = [Process(script(name, flags[0]), folder)]
     time.sleep(delay)
-    processes.append(Process(script("main", second), folder))
+    processes.append(Process(script(name, flags[1]), folder))
     for process in processes:
         process.wait()
     return processes
@@ -117,118 +84,72 @@ def judge(processes: list[Process], outcomes: list[dict[str, Any]], folder: Path
     return ("leftovers", f"{rest}\n{text}") if rest else ("one" if len(winners) == 1 else "both", text)
 
 
-# -- races ------------------------------------------------------------------------------------------
+def train_twice(world: World, name: str, folder: Path, delay: float, order: int) -> Result:
+    """One of the RACES."""
+    begin, *jobs = RACES[name]
+    if begin:
+        shutil.copytree(world.work / begin, folder)
+    processes = both("main", [world.flags[job] for job in jobs[::order]], folder, delay)[::order]
+    outcomes = [world.lone[job in ("start anew", "overwrite")] for job in jobs]
+    if "evaluate" in jobs and processes[1].status == 0:
+        outcomes[0] = outcomes[1]  # the run that it looked at is no more
+    verdict, text = judge(processes, outcomes, folder)
+    exclusive = not {"overwrite", "evaluate"} & {*jobs}
+    return ("both went in" if verdict == "both" and exclusive else verdict), text
 
 
-def starts(world: World, folder: Path, workers: int, delay: float) -> Result:
-    processes = both(world.start(0, workers), world.start(1, workers), folder, delay)
-    return judge(processes, [world.lone[seed, workers] for seed in (0, 1)], folder)
-
-
-def overwrite_live(world: World, folder: Path, workers: int, delay: float) -> Result:
-    processes = both(world.start(0, workers), world.start(1, workers, "--overwrite", "True"), folder, delay)
-    return judge(processes, [world.lone[seed, workers] for seed in (0, 1)], folder)
-
-
-def resumes(world: World, folder: Path, workers: int, delay: float) -> Result:
-    shutil.copytree(world.stopped(workers), folder)
-    return judge(both(RESUME, RESUME, folder, delay), 2 * [world.lone[0, workers]], folder)
-
-
-def start_and_resume(world: World, folder: Path, workers: int, delay: float) -> Result:
-    shutil.copytree(world.stopped(workers), folder)
-    flags = [RESUME, world.start(1, workers)]
-    order = -1 if delay * 1000 % 2 < 1 else 1
-    return judge(both(*flags[::order], folder, delay), [world.lone[seed, workers] for seed in (0, 1)[::order]], folder)
-
-
-def overwrite_and_resume(world: World, folder: Path, workers: int, delay: float) -> Result:
-    shutil.copytree(world.stopped(workers), folder)
-    flags = [RESUME, world.start(1, workers, "--overwrite", "True")]
-    order = -1 if delay * 1000 % 2 < 1 else 1
-    return judge(both(*flags[::order], folder, delay), [world.lone[seed, workers] for seed in (0, 1)[::order]], folder)
-
-
-def evaluate_while_training(world: World, folder: Path, workers: int, delay: float) -> Result:
-    shutil.copytree(world.finished(0, workers), folder)
-    train = world.start(1, workers, "--overwrite", "True")
-    evaluate = ["--evaluate", "out/r", "--num_workers", str(workers)]
-    order = -1 if delay * 1000 % 2 < 1 else 1
-    processes = both(*[train, evaluate][::order], folder, delay)
-    trained = processes[::order][0].status == 0  # else the run that was there before must be as it was
-    return judge(processes, 2 * [world.lone[int(trained), workers]], folder)
-
-
-def orphans(world: World, folder: Path, workers: int, delay: float) -> Result:
+def orphans(world: World, folder: Path, delay: float, order: int) -> Result:
     """The holder is killed; its loader's workers live on for seconds. The next one must get in."""
-    holder = Process(script("main", world.start(0, 2)), folder)
+    holder = Process(script("main", world.flags["start"]), folder)
     holder.wait(until=lambda: (folder / "out" / "r").exists() and time.monotonic() - holder.started > delay)
     holder.kill()
-    begun = (folder / "out" / "r").exists()
-    resumed = begun and delay * 1000 % 2 < 1
-    flags = RESUME if resumed else world.start(1, 2, "--overwrite", "True")
-    process = Process(script("main", flags), folder).wait()
+    process = Process(script("main", world.flags["resume" if order > 0 else "overwrite"]), folder).wait()
     holder.close()
     if process.status == 2 and "is finished" in process.err:
         process.status = 0
-    return judge([process], [world.lone[0 if resumed else 1, 2]], folder)
+    return judge([process], [world.lone[order < 0]], folder)
 
 
-def cache(world: World, folder: Path, workers: int, delay: float) -> Result:
+def cache(world: World, folder: Path, delay: float, order: int) -> Result:
     """Two runs fill one cache: both succeed, and equal each other."""
-    flags = [*world.start(0, workers), "--freeze_visionbackbone", "True"]
-    names = [["--run_name", name] for name in ("r", "s")]
-    processes = both(flags + names[0], flags + names[1], folder, delay)
+    flags = [f"{world.start(0)} --freeze_visionbackbone True --run_name {name}" for name in "rs"]
+    processes = both("main", flags, folder, delay)
     if not (folder / "out" / "r").is_dir():
         return "nobody", processes[0].err
     return judge(processes, 2 * [common.contents(folder / "out" / "r")], folder, "s")
 
 
-def inferences(world: World, folder: Path, workers: int, delay: float) -> Result:
+def inferences(world: World, folder: Path, delay: float, order: int) -> Result:
     """Two inferences write one file of answers: every video stands in it once."""
-    processes = [world.infer(folder)]
-    time.sleep(delay)
-    processes.append(world.infer(folder))
+    processes = both("inference", 2 * [world.inference], folder, delay)
     for process in processes:
-        process.wait()
         bad = common.unwanted(process.status, process.out, process.err)
         if bad or (process.status == 2 and not REFUSALS.search(process.err)):
             return bad or "unnamed", process.err
     rows = (folder / "a.jsonl").read_bytes().splitlines()
-    done = [process.status for process in processes]
     if sorted(rows) != sorted(world.rows):
-        files = [json.loads(row).get("file") for row in rows]
-        return "mixed", f"{done}: {len(rows)} rows of {len(set(files))} files, not {len(world.rows)}"
+        return "mixed", f"{[p.status for p in processes]}: {len(rows)} rows, {len(set(rows))} of them different"
     rest = common.leftovers(folder)
-    return ("leftovers", str(rest)) if rest else ("both" if done == [0, 0] else "one", "")
-
-
-RACES: tuple[Callable[[World, Path, int, float], Result], ...] = (
-    starts, overwrite_live, resumes, start_and_resume, overwrite_and_resume, evaluate_while_training, orphans, cache, inferences,
-)  # fmt: skip
-EXCLUSIVE = {starts, resumes, start_and_resume}  # one of the two must be refused
-
-
-def random_delay(rng: random.Random, duration: float) -> float:
-    return rng.choice((0.0, 0.1 * rng.random(), rng.random() * duration))
+    return ("leftovers", str(rest)) if rest else ("both" if {p.status for p in processes} == {0} else "one", "")
 
 
 def main(argv: list[str] | None = None) -> int:
     tally = common.Tally(__doc__, 60, argv)
     common.warm_up()
     with common.scratch() as work:
-        world = World(work)
+        worlds = [World(work / str(workers), workers) for workers in (0, 2)]
+        races = [(name, partial(train_twice, name=name)) for name in RACES]
+        races += [(race.__name__, race) for race in (orphans, orphans, cache, inferences)]
         for number in range(tally.total):
-            race, rng = RACES[number % len(RACES)], tally.rng(number)
-            workers, delay = rng.choice((0, 2)), random_delay(rng, world.duration)
-            verdict, text = race(world, work / "race", workers, delay)
-            verdict = "both went in" if verdict == "both" and race in EXCLUSIVE else verdict
-            about = f"{race.__name__}, {workers} workers, {delay:.3f} s apart"
-            tally.add(
-                verdict, f"{race.__name__} {text}\n{about}", f"{number} {about}", bad=verdict not in ("one", "both")
-            )
+            (name, race), rng = races[number % len(races)], tally.rng(number)
+            world = worlds[1 if race is orphans else rng.randrange(2)]
+            delay = rng.choice((0.1 * rng.random(), rng.random(), rng.random() * world.duration))
+            order = rng.choice((-1, 1)) if name != "two starts" else 1
+            verdict, text = race(world=world, folder=work / "race", delay=delay, order=order)
+            about = f"{name}, {world.workers} workers, {delay:.3f} s apart, order {order}"
+            tally.add(verdict, f"{name}: {text}\n{about}", f"{number} {about}", bad=verdict not in ("one", "both"))
             shutil.rmtree(work / "race", ignore_errors=True)
-    return tally.finish(["one", "both", "both went in", "mixed", "nobody", "unnamed", "leftovers", "traceback", "hang"])
+    return tally.finish("one", "both", "both went in", "mixed", "nobody", "unnamed", "leftovers", "traceback", "hang")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ The scripts run in-process, many cases a fork. No step is trained: train_code.lr
 """
 
 import json
+import os
 import random
+import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ VALUES = (
     "a\u2028b", "\x85", "\ud800", "\ufeff", "²", "①", "$_$", "$\\frac{$", "%s", "{0}", "../x", "http:/x", "-", "--epochs", "'\"", "a\nb",
     [], {}, [[]], [1], ["a", None], {"a": 1}, {"a": {"b": []}}, "class_0", "auto", "True", "1e-3", "2001-99-99", "nan", "facebook/x",
 )  # fmt: skip
+HERE = "--output_dir out --num_workers 0"
 PIECES = (
     b"\0", b"\xff\xfe", b"\xef\xbb\xbf", "\u2028".encode(), b"\x1b[31m", b"\x07", b"[" * 100_000, b'{"a":' * 2000, b"9" * 5000, b"1e999",
     b"NaN", b"null", b"-1", b"!!python/object/apply:os.system ['touch canary']", b"!!timestamp x", b"!!int x", b"!!bool x", b"2001-99-99",
     b"&a [*a]", b"*a", b"12:30:45", b"<<: {a: 1}", b"\r", b"\n\n", b"\t", b'"', b"'", b"#", b"|", b",", b": ", b"\\u0000", b"\\ud800",
 )  # fmt: skip
-LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{c}: &{c} [{','.join(9 * ['*' + b])}]\n" for b, c in zip("abcdefgh", "bcdefghi", strict=True)
-)
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n"
+LAUGHS += "".join(f"{c}: &{c} [{','.join(9 * ['*' + b])}]\n" for b, c in zip("abcdefgh", "bcdefghi", strict=True))
 ANNOTATIONS = {
     "list": ("train.csv", "path,label,caption,split\nv0.pt,jump,a jump,train\nv1.pt,run,a run,test\n"),
     "ucf101": ("trainlist01.txt", "jump/v0.pt 1\nrun/v1.pt 2\n"), "hmdb51": ("jump_test_split1.txt", "v0.pt 1\nv1.pt 2\nv2.pt 0\n"),
@@ -47,8 +48,7 @@ def make_base(folder: Path) -> None:
     from PIL import Image
 
     data = common.tiny_data(folder / "data", per_class=3)
-    flags = ["--data_dir", data, "--output_dir", "out", "--run_name", "r", "--epochs", "1", "--num_workers", "0"]
-    common.train(folder, *common.TINY, *flags)
+    common.finished("main", f"{common.TINY} --data_dir {data} {HERE} --run_name r --epochs 1", folder)
     (folder / "videos" / "f0").mkdir(parents=True)
     for index in range(4):
         Image.new("RGB", (16, 16)).save(folder / "videos" / "f0" / f"{index}.png")
@@ -69,9 +69,8 @@ def twist(value: Any, rng: random.Random) -> Any:
         return rng.choice((rest, rest | renamed, value | renamed, *3 * [value | {key: twist(value[key], rng)}]))
     if isinstance(value, list) and value and rng.random() < 0.8:
         at = rng.randrange(len(value))
-        return rng.choice(
-            (value[:at] + value[at + 1 :], [*value, value[at]], [*value[:at], twist(value[at], rng), *value[at + 1 :]])
-        )
+        new = rng.choice(([], [value[at]] * 2, [twist(value[at], rng)]))
+        return [*value[:at], *new, *value[at + 1 :]]
     return rng.choice(VALUES)
 
 
@@ -94,143 +93,92 @@ def twisted(data: bytes, rng: random.Random) -> bytes:
     return changed.encode("utf-8", "surrogatepass")
 
 
-def cut_and_paste(data: bytes, rng: random.Random) -> bytes:
-    """Bytes flipped, pieces cut out, doubled, moved or put in."""
-    start = rng.randrange(len(data) + 1)
-    end = min(len(data), start + int(len(data) ** rng.random()))
-    kind = rng.randrange(6)
-    if kind == 0 and data:
-        changed = bytearray(data)
-        for _ in range(int(20 ** rng.random())):
-            changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        return bytes(changed)
-    middle = (
-        data[start:end],
-        b"",
-        2 * data[start:end],
-        rng.choice(PIECES),
-        rng.choice(PIECES) + data[start:end],
-        data[end:],
-    )[kind]
-    return data[:start] + middle + data[end:]
-
-
-def damaged(text: str | bytes, rng: random.Random) -> bytes:
-    data = text.encode() if isinstance(text, str) else text
+def damaged(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.5:
         return twisted(data, rng)
     for _ in range(rng.choice((1, 1, 2, 4))):
-        data = cut_and_paste(data, rng)
+        data = common.mutate(data, rng, PIECES)
     return data
 
 
 # -- cases: each writes its files below `folder` and gives (script, argv); paths in it are relative to that ---------
 
-HERE = ["--output_dir", "out", "--num_workers", "0"]
+
+def infer(base: Path, run: object = "out/r", videos: object = None) -> tuple[str, str]:
+    return "inference", f"--checkpoint {run} --video_dir {videos or base / 'data' / 'test' / 'class_0'} {HERE}"
 
 
 def flags(base: Path, folder: Path, rng: random.Random) -> tuple[str, list[str]]:
     from config import FIELDS
 
-    infer = rng.random() < 0.4
-    clip = base / "data" / "test" / "class_0"
-    argv = (
-        ["--checkpoint", base / "out" / "r", "--video_dir", clip]
-        if infer
-        else [*common.TINY, "--data_dir", base / "data"]
-    )
-    argv = [*map(str, argv), *HERE]
+    train = "main", f"{common.TINY} --data_dir {base / 'data'} {HERE}"
+    name, text = rng.choice((train, train, infer(base, base / "out" / "r")))
+    argv = text.split()
     for _ in range(rng.choice((1, 1, 2, 3, 5))):
-        name = rng.choice(list(FIELDS))
-        value = rng.choice(
-            (*VALUES, *2 * ("True", "False"), FIELDS[name].default, "bert", "gpt2", "videomae", "strong", "3", "0.5")
-        )
-        if name != "doctor":  # it trains
-            argv += rng.choice(([f"--{name}", str(value)], [f"--{name}={value}"], [f"--{name}"], [str(value)]))
-    return ("inference" if infer else "main"), [word.replace("\0", "") for word in argv]
+        flag = rng.choice([f for f in FIELDS if f != "doctor"])  # that one trains
+        sensible = ("True", "True", "False", FIELDS[flag].default, "bert", "gpt2", "videomae", "strong", "3", "0.5")
+        value = rng.choice((*VALUES, *sensible))
+        argv += rng.choice(([f"--{flag}", str(value)], [f"--{flag}={value}"], [f"--{flag}"], [str(value)]))
+    return name, [word.replace("\0", "") for word in argv]
 
 
-def settings(base: Path, folder: Path, rng: random.Random) -> tuple[str, list[str]]:
+def settings(base: Path, folder: Path, rng: random.Random) -> tuple[str, str]:
     from config import CONFIG_FILE
 
-    text = CONFIG_FILE.read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if rng.random() < 0.3 or line.startswith("image_size")]
-    laughing = rng.random() < 0.02
-    text = LAUGHS + "epochs: *i\n" if laughing else damaged("\n".join(lines) + "\nimage_size: 32\nnum_frames: 4\n", rng)
-    (folder / "x.yaml").write_bytes(text.encode() if laughing else text)
-    return "main", ["--config", "x.yaml", "--data_dir", str(base / "data"), *HERE]
+    lines = [line for line in CONFIG_FILE.read_text(encoding="utf-8").splitlines() if rng.random() < 0.3]
+    text = "\n".join([*lines, "image_size: 32", "num_frames: 4"]) + "\n"
+    data = damaged(text.encode(), rng) if rng.random() > 0.02 else (LAUGHS + "epochs: *i\n").encode()
+    (folder / "x.yaml").write_bytes(data)
+    return "main", f"--config x.yaml --data_dir {base / 'data'} {HERE}"
 
 
-def metadata(base: Path, folder: Path, rng: random.Random, file: str = "metadata.jsonl") -> tuple[str, list[str]]:
-    for split in ("train", "test"):
-        (folder / "d" / split).mkdir(parents=True)
-        for path in (base / "data" / split).iterdir():
-            if path.is_dir():
-                (folder / "d" / split / path.name).symlink_to(path)
-            else:
-                (folder / "d" / split / path.name).write_bytes(path.read_bytes())
-    (folder / "d" / "classes.json").write_bytes((base / "data" / "classes.json").read_bytes())
-    target = folder / "d" / ("classes.json" if file == "classes.json" else f"{rng.choice(('train', 'test'))}/{file}")
-    target.write_bytes(damaged(target.read_bytes(), rng))
-    captions = ["--use_vlm", "True", "--captioning", "True"]
-    texts = ["--use_vlm", "True", "--use_text", "True"]
-    if file != "classes.json" and rng.random() < 0.3:
-        return "inference", [
-            "--checkpoint",
-            str(base / "out" / "r"),
-            "--video_dir",
-            str(target.parent.relative_to(folder)),
-            *HERE,
-        ]
-    return "main", [*common.TINY, "--data_dir", "d", *HERE, *rng.choice(([], captions, texts))]
+def data_folder(base: Path, folder: Path, rng: random.Random) -> tuple[str, str]:
+    shutil.copytree(base / "data", folder / "d", copy_function=os.symlink)
+    target = folder / "d" / rng.choice(("train/metadata.jsonl", "test/metadata.jsonl", "classes.json"))
+    data = target.read_bytes()
+    target.unlink()
+    target.write_bytes(damaged(data, rng))
+    if target.parent.name != "d" and rng.random() < 0.3:
+        return infer(base, base / "out" / "r", f"d/{target.parent.name}")
+    job = rng.choice(("", "--use_vlm True --captioning True", "--use_vlm True --use_text True"))
+    return "main", f"{common.TINY} --data_dir d {HERE} {job}"
 
 
-def classes(base: Path, folder: Path, rng: random.Random) -> tuple[str, list[str]]:
-    return metadata(base, folder, rng, "classes.json")
-
-
-def annotations(base: Path, folder: Path, rng: random.Random) -> tuple[str, list[str]]:
+def annotations(base: Path, folder: Path, rng: random.Random) -> tuple[str, str]:
     form = rng.choice(list(ANNOTATIONS))
     name, text = ANNOTATIONS[form]
-    (folder / name).write_bytes(damaged(text, rng))
-    argv = ["--format", form, "--annotations", name, "--videos", str(base / "videos"), "--output", "out", "--no_scan"]
+    (folder / name).write_bytes(damaged(text.encode(), rng))
+    more = ""
     if rng.random() < 0.2:
-        suffix, text = rng.choice(((".txt", "1 jump\n2 run\n"), (".json", '{"jump": 1, "run": 2}')))
-        (folder / f"names{suffix}").write_bytes(damaged(text, rng))
-        argv += ["--class_names", f"names{suffix}"]
-    return "convert_dataset", argv
+        more, text = rng.choice((("names.txt", "1 jump\n2 run\n"), ("names.json", '{"jump": 1, "run": 2}')))
+        (folder / more).write_bytes(damaged(text.encode(), rng))
+        more = f"--class_names {more}"
+    return (
+        "convert_dataset",
+        f"--format {form} --annotations {name} --videos {base / 'videos'} --output out --no_scan {more}",
+    )
 
 
-def run(base: Path, folder: Path, rng: random.Random) -> tuple[str, list[str]]:
-    (folder / "out" / "r").mkdir(parents=True)
-    for path in (base / "out" / "r").iterdir():
-        if path.name not in ("config.yaml", "metadata.json"):
-            (folder / "out" / "r" / path.name).symlink_to(path)
-    names = ["config.yaml", "metadata.json"]
-    broken = rng.choice(names)
-    for name in names:
-        data = (base / "out" / "r" / name).read_bytes()
-        (folder / "out" / "r" / name).write_bytes(damaged(data, rng) if name == broken else data)
-    if rng.random() < 0.3:
-        return "main", ["--resume", "True", "--run_name", "r", *HERE]
-    return "inference", ["--checkpoint", "out/r", "--video_dir", str(base / "data" / "test" / "class_0"), *HERE]
+def run(base: Path, folder: Path, rng: random.Random) -> tuple[str, str]:
+    shutil.copytree(base / "out" / "r", folder / "out" / "r", copy_function=os.symlink)
+    target = folder / "out" / "r" / rng.choice(("config.yaml", "metadata.json"))
+    data = target.read_bytes()
+    target.unlink()
+    target.write_bytes(damaged(data, rng))
+    return rng.choice((infer(base), infer(base), ("main", f"--resume True --run_name r {HERE}")))
 
 
-def captions(base: Path, folder: Path, rng: random.Random) -> tuple[str, list[str]]:
-    texts = {
-        "r.json": '{"a": ["x y", "x"], "b": ["z"]}',
-        "p.json": '{"a": "x y", "b": "z"}',
-        "q.json": '{"a": "z", "b": "z"}',
-    }
-    if rng.random() < 0.4:
-        texts["p.json"] = '{"file": "a.mp4", "caption": "x y"}\n{"file": "b.mp4", "caption": "z"}\n'
-    broken = rng.choice(list(texts))
+def captions(base: Path, folder: Path, rng: random.Random) -> tuple[str, str]:
+    lines = '{"file": "a.mp4", "caption": "x y"}\n{"file": "b.mp4", "caption": "z"}\n'
+    texts = {"r.json": '{"a": ["x y", "x"], "b": ["z"]}', "q.json": '{"a": "z", "b": "z"}'}
+    texts["p.json"] = rng.choice((lines, '{"a": "x y", "b": "z"}'))
+    broken = rng.choice(sorted(texts))
     for name, text in texts.items():
-        (folder / name).write_bytes(damaged(text, rng) if name == broken else text.encode())
-    return "metrics", ["--references", "r.json", "--predictions", "p.json", *rng.choice(([], ["--compare", "q.json"]))]
+        (folder / name).write_bytes(damaged(text.encode(), rng) if name == broken else text.encode())
+    return "metrics", f"--references r.json --predictions p.json {rng.choice(('', '--compare q.json'))}"
 
 
-CASES: dict[Callable, int] = {flags: 4, settings: 4, metadata: 3, classes: 1, annotations: 4, run: 3, captions: 1}
+CASES = 4 * [flags] + 4 * [settings] + 4 * [data_folder] + 4 * [annotations] + 3 * [run] + [captions]
 
 
 def judge(base: Path, rng: random.Random) -> tuple[str, str]:
@@ -241,7 +189,7 @@ def judge(base: Path, rng: random.Random) -> tuple[str, str]:
         raise UserError("stopped before the first step")
 
     train_code.lr_at = no_step
-    (case,) = rng.choices(list(CASES), [*CASES.values()])
+    case = rng.choice(CASES)
     name, argv = case(base, Path.cwd(), rng)
     status, out, err = common.run_here(name, argv)
     bad = common.unwanted(status, out, err)
@@ -250,12 +198,6 @@ def judge(base: Path, rng: random.Random) -> tuple[str, str]:
     if bad:
         return bad, f"{case.__name__}\n{name}.py {argv}\n{err[-9000:]}\n{out[-3000:]}"
     return "refused" if status == 2 else "ok", ""
-
-
-def keep(base: Path, rng: random.Random, folder: Path) -> None:
-    (case,) = rng.choices(list(CASES), [*CASES.values()])
-    name, argv = case(base, folder, rng)
-    (folder / "command.txt").write_text(f"{name}.py {argv}", encoding="utf-8", errors="backslashreplace")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -268,9 +210,10 @@ def main(argv: list[str] | None = None) -> int:
         for case, verdict, text in common.judge_many(tally.total, judge_number, work / "cases", LIMIT, MEMORY_MB):
             folder = tally.add(verdict, text, str(case), bad=verdict not in ("ok", "refused"))
             if folder is not None:
-                keep(base, tally.rng(case), folder)
+                rng = tally.rng(case)
+                rng.choice(CASES)(base, folder, rng)
     return tally.finish(
-        ["ok", "refused", "traceback", "control characters", "long message", "hang", "memory", "code run"]
+        "ok", "refused", "traceback", "control characters", "long message", "hang", "memory", "code run"
     )
 
 
