@@ -12,6 +12,8 @@ from pathlib import Path
 
 from script import Parser, UserError, make_folder, run_script
 
+CHUNK = 32  # frames that are held at once
+
 
 def body(argv: list[str] | None) -> int:
     parser = Parser(
@@ -38,7 +40,9 @@ def body(argv: list[str] | None) -> int:
     for sample in tqdm([s for group in by_class for s in group], unit="video"):
         name = f"{sample.label}_{sample.path.stem}" if sample.label else sample.path.stem
         reader = open_video(sample.path)
-        save_frames(reader.frames(range(len(reader))).numpy(), args.output / name)
+        for start in range(0, len(reader), CHUNK):
+            frames = reader.frames(range(start, min(start + CHUNK, len(reader))))
+            save_frames(frames.numpy(), args.output / name, start)
         row = {"file_name": name, "label": sample.label, "caption": list(sample.captions), "text": sample.text}
         rows.append({k: v for k, v in row.items() if v not in (None, [])} | {"attributes": sample.attributes})
     lines = "".join(json.dumps(row) + "\n" for row in rows)

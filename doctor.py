@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from config import Config
 from script import UserError
 from train_code import default_rates, first_steps_checked, loss_sum, to_device
 from transforms import Preprocessing
-from VLoader import SYSTEM_FOLDERS, ReadError, Splits, digest, find_videos, open_video, sample_indices
+from VLoader import SYSTEM_FOLDERS, ReadError, Splits, corner, digest, find_videos, open_video
 
 OVERFIT_STEPS, OVERFIT_SHARE = 50, 0.5  # a batch of 8 must lose half of its loss in 50 steps
 
@@ -48,7 +49,7 @@ def check_readable(splits: Splits) -> Finding:
     for sample in tqdm(samples, desc="decoding all", unit="video", leave=False):
         try:
             reader = open_video(sample.path)
-            reader.frames(sample_indices(len(reader), len(reader)))
+            reader.frames(range(len(reader)), corner)
         except UserError as error:
             bad.append(str(error))
     if bad:
@@ -63,8 +64,11 @@ def check_readable(splits: Splits) -> Finding:
 def check_classes(splits: Splits, folder: Path) -> Finding:
     """No class folder without videos, no class with a single training video."""
     counts = Counter(s.label for s in splits.train)
-    classes = [p for p in folder.iterdir() if p.is_dir() and p.name.lower() not in SYSTEM_FOLDERS]
-    empty = sorted(p.name for p in classes if p.name[0] != "." and not find_videos(p))
+    try:
+        classes = [p for p in folder.iterdir() if p.is_dir() and p.name.lower() not in SYSTEM_FOLDERS]
+        empty = sorted(p.name for p in classes if p.name[0] != "." and not find_videos(p))
+    except (OSError, UserError) as error:
+        return Finding("classes have videos", str(error), "this folder must be readable")
     single = sorted(str(label) for label, count in counts.items() if count == 1)
     if empty or single:
         result = "; ".join(
@@ -79,7 +83,7 @@ def check_classes(splits: Splits, folder: Path) -> Finding:
 
 
 def check_twins(splits: Splits) -> Iterator[Finding]:
-    """No video of val or test in train, no video in two classes; by content."""
+    """No video of val or test in train, no video in two classes; by content. Unreadable ones are passed over."""
     places: dict[str, list[tuple[str, Any]]] = defaultdict(list)
     for name in ("train", "val", "test"):
         for sample in getattr(splits, name):
@@ -190,29 +194,32 @@ def check_overfit(model: VideoModel, batch: dict[str, torch.Tensor], config: Con
 # -- all of them ------------------------------------------------------------------------------------
 
 
-def first_batch(model: VideoModel, loader: Any, device: torch.device) -> dict[str, torch.Tensor]:
-    """Eight training clips, of as many classes as there are."""
+def first_batch(model: VideoModel, loader: Any, device: torch.device) -> dict[str, torch.Tensor] | None:
+    """Eight training clips, of as many classes as there are; None if no video can be read."""
     samples = loader.dataset.samples
     seen: Counter = Counter()
     rank = []
     for index, sample in enumerate(samples):
         rank.append((seen[sample.label], index))
         seen[sample.label] += 1
-    items = [loader.dataset[0, index] for _, index in sorted(rank)[:8]]
-    return to_device(model.collator()([item for item in items if "error" not in item]), device)
+    items = (loader.dataset[0, index] for _, index in sorted(rank))
+    readable = list(islice((item for item in items if "error" not in item), 8))
+    return to_device(model.collator()(readable), device) if readable else None
 
 
 def examine(
     model: VideoModel, loaders: dict[str, Any], splits: Splits, config: Config, device: torch.device
 ) -> list[Finding]:
-    """Every check that fits the task. The model is left as it was."""
+    """Every check that fits the task; of the data alone if no training video can be read. The model is left as it was."""
     model = copy.deepcopy(model).to(device)
-    batch = first_batch(model, loaders["train"], device)
     findings = [check_readable(splits), *check_twins(splits)]
     if config.captioning:
         findings.append(check_captions(splits))
     else:
         findings.append(check_classes(splits, Path(config.data_dir) / "train"))
+    batch = first_batch(model, loaders["train"], device)
+    if batch is None:
+        return findings
     findings += [check_preprocessing(model), check_frames(model, config)]
     if not config.captioning:
         findings.append(check_first_loss(model, batch, len(splits.class_names)))

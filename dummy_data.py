@@ -218,12 +218,12 @@ def save_mp4(video: np.ndarray, path: Path, fps: int) -> None:
         container.mux(stream.encode())
 
 
-def save_frames(video: np.ndarray, folder: Path) -> None:
-    """One PNG a frame: folder/frame_000.png ..."""
+def save_frames(video: np.ndarray, folder: Path, first: int = 0) -> None:
+    """One PNG a frame: folder/frame_000.png ..., numbered from `first` on."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    for index, frame in enumerate(video.transpose(0, 2, 3, 1)):  # [T, H, W, C]
+    for index, frame in enumerate(video.transpose(0, 2, 3, 1), start=first):  # [T, H, W, C]
         Image.fromarray(frame).save(folder / f"frame_{index:03d}.png")
 
 

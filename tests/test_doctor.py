@@ -1,5 +1,6 @@
 """The doctor finds nothing in a healthy set-up, and each sabotage by its own check."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,21 @@ def test_each_sabotage_is_found_by_its_check(data, tmp_path, monkeypatch, capsys
     out = capsys.readouterr().out
     assert check in failed_checks(out) and "-> " in out
     assert len(failed_checks(out)) == 1, out
+
+
+def test_odd_files_are_rows_of_the_table(data, tmp_path, capsys):
+    (data / "train" / "class_0" / "zz.pt").symlink_to("nowhere.pt")
+    os.mkfifo(data / "test" / "class_0" / "pipe.mp4")
+    assert examine(data, tmp_path) == 1
+    out = capsys.readouterr().out
+    assert failed_checks(out) == ["every frame decodes"] and "2 videos do not: cannot read" in out
+
+
+def test_without_any_readable_video_the_data_is_still_examined(data, tmp_path, capsys):
+    for path in (data / "train").rglob("*.pt"):
+        path.write_bytes(b"junk " + path.name.encode() + path.parent.name.encode())
+    assert examine(data, tmp_path) == 1
+    assert "every frame decodes" in failed_checks(capsys.readouterr().out)
 
 
 def test_a_first_loss_far_from_guessing_is_found(data, tmp_path, monkeypatch, capsys):

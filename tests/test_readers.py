@@ -1,7 +1,17 @@
 """Every reader gives the same clip; nothing unreadable is replaced."""
 
 import gc
+import http.server
+import os
 import pickle
+import re
+import signal
+import socket
+import struct
+import threading
+import weakref
+import zipfile
+import zlib
 from pathlib import Path
 
 import av
@@ -12,22 +22,29 @@ from conftest import counting_frames, read_clip, write_video
 from PIL import Image
 
 import dummy_data
+import main
 import VLoader
 from script import UserError
 from transforms import Preprocessing
 from VLoader import (
     ClipDataset,
+    ReadError,
     Sample,
     VideoFile,
     build_loader,
+    cut,
     find_videos,
     hold_out,
     natural_key,
     open_video,
     read_folder,
     read_splits,
+    scan_videos,
     upright,
+    view_indices,
 )
+
+SMALL = Preprocessing(16, (16,), "bilinear", 1 / 255, (0.5,) * 3, (0.5,) * 3)
 
 
 def full_decode(path: Path) -> np.ndarray:
@@ -129,7 +146,7 @@ def test_workers_survive_videos_that_were_decoded_before_they_were_forked(tmp_pa
     """Decoding threads of the main process must be gone by then, even where the garbage collector never ran."""
     monkeypatch.setattr(VLoader, "LARGE", 0)  # several threads for small pictures too
     samples = [Sample(write_video(tmp_path / f"{i}.mp4", counting_frames(60, 64, 64)), "a") for i in range(12)]
-    dataset = ClipDataset(samples, Preprocessing(16, (16,), "bilinear", 1 / 255, (0.5,) * 3, (0.5,) * 3), 8, 0, ["a"])
+    dataset = ClipDataset(samples, SMALL, 8, 0, ["a"])
 
     def make_batch(items):
         gc.collect()  # in the worker
@@ -149,7 +166,7 @@ def test_frames_in_natural_order_and_of_one_size(tmp_path):
         Image.new("RGB", (16, 16), (20 * index, 0, 0)).save(tmp_path / f"frame_{index}.png")
     assert all_frames(tmp_path)[:, 0, 0, 0].tolist() == [20 * i for i in range(12)]
     Image.new("RGB", (16, 20)).save(tmp_path / "frame_12.png")
-    with pytest.raises(UserError, match=r"frame_12.png: it is 16x20 pixels, frame_0.png is 16x16"):
+    with pytest.raises(UserError, match=r"frame_12.png is 16x20 pixels, frame_0.png is 16x16"):
         all_frames(tmp_path)
     assert sorted(["f10", "f9", "f1a"], key=natural_key) == ["f1a", "f9", "f10"]
 
@@ -169,6 +186,10 @@ class Harmful:
         (torch.full((4, 3, 8, 8), float("nan")), r"\[0, 1\]"),
         ({"video": 1}, "dict"),
         (Harmful(), "not a tensor"),
+        (torch.zeros(4, 3, 8, 8).to_sparse(), "expected a plain tensor"),
+        (torch.zeros(4, 3, 8, 8, device="meta"), "expected a plain tensor"),
+        (torch.zeros(1).expand(8, 3, 200_000, 200_000), "200000x200000 pixels"),
+        (torch.zeros(1).expand(10**6, 3, 100, 100), r"\[3, 100, 100\] are 111.8 GiB"),
     ],
 )
 def test_bad_tensors_are_named(tmp_path, monkeypatch, content, cause):
@@ -177,6 +198,173 @@ def test_bad_tensors_are_named(tmp_path, monkeypatch, content, cause):
     with pytest.raises(UserError, match=rf"v\.pt.*{cause}"):
         open_video(tmp_path / "v.pt")
     assert not (tmp_path / "harmful_ran").exists()
+
+
+def test_files_of_huge_tensors_are_refused_before_they_are_loaded(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(2 * 10**6))
+    with (tmp_path / "long.pt").open("wb") as file:
+        file.truncate(2 * 10**6)
+    monkeypatch.setattr(VLoader, "LARGEST_CLIP", 10**4)
+    for name in ("packed.pt", "long.pt"):
+        with pytest.raises(ReadError, match=rf"{name}: it holds 0\.0 GiB"):
+            open_video(tmp_path / name)
+
+
+# -- whatever a file does, one error names it -------------------------------------------------------
+
+KINDS = [AttributeError, RuntimeError, NotImplementedError, MemoryError, RecursionError, PermissionError, KeyError]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_a_library_raises_names_the_file(tmp_path, monkeypatch, kind):
+    def fail(*_, **__):
+        raise kind("something odd")
+
+    file, folder = write_video(tmp_path / "v.mp4", counting_frames(8)), tmp_path / "folder"
+    dummy_data.save_frames(np.zeros((2, 3, 8, 8), np.uint8), folder)
+    dataset = ClipDataset([Sample(file), Sample(folder)], SMALL, 2, 0, [])
+    with monkeypatch.context() as patched:
+        patched.setattr(VLoader, "upright", fail)
+        patched.setattr(Image, "open", fail)
+        for place, name in enumerate(("v.mp4", "frame_000.png")):
+            assert re.search(f"cannot read .*{name}.*something odd", dataset[0, place]["error"])
+        assert len(scan_videos({file: 0, folder: 1}, 2, 0, 0, {})[0]) == 2
+    monkeypatch.setattr(av, "open", fail)
+    monkeypatch.setattr(Path, "iterdir", fail)
+    for path in (file, folder):
+        with pytest.raises(ReadError, match=f"cannot read {path}: .*something odd"):
+            open_video(path)
+
+
+def test_a_codec_that_ffmpeg_does_not_know(tmp_path):
+    path = write_video(tmp_path / "v.avi", counting_frames(8), "mpeg4")
+    path.write_bytes(path.read_bytes().replace(b"FMP4", b"ZZZZ"))
+    with pytest.raises(ReadError, match=r"v\.avi: its codec is unknown"):
+        open_video(path)
+
+
+def test_a_video_whose_picture_size_changes(tmp_path):
+    parts = [write_video(tmp_path / f"{h}.ts", counting_frames(20, h, 64), "mpeg2video", g="5") for h in (32, 48)]
+    (tmp_path / "v.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    reader = open_video(tmp_path / "v.ts")
+    with pytest.raises(ReadError, match=r"v\.ts: frame \d+ is 64x48 pixels, frame 0 is 64x32"):
+        reader.frames(range(len(reader)))
+    assert reader.frames([0, 1]).shape == (2, 3, 32, 64)
+
+
+def big_png(path: Path, width: int, height: int) -> Path:
+    """A PNG file that has a header and no pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.parent.mkdir(exist_ok=True)
+    chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    return path
+
+
+def test_pictures_and_clips_have_a_largest_size(tmp_path, monkeypatch, recwarn):
+    big_png(tmp_path / "big" / "0.png", 17_000, 16_000)
+    with pytest.raises(ReadError, match="17000x16000 pixels; a picture may have 256 million"):
+        read_clip(tmp_path / "big", 1)
+    big_png(tmp_path / "big" / "0.png", 30_000, 20_000)
+    with pytest.raises(ReadError, match=r"0\.png: .*600000000 pixels"):
+        read_clip(tmp_path / "big", 1)
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (100_000, 1)).save(tmp_path / "flat" / "0.png")
+    large = ClipDataset(
+        [Sample(tmp_path / "flat")], Preprocessing(224, (224,), *list(vars(SMALL).values())[2:]), 2, 0, []
+    )
+    assert "100000x1 pixels would become 22400000x224" in large[0, 0]["error"]
+    path = write_video(tmp_path / "v.mp4", counting_frames(40))
+    monkeypatch.setattr(VLoader, "LARGEST_CLIP", 10**5)
+    with pytest.raises(ReadError, match=r"v\.mp4: 40 frames of shape \[3, 32, 48\] are 0.0 GiB"):
+        read_clip(path, 40)
+    assert ClipDataset([Sample(path)], SMALL, 40, 0, [])[0, 0]["pixel_values"].shape == (40, 3, 16, 16)
+    assert scan_videos({path: 1}, 40, 0, 0, {})[0] == {}
+    assert not recwarn.list
+
+
+def test_things_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "frames").mkdir()
+    os.mkfifo(tmp_path / "frames" / "0.png")
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "dangling.pt").symlink_to("nowhere.pt")
+    (tmp_path / "device.pt").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.mp4"))
+        for name in ("pipe.mp4", "frames", "loop.mp4", "dangling.pt", "device.pt", "socket.mp4"):
+            with pytest.raises(ReadError, match=f"cannot read .*{name}"):
+                read_clip(tmp_path / name, 2)
+
+
+def test_a_path_is_never_taken_for_a_url(tmp_path, monkeypatch):
+    """In a folder named "http:" lies a text; a server would give a video for the same name."""
+    (tmp_path / "served").mkdir()
+    write_video(tmp_path / "served" / "v.ts", counting_frames(8), "mpeg2video")
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            asked.append(args)
+            super().__init__(*args, directory=tmp_path / "served")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        path = Path("http:", f"127.0.0.1:{server.server_port}", "v.ts")
+        monkeypatch.chdir(tmp_path)
+        path.parent.mkdir(parents=True)
+        path.write_text("junk")
+        with pytest.raises(ReadError):
+            read_clip(path, 2)
+        server.shutdown()
+    assert not asked
+    write_video(tmp_path / "v.mp4", counting_frames(8)).rename("12:30:05.mp4")
+    assert len(read_clip(Path("12:30:05.mp4"), 2)) == 2
+
+
+def test_a_title_need_not_be_text(tmp_path):
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        container.metadata["title"] = "Caf##"
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 16
+        container.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
+        container.mux(stream.encode())
+    (tmp_path / "v.mkv").write_bytes((tmp_path / "v.mkv").read_bytes().replace(b"Caf##", b"Caf\xe9s"))
+    assert len(open_video(tmp_path / "v.mkv")) == 1
+
+
+def test_a_video_has_at_most_so_many_windows(tmp_path):
+    path = write_video(tmp_path / "v.mp4", counting_frames(8))
+    for seconds in (1e-9, 1e-300):
+        with pytest.raises(ReadError, match=r"v\.mp4: 0\.8 s are more than 100000 windows"):
+            cut(Sample(path), seconds)
+    with av.open(str(path)) as source, av.open(str(tmp_path / "jump.mkv"), "w") as target:
+        copy = target.add_stream_from_template(source.streams.video[0])
+        packets = [p for p in source.demux(video=0) if p.size]
+        packets[-1].pts = packets[-1].dts = 2**45
+        for packet in packets:
+            packet.stream = copy
+            target.mux(packet)
+    with pytest.raises(ReadError, match=r"jump\.mkv: .* s are more than 100000 windows of 1 s"):
+        cut(Sample(tmp_path / "jump.mkv"), 1)
+
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_error(dataset, tmp_path, monkeypatch, capsys):
+    """As the system does where memory runs out: while training, and while the videos are looked through."""
+    waiting = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(waiting, "__defaults__", (0.2,))  # seconds between two looks at the workers, instead of 5
+    monkeypatch.setattr(ClipDataset, "pixels", killed)
+    flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--image_size", "16", "--num_workers", "1"]
+    assert main.main([*flags, "--cache_features", "False"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: a process that reads videos was killed")
+    monkeypatch.setattr(VLoader, "open_video", killed)
+    with pytest.raises(UserError, match="lower --num_workers, --batch_size"):
+        scan_videos({tmp_path / f"{i}.pt": 0 for i in range(65)}, 2, 0, 1, {})
 
 
 def test_unreadable_files_are_named(tmp_path):
@@ -193,6 +381,79 @@ def test_unreadable_files_are_named(tmp_path):
 def test_one_frame_is_repeated(tmp_path):
     torch.save(torch.full((1, 3, 8, 8), 9, dtype=torch.uint8), tmp_path / "v.pt")
     assert (read_clip(tmp_path / "v.pt", 5) == 9).all() and len(read_clip(tmp_path / "v.pt", 5)) == 5
+
+
+# -- frames are resized as they are read ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> list[Path]:
+    """One video as each kind of file; the frames differ and none is square."""
+    folder = tmp_path_factory.mktemp("wide")
+    frames = counting_frames(24, 40, 64)
+    torch.save(torch.from_numpy(frames).permute(0, 3, 1, 2), folder / "v.pt")
+    dummy_data.save_frames(frames.transpose(0, 3, 1, 2), folder / "v")
+    return [folder / "v.pt", folder / "v", write_video(folder / "v.mp4", frames)]
+
+
+@pytest.mark.parametrize(
+    "resize, mode", [((24,), "bilinear"), ((20, 20), "bicubic"), ((30,), "nearest-exact"), (None, "bilinear")]
+)
+@pytest.mark.parametrize("views", [(1, 1), (3, 1), (2, 3)])
+def test_clips_equal_those_resized_as_a_whole(wide, resize, mode, views):
+    preprocessing = Preprocessing(20, resize, mode, 1 / 255, (0.5,) * 3, (0.5,) * 3)
+    clips, crops = views
+    for path in wide:
+        found = ClipDataset([Sample(path)], preprocessing, 10, 0, [], views=views)[0, 0]["pixel_values"]
+        frames = open_video(path).frames(view_indices(24, 10, 0, clips))  # with 30 of 24 frames, some twice
+        places = [None] if crops == 1 else [0, 0.5, 1]
+        expected = [preprocessing.pixels(clip, place) for clip in frames.split(10) for place in places]
+        assert torch.equal(found, expected[0] if views == (1, 1) else torch.stack(expected))
+
+
+def test_only_one_picture_is_held_at_full_size(wide):
+    for path in wide[1:]:
+        alive: list[weakref.ref] = []
+
+        def halve(frames, alive=alive):
+            assert len(frames) == 1 and not any(ref() is not None for ref in alive[:-1])
+            alive.append(weakref.ref(frames.untyped_storage()))
+            return frames[..., ::2, ::2]
+
+        reader = open_video(path)
+        assert torch.equal(reader.frames([3, 9, 3, 20], halve), reader.frames([3, 9, 3, 20])[..., ::2, ::2])
+        assert len(alive) == 3
+
+
+def moving_cells() -> np.ndarray:
+    """Cells of which some move and some stand still, each with another texture every second. [60, H, W, C]"""
+    rng = np.random.default_rng(7)
+    textures = rng.integers(0, 256, (4, 55, 63, 3)).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    frames = np.empty((60, 64, 96, 3), np.uint8)
+    for y, x in np.ndindex(4, 6):
+        start, step = int(rng.integers(10)), 2 * int(rng.integers(2))
+        for t in range(60):
+            texture, shift = textures[(t + start) // 10 % 4], t * step
+            cell = texture[16 * y + shift : 16 * y + shift + 16, 16 * x + shift : 16 * x + shift + 16]
+            frames[t, 16 * y : 16 * y + 16, 16 * x : 16 * x + 16] = cell
+    return frames
+
+
+def test_mistakes_of_old_encoders_are_made_again_after_a_seek(tmp_path):
+    """FFmpeg decodes what x264 wrote up to build 33 in another way, if it has met the number, in the first packet."""
+    options = {"g": "20", "bf": "7", "x264-params": "b-pyramid=normal:direct=spatial:b-adapt=0:scenecut=0"}
+    path, frames = tmp_path / "old.mp4", moving_cells()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    modern = full_decode(path)
+    path.write_bytes(re.sub(rb"x264 - core \d{3}", b"x264 - core 030", path.read_bytes()))
+    reference = full_decode(path)
+    assert (modern[40:] != reference[40:]).any()
+    assert (open_video(path).frames(range(40, 60)).numpy() == reference[40:]).all()
 
 
 # -- what a folder holds ----------------------------------------------------------------------------
