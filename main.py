@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from config import BACKBONES, NAMING, Config, as_flags, parse, run_name
-from script import UserError, leave, make_folder, run_script
+from script import UserError, leave, make_folder, printable, run_script
 
 LISTED = 20  # unreadable videos that an error names
 SCAN_CACHE = ".readable.json"  # in the folder of runs: which videos were found readable, by size and time
@@ -157,7 +157,7 @@ def report(
     from controls import control_line, control_scores
     from script import write_json
 
-    print(result_line(metrics))
+    print(printable(result_line(metrics)))
     if config.controls:
         metrics["controls"] = control_scores(model, splits, config, accelerator)
         print(control_line(metrics["controls"]))
@@ -273,9 +273,8 @@ def without_unreadable(splits: Any, bad: dict[Path, str], config: Config) -> Any
         raise UserError(f"{causes} -- mend or remove them, or add --skip_unreadable True to leave them out")
     if bad:
         splits = leave_out(splits, bad)
-        print(
-            f"left out {len(bad)} unreadable videos (listed in metrics.json at the end), first: {splits.unreadable[0]}"
-        )
+        first = printable(splits.unreadable[0])
+        print(f"left out {len(bad)} unreadable videos (listed in metrics.json at the end), first: {first}")
     return splits
 
 
