@@ -17,18 +17,16 @@ MODEL = AutoModelForVideoClassification.from_pretrained(FOLDER).eval()
 
 def read(path: str | Path) -> torch.Tensor:
     """The frames for the model, upright: uint8 [T, 3, H, W]. Raises ValueError or av.FFmpegError."""
-    name, count, stride = f"file:{path}", MODEL.config.num_frames, RULES["frame_stride"]  # file: never an address
-    with av.open(name) as container:
-        if (stream := container.streams.best("video")) is None:
+    name, count, stride, found = f"file:{path}", MODEL.config.num_frames, RULES["frame_stride"], {}  # never a URL
+    with av.open(name) as packets, av.open(name) as frames:
+        if (stream := packets.streams.best("video")) is None:
             raise ValueError("no video in this file")
-        shown = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-    wanted = np.arange(count) * shown / count + 0.5 * shown / count  # the middle frames of equal parts
-    if stride or shown < count:  # every stride-th frame in the middle of the video, the last one repeated
-        steps = np.arange(count) * (stride or 1)
-        wanted = np.minimum(max(0, shown - steps[-1] - 1) // 2 + steps, shown - 1)
-    wanted, found = wanted.astype(int), {}
-    with av.open(name) as container:
-        for index, frame in enumerate(container.decode(container.streams.best("video"))):
+        shown = sum(packet.size > 0 and not packet.is_discard for packet in packets.demux(stream))
+        wanted = (np.arange(count) * shown / count + 0.5 * shown / count).astype(int)  # the middles of equal parts
+        if stride or shown < count:  # every stride-th frame in the middle of the video, the last one repeated
+            steps = np.arange(count) * (stride or 1)
+            wanted = np.minimum(max(0, shown - steps[-1] - 1) // 2 + steps, shown - 1)
+        for index, frame in enumerate(frames.decode(frames.streams.best("video"))):
             if index in wanted:
                 found[index] = np.rot90(frame.to_rgb().to_ndarray(), frame.rotation // 90)
             if index == wanted[-1]:
