@@ -7,12 +7,10 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from torch.nn.functional import interpolate, pad
 from transformers import AutoModelForVideoClassification
 
-FOLDER = Path(__file__).resolve().parent
-RULES = json.loads((FOLDER / "preprocessor_config.json").read_text(encoding="utf-8"))
-MODEL = AutoModelForVideoClassification.from_pretrained(FOLDER).eval()
+RULES = json.loads(Path(__file__).resolve().with_name("preprocessor_config.json").read_text(encoding="utf-8"))
+MODEL = AutoModelForVideoClassification.from_pretrained(Path(__file__).resolve().parent).eval()
 
 
 def read(path: str | Path) -> torch.Tensor:
@@ -41,9 +39,9 @@ def predict(path: str | Path) -> dict[str, float]:
         edge, shape = size.get("shortest_edge"), clip.shape[-2:]  # with an edge, the proportions are kept
         shape = [edge * n // min(shape) for n in shape] if edge else (size["height"], size["width"])
         mode = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}[RULES["resample"]]
-        clip = interpolate(clip, shape, mode=mode, antialias=mode != "nearest-exact")
+        clip = torch.nn.functional.interpolate(clip, shape, mode=mode, antialias=mode != "nearest-exact")
     high, wide = (side - n for n in clip.shape[-2:])  # negative: cut off; positive: black borders
-    clip = pad(clip, (int(wide / 2), wide - int(wide / 2), int(high / 2), high - int(high / 2)))
+    clip = torch.nn.functional.pad(clip, (int(wide / 2), wide - int(wide / 2), int(high / 2), high - int(high / 2)))
     mean, std = (torch.tensor(RULES[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
     with torch.inference_mode():
         logits = MODEL(((clip * RULES["rescale_factor"] - mean) / std)[None]).logits[0]
