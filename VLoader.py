@@ -385,7 +385,7 @@ def visible(folder: Path) -> list[os.DirEntry]:
 
 
 def kind_of(entry: os.DirEntry) -> str:
-    """ "folder", "file" (also a link that leads nowhere: a video that is missing), or why it can be neither."""
+    """What an entry is: "folder", "file" (also a link that leads nowhere: a missing video), or why it is neither."""
     try:
         if entry.is_dir():
             return "folder"
