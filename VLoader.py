@@ -65,9 +65,10 @@ def naming(path: Path) -> Generator[None]:
     except ReadError:
         raise
     except Exception as error:
-        cause = getattr(error, "strerror", None) or str(error)
-        if not isinstance(error, OSError | ValueError | UserError):
-            cause = f"{type(error).__name__}: {cause}"
+        cause = getattr(error, "strerror", None)
+        if not cause:
+            kind = "" if isinstance(error, OSError | ValueError | UserError) else f"{type(error).__name__}: "
+            cause = f"{kind}{error}"
         raise ReadError(path, cause) from None
 
 
@@ -283,7 +284,7 @@ class VideoFile(Reader):
     def _begin(self, key: int) -> None:
         """Decodes the first packet of a video of which a later part is wanted. It tells FFmpeg which version of x264
         made the file, and so which mistakes of that version to make again: 4:4:4 of older ones is garbage otherwise."""
-        if self.stream.codec_context.name == "h264" and not self.begun and key > self.keyframes[0]:
+        if self.stream.codec_context.name == "h264" and not self.begun and key != (self.keyframes or self.times)[0]:
             self.container.seek(self.times[0], stream=self.stream, backward=True)
             next(self.container.demux(self.stream)).decode()
         self.begun = True
@@ -385,7 +386,7 @@ def visible(folder: Path) -> list[os.DirEntry]:
 
 
 def kind_of(entry: os.DirEntry) -> str:
-    """ "folder", "file" (also a link that leads nowhere: a video that is missing), or why it can be neither."""
+    """What an entry is: "folder", "file" (also a link that leads nowhere: a missing video), or why it is neither."""
     try:
         if entry.is_dir():
             return "folder"

@@ -88,10 +88,13 @@ def find_file(source: Source, name: str) -> Path | None:
         return path if path.is_file() else None
     from transformers.utils import cached_file
 
-    found = cached_file(
-        source.path, name, revision=source.revision, _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    try:
+        found = cached_file(
+            source.path, name, revision=source.revision, _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except OSError:  # no such repository; loading its configuration says so
+        return None
     return Path(found) if found else None
 
 

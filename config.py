@@ -414,7 +414,8 @@ def as_flags(config: Config) -> str:
 
 
 def write_yaml(values: dict[str, Any], path: Path) -> None:
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    # other letters than ASCII are escaped: yaml would take U+0085 and U+2028 in a text for line breaks
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def config_file_text() -> str:

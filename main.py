@@ -162,7 +162,7 @@ def report(
     """Prints the result, adds the controls where they are asked for, draws the pictures."""
     from controls import control_line, control_scores
 
-    print(result_line(metrics))
+    print(printable(result_line(metrics)))
     if config.controls:
         metrics["controls"] = control_scores(model, splits, config, accelerator)
         print(control_line(metrics["controls"]))
@@ -293,10 +293,8 @@ def without_unreadable(splits: Any, bad: dict[Path, str], config: Config) -> Any
         raise UserError(f"{causes} -- mend or remove them, or add --skip_unreadable True to leave them out")
     if bad:
         splits = leave_out(splits, bad)
-        print(
-            f"left out {len(bad)} unreadable videos (listed in metrics.json at the end), first: "
-            f"{printable(splits.unreadable[0])}"
-        )
+        first = printable(splits.unreadable[0])
+        print(f"left out {len(bad)} unreadable videos (listed in metrics.json at the end), first: {first}")
     return splits
 
 

@@ -344,9 +344,15 @@ def read_rows(path: Path) -> dict[str, Any]:
         pass
     try:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        return {row["file"]: row for row in rows}
+        files = [row["file"] for row in rows]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} is neither a JSON object {{id: ...}} nor lines with a `file` each") from None
+        files = [None]
+    if not all(isinstance(file, str) for file in files):
+        raise UserError(f"{path} is neither a JSON object {{id: ...}} nor lines with a `file` each")
+    twice = [file for file, count in Counter(files).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} has several rows for {shown(twice[0])}")
+    return dict(zip(files, rows, strict=True))
 
 
 def paired(references: dict[str, Any] | None, predictions: dict[str, Any], path: Path) -> tuple[list, list]:

@@ -152,7 +152,9 @@ def test_odd_names_are_drawn_and_printed_harmlessly(tmp_path, capsys, recwarn):
         for index in range(3):
             clip_file(tmp_path / "data" / "train" / name / f"\x1b[2J{index}.pt")
     (tmp_path / "data" / "classes.json").write_text(json.dumps(ODD_NAMES))
-    assert train(tmp_path / "data", tmp_path, "--run_name", "r", "--image_size", "16", "--num_frames", "2") == 0
+    (tmp_path / "data" / "train" / "$_$" / "\x1b[2Junreadable.pt").write_text("x")
+    flags = ["--run_name", "r", "--image_size", "16", "--num_frames", "2", "--skip_unreadable", "True"]
+    assert train(tmp_path / "data", tmp_path, *flags) == 0
     pictures = ("confusion", "classes", "reliability", "worst", "occlusion", "curves")
     assert all((tmp_path / "r" / f"{name}.png").is_file() for name in pictures)
     assert not [w for w in recwarn if "lyph" in str(w.message)]
@@ -288,6 +290,8 @@ def label_rows(*changes: dict) -> bytes:
     (b"\xff\xfe\x00", "cannot read"),
     (b'{"file": ["a"]}', "holds no truth for 'file'"),
     (b'["a"]', "neither a JSON object"),
+    (b'{"file": "a"}\n{"file": 3}', "neither a JSON object"),
+    (b'{"file": "a"}\n{"file": "a"}', "several rows for 'a'"),
     (b'{"a\\u001b[2J": 1}', "holds no truth for"),
     (label_rows({"top_k": []}), "a row needs `score`"),
     (label_rows({"top_k": "x"}), "a row needs `score`"),

@@ -1,12 +1,16 @@
 """Every annotation format to the rows it stands for; what is missing, broken or ambiguous is named, never guessed."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import counting_frames, read_clip, write_video
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import convert_dataset
@@ -237,6 +241,31 @@ def test_every_row_is_counted_once(tmp_path, capsys, case):
     assert report["rows"] == sum(expected)
 
 
+HOSTILE = ("\0", "\x1b[2J", "\u2028", "\x85", "\r", "\n", "\t", '"', "'", ",", "|", "#", "[", "{", "]", "}", " ", "..", "/", "9" * 5000,
+           "1e999", "nan", "-1", "²", "\udcff", "\ufeff", "\u202e", "null", "x" * 300, "[" * 3000)  # fmt: skip
+EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 5), st.sampled_from(HOSTILE)), min_size=1, max_size=3)
+
+
+@given(st.sampled_from(list(COUNTED)), EDITS)
+def test_any_annotation_file_is_counted_or_refused(tmp_path_factory, capsys, case, edits):
+    """A sound file with a few cuts and hostile pieces in it: status 0 and counts that add up, or one line and 2."""
+    folder = tmp_path_factory.mktemp("any")
+    ((file, text),) = COUNTED[case][0].items()
+    for place, length, piece in edits:
+        text = text[: place % len(text)] + piece + text[place % len(text) + length :]
+    make_videos(folder / "videos", "#1", "a", "c/a")
+    (folder / file).write_bytes(text.encode("utf-8", "surrogatepass"))
+    argv = ["--annotations", str(folder / file), "--videos", str(folder / "videos"), "--output", str(folder / "out")]
+    status = convert_dataset.main(["--format", case.partition(",")[0], *argv, "--no_scan"])
+    out, err = capsys.readouterr()
+    assert status == (2 if err else 0) and err.count("\n") == (1 if err else 0) and err[:7] in ("", "error: ")
+    assert not UNSAFE.search((out + err).replace("\n", ""))
+    for report in folder.glob("out/*/conversion.json"):
+        values = json.loads(report.read_text(encoding="utf-8"))
+        counts = [values["found"], len(values["missing"]), len(values["refused"]), values["unused"]]
+        assert sum(counts) == values["rows"]
+
+
 def test_clips_of_hmdb51_whose_names_begin_like_comments(tmp_path):
     make_videos(tmp_path / "videos", "chew/#20_Gum_chew_h_nm_np1.avi", "chew/a.avi")
     assert convert(tmp_path, "hmdb51", {"chew_test_split1.txt": "#20_Gum_chew_h_nm_np1.avi 1 \na.avi 2 \n"}) == 0
@@ -364,6 +393,23 @@ def test_bad_annotations_are_one_line(tmp_path, capsys, name, files, words):
     err = capsys.readouterr().err
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
     assert not list(tmp_path.glob("out/*/metadata.jsonl"))
+
+
+@pytest.mark.parametrize("place", ["a full disk", "beneath a file", "NUL"])
+def test_an_output_that_cannot_be_written_is_left_out_whole(tmp_path, capsys, monkeypatch, place):
+    make_videos(tmp_path / "videos", "x")
+    (tmp_path / "file").write_text("x")
+    output = {"a full disk": "out", "beneath a file": "file/out", "NUL": "a\0b"}[place]
+
+    def no_space(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if place == "a full disk":
+        monkeypatch.setattr(os, "fsync", no_space)
+    assert convert(tmp_path, "list", {"train.txt": "x.pt a\n"}, "--no_scan", "--output", str(tmp_path / output)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: cannot ") and err.count("\n") == 1 and "\0" not in err
+    assert not [path for path in tmp_path.glob("out/**/*") if path.is_file()]
 
 
 def test_splits_add_up_and_nothing_is_replaced_unasked(tmp_path, capsys):
