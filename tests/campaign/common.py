@@ -95,7 +95,7 @@ class Process:
             self.status = os.waitstatus_to_exitcode(code) if self.ended else None
         return self.ended
 
-    def wait(self, limit: float = 180, until: Callable[[], bool] = lambda: False) -> "Process":
+    def wait(self, limit: float = 600, until: Callable[[], bool] = lambda: False) -> "Process":
         """Until it ends, or `until` says True, or has hung for `limit` seconds: then it is ended."""
         while not self.poll() and not until():
             if time.monotonic() - self.started > limit:
@@ -267,6 +267,7 @@ class Tally:
         if not bad:
             return None
         self.signatures[f"{kind}: {signature(text)}"] += 1
+        print(f"{dict(self.counts)} {case}: {kind}: {signature(text)}", flush=True)
         self.keep = self.keep or Path(tempfile.mkdtemp(prefix="campaign_"))
         folder = self.keep / re.sub(r"\W+", "_", f"{kind} {case}")[:80]
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ FILMS = {
 }  # fmt: skip
 IMAGES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF", "ppm": "PPM"}
 LARGEST = 300_000  # bytes of a real clip that is used
-MEMORY_MB, LIMIT = 2048, 30
+MEMORY_MB, LIMIT = 2048, 60
 
 
 def write_film(path: Path, codec: str, pixels: str, size: int) -> bytes:
