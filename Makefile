@@ -2,6 +2,7 @@
 # make test      installs into .venv, then lints and tests in minutes
 # make test-all  the longer tests too
 # make check     lint and types only
+# make campaign  kills, races and damaged inputs by the thousand: hours
 # make report    trains what is missing of experiments/, writes report.pdf and RESULTS.md
 # make provided  the same, then checkpoints/provided/ anew
 #
@@ -14,7 +15,7 @@ DEMO := demo
 # one thread in each of the two test processes: more only get in each other's way
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2
 
-.PHONY: demo test test-all check report provided clean
+.PHONY: demo test test-all check campaign report provided clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "error: vidtune needs Python 3.11 or newer, this is %d.%d" % v)'
@@ -55,6 +56,10 @@ test-all: $(VENV)/installed-dev
 check: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ty check .
+
+campaign: $(VENV)/installed-dev
+	@status=0; for name in kills races media texts checkpoints; do \
+	echo "== $$name"; nice -n 19 $(PY) -m tests.campaign.$$name || status=1; done; exit $$status
 
 report: $(VENV)/installed-extra
 	$(PY) make_report.py

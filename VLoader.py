@@ -7,6 +7,7 @@ Every reader gives the same RGB uint8 [T, C, H, W] for the same clip. A file tha
 error that names it; it is never replaced by another clip.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -16,7 +17,8 @@ import stat
 import warnings
 import zipfile
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterable, Iterator, Set
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,10 +30,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from script import UserError
+from script import UserError, printable, shown
 from transforms import LARGEST_PICTURE, Preprocessing, sample_indices
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}  # fmt: skip
+#: what systems and programs leave beside the user's own files, in lower case
+SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 VAL_FRACTION, VAL_SALT = 0.1, "val"
 LARGE = 1280 * 720  # pixels of a picture that several threads decode faster than one
@@ -371,14 +375,37 @@ def open_video(path: Path) -> Reader:
         return TensorVideo(path) if path.suffix.lower() == ".pt" else VideoFile(path)
 
 
-def natural_key(path: Path | str) -> list:
-    """Sorts frame_2 before frame_10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", str(path))]
+def natural_key(path: Path | str) -> tuple[list, str]:
+    """Sorts frame_2 before frame_10. No two names are equal: 01 and 1 have an order of their own."""
+    parts = re.split(r"0*([0-9]+)", str(path))  # text and digits in turn; digits compare by length, then by value
+    return [(len(part), part) if place % 2 else part for place, part in enumerate(parts)], str(path)
+
+
+def visible(folder: Path) -> list[os.DirEntry]:
+    """What a folder holds, without hidden files, in natural order. Raises ReadError."""
+    with naming(folder), os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: natural_key(e.name))
+
+
+def kind_of(entry: os.DirEntry) -> str:
+    """What an entry is: "folder", "file" (also a link that leads nowhere: a missing video), or why it is neither."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file() or not os.path.exists(entry.path):
+            return "file"
+    except OSError as error:
+        return "a link to itself" if error.errno == errno.ELOOP else "file"
+    return "a special file"  # a FIFO would be waited for
+
+
+def suffix_of(entry: os.DirEntry) -> str:
+    return os.path.splitext(entry.name)[1].lower()
 
 
 def list_images(folder: Path) -> list[Path]:
-    files = (f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
-    return sorted(files, key=lambda f: natural_key(f.name))
+    """The images of a frame folder in natural order. Raises ReadError."""
+    return [Path(e.path) for e in visible(folder) if suffix_of(e) in IMAGE_SUFFIXES and kind_of(e) == "file"]
 
 
 def view_indices(available: int, num_frames: int, stride: int, clips: int) -> np.ndarray:
@@ -391,23 +418,112 @@ def view_indices(available: int, num_frames: int, stride: int, clips: int) -> np
 # -- what a folder holds ----------------------------------------------------------------------------
 
 
-def is_video(path: Path) -> bool:
-    """A video file, a .pt, or a folder of frames: one with images inside, and no videos or folders."""
-    if not path.is_dir():
-        return path.suffix.lower() in VIDEO_SUFFIXES or path.suffix == ".pt"
-    inside = [f for f in path.iterdir() if not f.name.startswith(".")]
-    images = any(f.suffix.lower() in IMAGE_SUFFIXES for f in inside)
-    return images and not any(f.is_dir() or is_video(f) for f in inside)
-
-
 def find_videos(folder: Path) -> list[Path]:
-    """Every video at or below `folder`, in natural order; hidden files are passed over."""
-    if is_video(folder):
-        return [folder]
+    """Every video at or below `folder`, in natural order. Raises ReadError for a folder that cannot be read."""
+    return survey(folder)[0]
+
+
+def survey(folder: Path) -> tuple[list[Path], list[str]]:
+    """(find_videos, what was passed over and why); hidden files are passed over in silence.
+
+    A video is a video file, a .pt, or a folder of frames: one with images inside, and no videos or folders. Every
+    other folder is entered once, whatever links lead to it, and those above `folder` never: links may run in circles.
+    """
     if not folder.is_dir():
-        return []
-    below = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: natural_key(p.name))
-    return [video for path in below for video in find_videos(path)]
+        return [folder] * (folder.suffix.lower() in {*VIDEO_SUFFIXES, ".pt"}), []
+    videos: list[Path] = []
+    passed: list[str] = []
+    entered = {inode(above) for above in folder.resolve().parents}
+    waiting = deque([folder])
+    while waiting:
+        inside = waiting.popleft()
+        here = inode(inside)
+        if here in entered:
+            passed.append(f"{inside} (a link to a folder that is read already)")
+            continue
+        found = Listing(inside, entered | {here}, passed)
+        if found.images and not found.videos and not found.folders:
+            videos.append(inside)
+            continue
+        entered.add(here)
+        videos += found.videos
+        if inside != folder:  # directly in the data folder lie metadata.jsonl and the like
+            passed += [f"{path} (not a video)" for path in found.others + found.images]
+        for path in found.folders:  # links last: a folder is known by its own place if that is one of those below
+            (waiting.append if os.path.islink(path) else waiting.appendleft)(path)
+    return sorted(videos, key=natural_key), passed
+
+
+def inode(folder: Path) -> tuple[int, int]:
+    """What all paths of one folder have in common. Raises ReadError."""
+    with naming(folder):
+        info = folder.stat()
+    return info.st_dev, info.st_ino
+
+
+class Listing:
+    """What lies directly in a folder. Links to folders already `entered`, the system's own folders and special files
+    are added to `passed`."""
+
+    def __init__(self, folder: Path, entered: Set[tuple[int, int]], passed: list[str]):
+        self.images, self.videos, self.folders, self.others = [], [], [], []
+        for entry in visible(folder):
+            path, kind, suffix = Path(entry.path), kind_of(entry), suffix_of(entry)
+            if kind == "folder" and entry.name.lower() in SYSTEM_FOLDERS:
+                passed.append(f"{path} (a folder of the system)")
+            elif kind == "folder" and entry.is_symlink() and inode(path) in entered:
+                passed.append(f"{path} (a link to a folder that is read already)")
+            elif kind == "folder":
+                self.folders.append(path)
+            elif kind != "file":
+                passed.append(f"{path} ({kind})")
+            elif suffix in VIDEO_SUFFIXES or suffix == ".pt":
+                self.videos.append(path)
+            else:
+                (self.images if suffix in IMAGE_SUFFIXES else self.others).append(path)
+
+
+# -- what identifies a video ------------------------------------------------------------------------
+
+
+def digest(path: Path) -> str:
+    """32 hex digits that identify a video wherever it lies: of the whole file, or of the names and contents of a
+    frame folder's images. Raises ReadError."""
+    with naming(path):
+        if not path.is_dir():
+            return file_digest(path).hex()
+        whole = hashlib.blake2b(digest_size=16, person=b"frames")
+        images = list_images(path)
+        if not images:
+            raise ReadError(path, "no images in this folder")
+        for image in images:
+            name = os.fsencode(image.name)
+            whole.update(len(name).to_bytes(2, "big") + name + file_digest(image))
+        return whole.hexdigest()
+
+
+def file_digest(file: Path) -> bytes:
+    with naming(file):
+        if not stat.S_ISREG(file.stat().st_mode):  # a FIFO would be waited for
+            raise ReadError(file, "neither a file nor a folder")
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
+
+
+def stamp(path: Path) -> str:
+    """What changes whenever a file, or an image of a frame folder, is written: 32 hex digits of names, sizes and
+    times. Reads no content. Raises ReadError."""
+    with naming(path):
+        files = list_images(path) if path.is_dir() else [path]
+    marks = []
+    for file in files:
+        with naming(file):
+            info = file.stat()
+        marks.append((file.name, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+    return hashlib.blake2b(repr(marks).encode(), digest_size=16).hexdigest()
+
+
+# -- samples ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -420,6 +536,12 @@ class Sample:
     text: str | None = None
     attributes: dict[str, str] = field(default_factory=dict, hash=False)
     span: tuple[int, int] | None = None  # first and last frame, where only a part is meant
+    digest: str | None = field(default=None, compare=False)  # where it has been computed; see identified()
+
+    @property
+    def identity(self) -> str:
+        """The video's digest, computed now if need be. Raises ReadError."""
+        return self.digest or digest(self.path)
 
 
 def cut(sample: Sample, seconds: float) -> list[tuple[Sample, float, float]]:
@@ -448,8 +570,9 @@ def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
     if not file.is_file():
         return {}
     rows: dict[Path, dict[str, Any]] = {}
+    missing: list[Path] = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 in a caption too
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -457,14 +580,30 @@ def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
             continue
         where = f"{file}, line {number}"
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line, strict=False)  # a tab or the like may stand in a text
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from None
         path = folder / check_row(row, where)
         if path in rows:
-            raise UserError(f"{where}: file_name {row['file_name']!r} stands twice")
+            raise UserError(f"{where}: file_name {shown(row['file_name'])} stands twice")
         rows[path] = row
+        if not exists(path, where):
+            missing.append(path)
+    if missing:
+        raise UserError(f"{file} names {len(missing)} files that do not exist, first {missing[0]}")
     return rows
+
+
+def exists(path: Path, where: str) -> bool:
+    """Whether there is such a file. Raises UserError if there cannot be: a name that is too long, or with a NUL."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: file_name {shown(str(path))}: {cause}") from None
+    return True
 
 
 def check_row(row: Any, where: str) -> str:
@@ -500,7 +639,8 @@ def sample_of(path: Path, row: dict[str, Any], folder: Path) -> Sample:
 
 
 def read_folder(folder: Path) -> list[Sample]:
-    """Every video of a folder, with its class folder and its row of metadata.jsonl. Sorted by name.
+    """Every video of a folder, with its class folder and its row of metadata.jsonl. Sorted by name. Prints how many
+    other things were passed over.
 
     Raises:
         UserError: the folder is missing or empty, or metadata.jsonl is bad or names a missing file.
@@ -508,10 +648,12 @@ def read_folder(folder: Path) -> list[Sample]:
     if not folder.exists():
         raise UserError(f"no such file or folder: {folder}")
     rows = read_metadata(folder) if folder.is_dir() else {}
-    missing = [path for path in rows if not path.exists()]
-    if missing:
-        raise UserError(f"{folder / 'metadata.jsonl'} names {len(missing)} files that do not exist, first {missing[0]}")
-    videos = {*rows, *find_videos(folder)}
+    found, passed = survey(folder)
+    if passed:
+        print(
+            printable(f"passed over {len(passed)} files or folders in {folder} that are not videos, first {passed[0]}")
+        )
+    videos = {*rows, *found}
     if not videos:
         raise UserError(
             f"no videos in {folder}: expected {', '.join(sorted(VIDEO_SUFFIXES))}, .pt or folders of images"
@@ -553,22 +695,30 @@ def read_splits(data_dir: Path, class_names: list[str] | None = None) -> Splits:
     return Splits(splits.get("train", []), splits.get("val", []), splits.get("test", []), class_names, note)
 
 
+def identified(splits: Splits, digests: dict[Path, str]) -> Splits:
+    """The splits with every sample's digest, where there is one."""
+    names = ("train", "val", "test")
+    return replace(splits, **{n: [replace(s, digest=digests.get(s.path)) for s in getattr(splits, n)] for n in names})
+
+
 def fingerprint_data(splits: Splits, data_dir: Path) -> str:
-    """Of all that the splits say of their videos: names below data_dir, labels, captions, texts."""
-    digest = hashlib.sha256()
+    """32 hex digits of all that the splits say of their videos (names below data_dir, labels, captions, texts), and
+    behind them 32 of the videos' contents."""
+    said, content = hashlib.sha256(), hashlib.sha256()
     for name in ("train", "val", "test"):
         for s in getattr(splits, name):
             place = Path(os.path.relpath(s.path, data_dir)).as_posix()
-            digest.update(repr((name, place, s.label, s.captions, s.text)).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:32]
+            said.update(repr((name, place, s.label, s.captions, s.text)).encode("utf-8", "surrogateescape"))
+            content.update(s.identity.encode())
+    return said.hexdigest()[:32] + content.hexdigest()[:32]
 
 
 def read_display_names(data_dir: Path, class_names: list[str]) -> dict[str, str]:
     """classes.json's display name of every class; the class's own name where it has none."""
     file = data_dir / "classes.json"
     try:
-        names = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
+        names = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
     if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
         raise UserError(f'{file}: expected {{"class": "display name", ...}}')
@@ -661,41 +811,80 @@ class ScanDataset(Dataset):
         return ""
 
 
-def stamp(path: Path) -> str:
-    """What tells that a file, or a folder's frames, are still the same: count or size, and time of change."""
-    info = path.stat()
-    return f"{len(list_images(path)) if path.is_dir() else info.st_size} {info.st_mtime_ns}"
+class Examination(Dataset):
+    """Item i is (what is wrong with video i, "" if nothing; its digest): the scan's item, or where the job's number
+    of clips is None, the digest alone."""
+
+    def __init__(self, jobs: list[tuple[Path, int | None]], num_frames: int, stride: int):
+        self.jobs = jobs
+        self.scan = ScanDataset([(path, clips or 0) for path, clips in jobs], num_frames, stride)
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, index: int) -> tuple[str, str]:
+        path, clips = self.jobs[index]
+        try:
+            content = digest(path)
+        except ReadError as error:
+            return str(error), ""
+        return "" if clips is None else self.scan[index], content
+
+
+#: what is remembered of a video: {"stamp": ..., "digest": ..., "decoded": [of which frames it was tried, ...]}
+Record = dict[str, Any]
 
 
 def scan(
-    splits: Splits, num_frames: int, stride: int, test_clips: int, num_workers: int, known: dict[str, str]
-) -> tuple[dict[Path, str], dict[str, str]]:
-    """scan_videos of all splits; of val and test, all frames that evaluation takes are decoded."""
+    splits: Splits, num_frames: int, stride: int, test_clips: int, num_workers: int, known: dict[str, Record],
+    cached: Sequence[str] = (),
+) -> tuple[dict[Path, str], dict[Path, Record]]:  # fmt: skip
+    """scan_videos of all splits; of val and test, all frames that evaluation takes are decoded. Of the `cached`
+    splits only digests are computed: they are read when their features are."""
     clips = {"train": 0, "val": 1, "test": test_clips}
-    jobs = {s.path: count for name, count in clips.items() for s in getattr(splits, name)}
+    jobs = {s.path: None if name in cached else count for name, count in clips.items() for s in getattr(splits, name)}
     return scan_videos(jobs, num_frames, stride, num_workers, known)
 
 
 def scan_videos(
-    jobs: dict[Path, int], num_frames: int, stride: int, num_workers: int, known: dict[str, str]
-) -> tuple[dict[Path, str], dict[str, str]]:
-    """(what is wrong with each unreadable video, stamps of the good ones). `jobs` says of how many clips of
-    each video all frames are decoded; 0: only two frames. Videos whose stamp is in `known` are not read again."""
+    jobs: dict[Path, int | None], num_frames: int, stride: int, num_workers: int, known: dict[str, Record]
+) -> tuple[dict[Path, str], dict[Path, Record]]:
+    """(what is wrong with each unreadable video, the records of the others). `jobs` says of how many clips of each
+    video all frames are decoded; 0: only two frames; None: the digest is enough. `known` has records by absolute
+    path; what they say of videos whose stamp is theirs is not tried again."""
     from tqdm import tqdm
 
-    depth = {clips: f" {num_frames}/{stride}/{clips}" if clips else "" for clips in {*jobs.values()}}
-    stamps = {path: stamp(path) + depth[clips] if path.exists() else "" for path, clips in jobs.items()}
-    fresh = [(path, clips) for path, clips in jobs.items() if known.get(str(path.resolve())) != stamps[path]]
+    bad: dict[Path, str] = {}
+    records: dict[Path, Record] = {}
+    fresh: list[tuple[Path, int | None]] = []
+    for path, clips in jobs.items():
+        wanted = {f"{num_frames}/{stride}/{clips}" if clips else "two frames"} if clips is not None else set()
+        try:
+            mark = stamp(path)
+        except ReadError as error:
+            bad[path] = str(error)
+            continue
+        record = known.get(os.path.abspath(path), {"stamp": None})
+        if record["stamp"] != mark or not wanted <= {*record["decoded"]}:
+            fresh.append((path, clips))
+            tried = record["decoded"] if record["stamp"] == mark else []
+            record = {"stamp": mark, "decoded": sorted({*tried, *wanted})}
+        records[path] = record
     loader = WorkerLoader(
-        ScanDataset(fresh, num_frames, stride), batch_size=16, num_workers=num_workers if len(fresh) > 64 else 0, collate_fn=list
+        Examination(fresh, num_frames, stride), batch_size=16, num_workers=num_workers if len(fresh) > 64 else 0, collate_fn=list
     )  # fmt: skip
-    causes: list[str] = []
+    found: list[tuple[str, str]] = []
     with tqdm(total=len(fresh), desc="scan of the videos", unit="video", leave=False, disable=not fresh) as bar:
         for batch in loader:
-            causes += batch
+            found += batch
             bar.update(len(batch))
-    bad = {path: cause for (path, _), cause in zip(fresh, causes, strict=True) if cause}
-    return bad, {str(path.resolve()): mark for path, mark in stamps.items() if path not in bad}
+    for (path, _), (cause, content) in zip(fresh, found, strict=True):
+        if cause:
+            bad[path] = cause
+            del records[path]
+        else:
+            records[path] |= {"digest": content}
+    return bad, records
 
 
 def leave_out(splits: Splits, bad: dict[Path, str]) -> Splits:

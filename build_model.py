@@ -10,7 +10,10 @@ K classes; t h w count a clip's tokens over time, height and width.
 """
 
 import hashlib
+import inspect
+import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +23,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from config import ROOT, Config, family
-from script import UserError, collector_off
+from script import UserError, collector_off, shown
 from transforms import Preprocessing
 
 FAMILIES = ("timesformer", "videomae")
-LONGEST_TEXT = 128  # tokens of a text or caption; a longer one is cut
+# a configuration beyond these would keep the machine busy long before anything fails
+MOST_LAYERS, MOST_TOKENS, MOST_PARAMETERS = 1000, 10**6, 10**11
 
 
 # -- backbones --------------------------------------------------------------------------------------
@@ -76,10 +81,68 @@ def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
         ) from None
 
 
+def find_file(source: Source, name: str) -> Path | None:
+    """A file of a source; None where it has none of that name, or the hub cannot be reached."""
+    if source.local:
+        path = Path(source.path) / name
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            source.path, name, revision=source.revision, _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except OSError:  # no such repository; loading its configuration says so
+        return None
+    return Path(found) if found else None
+
+
 def read_config(source: Source) -> Any:
+    """The configuration of a backbone. Raises UserError for one that is no backbone, or too large to build."""
     from transformers import AutoConfig
 
-    return from_source(AutoConfig, source, "configuration (config.json)")
+    check_files(source)
+    settings = from_source(AutoConfig, source, "configuration (config.json)")
+    check_sizes(source, settings)
+    return settings
+
+
+def check_files(source: Source) -> None:
+    """Raises UserError for adapters in place of a backbone, and for weights that lie outside their folder."""
+    if find_file(source, "adapter_config.json"):
+        raise UserError(
+            f"{source.path} holds adapters (adapter_config.json), no whole backbone: merge them into their model with "
+            "peft's merge_and_unload(), write it with save_pretrained, and name that folder"
+        )
+    for index in Path(source.path).glob("*.index.json") if source.local else ():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            outside = [name for name in names if Path(name).name != name]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{index} is no index of weights: copy the folder anew") from None
+        if outside:
+            raise UserError(f"{index} names a file outside its folder: {shown(outside[0])}")
+
+
+def check_sizes(source: Source, settings: Any) -> None:
+    """Raises UserError where the configuration asks for a model beyond all that can be trained here."""
+
+    def size(name: str) -> int:
+        value = getattr(settings, name, 0)
+        value = max(value, default=0) if isinstance(value, list | tuple) else value
+        return value if isinstance(value, int) else 0
+
+    layers, width = size("num_hidden_layers"), size("hidden_size")
+    attention = max(width, size("num_attention_heads") * size("head_dim"))
+    layer = 4 * width * attention + 2 * width * (size("intermediate_size") or 4 * width)
+    tokens = size("num_frames") * (size("image_size") // max(1, size("patch_size"))) ** 2
+    rows = size("vocab_size") + size("max_position_embeddings") + size("type_vocab_size") + tokens
+    if layers > MOST_LAYERS or tokens > MOST_TOKENS or layers * layer + rows * width > MOST_PARAMETERS:
+        raise UserError(
+            f"{source.path}: config.json describes a model that cannot be built here: {layers:,} layers of width "
+            f"{width:,}, about {layers * layer + rows * width:.1e} parameters"
+        )
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -100,12 +163,17 @@ def load_tower(auto_class: Any, source: Source, config: Any, new_layers: tuple[s
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # loading takes a moment, not minutes
+    more |= {"dtype": torch.float32, "attn_implementation": None}  # not one that config.json names: it may be a program
     if not source.weights:
-        return auto_class.from_config(config, dtype=torch.float32, **more)
-    model, report = from_source(
-        auto_class, source, "weights",
-        config=config, dtype=torch.float32, weights_only=True, output_loading_info=True, **more,
-    )  # fmt: skip
+        return auto_class.from_config(config, **more)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no table of the tensors that are not needed; the missing ones are told below
+    try:
+        model, report = from_source(
+            auto_class, source, "weights", config=config, weights_only=True, output_loading_info=True, **more
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     missing = sorted(k for k in report["missing_keys"] if not k.startswith(new_layers))
     misfits = sorted(str(k[0] if isinstance(k, tuple) else k) for k in report["mismatched_keys"])
     if missing or misfits:
@@ -115,19 +183,21 @@ def load_tower(auto_class: Any, source: Source, config: Any, new_layers: tuple[s
 
 
 def load_preprocessor(source: Source, model_type: str) -> dict[str, Any]:
-    """The fields of preprocessor_config.json; without that file, what transformers assumes for the family."""
+    """The fields of preprocessor_config.json; without that file, what transformers assumes for the family.
+
+    Raises UserError if the file is damaged.
+    """
     from transformers import AutoImageProcessor
     from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
 
-    try:
-        return AutoImageProcessor.from_pretrained(**source.arguments(), backend="pil").to_dict()
-    except (OSError, ValueError):
-        values = VideoMAEImageProcessorPil().to_dict()
-        print(
-            f"warning: {source.path} has no preprocessor_config.json; using transformers' default for "
-            f"{model_type}: mean {values['image_mean']}, std {values['image_std']}"
-        )
-        return values
+    if find_file(source, "preprocessor_config.json") or find_file(source, "processor_config.json"):
+        return from_source(AutoImageProcessor, source, "preprocessor_config.json", backend="pil").to_dict()
+    values = VideoMAEImageProcessorPil().to_dict()
+    print(
+        f"warning: {source.path} has no preprocessor_config.json; guessing transformers' default for "
+        f"{model_type}: mean {values['image_mean']}, std {values['image_std']}"
+    )
+    return values
 
 
 def patch_side(config: Any) -> int:
@@ -297,24 +367,76 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
 
 
 def load_language(source: Source, captioning: bool) -> tuple[nn.Module, Any]:
-    """(causal language model or BERT-like encoder, tokenizer). The encoder comes without its pooler."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    """(causal language model or BERT-like encoder, tokenizer). The encoder comes without its pooler, or with one
+    that is never trained.
+
+    Raises UserError for a model of another kind.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     settings = read_config(source)
-    tokenizer = from_source(AutoTokenizer, source, "tokenizer")
     if captioning:
-        if settings.model_type in ("bert", "roberta", "distilbert", "electra"):
+        if not is_decoder(settings):
             raise UserError(f"captioning needs a causal language model such as gpt2, not {source.path}")
         model = load_tower(AutoModelForCausalLM, source, settings, new_layers=("lm_head.",))
+        model.generation_config = (
+            GenerationConfig()
+        )  # captions depend on our options alone, not on a file of the folder
     else:
-        if settings.model_type not in ("bert", "roberta", "electra"):
+        if not is_encoder(settings):
             raise UserError(
                 f"{source.path} is a {settings.model_type}; to classify, take a BERT-like encoder, or add --captioning True"
             )
-        pooler = {"add_pooling_layer": False} if settings.model_type != "electra" else {}
+        can_leave_out = "add_pooling_layer" in inspect.signature(model_class(settings).__init__).parameters
+        pooler = {"add_pooling_layer": False} if can_leave_out else {}
         model = load_tower(AutoModel, source, settings, new_layers=("pooler.",), **pooler)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("pooler" not in name)
     source.fingerprint = fingerprint(model) if source.weights else source.fingerprint
-    return model, tokenizer
+    return model, from_source(AutoTokenizer, source, "tokenizer")
+
+
+def model_class(settings: Any) -> type[nn.Module] | None:
+    """The class that AutoModel takes for a configuration."""
+    from transformers import MODEL_MAPPING
+
+    found = MODEL_MAPPING.get(type(settings), None)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def is_encoder(settings: Any) -> bool:
+    """Whether a configuration is that of a masked language model that takes embeddings in place of ids."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    if settings.model_type not in MASKED or settings.is_encoder_decoder:
+        return False
+    return takes(model_class(settings), "inputs_embeds")
+
+
+def is_decoder(settings: Any) -> bool:
+    """Whether a configuration is that of a causal language model. transformers has causal versions of BERT and its
+    kin too, but those are not what was pretrained."""
+    from transformers.models.auto import modeling_auto as tables
+
+    masked = settings.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = settings.model_type in tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return causal and not masked and not settings.is_encoder_decoder
+
+
+def takes(model: Any, argument: str) -> bool:
+    """Whether a model's forward has an argument of this name."""
+    return model is not None and argument in inspect.signature(model.forward).parameters
+
+
+def positions_of(language_model: nn.Module) -> int | None:
+    """How many tokens a language model can read; None where its positions have no end."""
+    positions = getattr(language_model.config, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return None
+    for name, module in language_model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return positions - module.padding_idx - 1  # as in RoBERTa, they start behind the padding's
+    return positions
 
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -329,9 +451,11 @@ class TextCodec:
     eos: int
     max_tokens: int  # of the text itself
 
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
     def __call__(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        rows = [[*self.bos, *ids[: self.max_tokens], self.eos] for ids in tokens]
+        rows = [[*self.bos, *ids[: self.max_tokens], self.eos] for ids in self.tokens(texts)]
         longest = max(map(len, rows))
         return {
             # what stands in the padding is never read: the mask says so
@@ -420,6 +544,10 @@ class VideoModel(nn.Module):
             tower.eval()
         return self
 
+    def cut_note(self, samples: list[Any]) -> str | None:
+        """A line on texts or captions of these samples that are cut because they are too long; None if none is."""
+        return None
+
     def collator(self) -> Collator:
         """Makes batches of this model's arguments."""
         return Collator(self.codec() if self.text_source else None, self.text_source or "text")
@@ -438,19 +566,6 @@ class VideoModel(nn.Module):
             return self(pixel_values=pixel_values, **inputs).float()
         views = [self(pixel_values=view, **inputs).float().log_softmax(-1) for view in pixel_values.unbind(1)]
         return torch.stack(views).logsumexp(0) - math.log(len(views))
-
-    def room_for_text(self, taken: int) -> int:
-        """Text tokens that fit behind `taken` other positions. Raises UserError if none do."""
-        settings = self.language_model.config
-        positions = getattr(settings, "max_position_embeddings", None) or LONGEST_TEXT + taken
-        if settings.model_type == "roberta":
-            positions -= settings.pad_token_id + 1  # its positions start behind the padding index
-        if positions - taken < 1:
-            raise UserError(
-                f"{taken} positions for video and special tokens leave no room for text: the language model has "
-                f"{positions}; lower --token_grid or --num_frames"
-            )
-        return min(LONGEST_TEXT, positions - taken)
 
 
 class VideoClassifier(VideoModel):
@@ -474,21 +589,53 @@ class VisionLanguageModel(VideoModel):
     """A projector into a language model, and video tokens behind it."""
 
     def __init__(
-        self, vision_encoder: VisionEncoder, language_model: nn.Module, tokenizer: Any, grid: int, dropout: float
-    ):
+        self, vision_encoder: VisionEncoder, language_model: nn.Module, tokenizer: Any, grid: int, longest: int,
+        dropout: float,
+    ):  # fmt: skip
         super().__init__(vision_encoder)
         vision_encoder.fc_norm = None  # it belongs to the pooled token, which is not used here
         self.language_model = language_model
         self.tokenizer = tokenizer
         self.grid = grid
-        self.projector = Projector(vision_encoder, language_model.config.hidden_size, grid, dropout)
+        self.longest = longest  # tokens of a text or caption; a longer one is cut
+        width = language_model.get_input_embeddings().embedding_dim  # some models widen it behind the embeddings
+        self.projector = Projector(vision_encoder, width, grid, dropout)
 
     def video_tokens(self, pixel_values: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:
-        """uint8 (B, T, C, H, W), or features of it -> (B, N, D) in the language model's width."""
+        """uint8 (B, T, C, H, W), or features of it -> (B, N, D) in the width of the language model's embeddings."""
         return self.projector(self.vision_encoder.encode_video(pixel_values, self.grid, features))
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.language_model.get_input_embeddings()(input_ids)
+
+    def room_for_text(self, taken: int) -> int:
+        """Text tokens that fit behind `taken` other positions. Raises UserError if none do."""
+        positions = positions_of(self.language_model)
+        if positions is None:
+            return self.longest
+        if positions - taken < 1:
+            raise UserError(
+                f"{taken} positions for video and special tokens leave no room for text: the language model has "
+                f"{positions}; lower --token_grid or --num_frames"
+            )
+        return min(self.longest, positions - taken)
+
+    def cut_note(self, samples: list[Any]) -> str | None:
+        codec = self.codec() if self.text_source else None
+        texts = Counter(t for s in samples for t in (s.captions if self.text_source == "caption" else [s.text or ""]))
+        if codec is None or not texts:
+            return None
+        counts = zip(texts.values(), codec.tokens([*texts]), strict=True)
+        cut = sum(count for count, tokens in counts if len(tokens) > codec.max_tokens)
+        if not cut:
+            return None
+        way_out = "train with a larger --max_text_tokens to read them whole"
+        if codec.max_tokens < self.longest:
+            way_out = "the language model has no more room; train with a lower --token_grid or --num_frames"
+        return (
+            f"note: {cut} of {texts.total()} {self.text_source}s are longer than {codec.max_tokens} tokens and are cut; "
+            f"{way_out}"
+        )
 
 
 class VisionLanguageClassifier(VisionLanguageModel):
@@ -496,11 +643,13 @@ class VisionLanguageClassifier(VisionLanguageModel):
 
     task = "vision-language classification"
 
-    def __init__(self, vision_encoder, language_model, tokenizer, grid: int, num_classes: int, use_text: bool, dropout: float):  # fmt: skip
-        super().__init__(vision_encoder, language_model, tokenizer, grid, dropout)
+    def __init__(self, vision_encoder, language_model, tokenizer, grid: int, longest: int, num_classes: int, use_text: bool, dropout: float):  # fmt: skip
+        super().__init__(vision_encoder, language_model, tokenizer, grid, longest, dropout)
         if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
             raise UserError("the language model's tokenizer has no [CLS] or [SEP] token")
         self.text_source = "text" if use_text else None
+        types = getattr(language_model.config, "type_vocab_size", None) or 0
+        self.has_types = types > 1 and takes(language_model, "token_type_ids")
         self.room_for_text(self.projector.num_tokens + 2 + int(use_text))
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(language_model.config.hidden_size, num_classes)
@@ -527,7 +676,7 @@ class VisionLanguageClassifier(VisionLanguageModel):
             types = torch.cat([types, torch.ones_like(input_ids)], dim=1)
             mask = torch.cat([mask, attention_mask], dim=1)
         inputs = {"inputs_embeds": torch.cat(embeds, dim=1), "attention_mask": mask}  # (B, N + 2 + L, D)
-        if getattr(self.language_model.config, "type_vocab_size", 0) > 1:
+        if self.has_types:
             inputs["token_type_ids"] = types
         hidden = self.language_model(**inputs).last_hidden_state
         return self.head(self.dropout(hidden[:, 0]))
@@ -539,8 +688,8 @@ class VideoCaptioner(VisionLanguageModel):
     task = "captioning"
     text_source = "caption"
 
-    def __init__(self, vision_encoder, language_model, tokenizer, grid: int, dropout: float):
-        super().__init__(vision_encoder, language_model, tokenizer, grid, dropout)
+    def __init__(self, vision_encoder, language_model, tokenizer, grid: int, longest: int, dropout: float):
+        super().__init__(vision_encoder, language_model, tokenizer, grid, longest, dropout)
         if tokenizer.eos_token_id is None:
             raise UserError("the language model's tokenizer has no end-of-text token")
         self.codec()
@@ -582,8 +731,10 @@ class VideoCaptioner(VisionLanguageModel):
 
         Raises UserError if prefix and caption exceed the language model's positions.
         """
+        from transformers import GenerationConfig
+
         video = self.video_tokens(pixel_values, features)  # (B, N, D)
-        positions = getattr(self.language_model.config, "max_position_embeddings", None)
+        positions = positions_of(self.language_model)
         if positions and video.shape[1] + 1 + max_new_tokens > positions:
             raise UserError(
                 f"--max_new_tokens {max_new_tokens}: at most {positions - video.shape[1] - 1} fit behind the video"
@@ -593,8 +744,10 @@ class VideoCaptioner(VisionLanguageModel):
         ids = self.language_model.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=video.device),
-            max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False,
-            eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id,
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False,
+                eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id,
+            ),
         )  # fmt: skip
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -658,9 +811,31 @@ def choose_trained(model: VideoModel, config: Config) -> None:
             add_lora(tower, config.lora_r)
         elif freeze[name]:
             model.freeze(tower)
-        if config.gradient_checkpointing and not (freeze[name] and not lora[name] and name == "vision"):
-            body = tower.backbone if name == "vision" else tower
-            body.activation_checkpointing_enable({"use_reentrant": False})
+        # nothing has to be recomputed of a frozen vision backbone; through a frozen language model gradients flow
+        if config.gradient_checkpointing and (name == "language" or trained_tensors(tower)):
+            checkpoint_layers(tower)
+
+
+def checkpoint_layers(tower: nn.Module) -> None:
+    """Has each layer of a tower recompute its activations in the backward pass (arXiv:1604.06174). transformers' own
+    switch works in layers in train() only, which those of a frozen tower never are.
+
+    Raises UserError if the tower has no layers of which transformers knows that this can be done.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError("--gradient_checkpointing True: one of these backbones cannot recompute its activations")
+    for layer in layers:
+        layer.forward = MethodType(recomputed, layer)
+
+
+def recomputed(self: nn.Module, *args: Any, **inputs: Any) -> Any:
+    """Stands for a layer's forward."""
+    if not torch.is_grad_enabled():
+        return type(self).forward(self, *args, **inputs)
+    return checkpoint(type(self).forward, self, *args, use_reentrant=False, **inputs)
 
 
 def fully_trained(config: Config) -> dict[str, bool]:
@@ -700,7 +875,9 @@ def build_model(
         model: VideoModel = VideoClassifier(vision_encoder, num_classes, config.dropout)
     else:
         language = language or locate(config.language_model, config.weights)
-        parts = (vision_encoder, *load_language(language, config.captioning), config.token_grid)
+        parts = (
+            vision_encoder, *load_language(language, config.captioning), config.token_grid, config.max_text_tokens
+        )  # fmt: skip
         if config.captioning:
             model = VideoCaptioner(*parts, config.dropout)
         else:

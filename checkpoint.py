@@ -10,16 +10,24 @@
 Loading is strict both ways, and no pickle is ever read.
 """
 
+import contextlib
 import copy
+import hashlib
 import json
+import os
+import re
+import runpy
 import shutil
 import subprocess
-from collections.abc import Set
+from collections.abc import Generator, Set
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from string import Template
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -39,11 +47,33 @@ from build_model import (
     trained_tensors,
 )
 from config import FIELDS, NAMING, ROOT, Config, as_flags, read_yaml, run_name, write_yaml
-from script import UserError, make_folder, replace_file, write_json
+from script import (
+    FileLock,
+    UserError,
+    is_temporary,
+    make_folder,
+    printable,
+    remove_leftovers,
+    replace_file,
+    shown,
+    temporary,
+    write_json,
+)
+from transforms import sample_indices
+from VLoader import Record, open_video
 
 FORMAT_VERSION = 1
 WEIGHTS, SETTINGS, METADATA = "model.safetensors", "config.yaml", "metadata.json"
+METRICS, LOCK = "metrics.json", ".lock"
 STATE = Path("state") / "state.safetensors"
+#: all that a run writes into its folder; --overwrite removes this and nothing else
+RUN_FILES = {
+    WEIGHTS, SETTINGS, METADATA, METRICS, "log.jsonl", "predictions_val.jsonl", "predictions_test.jsonl",
+    "state", "vision", "language", "tensorboard", "CARD.md",
+    *(f"{name}.png" for name in (
+        "curves", "confusion", "classes", "reliability", "worst", "captions", "attributes", "occlusion"
+    )),
+}  # fmt: skip
 PROVIDED = ROOT / "checkpoints" / "provided"
 
 
@@ -52,31 +82,142 @@ PROVIDED = ROOT / "checkpoints" / "provided"
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
     """A run's metrics.json; {} where its training is not finished."""
-    file = run_dir / "metrics.json"
+    file = run_dir / METRICS
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def free_run_dir(config: Config) -> Path:
-    """Where a new run is to lie. Raises UserError if the run exists and --overwrite is not given."""
+# -- a run's folder ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple[Path, Config]]:
+    """The folder of a new run, or with --resume of one to continue, and the options in force; this process alone has
+    it until the end of the block. Only the `first` of several processes takes the lock and writes.
+
+    The options are written at once, so that a run can be resumed whenever it is killed. A new run that ends before
+    start_run() leaves nothing behind.
+
+    Raises UserError if another process has the folder, or it does not hold what it should.
+    """
     run_dir = Path(config.output_dir) / run_name(config)
     if run_dir.resolve().is_relative_to(PROVIDED.resolve()):
         raise UserError(f"{PROVIDED} holds the provided checkpoints and is never written; choose another --output_dir")
-    if run_dir.is_dir() and any(run_dir.iterdir()):
-        if not (run_dir / METADATA).is_file():
-            raise UserError(f"{run_dir} is not empty and no run of this program; choose another --run_name")
-        if not config.overwrite:
+    if config.resume and not run_dir.is_dir():
+        raise UserError(f"{run_dir} is no run of this program: there is no such folder")
+    if not first:
+        yield run_dir, resumed_options(run_dir, config, typed) if config.resume else config
+        return
+    new_parent = not run_dir.parent.exists()
+    lock, fresh = lock_run(run_dir, None if config.resume else config), False
+    try:
+        if config.resume:
+            config = resumed_options(run_dir, config, typed)
+            remove_leftovers(run_dir, owned=True)
+        else:
+            fresh = check_free(run_dir, config.overwrite)
+            if fresh:
+                replace_file(run_dir / SETTINGS, lambda p: write_yaml(asdict(config), p))
+        remove_leftovers(run_dir.parent)
+        yield run_dir, config
+    finally:
+        unused = fresh and not (run_dir / METADATA).exists()
+        if unused:
+            clear_run(run_dir)
+        lock.release()
+        with contextlib.suppress(OSError):  # a link, or claimed by somebody else by now
+            if unused:
+                run_dir.rmdir()
+                if new_parent:
+                    run_dir.parent.rmdir()
+
+
+def lock_run(run_dir: Path, config: Config | None = None) -> FileLock:
+    """Makes the folder where there is none, with the options of a new run in it, and locks it.
+
+    Raises UserError naming the process that has it.
+    """
+    make_folder(run_dir.parent)
+    if config is not None and not os.path.lexists(run_dir):
+        lock = make_run(run_dir, config)
+        if lock is not None:
+            return lock
+    for _ in range(100):
+        make_folder(run_dir)
+        try:
+            return FileLock(run_dir / LOCK, str(run_dir))
+        except FileNotFoundError:  # its last holder removed the folder just now
+            continue
+    raise UserError(f"cannot lock {run_dir}: the folder keeps disappearing")
+
+
+def make_run(run_dir: Path, config: Config) -> FileLock | None:
+    """A new run's folder: it appears at once, locked and with the options. None if another process was faster."""
+    folder = temporary(run_dir)
+    make_folder(folder)
+    try:
+        write_yaml(asdict(config), folder / SETTINGS)
+        lock = FileLock(folder / LOCK, str(run_dir))
+        try:
+            lock.move_with(folder, run_dir)
+        except OSError:
+            lock.release()
+            return None
+        return lock
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_free(run_dir: Path, overwrite: bool) -> bool:
+    """Whether the folder is free; False where --overwrite replaces the run in it. Raises UserError if no new run may
+    be written there."""
+    if (run_dir / METADATA).exists():
+        read_run(run_dir)
+        if not overwrite:
             raise UserError(
-                f"the run {run_dir} exists: add --resume True to go on with it, --overwrite True to replace it, "
+                f"the run {run_dir} exists: add --resume True to continue it, --overwrite True to replace it, "
                 "or --run_name <another name>"
             )
-    return run_dir
+        return False
+    if not is_unstarted(run_dir):
+        raise UserError(f"{run_dir} is not empty and no run of this program; choose another --run_name")
+    return True
 
 
-def make_run_dir(run_dir: Path) -> None:
-    """An empty folder for a new run; an earlier run in it is removed."""
-    if run_dir.is_dir():
-        shutil.rmtree(run_dir)
-    make_folder(run_dir)
+def is_unstarted(run_dir: Path) -> bool:
+    """Whether the folder is empty, or what a run leaves that was killed before metadata.json was there."""
+    names = {p.name for p in run_dir.iterdir() if p.name != LOCK and not is_temporary(p)}
+    if not names or SETTINGS not in names or foreign_files(run_dir):
+        return not names
+    with contextlib.suppress(UserError):
+        return bool(read_yaml(run_dir / SETTINGS))
+    return False
+
+
+def foreign_files(run_dir: Path) -> list[Path]:
+    """What lies in a run's folder that no run writes."""
+    ours = RUN_FILES | {LOCK}
+    return [p for p in run_dir.iterdir() if p.name not in ours and not p.match("evaluation_*") and not is_temporary(p)]
+
+
+def clear_run(run_dir: Path, config: Config | None = None) -> None:
+    """Removes what a run writes, and nothing else; the options of the run to come replace the old ones."""
+    (run_dir / METADATA).unlink(missing_ok=True)  # first: the rest alone is no run, whenever this is killed
+    if config is not None:
+        replace_file(run_dir / SETTINGS, lambda p: write_yaml(asdict(config), p))
+    foreign = foreign_files(run_dir)
+    for path in run_dir.iterdir():
+        if path.name == LOCK or path in foreign or (path.name == SETTINGS and config is not None):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def finish_run(run_dir: Path, metrics: dict[str, Any]) -> None:
+    """Writes metrics.json, which makes a run finished; then there is nothing to resume."""
+    write_json(metrics, run_dir / METRICS)
+    shutil.rmtree(run_dir / STATE.parent, ignore_errors=True)
 
 
 def git_commit() -> str | None:
@@ -141,23 +282,48 @@ def save_tower_files(model: VideoModel, name: str, folder: Path) -> None:
 
 def save_weights(run_dir: Path, model: VideoModel, facts: dict[str, Any]) -> None:
     """Writes the trained tensors, with `facts` (epoch, step, metrics) in the file's header."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in trained_tensors(model).items()}
+    save_tensors({name: p.detach() for name, p in trained_tensors(model).items()}, facts, run_dir / WEIGHTS)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], facts: dict[str, Any], file: Path) -> None:
+    """Writes a safetensors file with `facts` (JSON) and a digest of it all in its header."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    facts = facts | {"digest": tensor_digest(tensors, facts)}
     header = {"facts": json.dumps(facts)}  # one key: with two, equal runs could differ in their order
-    replace_file(run_dir / WEIGHTS, lambda p: save_file(tensors, str(p), metadata=header))
+    replace_file(file, lambda p: save_file(tensors, str(p), metadata=header))
 
 
-def read_scan(file: Path) -> dict[str, str]:
-    """The remembered result of earlier scans; {} where there is none that can be read."""
+def tensor_digest(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> str:
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_scan(file: Path) -> dict[str, Record]:
+    """What earlier scans found, by absolute path; anything else that the file holds is passed over."""
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return {path: record for path, record in known.items() if is_record(record)} if isinstance(known, dict) else {}
 
 
-def write_scan(file: Path, known: dict[str, str]) -> None:
+def is_record(value: Any) -> bool:
+    """Whether a value from a file is what a scan wrote of one video."""
+    if not isinstance(value, dict) or value.keys() != {"stamp", "digest", "decoded"}:
+        return False
+    marks, decoded = (value["stamp"], value["digest"]), value["decoded"]
+    sound = all(isinstance(mark, str) and re.fullmatch("[0-9a-f]{32}", mark) for mark in marks)
+    return sound and isinstance(decoded, list) and all(isinstance(frames, str) for frames in decoded)
+
+
+def write_scan(file: Path, found: dict[str, Record]) -> None:
+    """Adds to what is remembered; other runs may have written since it was read."""
     make_folder(file.parent)
-    write_json(known, file)
+    remove_leftovers(file.parent)
+    write_json(read_scan(file) | found, file)
 
 
 # -- what --resume needs ----------------------------------------------------------------------------
@@ -174,77 +340,90 @@ def save_state(
     tensors |= {f"rng.cpu.{process}": state for process, state in random.items()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    (run_dir / STATE).parent.mkdir(exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace_file(run_dir / STATE, lambda p: save_file(tensors, str(p), metadata={"progress": json.dumps(progress)}))
+    make_folder((run_dir / STATE).parent)
+    save_tensors(tensors, progress, run_dir / STATE)
 
 
-def load_state(run_dir: Path, model: VideoModel, optimizer: torch.optim.Optimizer, process: int = 0) -> dict[str, Any]:
+def load_state(
+    run_dir: Path, model: VideoModel, optimizer: torch.optim.Optimizer, process: int = 0, processes: int = 1
+) -> dict[str, Any]:
     """Restores what save_state saved, with the random generator of this `process`, and returns the progress.
 
     Raises:
-        UserError: there is nothing to resume, the file is damaged or another model's, or it was written by fewer
-        processes.
+        UserError: the file is damaged or another model's, or another number of processes wrote it.
     """
     file = run_dir / STATE
-    if not file.is_file():
-        raise UserError(f"{run_dir} was stopped before anything was saved: start it anew with --overwrite True")
-    tensors, header = read_tensors(file)
-    copy_tensors(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, file)
+    tensors, progress = read_tensors(file)
+    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
+    try:
+        for name, tensor in tensors.items():
+            kind, rest = name.split(".", 1)
+            groups[kind][rest] = tensor
+        copy_tensors(model, groups["model"], file)
+        load_optimizer(optimizer, groups["optimizer"])
+        random = {int(n.removeprefix("cpu.")): t for n, t in groups["rng"].items() if n.startswith("cpu.")}
+        if len(random) != processes:
+            raise UserError(f"{run_dir} was stopped with {len(random)} processes, this is {processes}: use as many")
+        torch.set_rng_state(random[process])
+        if "cuda" in groups["rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(groups["rng"]["cuda"])
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{file} holds no state of this run: {' '.join(str(error).split())}") from None
+    return progress
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Restores the slots, named `<parameter's number>.<slot>`. Raises ValueError unless they fit the parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, slot = name.split(".")
-            slots.setdefault(int(index), {})[slot] = tensor
+        index, slot = name.split(".")
+        if int(index) >= len(parameters) or (slot != "step" and tensor.shape != parameters[int(index)].shape):
+            raise ValueError(f"optimizer.{name} fits no parameter")
+        slots.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
-    if f"rng.cpu.{process}" not in tensors:
-        raise UserError(f"{run_dir} was stopped with fewer processes; resume it with as many")
-    torch.set_rng_state(tensors[f"rng.cpu.{process}"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return json.loads(header["progress"])
 
 
-def resumable_run(config: Config, typed: Set[str]) -> tuple[Path, Config]:
-    """The folder and options of the run to resume; machine options are taken from `config`.
+#: options that may differ when a run is resumed: they change nothing that it computes
+FREE_AT_RESUME = {
+    "cache_dir", "controls", "data_dir", "device", "num_workers", "output_dir", "overwrite", "resume", "run_name",
+    "save_every", "tensorboard",
+}  # fmt: skip
+
+
+def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
+    """The options of the run to resume, machine options taken from `config`; without `resume` where it was killed
+    before it started to train.
 
     Raises:
         UserError: no such run, it is finished, or a typed option is not the run's own.
     """
-    run_dir = Path(config.output_dir) / run_name(config)
-    saved, _ = read_run(run_dir)
-    if (run_dir / "metrics.json").is_file():
-        raise UserError(f"{run_dir} is finished: nothing to resume; --overwrite True trains it anew")
-    free = {
-        "cache_dir",
-        "controls",
-        "data_dir",
-        "device",
-        "num_workers",
-        "output_dir",
-        "overwrite",
-        "resume",
-        "run_name",
-        "save_every",
-        "tensorboard",
-    }
+    started = (run_dir / METADATA).exists()
+    if not started and not (is_unstarted(run_dir) and (run_dir / SETTINGS).exists()):
+        raise UserError(f"{run_dir} is no run of this program: it has no {METADATA}")
+    saved = read_run(run_dir)[0] if started else Config(**read_yaml(run_dir / SETTINGS))
+    if (run_dir / METRICS).is_file() and started:
+        if (run_dir / LOCK).exists():  # this process has it
+            shutil.rmtree(run_dir / STATE.parent, ignore_errors=True)  # what a kill at the very end left
+            remove_leftovers(run_dir, owned=True)
+        raise UserError(f"{run_dir} is finished: nothing to resume; --overwrite True trains it again")
     wrong = [
         f"--{name} {getattr(config, name)} (it has {getattr(saved, name)})"
-        for name in sorted(typed - free)
-        if getattr(config, name) != getattr(saved, name) and not (name == "use_text" and saved.captioning)
+        for name in sorted(typed - FREE_AT_RESUME)
+        if getattr(config, name) not in (getattr(saved, name), "auto") and not (name == "use_text" and saved.captioning)
     ]
     if wrong:
         raise UserError(f"{run_dir} was started with other options: {', '.join(wrong)}")
-    for unfinished in run_dir.rglob("*.tmp"):  # what a killed process was writing
-        unfinished.unlink(missing_ok=True)
-    return run_dir, replace(saved, **{name: getattr(config, name) for name in free & typed})
+    return replace(saved, **{n: getattr(config, n) for n in FREE_AT_RESUME & typed} | {"resume": started})
 
 
 def check_same(run_dir: Path, model: VideoModel, data: str) -> None:
     """Raises UserError unless a run to resume has the data and the backbones that it was started with."""
     _, metadata = read_run(run_dir)
-    if metadata["data"] != data:
+    if metadata["data"][:32] != data[:32]:
         raise UserError(f"the videos, labels or captions are not those that {run_dir} was started with")
+    if metadata["data"] not in (data, data[:32]):  # the short one was written before contents were compared
+        raise UserError(f"the content of a video has changed, under the same name, since {run_dir} was started")
     check_fingerprints(run_dir, metadata, model.sources)
 
 
@@ -269,19 +448,28 @@ def load_weights(run_dir: Path, model: VideoModel) -> dict[str, Any]:
     file = run_dir / WEIGHTS
     if not file.is_file():
         raise UserError(f"{run_dir} has no {WEIGHTS}: its training did not finish an epoch")
-    tensors, header = read_tensors(file)
+    tensors, facts = read_tensors(file)
     copy_tensors(model, tensors, file)
-    return json.loads(header.get("facts", "{}"))
+    return facts
 
 
-def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its header. Raises UserError if the file is damaged."""
+def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and facts of a file that save_tensors wrote.
+
+    Raises UserError if it is damaged: cut short, or its contents do not match its digest. Files written before there
+    were digests have none.
+    """
     try:
         with safe_open(str(file), framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, no mapping
-            return tensors, stored.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
+            header = stored.metadata() or {}
+        facts = json.loads(header.get("facts") or header.get("progress") or "{}")  # states once had `progress`
+        digest = facts.pop("digest", None)
+    except (SafetensorError, OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is no whole safetensors file: {error}") from None
+    if digest is not None and digest != tensor_digest(tensors, facts):
+        raise UserError(f"{file} is damaged: its contents do not match its digest")
+    return tensors, facts
 
 
 def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path) -> None:
@@ -301,15 +489,38 @@ def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path
 
 
 def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
-    """A run's options and metadata. Raises UserError if the folder is no run or of a later format."""
+    """A run's options and metadata. Raises UserError if the folder is no run, damaged, or of a later format."""
     try:
         metadata = json.loads((run_dir / METADATA).read_text(encoding="utf-8"))
         version = metadata["format_version"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{run_dir} is no run of this program: it has no readable {METADATA}") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{run_dir} has checkpoint format {version}; this program reads {FORMAT_VERSION}")
-    return Config(**read_yaml(run_dir / SETTINGS)), metadata
+        raise UserError(f"{run_dir} has checkpoint format {shown(version)}; this program reads {FORMAT_VERSION}")
+    config = Config(**read_yaml(run_dir / SETTINGS))
+    wrong = wrong_metadata(metadata, {"vision", "language"} if config.use_vlm else {"vision"})
+    if wrong:
+        raise UserError(f"{run_dir / METADATA} is damaged: {wrong}")
+    return config, metadata
+
+
+def wrong_metadata(metadata: dict[str, Any], parts: set[str]) -> str:
+    """What is wrong with the contents of a metadata.json, "" if nothing; `parts` are the run's backbones."""
+    names, display, backbones = (metadata.get(key) for key in ("class_names", "display_names", "backbones"))
+    if not isinstance(metadata.get("task"), str) or not isinstance(metadata.get("data"), str):
+        return "no task or data"
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return "class_names is no list of names"
+    if not isinstance(display, dict) or not all(isinstance(display.get(name), str) for name in names):
+        return "display_names lacks a class"
+    if not isinstance(backbones, dict) or backbones.keys() != parts:
+        return f"backbones are not {' and '.join(sorted(parts))}"
+    for name, facts in backbones.items():
+        if not isinstance(facts, dict) or not isinstance(facts.get("in_checkpoint"), bool):
+            return f"the {name} backbone is not described"
+        if not isinstance(facts.get("fingerprint"), str) or not facts["fingerprint"]:
+            return f"the {name} backbone has no fingerprint"
+    return ""
 
 
 def list_runs(folder: Path) -> list[tuple[Path, Config]]:
@@ -398,26 +609,49 @@ def load_run(run_dir: Path, config: Config = Config(), typed: Set[str] = frozens
 # -- export -----------------------------------------------------------------------------------------
 
 
-def export(run_dir: Path, model: VideoModel, config: Config, metadata: dict[str, Any], output: Path) -> float | None:
+def export(
+    run_dir: Path, model: VideoModel, config: Config, metadata: dict[str, Any], output: Path
+) -> tuple[float, float] | None:
     """Writes a run for other programs: adapters as peft folders, a classifier as a merged Hugging Face folder.
 
         output/adapter_<tower>/   PeftModel.from_pretrained(AutoModel.from_pretrained(<backbone>), folder)
-        output/                   AutoModelForVideoClassification.from_pretrained(output)
+        output/                   AutoModelForVideoClassification.from_pretrained(output), README.md, predict.py
 
-    Returns the largest difference between our logits and those of the reloaded folder, None if there is none.
-    Changes the model: its adapters are merged.
+    Everything is written to a temporary folder beside `output`, which is then renamed.
+    Returns what export_classifier returns, None if there is no classifier. Changes the model: its adapters are merged.
 
     Raises:
-        UserError: the output exists, or the run is of a kind that has nothing to export.
+        UserError: the output exists or cannot be written, or the run is of a kind that has nothing to export.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--export {output}: this folder exists already; choose another")
     lora = [name for name in model.sources if list(adapters(model.towers()[name]))]
     if config.use_vlm and not lora:
         raise UserError(f"--export: {run_dir} joins two models, which no Hugging Face class holds, and has no adapters")
-    for name in lora:
-        save_adapters(model, name, config, output / f"adapter_{name}")
-    return None if config.use_vlm else export_classifier(model, metadata, output)
+    with whole_folder(output) as folder:
+        for name in lora:
+            save_adapters(model, name, config, folder / f"adapter_{name}")
+        return None if config.use_vlm else export_classifier(run_dir.name, model, config, metadata, folder)
+
+
+@contextmanager
+def whole_folder(output: Path) -> Generator[Path]:
+    """A temporary folder beside `output` that becomes `output` at the end, or is removed if that fails.
+
+    Raises UserError if it cannot be written.
+    """
+    output = Path(os.path.realpath(output))
+    make_folder(output.parent)
+    remove_leftovers(output.parent)
+    folder = temporary(output)
+    try:
+        folder.mkdir()
+        yield folder
+        os.replace(folder, output)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--export: cannot write {output}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_adapters(model: VideoModel, name: str, config: Config, folder: Path) -> None:
@@ -430,30 +664,63 @@ def save_adapters(model: VideoModel, name: str, config: Config, folder: Path) ->
     settings.save_pretrained(folder)
     tensors = get_peft_model_state_dict(body)
     tensors = {f"base_model.model.{n}": t.detach().cpu().contiguous() for n, t in tensors.items()}
-    replace_file(folder / "adapter_model.safetensors", lambda p: save_file(tensors, str(p), metadata={"format": "pt"}))
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
-def export_classifier(model: VideoModel, metadata: dict[str, Any], output: Path) -> float:
-    """The classifier as its published class, with adapters merged and the classes' names. Reloads and compares."""
+def export_classifier(
+    run: str, model: VideoModel, config: Config, metadata: dict[str, Any], folder: Path
+) -> tuple[float, float]:
+    """The classifier as its published class, with adapters merged and the classes' names, and a program beside it.
+
+    Reloads it and returns (the largest difference of a logit, of a probability that predict.py gives for a video).
+    """
     from transformers import AutoModelForVideoClassification
 
     vision = model.vision_encoder
-    native_table = read_config(model.sources["vision"])
-    own_size = (native_table.num_frames, native_table.image_size) == (
-        vision.config.num_frames,
-        vision.config.image_size,
-    )
+    check_position_table(model)
+    size = (2, vision.config.num_frames, 3, vision.config.image_size, vision.config.image_size)
+    clips = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    video = draw_video(folder / "video.mp4", vision.config.num_frames)
+    reader = open_video(video)
+    frames = reader.frames(sample_indices(len(reader), config.num_frames, config.frame_stride))
+    with torch.no_grad():  # through the adapters
+        expected = model.eval()(clips)  # (2, K)
+        chances = model(vision.preprocessing.pixels(frames)[None])[0].softmax(-1)  # (K,)
+    merge_adapters(model)
+    native_model(model, metadata).save_pretrained(folder)
+    values = vision.preprocessing.to_dict() | {"frame_stride": config.frame_stride}
+    write_json(values, folder / "preprocessor_config.json")
+    shutil.copyfile(ROOT / "export" / "predict.py", folder / "predict.py")
+    reloaded = AutoModelForVideoClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = float((reloaded(vision.preprocessing.normalise(clips)).logits - expected).abs().max())
+    found = runpy.run_path(str(folder / "predict.py"))["predict"](video)
+    video.unlink()
+    difference = max(abs(a - b) for a, b in zip(found.values(), chances.tolist(), strict=True))
+    describe_export(folder / "README.md", run, config, logits, difference)
+    return logits, difference
+
+
+def check_position_table(model: VideoModel) -> None:
+    """Raises UserError if the published class cannot hold the run's position table."""
+    vision = model.vision_encoder
+    native = read_config(model.sources["vision"])
+    own_size = (native.num_frames, native.image_size) == (vision.config.num_frames, vision.config.image_size)
     if not vision.has_cls and not own_size:
         raise UserError(
             "--export: VideoMAE's class computes its position table and cannot hold the interpolated one of this run; "
-            f"train with --num_frames {native_table.num_frames} --image_size {native_table.image_size} to export"
+            f"train with --num_frames {native.num_frames} --image_size {native.image_size} to export"
         )
-    size = (2, vision.config.num_frames, 3, vision.config.image_size, vision.config.image_size)
-    clips = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model.eval()(clips)  # (2, K), through the adapters
-    merge_adapters(model)
+
+
+def native_model(model: VideoModel, metadata: dict[str, Any]) -> torch.nn.Module:
+    """A classifier without adapters as transformers' own class. Its labels are the display names where these differ."""
+    from transformers import AutoModelForVideoClassification
+
+    vision = model.vision_encoder
     names = [metadata["display_names"][name] for name in metadata["class_names"]]
+    if len(set(names)) < len(names):
+        names = metadata["class_names"]
     settings = copy.deepcopy(vision.config)
     settings.id2label, settings.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     native = AutoModelForVideoClassification.from_config(settings)
@@ -461,8 +728,30 @@ def export_classifier(model: VideoModel, metadata: dict[str, Any], output: Path)
     if vision.fc_norm is not None:
         native.fc_norm.load_state_dict(vision.fc_norm.state_dict())
     native.classifier.load_state_dict(model.head.state_dict())
-    native.save_pretrained(output)
-    write_json(vision.preprocessing.to_dict(), output / "preprocessor_config.json")
-    reloaded = AutoModelForVideoClassification.from_pretrained(output).eval()
-    with torch.no_grad():
-        return float((reloaded(vision.preprocessing.normalise(clips)).logits - expected).abs().max())
+    return native
+
+
+def draw_video(path: Path, num_frames: int) -> Path:
+    """A video of noise that brightens, longer than the model needs, wider than high."""
+    import av
+
+    generator = np.random.default_rng(0)
+    with av.open(f"file:{path}", "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        for brightness in np.linspace(64, 255, 3 * num_frames + 1):
+            picture = generator.integers(0, brightness, (96, 160, 3)).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def describe_export(file: Path, run: str, config: Config, logits: float, probabilities: float) -> None:
+    rule = "the middle ones of equally long parts"
+    if config.frame_stride:
+        rule = f"one in {config.frame_stride}, from the middle of the video"
+    text = Template((ROOT / "export" / "README.md").read_text(encoding="utf-8")).substitute(
+        run=printable(run), frames=f"{config.num_frames} frames", rule=rule, count=config.num_frames,
+        logits=f"{logits:.1e}", probabilities=f"{probabilities:.1e}",
+    )  # fmt: skip
+    file.write_text(text, encoding="utf-8")

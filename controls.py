@@ -117,37 +117,60 @@ def unit(features: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def occlusion_maps(
     model: VideoModel, loader: DataLoader, rows: list[dict[str, Any]], accelerator: Any
-) -> list[tuple[torch.Tensor, torch.Tensor, str]]:
-    """(clip uint8 [T, C, H, W], map [PARTS, CELLS, CELLS], answer) of the first clips: by how much answer_scores of
-    the model's own answer fall when a cell of the picture is grey in a part of the frames (Zeiler 2014).
-
-    One clip of each answer, SHOWN at most.
-    """
+) -> list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+    """(clip uint8 [T, C, H, W], map [PARTS, CELLS, CELLS], row) of the chosen clips: by how much answer_scores of the
+    model's own answer fall when a cell of the picture shows the clip's background in a part of the frames (after
+    Zeiler 2014, whose grey square would be an object among objects)."""
     model.to(accelerator.device).eval()
     names = list(loader.dataset.class_index)
-    answers = [row["caption"] if "caption" in row else row["label"] for row in rows]
-    first = sorted({answer: place for place, answer in reversed([*enumerate(answers)])}.values())[:SHOWN]
-    grey = blank(model.vision_encoder.preprocessing)
     maps = []
-    for place in tqdm(first, desc="occlusion", unit="clip", leave=False):
-        item = loader.dataset[(0, place)]
-        if "caption" in rows[place]:
-            item["caption"] = answers[place]
+    for place in tqdm(chosen(rows), desc="occlusion", unit="clip", leave=False):
+        row, item = rows[place], loader.dataset[(0, place)]
+        if "caption" in row:
+            item["caption"] = row["caption"]
         else:
-            item["label"] = names.index(answers[place])
-        covered = list(occluded(item["pixel_values"], grey))
+            item["label"] = names.index(row["label"])
+        covered = list(occluded(item["pixel_values"]))
         scores = torch.cat([
             answer_scores(model, [item | {"pixel_values": c} for c in chunk], accelerator)
             for chunk in ([item["pixel_values"]], *(covered[i : i + 16] for i in range(0, len(covered), 16)))
         ])  # fmt: skip
-        maps.append((item["pixel_values"], (scores[0] - scores[1:]).view(PARTS, CELLS, CELLS), answers[place]))
+        maps.append((item["pixel_values"], (scores[0] - scores[1:]).view(PARTS, CELLS, CELLS), row))
     return maps
 
 
-def occluded(clip: torch.Tensor, grey: Callable[..., torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The clip, uint8 [T, C, H, W], with one cell grey: over parts of the frames, rows, columns."""
+def chosen(rows: list[dict[str, Any]]) -> list[int]:
+    """The places of SHOWN clips at most: a wrong answer, a right one, and so on where there are both; drawn at random,
+    always the same, each of another class (of captioners: with other references)."""
+    places: list[int] = []
+    for right in (False, True) * SHOWN:
+        seen = [truth(rows[place]) for place in places]
+        drawn = np.random.default_rng(0).permutation(len(rows)).tolist()
+        places += [p for p in drawn if is_right(rows[p]) == right and truth(rows[p]) not in seen][:1]
+    return places[:SHOWN]
+
+
+def truth(row: dict[str, Any]) -> str | list[str]:
+    return row["references"] if "caption" in row else row["truth"]
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    return row["caption"] in row["references"] if "caption" in row else row["label"] == row["truth"]
+
+
+def background(clip: torch.Tensor) -> torch.Tensor:
+    """What stands still in a clip, uint8 [T, C, H, W], too coarse to show an object: the median over time, blurred
+    over two cells of the map. uint8 [C, H, W]"""
+    still = clip.contiguous().median(0).values.float()[None]  # (1, C, H, W); torch's median of expanded clips is wrong
+    coarse = F.adaptive_avg_pool2d(still, max(1, CELLS // 2))
+    blurred = F.interpolate(coarse, size=clip.shape[-2:], mode="bilinear", align_corners=False)
+    return blurred[0].round().to(torch.uint8)
+
+
+def occluded(clip: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The clip, uint8 [T, C, H, W], with its background in one cell: over parts of the frames, rows, columns."""
     times, _, height, width = clip.shape
-    filled = grey(clip, None)
+    filled = background(clip).expand_as(clip)
     edges = [
         torch.linspace(0, size, n + 1).round().int().tolist()
         for size, n in ((times, PARTS), (height, CELLS), (width, CELLS))

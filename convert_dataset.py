@@ -8,6 +8,7 @@ unreadable or refused, names all of that in <output>/<split>/conversion.json, an
 
 import argparse
 import csv
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from script import Parser, UserError, make_folder, replace_file, run_script
+from script import Parser, UserError, make_folder, printable, replace_file, run_script, shown
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -30,6 +31,8 @@ SPLIT_WORDS = {
 }  # fmt: skip
 SHOWN = 5  # names of missing, unreadable and refused videos that are printed
 SHOWN_CLASSES = 40
+MOST_WORKERS = 256
+LONGEST = 200  # characters of a name that are printed
 REPORT = "conversion.json"
 
 
@@ -44,25 +47,63 @@ class Row:
     split: str | None = None  # None: the file's name tells
     frames: tuple[int, int] | None = None  # numbers of the first and the last image of a folder of frames
     problem: str = ""  # why the row cannot be taken
+    unused: bool = False  # the list itself says that this split does without it
+
+    def __post_init__(self) -> None:
+        texts = [text for text in (self.video, self.label, *self.captions, self.text) if text is not None]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("names, labels and captions must be texts")
 
 
 # -- one generator per format -----------------------------------------------------------------------
 
 
 def read_text(file: Path) -> str:
-    """UTF-8, with or without a byte order mark, else cp1252. Raises UserError if it cannot be read."""
+    """UTF-8, or what a byte order mark says, else cp1252. Raises UserError if it cannot be read."""
     try:
         data = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         return data.decode("cp1252", errors="replace")
 
 
+def plain_text(file: Path) -> str:
+    """The text of a format that is no JSON. Raises ValueError if the file is."""
+    if file.suffix.lower() in (".json", ".jsonl"):
+        raise ValueError("it is JSON, where lines of text are expected")
+    return read_text(file)
+
+
 def lines_of(file: Path) -> Iterator[str]:
-    return (line.strip() for line in read_text(file).splitlines() if line.strip() and not line.startswith("#"))
+    """The lines that hold something. They end at line feeds alone: a caption may hold any other separator."""
+    return (line.strip() for line in plain_text(file).split("\n") if line.strip())
+
+
+def cells_of(file: Path, separator: str = ",") -> list[list[str]]:
+    """The rows of a csv file, without empty lines; quoted cells may hold line breaks. Raises ValueError."""
+    reader = csv.reader(io.StringIO(plain_text(file), newline=""), delimiter=separator, strict=True)
+    try:
+        return [[cell.strip() for cell in row] for row in reader if len(row) > 1 or "".join(row).strip()]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from None
+
+
+def table_of(cells: list[list[str]]) -> Iterator[dict[str, str]]:
+    """A table's rows by its first line's titles. Raises ValueError for a row of more cells than titles."""
+    titles = cells[0] if cells else []
+    for row in cells[1:]:
+        if any(row[len(titles) :]):
+            raise ValueError(f"{len(row)} cells under {len(titles)} titles: {shown(', '.join(row))}; put quotes around cells that hold commas")  # fmt: skip
+        yield dict(zip(titles, row + [""] * (len(titles) - len(row)), strict=False))
+
+
+def split_facts(word: str) -> dict[str, str | None]:
+    """The split of a row that names one, and what is wrong with it, as arguments of Row."""
+    split = split_of(word)
+    return {"split": split, "problem": f"unknown split {word}" if word and split is None else ""}
 
 
 PATH_TITLES = ("file_name", "filename", "path", "video_path", "video", "file", "video_name", "clip", "video_id", "name")
@@ -73,19 +114,17 @@ CAPTION_TITLES = ("caption", "sentence", "description")
 def list_rows(file: Path) -> Iterator[Row]:
     """`path label`, separated by tab, comma or spaces; or a table with a line of titles such as
     path, label, caption, text, split."""
-    lines = list(lines_of(file))
-    first = lines[0] if lines else ""
+    first = next(lines_of(file), "")
     separator = "\t" if "\t" in first else "," if "," in first else None
-    cells = list(csv.reader(lines, delimiter=separator)) if separator else [split_at_path(line) for line in lines]
-    titles = [cell.strip().lower() for cell in cells[0]] if cells else []
+    cells = cells_of(file, separator) if separator else [split_at_path(line) for line in lines_of(file)]
+    titles = [cell.lower() for cell in cells[0]] if cells else []
     if separator and any(title in PATH_TITLES for title in titles):
-        yield from table_rows([dict(zip(titles, row, strict=False)) for row in cells[1:]])
+        yield from table_rows(table_of([titles, *cells[1:]]))
         return
     for row in cells:
-        row = [cell.strip() for cell in row]
         if len(row) == 2 and row[1]:
             yield Row(row[0], label=row[1])
-        elif len(row) < 2 or not row[1]:
+        elif not any(row[1:]):
             yield Row(row[0], problem="no label")
         else:
             yield Row(row[0], problem=f"several labels ({', '.join(row[1:])}); frame lists are --format frames")
@@ -100,27 +139,25 @@ def split_at_path(line: str) -> list[str]:
     return [path, *numbers] if all(n.lstrip("-").isdigit() for n in numbers) else [path, rest]
 
 
-def table_rows(rows: list[dict[str, str]]) -> Iterator[Row]:
+def table_rows(rows: Iterator[dict[str, str]]) -> Iterator[Row]:
     def cell(row: dict[str, str], titles: tuple[str, ...]) -> str | None:
-        return next((row[t].strip() for t in titles if row.get(t) and row[t].strip()), None)
+        return next((row[t] for t in titles if row.get(t)), None)
 
     for row in rows:
-        caption, split = cell(row, CAPTION_TITLES), cell(row, ("split", "subset"))
-        made = Row(
+        caption = cell(row, CAPTION_TITLES)
+        yield Row(
             cell(row, PATH_TITLES) or "",
             label=cell(row, LABEL_TITLES),
             captions=(caption,) if caption else (),
             text=cell(row, ("text",)),
-            split=split_of(split) if split else None,
+            **split_facts(cell(row, ("split", "subset")) or ""),
         )
-        lacking = not made.label and not made.captions
-        yield replace(made, problem="neither label nor caption") if lacking else made
 
 
 def ucf101_rows(file: Path) -> Iterator[Row]:
     """`Class/v_Class_g01_c01.avi 1` in training lists, without the number in test lists."""
     for line in lines_of(file):
-        name = line.split()[0]
+        name = re.sub(r"\s+\d+$", "", line)
         yield Row(name, label=PurePosixPath(name).parent.name or None)
 
 
@@ -131,17 +168,16 @@ def hmdb51_rows(file: Path) -> Iterator[Row]:
         raise UserError(f"{file}: HMDB51's lists are named <class>_test_split<n>.txt; name those of one split")
     for line in lines_of(file):
         name, number = line.rsplit(maxsplit=1)
-        if number != "0":
-            yield Row(f"{label}/{name}", label=label, split={"1": "train", "2": "test"}[number])
+        split = {"0": "train", "1": "train", "2": "test"}[number]
+        yield Row(f"{label}/{name}", label=label, split=split, unused=number == "0")
 
 
 def kinetics_rows(file: Path) -> Iterator[Row]:
     """Lines under label, youtube_id, time_start, time_end, split; files <id>_<start>_<end>, six digits each."""
-    for row in csv.DictReader(read_text(file).splitlines()):
+    for row in table_of(cells_of(file)):
         start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
         name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
-        label = (row.get("label") or "").strip()
-        yield Row(name, label=label, split=split_of(row.get("split") or ""), problem="" if label else "no label")
+        yield Row(name, label=row.get("label") or None, **split_facts(row.get("split", "")))
 
 
 def ssv2_rows(file: Path) -> Iterator[Row]:
@@ -161,26 +197,27 @@ def msrvtt_rows(file: Path) -> Iterator[Row]:
     for sentence in values["sentences"]:
         captions.setdefault(sentence["video_id"], []).append(sentence["caption"].strip())
     for video in values["videos"]:
-        mine = tuple(filter(None, captions.get(video["video_id"], [])))
-        yield Row(
-            video["video_id"], captions=mine, split=split_of(video["split"]), problem="" if mine else "no caption"
-        )
+        mine = tuple(filter(None, captions.pop(video["video_id"], [])))
+        yield Row(video["video_id"], captions=mine, **split_facts(video["split"]))
+    for name in captions:
+        yield Row(name, problem="it has sentences, but does not stand in `videos`")
 
 
 def msvd_rows(file: Path) -> Iterator[Row]:
-    """`<id>_<start>_<end> a caption` lines, or the corpus's csv (VideoID, Start, End, Language, Description)."""
+    """`<id>_<start>_<end> a caption` lines (those that begin with # are comments), or the corpus's csv (VideoID, Start,
+    End, Language, Description), of which the English ones count."""
     captions: dict[str, list[str]] = {}
     if file.suffix.lower() == ".csv":
-        for row in csv.DictReader(read_text(file).splitlines()):
-            if row["Language"] == "English" and row["Description"].strip():
-                name = f"{row['VideoID']}_{row['Start']}_{row['End']}"
-                captions.setdefault(name, []).append(row["Description"].strip())
+        for row in table_of(cells_of(file)):
+            mine = captions.setdefault(f"{row['VideoID']}_{row['Start']}_{row['End']}", [])
+            mine += [row["Description"]] if row["Language"] == "English" else []
     else:
         for line in lines_of(file):
             name, _, caption = line.partition(" ")
-            captions.setdefault(name, []).append(caption.strip())
+            if not name.startswith("#"):
+                captions.setdefault(name, []).append(caption.strip())
     for name, mine in captions.items():
-        yield Row(name, captions=tuple(filter(None, mine)), problem="" if any(mine) else "no caption")
+        yield Row(name, captions=tuple(filter(None, mine)))
 
 
 def vatex_rows(file: Path) -> Iterator[Row]:
@@ -190,8 +227,8 @@ def vatex_rows(file: Path) -> Iterator[Row]:
     else:
         rows = ((name, rest.split("|")) for name, _, rest in (line.partition("|") for line in lines_of(file)))
     for name, captions in rows:
-        mine = tuple(" ".join(c.split()) for c in captions if c.strip())
-        yield Row(name.strip(), captions=mine, problem="" if mine else "no caption")
+        mine = tuple(re.sub("[ \t]+", " ", c).strip() for c in captions if c.strip())
+        yield Row(name.strip(), captions=mine)
 
 
 def frames_rows(file: Path) -> Iterator[Row]:
@@ -239,17 +276,24 @@ def split_of(name: str) -> str | None:
 def read_class_names(file: Path) -> dict[str, str]:
     """{number: name} of a list of classes: `3 jumping` lines, or one name a line (from 0), or {"jumping": 3}."""
     if file.suffix.lower() == ".json":
-        return {str(number): name for name, number in json.loads(read_text(file)).items()}
-    lines = list(lines_of(file))
-    numbered = [re.fullmatch(r"(\d+)[\s,]+(.+)", line) for line in lines]
-    if lines and all(numbered):
-        return {found[1]: found[2] for found in numbered}
-    return {str(number): name for number, name in enumerate(lines)}
+        values = json.loads(read_text(file))
+        if not isinstance(values, dict) or not all(re.fullmatch(r"\d+", str(number)) for number in values.values()):
+            raise ValueError('expected {"jumping": 3, ...}')
+        pairs = [(str(number), name) for name, number in values.items()]
+    else:
+        lines = list(lines_of(file))
+        numbered = [re.fullmatch(r"(\d+)[\s,]+(.+)", line) for line in lines]
+        whole = lines and all(numbered)
+        pairs = [found.groups() for found in numbered] if whole else [(str(i), line) for i, line in enumerate(lines)]
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise ValueError("a number stands twice")
+    return names
 
 
 def several_labels(label: str | None) -> str:
     """What is wrong with a label that names several classes: `3,17`, `a;b`, `a|b`, `[1, 2]`; else ""."""
-    if label and re.fullmatch(r".*[|;].*|\[.*\]|\d+(?:[,\s]+\d+)+", label):
+    if label and re.fullmatch(r".*[|;].*|\[.*\]|\d+(?:[,\s]+\d+)+", label, re.DOTALL):
         return f"several labels ({label}); one video has one"
     return ""
 
@@ -260,7 +304,9 @@ def parse_file(name: str, file: Path, default_split: str | None) -> Iterator[Row
     try:
         for row in FORMATS[name](file):
             yield row if row.split else replace(row, split=split)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, csv.Error) as error:
+    except RecursionError:
+        raise UserError(f"{file} is not of --format {name}: it is nested too deep") from None
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(f"{file} is not of --format {name}: {what}") from None
 
@@ -307,27 +353,30 @@ class VideoIndex:
         return (found[0], "") if found else (None, "")
 
 
-def link_frames(folder: Path, frames: tuple[int, int], target: Path, name: str) -> Path:
-    """The folder itself if all its images are meant, else a folder of links to those whose numbers lie between."""
+def images_between(folder: Path, frames: tuple[int, int]) -> tuple[list[Path], bool]:
+    """(the images whose numbers lie between, whether these are all of the folder)."""
     from VLoader import list_images
 
     def number(path: Path) -> int:
         digits = re.findall(r"\d+", path.stem)
         return int(digits[-1]) if digits else -1
 
-    images = list_images(folder)
+    images = list_images(folder) if folder.is_dir() else []
     chosen = [image for image in images if frames[0] <= number(image) <= frames[1]]
-    if len(chosen) in (0, len(images)):
-        return folder
-    links = target / "frames" / f"{'_'.join(PurePosixPath(name).parts)}_{frames[0]}_{frames[1]}"
-    make_folder(links)
+    return chosen, len(chosen) == len(images)
+
+
+def link_images(folder: Path, images: list[Path]) -> None:
+    """A folder of links to these images, and no others."""
+    make_folder(folder)
     try:
-        for image in chosen:
-            (links / image.name).unlink(missing_ok=True)
-            (links / image.name).symlink_to(image.resolve())
+        for old in folder.iterdir():
+            if old.is_symlink():
+                old.unlink()
+        for image in images:
+            (folder / image.name).symlink_to(image.resolve())
     except OSError as error:
-        raise UserError(f"cannot link {chosen[0]} in {links}: {error.strerror}") from None
-    return links
+        raise UserError(f"cannot link {images[0]} in {folder}: {error.strerror}") from None
 
 
 # -- the writer -------------------------------------------------------------------------------------
@@ -338,43 +387,86 @@ class Outcome:
     """What became of one split's rows."""
 
     rows: int = 0
+    found: int = 0
+    unused: int = 0
     captions: int = 0
     samples: dict[Path, "Sample"] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     wanted: Counter = field(default_factory=Counter)  # rows of each class
+    links: dict[Path, list[Path]] = field(default_factory=dict)  # folders to make, of links to images
 
 
 def sort_rows(rows: Iterator[Row], index: VideoIndex, names: dict[str, str], output: Path) -> dict[str, Outcome]:
-    """Every row found, missing or refused, by split. Rows of one video join: captions add up, labels must agree."""
-    from VLoader import Sample
-
+    """Every row found, missing, refused or unused, by split; rows of one video join."""
     outcomes: dict[str, Outcome] = {}
-    several: set[tuple[str, Path]] = set()
+    groups: dict[tuple[str, Path], list[Row]] = {}
     for row in rows:
         outcome = outcomes.setdefault(row.split, Outcome())
         outcome.rows += 1
-        label = names.get(row.label, row.label) if row.label is not None else None
-        outcome.wanted[label] += 1
-        problem = row.problem or several_labels(row.label)
-        path, problem = (None, problem) if problem else index.find(row.video)
+        if row.unused:
+            outcome.unused += 1
+            continue
+        problem = problem_of(row, names)
+        row = replace(row, label=names.get(row.label, row.label))
+        outcome.wanted[row.label] += 1
+        path, problem = (None, problem) if problem else find_row(row, index, output, outcome)
         if problem:
             outcome.refused.append(f"{row.video}: {problem}")
-            continue
-        if path is None:
+        elif path is None:
             outcome.missing.append(row.video)
-            continue
-        if row.frames is not None:
-            path = link_frames(path, row.frames, output / row.split, row.video)
-        known = outcome.samples.get(path, Sample(path, label, (), row.text))
-        if known.label != label:
-            several.add((row.split, path))
-            outcome.refused.append(f"{row.video}: several labels ({known.label}, {label}); one video has one")
-        outcome.samples[path] = replace(known, captions=known.captions + row.captions)
-    for split, path in several:
-        del outcomes[split].samples[path]
+        else:
+            groups.setdefault((row.split, path), []).append(row)
+    for (split, path), group in groups.items():
+        join_rows(group, path, outcomes[split])
     return outcomes
+
+
+def problem_of(row: Row, names: dict[str, str]) -> str:
+    """Why the row cannot be taken, wherever its video lies; else ""."""
+    if row.problem:
+        return row.problem
+    if not row.video.strip():
+        return "no video is named"
+    if not row.label and not row.captions:
+        return "neither label nor caption"
+    if row.label and row.label.isdecimal() and names and row.label not in names:
+        return f"--class_names has no number {row.label}"
+    return several_labels(row.label)
+
+
+def find_row(row: Row, index: VideoIndex, output: Path, outcome: Outcome) -> tuple[Path | None, str]:
+    """(the row's video, what is wrong); for a part of a folder of frames a folder of links, to be made."""
+    path, problem = index.find(row.video)
+    if path is None or row.frames is None:
+        return path, problem
+    images, whole = images_between(path, row.frames)
+    first, last = row.frames
+    if not images:
+        return None, f"{path} has no images with numbers from {first} to {last}"
+    if whole:
+        return path, ""
+    links = output / "frames" / path.relative_to(index.folder).parent / f"{path.name}_{first}_{last}"
+    outcome.links[links] = images
+    return links, ""
+
+
+def join_rows(group: list[Row], path: Path, outcome: Outcome) -> None:
+    """One sample of all rows of one video: captions add up; labels must agree, and texts."""
+    from VLoader import Sample
+
+    labels = dict.fromkeys(row.label for row in group if row.label)
+    if len(labels) > 1:
+        problem = f"several labels ({', '.join(labels)}); one video has one"
+        outcome.refused += [f"{row.video}: {problem}" for row in group]
+        return
+    text = next((row.text for row in group if row.text is not None), None)
+    taken = [row for row in group if row.text in (None, text)]
+    outcome.refused += [f"{row.video}: another text than its first row has" for row in group if row not in taken]
+    outcome.found += len(taken)
+    captions = tuple(caption for row in taken for caption in row.captions)
+    outcome.samples[path] = Sample(path, next(iter(labels), None), captions, text)
 
 
 def drop_unreadable(outcomes: dict[str, Outcome], workers: int) -> None:
@@ -409,17 +501,19 @@ def report(outcomes: dict[str, Outcome], output: Path) -> dict[str, Any]:
     from script import write_json
 
     counts, print_width = {}, 11
-    titles = ("rows", "found", "missing", "unreadable", "refused", "videos", "classes", "captions")
+    titles = ("rows", "found", "missing", "refused", "unused", "unreadable", "videos", "classes", "captions")
     print(f"{'split':<7}" + "".join(f"{t:>{print_width}}" for t in titles))
     for split in (s for s in SPLITS if s in outcomes):
         outcome = outcomes[split]
         kept = Counter(s.label for s in outcome.samples.values())
-        found = outcome.rows - len(outcome.missing) - len(outcome.refused)
         lists = {name: getattr(outcome, name) for name in ("missing", "unreadable", "refused")}
         values = (
             outcome.rows,
-            found,
-            *map(len, lists.values()),
+            outcome.found,
+            len(outcome.missing),
+            len(outcome.refused),
+            outcome.unused,
+            len(outcome.unreadable),
             len(outcome.samples),
             len(set(kept) - {None}),
             outcome.captions,
@@ -435,8 +529,13 @@ def report(outcomes: dict[str, Outcome], output: Path) -> dict[str, Any]:
         named = [text for values in counts.values() for text in values[name]]
         more = f" and {len(named) - SHOWN} more, all in {REPORT}" if len(named) > SHOWN else ""
         if named:
-            print(f"{name}: {'; '.join(named[:SHOWN])}{more}")
+            print(f"{name}: {'; '.join(map(brief, named[:SHOWN]))}{more}")
     return counts
+
+
+def brief(name: str) -> str:
+    """A name as the terminal shows it."""
+    return printable(name)[:LONGEST]
 
 
 def print_classes(counts: dict[str, dict[str, dict[str, int]]]) -> None:
@@ -446,8 +545,8 @@ def print_classes(counts: dict[str, dict[str, dict[str, int]]]) -> None:
         if number == SHOWN_CLASSES:
             print(f"  and {len(names) - SHOWN_CLASSES} more classes, in {REPORT}")
             break
-        shown = (f"{s} {c[name]['videos']} of {c[name]['rows']}" for s, c in counts.items() if name in c)
-        print(f"  {name}: {', '.join(shown)}")
+        parts = (f"{s} {c[name]['videos']} of {c[name]['rows']}" for s, c in counts.items() if name in c)
+        print(f"  {brief(name)}: {', '.join(parts)}")
 
 
 def check_outcomes(outcomes: dict[str, Outcome], index: VideoIndex) -> None:
@@ -468,19 +567,21 @@ def check_outcomes(outcomes: dict[str, Outcome], index: VideoIndex) -> None:
     places = Counter(path for o in outcomes.values() for path in o.samples)
     twice = [path for path, count in places.items() if count > 1]
     if twice:
-        print(f"warning: {len(twice)} videos stand in two splits, first {twice[0]}")
+        print(f"warning: {len(twice)} videos stand in two splits, first {printable(twice[0])}")
 
 
 def next_command(outcomes: dict[str, Outcome], output: Path) -> str:
     if not (output / "train").is_dir():
-        return f"next: convert the training list into {output} as well (its name, or --split train, says which it is)"
+        return f"next: convert the training list into {printable(output)} as well (its name, or --split train, says which it is)"
     captions = all(s.captions and s.label is None for o in outcomes.values() for s in o.samples.values())
     task = " --use_vlm True --captioning True --freeze_visionbackbone True --use_lora_llm True" if captions else ""
-    return f"next: python main.py --data_dir {output} --weights hub{task}"
+    return f"next: python main.py --data_dir {printable(output)} --weights hub{task}"
 
 
 def body(argv: list[str] | None) -> int:
     args = parse_args(argv)
+    if not 0 <= args.num_workers <= MOST_WORKERS:
+        raise UserError(f"--num_workers must be from 0 to {MOST_WORKERS}, not {args.num_workers}")
     for file in args.annotations + ([args.class_names] if args.class_names else []):
         if not file.is_file():
             raise UserError(f"no such file: {file}")
@@ -488,7 +589,7 @@ def body(argv: list[str] | None) -> int:
         raise UserError(f"--videos: no such folder: {args.videos}")
     try:
         names = read_class_names(args.class_names) if args.class_names else {}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--class_names {args.class_names}: {error}") from None
     index = VideoIndex(args.videos)
     rows = (row for file in args.annotations for row in parse_file(args.format, file, args.split))
@@ -497,11 +598,13 @@ def body(argv: list[str] | None) -> int:
     there = [file for split in outcomes if (file := args.output / split / "metadata.jsonl").exists()]
     if there and not args.overwrite:
         raise UserError(f"{there[0]} exists: add --overwrite to replace it")
+    for folder, images in {f: i for o in outcomes.values() for f, i in o.links.items()}.items():
+        link_images(folder, images)
     if not args.no_scan:
         drop_unreadable(outcomes, args.num_workers)
     write_rows(outcomes, args.output)
     report(outcomes, args.output)
-    print(f"wrote {', '.join(str(args.output / s / 'metadata.jsonl') for s in SPLITS if s in outcomes)}")
+    print(f"wrote {', '.join(printable(args.output / s / 'metadata.jsonl') for s in SPLITS if s in outcomes)}")
     print(next_command(outcomes, args.output))
     return 0
 

@@ -5,12 +5,14 @@ python create_dummy.py             # frames_see/class_0_video_0/frame_000.png ..
 
 import argparse
 import json
+import re
 import shutil
 import sys
+from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
 
-from script import Parser, UserError, make_folder, run_script
+from script import Parser, UserError, make_folder, printable, run_script
 
 CHUNK = 32  # frames that are held at once
 
@@ -30,34 +32,47 @@ def body(argv: list[str] | None) -> int:
 
     from tqdm import tqdm
 
-    from dummy_data import save_frames
+    from dummy_data import save_frames, whole_or_none
     from VLoader import open_video, read_folder
 
     samples = read_folder(args.data_dir / "test")
     by_class = [list(group)[: args.per_class] for _, group in groupby(samples, key=lambda s: s.label)]
     clear_frames(args.output)
-    rows = []
-    for sample in tqdm([s for group in by_class for s in group], unit="video"):
-        name = f"{sample.label}_{sample.path.stem}" if sample.label else sample.path.stem
-        reader = open_video(sample.path)
-        for start in range(0, len(reader), CHUNK):
-            frames = reader.frames(range(start, min(start + CHUNK, len(reader))))
-            save_frames(frames.numpy(), args.output / name, start)
-        row = {"file_name": name, "label": sample.label, "caption": list(sample.captions), "text": sample.text}
-        rows.append({k: v for k, v in row.items() if v not in (None, [])} | {"attributes": sample.attributes})
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (args.output / "metadata.jsonl").write_text(lines, encoding="utf-8")
-    print(f"wrote {len(rows)} folders of frames and metadata.jsonl to {args.output}/")
+    rows: dict[str, dict] = {}
+    with whole_or_none(args.output):
+        for sample in tqdm([s for group in by_class for s in group], unit="video"):
+            name = free_name(f"{sample.label}_{sample.path.stem}" if sample.label else sample.path.stem, rows)
+            reader = open_video(sample.path)
+            for start in range(0, len(reader), CHUNK):
+                frames = reader.frames(range(start, min(start + CHUNK, len(reader))))
+                save_frames(frames.numpy(), args.output / name, start)
+            row = {"file_name": name, "label": sample.label, "caption": list(sample.captions), "text": sample.text}
+            rows[name] = {k: v for k, v in row.items() if v not in (None, [])} | {"attributes": sample.attributes}
+        lines = "".join(json.dumps(row) + "\n" for row in rows.values())
+        (args.output / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    print(f"wrote {len(rows)} folders of frames and metadata.jsonl to {printable(args.output)}/")
     return 0
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """A folder's name that is not taken; a label may hold anything."""
+    name = re.sub(r"[/\\\x00-\x1f]", "_", name)
+    return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
 
 
 def clear_frames(folder: Path) -> None:
     """Empties a folder that this script made; refuses any other that is not empty."""
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "metadata.jsonl").is_file():
+        others = [path for path in folder.iterdir() if path.name != "metadata.jsonl" and not is_frames(path)]
+        if others or not (folder / "metadata.jsonl").is_file():
             raise UserError(f"{folder}/ is not empty and was not made by this script; choose another --output")
         shutil.rmtree(folder)
     make_folder(folder)
+
+
+def is_frames(folder: Path) -> bool:
+    """Whether this is a folder of frames that dummy_data.save_frames wrote, and nothing else."""
+    return folder.is_dir() and all(re.fullmatch(r"frame_\d+\.png", path.name) for path in folder.iterdir())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,6 @@ Prints a table of check, result and what to do. Trains nothing that is kept.
 """
 
 import copy
-import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from config import Config
 from script import UserError
 from train_code import default_rates, first_steps_checked, loss_sum, to_device
 from transforms import Preprocessing
-from VLoader import ReadError, Splits, corner, find_videos, list_images, naming, open_video
+from VLoader import SYSTEM_FOLDERS, ReadError, Splits, corner, digest, find_videos, open_video
 
 OVERFIT_STEPS, OVERFIT_SHARE = 50, 0.5  # a batch of 8 must lose half of its loss in 50 steps
 
@@ -39,18 +38,6 @@ class Finding:
 
 
 # -- the data ---------------------------------------------------------------------------------------
-
-
-def content_hash(path: Path) -> str:
-    """Of a file's bytes, or of a folder's images. Raises ReadError."""
-    digest = hashlib.sha256()
-    with naming(path):
-        for file in list_images(path) if path.is_dir() else [path]:
-            if not file.is_file():  # a pipe would be waited for
-                raise ReadError(file, "no such file")
-            with file.open("rb") as opened:
-                hashlib.file_digest(opened, lambda: digest)
-    return digest.hexdigest()
 
 
 def check_readable(splits: Splits) -> Finding:
@@ -78,7 +65,8 @@ def check_classes(splits: Splits, folder: Path) -> Finding:
     """No class folder without videos, no class with a single training video."""
     counts = Counter(s.label for s in splits.train)
     try:
-        empty = sorted(p.name for p in folder.iterdir() if p.is_dir() and not find_videos(p))
+        classes = [p for p in folder.iterdir() if p.is_dir() and p.name.lower() not in SYSTEM_FOLDERS]
+        empty = sorted(p.name for p in classes if p.name[0] != "." and not find_videos(p))
     except (OSError, UserError) as error:
         return Finding("classes have videos", str(error), "this folder must be readable")
     single = sorted(str(label) for label, count in counts.items() if count == 1)
@@ -99,8 +87,8 @@ def check_twins(splits: Splits) -> Iterator[Finding]:
     places: dict[str, list[tuple[str, Any]]] = defaultdict(list)
     for name in ("train", "val", "test"):
         for sample in getattr(splits, name):
-            with suppress(ReadError):
-                places[content_hash(sample.path)].append((name, sample))
+            with suppress(ReadError):  # check_readable names it
+                places[digest(sample.path)].append((name, sample))
     leaked = [p for p in places.values() if len({n for n, _ in p}) > 1]
     mixed = [p for p in places.values() if len({s.label for _, s in p}) > 1]
     for check, found, advice in (

@@ -11,16 +11,18 @@ Shapes: B videos, T frames, H W pixels; a video is RGB uint8 [T, C, H, W].
 """
 
 import argparse
+import io
 import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from script import Parser, UserError, make_folder, run_script
+from script import Parser, UserError, make_folder, printable, run_script
 
 COLOURS = {
     "red": (0.90, 0.12, 0.12), "green": (0.15, 0.80, 0.20), "blue": (0.15, 0.25, 0.95),
@@ -66,6 +68,12 @@ HINTS = {
     },
 }  # fmt: skip
 CAPTIONS_PER_VIDEO = 5
+CONTENT = ("train", "test", "classes.json")  # of a dataset's folder
+#: (least, most) of each number on the command line
+LIMITS = {
+    "classes": (2, len(CLASSES)), "videos_per_class": (1, 100_000), "test_per_class": (1, 100_000),
+    "frames": (1, 10_000), "size": (16, 2048), "seed": (0, 2**63 - 1),
+}  # fmt: skip
 
 
 # -- words ------------------------------------------------------------------------------------------
@@ -197,7 +205,9 @@ def save_video(video: np.ndarray, path: Path, fps: int = 8) -> Path:
     if path.suffix == ".pt":
         import torch
 
-        torch.save(torch.from_numpy(video), path)
+        buffer = io.BytesIO()  # torch's own writer hides which error it was
+        torch.save(torch.from_numpy(video), buffer)
+        path.write_bytes(buffer.getbuffer())
     elif path.suffix == ".mp4":
         save_mp4(video, path, fps)
     else:
@@ -276,21 +286,37 @@ def body(argv: list[str] | None) -> None:
 
     from tqdm import tqdm
 
-    with tqdm(total=args.classes * (args.videos_per_class + args.test_per_class), unit="video") as bar:
+    total = args.classes * (args.videos_per_class + args.test_per_class)
+    names = {f"class_{label}": display_name(label) for label in range(args.classes)}
+    with whole_or_none(*(args.output / name for name in CONTENT)), tqdm(total=total, unit="video") as bar:
         write_split(args.output, "train", args.videos_per_class, args, bar)
         write_split(args.output, "test", args.test_per_class, args, bar)
-    names = {f"class_{label}": display_name(label) for label in range(args.classes)}
-    (args.output / "classes.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {bar.n} videos of {args.classes} classes to {args.output}/")
+        (args.output / "classes.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {bar.n} videos of {args.classes} classes to {printable(args.output)}/")
+
+
+@contextmanager
+def whole_or_none(*paths: Path) -> Generator[None]:
+    """Removes these files and folders if the block that writes them fails: a full disk, Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            remove(path)
+        raise
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    least = {"classes": 2, "videos_per_class": 1, "test_per_class": 1, "frames": 1, "size": 16, "seed": 0}
-    for name, low in least.items():
-        if getattr(args, name) < low:
-            raise UserError(f"--{name} must be at least {low}, not {getattr(args, name)}")
-    if args.classes > len(CLASSES):
-        raise UserError(f"--classes must be at most {len(CLASSES)}, not {args.classes}")
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
     if args.format == "mp4" and args.size % 2:
         raise UserError(f"--size must be even for mp4, not {args.size}")
 
@@ -302,8 +328,8 @@ def clear_dataset(folder: Path, overwrite: bool) -> None:
             raise UserError(f"{folder}/ is not empty and holds no dataset of this script; choose another --output")
         if not overwrite:
             raise UserError(f"{folder}/ holds a dataset: add --overwrite to draw it anew, or choose another --output")
-        for name in ("train", "test"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in CONTENT:
+            remove(folder / name)
     make_folder(folder)
 
 

@@ -4,9 +4,10 @@
                       about.json               what the key stands for
 
 The key is made of the backbone's fingerprint, its preprocessing, the frames that are taken, and token_grid; an
-id of the video's path, size and time of change. So a changed video, or another backbone, is never answered from
-here. Shards are written whole or not at all: an extraction that was killed goes on behind its last one. Files
-are only ever added; two runs may write side by side, and the folder may be removed at any time.
+id is the digest of a video's content. So videos may be moved and copied, and a changed video, or another backbone,
+is never answered from here. Shards are written whole or not at all: an extraction that was killed goes on behind
+its last one. Each holds a digest of its ids and features, which is compared before a run uses them. Files are only
+ever added; two runs may write side by side, and the folder may be removed at any time.
 """
 
 import hashlib
@@ -21,22 +22,26 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from build_model import VideoModel, VisionEncoder
 from config import Config
-from script import UserError, make_folder, replace_file
-from VLoader import ClipDataset, Sample, Splits, build_loader, stamp
+from script import UserError, make_folder, printable, remove_leftovers, replace_file
+from VLoader import ClipDataset, Sample, Splits, build_loader
 
 SHARD = 256  # videos a file
 
 
 def video_ids(samples: list[Sample]) -> np.ndarray:
-    """16 bytes of each video's place and state: absolute path, size or number of frames, time of change. (n, 16)"""
-    digests = []
-    for path in (sample.path for sample in samples):
-        text = f"{os.path.abspath(path)}\n{stamp(path) if path.exists() else 'missing'}"
-        digests.append(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest())
-    return np.frombuffer(bytearray(b"".join(digests)), np.uint8).reshape(-1, 16)
+    """The 16 bytes of each video's digest. (n, 16). Raises ReadError where one is computed now and cannot be."""
+    return np.frombuffer(bytearray.fromhex("".join(s.identity for s in samples)), np.uint8).reshape(-1, 16)
+
+
+def content_digest(ids: np.ndarray, features: np.ndarray) -> str:
+    """Of what a shard holds: ids (n, 16) uint8 and features (n, 1 + N, D) fp16."""
+    digest = hashlib.blake2b(np.ascontiguousarray(ids), digest_size=16)
+    digest.update(np.ascontiguousarray(features))
+    return digest.hexdigest()
 
 
 class FeatureIndex:
@@ -56,6 +61,11 @@ class FeatureIndex:
         self.low, self.high = low[order], high[order]
         self.rows = np.concatenate([self.rows, *rows])[order]
 
+    def drop(self, number: int) -> None:
+        """Forgets a shard's videos."""
+        kept = self.rows >> 32 != number
+        self.low, self.high, self.rows = self.low[kept], self.high[kept], self.rows[kept]
+
     def find(self, ids: np.ndarray) -> np.ndarray:
         """The place of each id (n, 16) uint8, -1 where there is none. (n,) int64"""
         if not len(self.low) or not len(ids):
@@ -67,18 +77,21 @@ class FeatureIndex:
 
 
 class FeatureStore:
-    """The features of one backbone, with one way of taking frames, in one folder.
+    """The features of one backbone, with one way of taking frames, in one folder; `shape` (1 + N, D) is a video's.
 
     Raises UserError if the folder cannot be made or a shard written.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any]):
-        self.folder = folder
+    def __init__(self, folder: Path, about: dict[str, Any], shape: tuple[int, int]):
+        self.folder, self.shape = folder, shape
         make_folder(folder)
+        remove_leftovers(folder)
         if not (folder / "about.json").is_file():
             self.describe(about)
         self.index = FeatureIndex()
         self.shards: list[Path] = []
+        self.checked: set[int] = set()  # the shards whose content was compared with its digest
+        self.passed_over: dict[Path, None] = {}  # files that are not, or no longer, this store's; in order
         self.handles: dict[int, Any] = {}  # opened where they are used: a worker opens its own
         self.refresh()
 
@@ -87,20 +100,55 @@ class FeatureStore:
         replace_file(self.folder / "about.json", lambda p: p.write_text(text, encoding="utf-8"))
 
     def refresh(self) -> None:
-        """Reads the ids of shards that have come since. A damaged one is passed over: its videos are computed anew."""
-        known, fresh = set(self.shards), []
+        """Reads the ids of shards that have come since. A file that is no shard of this store is passed over."""
+        known, fresh = {*self.shards, *self.passed_over}, []
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path in known:
-                continue
-            try:
-                with safe_open(str(path), framework="np") as shard:
-                    ids = shard.get_tensor("ids")
-            except (SafetensorError, OSError):
-                continue
-            fresh.append((len(self.shards), ids))
-            self.shards.append(path)
+            ids = self.read_ids(path) if path not in known else None
+            if ids is not None:
+                fresh.append((len(self.shards), ids))
+                self.shards.append(path)
+            elif path not in known:
+                self.passed_over[path] = None
         if fresh:
             self.index.add(fresh)
+
+    def read_ids(self, path: Path) -> np.ndarray | None:
+        """A shard's ids (n, 16) uint8; None if the file is no shard of this store."""
+        if not path.is_file():  # a FIFO would be waited for
+            return None
+        try:
+            with safe_open(str(path), framework="np") as shard:
+                parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118, no mapping
+                found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+                count = found["ids"][1][:1] if "ids" in found else []
+                wanted = {"ids": ("U8", [*count, 16]), "features": ("F16", [*count, *self.shape])}
+                return shard.get_tensor("ids") if found == wanted else None
+        except (SafetensorError, OSError):
+            return None
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """The place of each id (n, 16) uint8, -1 where there is none. (n,) int64. Every shard that is asked for the
+        first time is compared with its digest, and passed over if it is not what was written."""
+        while True:
+            places = self.index.find(ids)
+            fresh = {*(places[places >= 0] >> 32).tolist()} - self.checked
+            if not fresh:
+                return places
+            for number in tqdm(sorted(fresh), desc="check of the features", unit="file", leave=False):
+                self.checked.add(number)
+                if not self.is_sound(self.shards[number]):
+                    self.passed_over[self.shards[number]] = None
+                    self.index.drop(number)
+
+    def is_sound(self, path: Path) -> bool:
+        """Whether a shard's content has the digest in its header; those of older versions have none."""
+        try:
+            with safe_open(str(path), framework="np") as shard:
+                digest = (shard.metadata() or {}).get("digest")
+                tensors = [shard.get_tensor(name) for name in ("ids", "features")]
+        except (SafetensorError, OSError):
+            return False
+        return digest is None or digest == content_digest(*tensors)
 
     def read(self, place: int) -> torch.Tensor:
         """The features at a place, fp16 [1 + N, D]."""
@@ -113,7 +161,8 @@ class FeatureStore:
         """One shard: ids (n, 16) uint8 and as many features."""
         tensors = {"features": torch.stack(features).contiguous(), "ids": torch.from_numpy(ids)}
         path = self.folder / f"{time.time_ns()}-{os.getpid()}.safetensors"
-        replace_file(path, lambda p: save_file(tensors, str(p)))
+        header = {"digest": content_digest(ids, tensors["features"].numpy())}
+        replace_file(path, lambda p: save_file(tensors, str(p), metadata=header))
 
 
 @dataclass(frozen=True)
@@ -155,7 +204,8 @@ def open_store(model: VideoModel, config: Config) -> FeatureStore:
     told = {name: value for name, value in about.items() if name != "backbone"}  # the same weights may lie elsewhere
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.output_dir) / ".features" if config.cache_dir == "auto" else Path(config.cache_dir)
-    return FeatureStore(folder / key, about)
+    encoder = model.vision_encoder
+    return FeatureStore(folder / key, about, (1 + encoder.num_tokens(config.token_grid), encoder.config.hidden_size))
 
 
 def cached_splits(config: Config) -> tuple[str, ...]:
@@ -164,9 +214,12 @@ def cached_splits(config: Config) -> tuple[str, ...]:
 
 
 def read_features(store: FeatureStore, splits: Splits, config: Config) -> dict[str, CachedFeatures]:
-    """The features of the splits that are read from them; all of them are in the store."""
+    """The features of the splits that are read from them. Raises UserError unless all of them are in the store."""
     samples = {name: getattr(splits, name) for name in cached_splits(config)}
-    return {name: CachedFeatures(store, store.index.find(video_ids(s))) for name, s in samples.items() if s}
+    places = {name: store.find(video_ids(s)) for name, s in samples.items() if s}
+    if any((found < 0).any() for found in places.values()):
+        raise UserError(f"features in {store.folder} were removed or damaged while this run began; start it again")
+    return {name: CachedFeatures(store, found) for name, found in places.items()}
 
 
 def fill(store: FeatureStore, model: VideoModel, splits: Splits, config: Config, accelerator: Any) -> dict[Path, str]:
@@ -176,9 +229,14 @@ def fill(store: FeatureStore, model: VideoModel, splits: Splits, config: Config,
     """
     samples = list({s.path: s for name in cached_splits(config) for s in getattr(splits, name)}.values())
     ids = video_ids(samples)
-    lacking = np.flatnonzero(store.index.find(ids) < 0)
+    lacking = np.flatnonzero(store.find(ids) < 0)
     encoder = model.vision_encoder
-    rows, width = 1 + encoder.num_tokens(config.token_grid), encoder.config.hidden_size
+    rows, width = store.shape
+    if store.passed_over:
+        print(
+            f"feature cache: passed over {len(store.passed_over)} damaged or foreign files, first "
+            f"{printable(next(iter(store.passed_over)))}; videos that only they hold are computed again"
+        )
     print(
         f"feature cache: {len(samples) - len(lacking)} of {len(samples)} videos are in {store.folder}; "
         f"{rows} x {width} numbers each, {2 * rows * width * len(samples) / 1e6:.1f} MB in all"
@@ -204,8 +262,6 @@ def extract(
     accelerator: Any,
 ) -> dict[Path, str]:
     """Computes and stores features, shard by shard; returns what is wrong with the unreadable videos."""
-    from tqdm import tqdm
-
     encoder.to(accelerator.device).eval()
     dataset = ClipDataset(samples, encoder.preprocessing, config.num_frames, config.frame_stride, [])
     loader = build_loader(dataset, stack_clips, config.batch_size, config.num_workers if len(samples) > SHARD else 0)

@@ -12,15 +12,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import FIELDS, Config, check_for_classifiers, parse
-from script import UserError, leave, replace_file, run_script
+from script import FileLock, UserError, leave, printable, replace_file, run_script
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -43,6 +44,7 @@ class Predictor:
         self.accelerator = build_accelerator(config)
         if self.accelerator.num_processes > 1:
             raise UserError("inference runs in one process: start it with python, give each its own --video_dir")
+        check_weights(model)
         if config.use_lora_vision or config.use_lora_llm:
             merge_adapters(model)
         self.model = model.to(self.accelerator.device).eval()
@@ -51,7 +53,7 @@ class Predictor:
     def from_checkpoint(cls, run_dir: str | Path, **options: Any) -> "Predictor":
         """The predictor of a run's folder; `options` are fields of Config such as device, top_k, num_beams.
 
-        Raises UserError for a folder that is no run, or whose backbone is not to be had.
+        Raises UserError for a folder that is no run, whose backbone is not to be had, or whose weights are damaged.
         """
         from checkpoint import load_run
 
@@ -104,7 +106,10 @@ class Predictor:
             texts = self.model.generate(batch["pixel_values"], self.config.max_new_tokens, self.config.num_beams)
             return [{"caption": text} for text in texts]
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
-        scores, classes = self.model.scores(**inputs).softmax(-1).topk(min(self.config.top_k, len(self.names)))
+        logits = self.model.scores(**inputs)
+        if not logits.isfinite().all():
+            raise UserError("the model's scores are not finite numbers: its weights are damaged; train it anew")
+        scores, classes = logits.softmax(-1).topk(min(self.config.top_k, len(self.names)))
         rows = []
         for row_scores, row_classes in zip(scores.tolist(), classes.tolist(), strict=True):
             top = [
@@ -125,33 +130,55 @@ class Predictor:
             )
 
 
+def check_weights(model: Any) -> None:
+    """Raises UserError if a weight is not a finite number."""
+    for name, parameter in model.named_parameters():
+        if not all(extreme.isfinite() for extreme in parameter.detach().aminmax()):  # NaN is both
+            raise UserError(f"the weights are damaged: {name} holds numbers that are not finite; train the run anew")
+
+
 @dataclass(frozen=True)
 class Job:
     """One answer to give: for a video, or with --timeline for `times` (start, end) of it."""
 
     sample: "Sample"
+    path: str  # see locate
     times: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, float | None]:
-        return os.path.abspath(self.sample.path), self.times.get("start")
+        return self.path, self.times.get("start")
 
 
-def list_jobs(samples: list["Sample"], seconds: float) -> tuple[list[Job], list[dict[str, Any]]]:
+def locate(path: str | Path, folder: str | Path) -> str:
+    """A video's absolute path, the same from every working directory and by every name of `folder`, --video_dir.
+
+    Links below the folder are not followed: two links to one video are two videos.
+    """
+    root = folder if os.path.isdir(folder) else os.path.dirname(folder)
+    below = os.path.relpath(path, root or os.curdir)
+    if below.split(os.sep)[0] == os.pardir:  # metadata.jsonl may name any place
+        return os.path.abspath(path)
+    return os.path.normpath(os.path.join(os.path.realpath(root), below))
+
+
+def list_jobs(samples: list["Sample"], folder: str, seconds: float) -> tuple[list[Job], list[dict[str, Any]]]:
     """(what is to be answered, rows of the videos that could not be cut into windows)."""
+    jobs = [Job(sample, locate(sample.path, folder)) for sample in samples]
     if not seconds:
-        return [Job(sample) for sample in samples], []
+        return jobs, []
     from tqdm import tqdm
 
-    from VLoader import ReadError, cut
+    from VLoader import cut
 
-    jobs, failed = [], []
-    for sample in tqdm(samples, desc="lengths", unit="video", leave=False):
+    parts, failed = [], []
+    for job in tqdm(jobs, desc="lengths", unit="video", leave=False):
         try:
-            jobs += [Job(part, {"start": start, "end": end}) for part, start, end in cut(sample, seconds)]
-        except ReadError as error:
-            failed.append({"file": str(sample.path), "error": str(error)})
-    return jobs, failed
+            windows = cut(job.sample, seconds)
+            parts += [Job(part, job.path, {"start": start, "end": end}) for part, start, end in windows]
+        except UserError as error:
+            failed.append({"file": str(job.sample.path), "path": job.path, "error": str(error)})
+    return parts, failed
 
 
 def is_right(answer: dict[str, Any], sample: "Sample", display: dict[str, str]) -> bool | None:
@@ -165,7 +192,9 @@ def is_right(answer: dict[str, Any], sample: "Sample", display: dict[str, str]) 
         return all(found.get(name) == value for name, value in sample.attributes.items())
     if sample.label is None or "error" in answer:
         return None
-    return sample.label in (answer["label"], display[answer["label"]])
+    if sample.label in display:
+        return sample.label == answer["label"]
+    return sample.label == display[answer["label"]]  # a folder may be named like the display name
 
 
 def answer_line(answer: dict[str, Any], width: int) -> str:
@@ -174,7 +203,7 @@ def answer_line(answer: dict[str, Any], width: int) -> str:
         said = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer["top_k"])
     when = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
     mark = {None: "", True: "  right", False: "  WRONG"}[answer.get("right")]
-    return f"{Path(answer['file']).name:<{width}}  {when}{said}{mark}"
+    return printable(f"{printable(Path(answer['file']).name):<{width}}  {when}{said}{mark}")
 
 
 # -- the file of answers ----------------------------------------------------------------------------
@@ -190,24 +219,24 @@ def fingerprint_answers(run_dir: Path, config: Config) -> str:
     return f"{run_dir.name} {digest.hexdigest()[:12]}"
 
 
-def begun(path: Path, run: str) -> dict[tuple[str, float | None], dict[str, Any]]:
-    """The answers that a file of answers holds already; errors in it, and a last line cut short, are dropped.
+def begun(path: Path, run: str, folder: str) -> dict[tuple[str, float | None], dict[str, Any]]:
+    """The answers that a file of answers holds already, by Job.key; errors in it, answers that stand twice, and a last
+    line cut short are dropped. Rows without a `path` are resolved against the working directory.
 
     Raises UserError if the file is not one of answers by the same run with the same options.
     """
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    *lines, torn = text.split("\n")  # not splitlines: captions may hold other ends of line
-    start = '{"file": '
-    if not (torn.startswith(start) or start.startswith(torn)):  # else what a killed run left, or nothing
-        lines.append(torn)
-    rows = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = text.split("\n")  # not splitlines: captions may hold other ends of line
+    good: dict[tuple[str, float | None], dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-            made_by = rows[-1]["run"]
-        except (ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            made_by = row["run"]
+            key = row["path"] if "path" in row else locate(row["file"], folder), row.get("start")
+            fresh = "error" not in row and key not in good
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number == len(lines) and is_torn(line, begun=number > 1):
+                break
             raise UserError(
                 f"--output {path}, line {number} is no answer of this program; choose another file"
             ) from None
@@ -216,11 +245,18 @@ def begun(path: Path, run: str) -> dict[tuple[str, float | None], dict[str, Any]
                 f"--output {path} holds answers of another run or with other options ({made_by}, this is {run}); "
                 "remove it or choose another file"
             )
-    good = [row for row in rows if "error" not in row]
-    kept = "".join(map(as_line, good))
+        if fresh:
+            good[key] = row
+    kept = "".join(map(as_line, good.values()))
     if kept != text:
         replace_file(path, lambda p: p.write_text(kept, encoding="utf-8"))
-    return {(os.path.abspath(row["file"]), row.get("start")): row for row in good}
+    return good
+
+
+def is_torn(line: str, begun: bool) -> bool:
+    """Whether a last line that is no row is what a killed run left behind the rows before it, or nothing at all."""
+    start = '{"file": '
+    return not line or (begun and (line.startswith(start) or start.startswith(line)))
 
 
 def as_line(row: dict[str, Any]) -> str:
@@ -228,10 +264,53 @@ def as_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
 
-def open_output(path: Path) -> Any:
+@contextmanager
+def open_output(
+    path: Path | None, run: str, folder: str
+) -> Generator[tuple[dict[tuple[str, float | None], dict[str, Any]], Callable[[dict[str, Any]], None]]]:
+    """(the answers that --output holds already, what appends a row to it).
+
+    A file is locked and goes on where it ended; a pipe or a device takes the rows as they come.
+    Raises UserError if it cannot be written, is in use by another process, or is no file of answers by this run.
+    """
+    if path is None:
+        yield {}, lambda row: None
+        return
+    done = {}
+    with ExitStack() as stack:
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(1)):  # opened anew, it would be written over
+            sys.stdout.flush()
+            file = os.dup(1)
+        elif path.exists() and not path.is_file():
+            file = open_rows(path, getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody reads is not waited for
+            os.set_blocking(file, True)
+        else:
+            path = Path(os.path.realpath(path))
+            stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), f"--output {path}"))
+            done = begun(path, run, folder)
+            file = open_rows(path, os.O_CREAT | os.O_APPEND)
+        stack.callback(os.close, file)
+        yield done, partial(append_row, file, path)
+
+
+def open_rows(path: Path, flags: int) -> int:
     try:
-        return path.open("a", encoding="utf-8")
+        return os.open(path, os.O_WRONLY | flags, 0o666)
     except OSError as error:
+        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
+
+
+def append_row(file: int, path: Path, row: dict[str, Any]) -> None:
+    """Writes a row at once and whole, or takes back what was written of it and raises UserError."""
+    data, written = as_line(row).encode("utf-8"), 0
+    try:
+        while written < len(data):
+            written += os.write(file, data[written:])
+    except BrokenPipeError:  # its reader has seen enough
+        raise
+    except OSError as error:
+        if path.is_file():
+            os.ftruncate(file, os.fstat(file).st_size - written)
         raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
 
 
@@ -249,36 +328,36 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
     config = predictor.config
     run = fingerprint_answers(run_dir, config)
     output = Path(config.output) if config.output is not None else None
-    done = begun(output, run) if output else {}
-    jobs, failed = list_jobs(samples, config.timeline)
-    todo = [job for job in jobs if job.key not in done]
-    if len(todo) < len(jobs):
-        print(f"{output} has {len(jobs) - len(todo)} of the {len(jobs)} answers already")
-    rows = [done[job.key] for job in jobs if job.key in done]
-    show = output is None or len(jobs) <= SHOWN
-    width = max(len(s.path.name) for s in samples)
     clock = time.perf_counter()
-    bar = tqdm(total=len(jobs) + len(failed), initial=len(rows), unit="answer", disable=len(todo) <= FEW, leave=False)
-    with open_output(output) if output else nullcontext() as file, bar:
-        for row in chain(failed, predict_jobs(predictor, todo)):
-            rows.append(row)
-            bar.update()
-            if show:
-                tqdm.write(answer_line(row, width))
-            if file is not None:
-                file.write(as_line(row | {"run": run}))
-                file.flush()
+    with open_output(output, run, config.video_dir) as (done, append):
+        jobs, failed = list_jobs(samples, config.video_dir, config.timeline)
+        todo = [job for job in jobs if job.key not in done]
+        if len(todo) < len(jobs):
+            print(printable(f"{output} has {len(jobs) - len(todo)} of the {len(jobs)} answers already"))
+        rows = [done[job.key] for job in jobs if job.key in done]
+        show = output is None or len(jobs) <= SHOWN
+        width = max(len(printable(s.path.name)) for s in samples)
+        bar = tqdm(
+            total=len(jobs) + len(failed), initial=len(rows), unit="answer", disable=len(todo) <= FEW, leave=False
+        )
+        with bar:
+            for row in chain(failed, predict_jobs(predictor, todo)):
+                rows.append(row)
+                bar.update()
+                if show:
+                    tqdm.write(answer_line(row, width))
+                append(row | {"run": run})
     print_summary(rows, len(todo), time.perf_counter() - clock, output)
     return int(any("error" in row for row in rows))
 
 
 def predict_jobs(predictor: Predictor, jobs: list[Job]) -> Iterator[dict[str, Any]]:
-    """A row for every job: file, times, the answer or error, and whether it is right where that is known."""
+    """A row for every job: file, path, times, the answer or error, and whether it is right where that is known."""
     answers = predictor.predict_many([job.sample for job in jobs]) if jobs else iter(())
     for job, answer in zip(jobs, answers, strict=True):
         right = is_right(answer, job.sample, predictor.display)
-        file = {"file": answer.pop("file")}
-        yield file | job.times | answer | ({} if right is None else {"right": right})
+        place = {"file": answer.pop("file"), "path": job.path}
+        yield place | job.times | answer | ({} if right is None else {"right": right})
 
 
 def print_summary(rows: list[dict[str, Any]], fresh: int, seconds: float, output: Path | None) -> None:
@@ -290,18 +369,23 @@ def print_summary(rows: list[dict[str, Any]], fresh: int, seconds: float, output
         print(f"{fresh} answers in {seconds:.1f} s, {fresh / seconds:.1f} a second")
     if errors:
         where = f"; their rows in {output} hold an `error`" if output else ""
-        print(f"{len(errors)} of {len(rows)} could not be read{where}, first: {errors[0]}", file=sys.stderr)
+        first = f"{len(errors)} of {len(rows)} could not be read{where}, first: {errors[0]}"
+        print(printable(first), file=sys.stderr)
     if output is not None:
-        print(f"wrote {output}")
+        print(printable(f"wrote {output}"))
 
 
 def print_export(run_dir: Path, model: Any, config: Config, metadata: dict[str, Any]) -> None:
     from checkpoint import export
 
-    difference = export(run_dir, model, config, metadata, Path(config.export))
-    if difference is not None:
-        print(f"the reloaded model's logits differ by at most {difference:.1e}")
-    print(f"exported {run_dir} to {config.export}/: {', '.join(sorted(p.name for p in Path(config.export).iterdir()))}")
+    check_weights(model)
+    output = Path(os.path.abspath(config.export))
+    differences = export(run_dir, model, config, metadata, output)
+    if differences is not None:
+        logits, probabilities = differences
+        print(f"the reloaded model's logits differ by at most {logits:.1e}")
+        print(f"the probabilities of predict.py differ by at most {probabilities:.1e}")
+    print(printable(f"exported {run_dir} to {config.export}/: {', '.join(sorted(p.name for p in output.iterdir()))}"))
 
 
 def body(argv: list[str] | None) -> int:
@@ -321,7 +405,9 @@ def body(argv: list[str] | None) -> int:
     if samples:
         predictor = Predictor(model, config, metadata)
         predictor.check_texts(samples)
-        print(f"{run_dir}: {metadata['task']}, {len(samples)} videos in {config.video_dir}")
+        print(printable(f"{run_dir}: {metadata['task']}, {len(samples)} videos in {config.video_dir}"))
+        if not config.captioning and (note := model.cut_note(samples)):
+            print(note)
         status = answer_all(predictor, samples, run_dir)
     if config.export is not None:
         if samples:  # its adapters are merged

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from config import BACKBONES, NAMING, Config, as_flags, parse, run_name
-from script import UserError, leave, make_folder, run_script
+from script import UserError, leave, make_folder, printable, run_script
 
 LISTED = 20  # unreadable videos that an error names
-SCAN_CACHE = ".readable.json"  # in the folder of runs: which videos were found readable, by size and time
+SCAN_CACHE = ".videos.json"  # in the folder of runs: what was found of each video, until it changes
 
 
 def resolve(config: Config, model: Any) -> Config:
@@ -53,11 +53,12 @@ def print_towers(config: Config, model: Any) -> None:
 def print_settings(config: Config, model: Any, accelerator: Any) -> None:
     from build_model import parameter_table
     from checkpoint import git_commit
+    from train_code import rates_line
 
     print(
         f"{model.task} on {accelerator.device.type}, precision {accelerator.mixed_precision}, batch {config.batch_size}"
         f"{f' x {config.gradient_accumulation_steps}' if config.gradient_accumulation_steps > 1 else ''}, "
-        f"learning rate {config.learning_rate:g}, {config.epochs} epochs, seed {config.seed}, commit {git_commit()}"
+        f"{rates_line(model, config)}, {config.epochs} epochs, seed {config.seed}, commit {git_commit()}"
     )
     print(f"{'part':<16}{'trained':>12}{'total':>12}")
     for name, trained, total in parameter_table(model):
@@ -113,8 +114,9 @@ def resume_command(config: Config) -> str:
 def train_run(
     config: Config, model: Any, splits: Any, features: Any, display: dict[str, str], accelerator: Any, run_dir: Path
 ) -> int:  # fmt: skip
-    """Trains, plots, reports; returns the exit status."""
+    """Trains, reports, plots; metrics.json comes last and makes the run finished. Returns the exit status."""
     import train_code
+    from checkpoint import finish_run
     from figures import plot_curves
 
     share = (accelerator.process_index, accelerator.num_processes)
@@ -126,6 +128,8 @@ def train_run(
             if accelerator.is_main_process:
                 plot_curves(log, run_dir / "curves.png", run_dir.name)
             report(metrics, model, splits, display, config, accelerator, run_dir)
+            if accelerator.is_main_process:
+                finish_run(run_dir, metrics)
     except train_code.Stopped as stopped:
         print(f"{stopped}; its state is saved. To go on: {resume_command(config)}")
         return 128 + stopped.number
@@ -143,7 +147,9 @@ def memory_advice() -> Generator[None]:
 
     try:
         yield
-    except OutOfMemoryError:
+    except (OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "allocate memory" not in str(error):  # what torch says on a CPU
+            raise
         raise UserError(
             "out of memory: lower --batch_size (--gradient_accumulation_steps makes up for it), --num_frames or "
             "--image_size; or --gradient_checkpointing True, --freeze_visionbackbone True, --mixed_precision bf16"
@@ -153,16 +159,14 @@ def memory_advice() -> Generator[None]:
 def report(
     metrics: dict[str, Any], model: Any, splits: Any, display: dict[str, str], config: Config, accelerator: Any, folder: Path
 ) -> None:  # fmt: skip
-    """Prints the result, adds the controls where they are asked for, writes metrics.json, draws the pictures."""
+    """Prints the result, adds the controls where they are asked for, draws the pictures."""
     from controls import control_line, control_scores
-    from script import write_json
 
-    print(result_line(metrics))
+    print(printable(result_line(metrics)))
     if config.controls:
         metrics["controls"] = control_scores(model, splits, config, accelerator)
         print(control_line(metrics["controls"]))
     if accelerator.is_main_process:
-        write_json(metrics, folder / "metrics.json")
         draw_pictures(metrics, model, splits, display, config, accelerator, folder)
 
 
@@ -202,30 +206,42 @@ EVALUATION = {
 
 
 def evaluate_run(given: Config, typed: set[str]) -> int:
-    """Scores a run anew on val and test."""
-    import train_code
-    from checkpoint import PROVIDED, load_run, load_weights, read_metrics, read_run
-    from VLoader import check_samples, read_splits
+    """Scores a run again on val and test, into its own folder or, with --output_dir, into one there of the same name."""
+    from checkpoint import METADATA, PROVIDED, lock_run, read_run
 
     run_dir = Path(given.evaluate)
     other = sorted(typed - EVALUATION - set(NAMING))
     if other:
-        raise UserError(f"--{other[0]} says nothing to --evaluate, which takes the run's own options")
+        raise UserError(f"--{other[0]} has no effect with --evaluate, which takes the run's own options")
     saved, _ = read_run(run_dir)
-    if run_dir.resolve().is_relative_to(PROVIDED.resolve()):
-        raise UserError(f"{PROVIDED} is never written; copy {run_dir} to another place and evaluate that")
-    model, _, metadata = load_run(run_dir, given, typed)
-    display = metadata["display_names"]
+    folder = Path(given.output_dir) / run_dir.resolve().name if "output_dir" in typed else run_dir
+    if folder.resolve().is_relative_to(PROVIDED.resolve()):
+        raise UserError(f"{PROVIDED} is never written: add --output_dir <a folder for the scores>")
+    if folder.resolve() != run_dir.resolve() and (folder / METADATA).exists():
+        raise UserError(f"{folder} holds a run of its own; choose another --output_dir")
     config = replace(saved, **{name: getattr(given, name) for name in (typed & EVALUATION) | {"controls"}})
     data_dir = Path(config.data_dir)
+    if data_dir.resolve() != Path(saved.data_dir).resolve():
+        folder = folder / f"evaluation_{data_dir.resolve().name}"
+    if not is_main():
+        return score_run(run_dir, given, typed, config, folder)
+    with lock_run(folder):
+        return score_run(run_dir, given, typed, config, folder)
+
+
+def score_run(run_dir: Path, given: Config, typed: set[str], config: Config, folder: Path) -> int:
+    """Scores the run with the options in `config`; metrics, predictions and pictures go to `folder`."""
+    import train_code
+    from checkpoint import METRICS, load_run, load_weights, read_metrics
+    from script import write_json
+    from VLoader import check_samples, read_splits
+
+    model, _, metadata = load_run(run_dir, given, typed)
+    display, data_dir = metadata["display_names"], Path(config.data_dir)
     splits = read_splits(data_dir, metadata["class_names"])
     check_samples(splits, config.captioning, config.use_text)
     if config.controls and not splits.train:
         raise UserError(f"--controls True looks at training videos too, and {data_dir} has no train/")
-    folder = run_dir
-    if data_dir.resolve() != Path(saved.data_dir).resolve():
-        folder = run_dir / f"evaluation_{data_dir.resolve().name}"
-        make_folder(folder)
     accelerator = train_code.build_accelerator(config)
     if not config.controls:  # these alone look at the training videos
         splits = replace(splits, train=[])
@@ -233,10 +249,9 @@ def evaluate_run(given: Config, typed: set[str]) -> int:
     share = (accelerator.process_index, accelerator.num_processes)
     loaders = train_code.build_loaders(model, config, replace(splits, train=[]), features, share)
     model.to(accelerator.device)
-    metrics = (read_metrics(run_dir) if folder == run_dir else {}) | {
-        "best_epoch": load_weights(run_dir, model)["epoch"]
-    }
-    metrics.pop("controls", None)  # they belong to the scores of then
+    # what training wrote stays, but for the controls: they belong to the scores of then
+    metrics = {k: v for k, v in read_metrics(folder).items() if k != "controls"} if folder == run_dir else {}
+    metrics["best_epoch"] = load_weights(run_dir, model).get("epoch")
     try:
         with memory_advice():
             metrics |= train_code.score_splits(model, loaders, config, accelerator, folder)
@@ -244,24 +259,29 @@ def evaluate_run(given: Config, typed: set[str]) -> int:
     finally:
         for loader in loaders.values():
             loader.close()
-    print(f"wrote {folder}/metrics.json and {folder}/predictions_*.jsonl")
+    if accelerator.is_main_process:
+        write_json(metrics, folder / METRICS)
+    print(f"wrote {folder}/{METRICS} and {folder}/predictions_*.jsonl")
     return 0
 
 
 # -- what can be read --------------------------------------------------------------------------------
 
 
-def scanned(splits: Any, config: Config) -> dict[Path, str]:
-    """What is wrong with each unreadable video."""
+def scanned(splits: Any, config: Config, cached: tuple[str, ...]) -> tuple[Any, dict[Path, str]]:
+    """(the splits with the digest of every video, what is wrong with each unreadable one). Of the `cached` splits
+    nothing is decoded yet."""
     from checkpoint import read_scan, write_scan
-    from VLoader import scan
+    from VLoader import identified, scan
 
-    cache = Path(config.output_dir) / SCAN_CACHE
-    known = read_scan(cache)
-    bad, good = scan(splits, config.num_frames, config.frame_stride, config.test_clips, config.num_workers, known)
-    if is_main() and (not bad or config.skip_unreadable):  # else this is the end: nothing is to be left behind
-        write_scan(cache, known | good)
-    return bad
+    file = Path(config.output_dir) / SCAN_CACHE
+    known = read_scan(file)
+    frames = (config.num_frames, config.frame_stride, config.test_clips)
+    bad, good = scan(splits, *frames, config.num_workers, known, cached)
+    found = {os.path.abspath(path): record for path, record in good.items()}
+    if is_main() and not found.items() <= known.items() and (not bad or config.skip_unreadable):
+        write_scan(file, found)  # an error would be the end of this run: nothing is to be left behind
+    return identified(splits, {path: record["digest"] for path, record in good.items()}), bad
 
 
 def without_unreadable(splits: Any, bad: dict[Path, str], config: Config) -> Any:
@@ -273,9 +293,8 @@ def without_unreadable(splits: Any, bad: dict[Path, str], config: Config) -> Any
         raise UserError(f"{causes} -- mend or remove them, or add --skip_unreadable True to leave them out")
     if bad:
         splits = leave_out(splits, bad)
-        print(
-            f"left out {len(bad)} unreadable videos (listed in metrics.json at the end), first: {splits.unreadable[0]}"
-        )
+        first = printable(splits.unreadable[0])
+        print(f"left out {len(bad)} unreadable videos (listed in metrics.json at the end), first: {first}")
     return splits
 
 
@@ -284,14 +303,15 @@ def readable(splits: Any, config: Config, model: Any, accelerator: Any) -> tuple
     tried once: those that go into the cache by computing their features, the others by the scan."""
     from feature_cache import cached_splits, fill, open_store, read_features, use_cache
 
-    if not use_cache(model, config):
-        with accelerator.main_process_first():  # what one found readable the others need not try
-            return without_unreadable(splits, scanned(splits, config), config), None
+    cached = cached_splits(config) if use_cache(model, config) else ()
+    with accelerator.main_process_first():  # what one process found the others need not try
+        splits, bad = scanned(splits, config, cached)
+    if not cached:
+        return without_unreadable(splits, bad, config), None
     with accelerator.main_process_first():
         store = open_store(model, config)
-    bad = fill(store, model, splits, config, accelerator)
-    with accelerator.main_process_first():
-        bad |= scanned(replace(splits, **{name: [] for name in cached_splits(config)}), config)
+    sound = {name: [s for s in getattr(splits, name) if s.path not in bad] for name in cached}
+    bad |= fill(store, model, replace(splits, **sound), config, accelerator)
     splits = without_unreadable(splits, bad, config)
     return splits, read_features(store, splits, config)
 
@@ -318,11 +338,13 @@ def write_preview(config: Config, model: Any, splits: Any, accelerator: Any, dis
 
 
 def clip_titles(batch: dict[str, Any], model: Any, splits: Any, display: dict[str, str]) -> list[str]:
-    """File, label (of a mixed clip both, with their shares), and the text or caption that the model reads."""
+    """Folder and file, label (of a mixed clip both, with their shares), and the text or caption that the model reads."""
+    from figures import clip_name
+
     names = [display[name] for name in splits.class_names]
     titles = []
     for row, index in enumerate(batch["index"].tolist()):
-        parts = [splits.train[index].path.name]
+        parts = [clip_name(splits.train[index].path)]
         if "labels" in batch:
             parts.append(names[batch["labels"][row]])
         if "mix" in batch:
@@ -352,18 +374,22 @@ def body(argv: list[str] | None) -> int:
     config, typed = parse(argv, "main")
     if config.evaluate is not None:
         return evaluate_run(config, typed)
+    if config.doctor or config.preview:
+        return run(config, None)
+    from checkpoint import claimed_run
+
+    with claimed_run(config, typed, is_main()) as (run_dir, config):
+        return run(config, run_dir)
+
+
+def run(config: Config, run_dir: Path | None) -> int:
+    """Trains into `run_dir`, or with --doctor or --preview only looks; returns the exit status."""
     from accelerate.utils import set_seed
 
     from build_model import build_model
-    from checkpoint import check_same, describe_run, free_run_dir, make_run_dir, resumable_run, start_run
     from train_code import build_accelerator
-    from VLoader import check_samples, fingerprint_data, read_display_names, read_splits
+    from VLoader import check_samples, read_display_names, read_splits
 
-    run_dir = None
-    if config.resume:
-        run_dir, config = resumable_run(config, typed)
-    elif not config.doctor and not config.preview:
-        run_dir = free_run_dir(config) if is_main() else Path(config.output_dir) / run_name(config)
     data_dir = Path(config.data_dir)
     splits = read_splits(data_dir)
     check_samples(splits, config.captioning, config.use_text)
@@ -380,21 +406,32 @@ def body(argv: list[str] | None) -> int:
     print_towers(config, model)
     print_hints(config, splits)
     splits, features = readable(splits, config, model, accelerator)
-    data = fingerprint_data(splits, data_dir)
-    if config.resume:
-        check_same(run_dir, model, data)
-    else:
-        if accelerator.is_main_process:
-            make_run_dir(run_dir)
-            start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display, data))
-        if accelerator.process_index > 0:
-            set_seed(config.seed + accelerator.process_index)  # other dropout than the first process's
+    prepare_folder(run_dir, config, model, splits, display, accelerator)
+    if accelerator.process_index > 0:
+        set_seed(config.seed + accelerator.process_index)  # other dropout than the first process's
     sizes = ", ".join(f"{len(getattr(splits, name))} {name}" for name in ("train", "val", "test"))
     print(f"data: {sizes} videos, {len(splits.class_names)} classes in {data_dir}")
     if splits.note:
         print(splits.note)
+    if note := model.cut_note([*splits.train, *splits.val, *splits.test]):
+        print(note)
     print_settings(config, model, accelerator)
     return train_run(config, model, splits, features, display, accelerator, run_dir)
+
+
+def prepare_folder(
+    run_dir: Path, config: Config, model: Any, splits: Any, display: dict[str, str], accelerator: Any
+) -> None:
+    """Writes what does not change while a new run trains; compares it where a run is resumed."""
+    from checkpoint import check_same, clear_run, describe_run, start_run
+    from VLoader import fingerprint_data
+
+    data = fingerprint_data(splits, Path(config.data_dir))
+    if config.resume:
+        check_same(run_dir, model, data)
+    elif accelerator.is_main_process:
+        clear_run(run_dir, config)
+        start_run(run_dir, model, config, describe_run(model, config, splits.class_names, display, data))
 
 
 def is_main() -> bool:

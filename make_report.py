@@ -421,12 +421,16 @@ def provide(row: Row, folder: Path, data_dir: Path) -> int:
     if before != scores:
         scores, kind = before, "float32"
         save_file(tensors, str(target / WEIGHTS), metadata=header)
-    write_text(target / "CARD.md", card(row, config, scores, kind, sum(t.numel() for t in tensors.values())))
+    count = sum(t.numel() for t in tensors.values())
+    write_text(
+        target / "CARD.md", card(row, config, scores, control_table(target, data_dir, row.dirs[0].parent), kind, count)
+    )
     return sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
 
 
-def card(row: Row, config: Config, scores: dict[str, float], kind: str, parameters: int) -> str:
-    controls = [f"{CONTROLS[n]} {show_all(v)}" for n, v in row.results()[0]["controls"].items() if n in CONTROLS]
+def card(row: Row, config: Config, scores: dict[str, float], table: dict[str, Any], kind: str, parameters: int) -> str:
+    """CARD.md; `scores` and the `table` of controls are those of the file that lies beside it."""
+    controls = [f"{CONTROLS[n]} {show_all(v)}" for n, v in table.items() if n in CONTROLS]
     return f"""# {row.name}
 
 {row.title}: a {row.task}, trained on the synthetic dataset (`python dummy_data.py`) with `main.py {as_flags(config)}`,
@@ -438,7 +442,7 @@ Holds the {parameters:,} trained parameters in {kind}; the other tensors are tho
 
 On the dataset's test videos, this checkpoint: {show_all(scores)}.
 
-The same model where it should fail: {"; ".join(controls)}.
+The same checkpoint where it should fail: {"; ".join(controls)}.
 
 Licence: Apache-2.0.
 """
@@ -464,6 +468,17 @@ def rescored(run_dir: Path, data_dir: Path) -> dict[str, float]:
     names = ("accuracy", "macro_f1", "CIDEr", "Bleu_4")
     kept = {name: round(scores[name], 4) for name in names if name in scores}
     return kept | {n: round(v, 4) for n, v in scores.get("attributes", {}).items() if n != "intervals"}
+
+
+def control_table(run_dir: Path, data_dir: Path, runs: Path) -> dict[str, Any]:
+    """The controls of a checkpoint; features are cached in the folder of `runs`."""
+    import train_code
+    from checkpoint import load_run
+    from controls import control_scores
+    from VLoader import read_splits
+
+    model, config, _ = load_run(run_dir, Config(num_workers=0, output_dir=str(runs)))
+    return control_scores(model, read_splits(data_dir), config, train_code.build_accelerator(config))
 
 
 # -- the script -------------------------------------------------------------------------------------

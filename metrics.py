@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from script import UserError, run_script
+from script import Parser, UserError, run_script, shown
 
 RESAMPLES = 1000
 BINS = 15  # of confidence, for the calibration error
@@ -58,7 +58,7 @@ def compared(first: Summary, second: Summary, count: int) -> dict[str, dict[str,
     draws, places = resampled([first, second], count), np.arange(count)
     one, two = first(places), second(places)
     result = {}
-    for name in one:
+    for name in (name for name in one if name in two):  # labels without probabilities have fewer scores
         low, high = bounds(draws[1][name] - draws[0][name])
         result[name] = {"difference": two[name] - one[name], "low": low, "high": high}
     return result
@@ -333,20 +333,26 @@ def attribute_summary(found: Sequence[dict[str, str | None]], truth: Sequence[di
 def read_rows(path: Path) -> dict[str, Any]:
     """id -> value of a JSON object, or file -> row of a jsonl. Raises UserError if it is neither."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     try:
         values = json.loads(text)
         if isinstance(values, dict) and not isinstance(values.get("file"), str):
             return values
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        return {row["file"]: row for row in rows}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is neither a JSON object {{id: ...}} nor lines with a `file` each") from None
+        files = [row["file"] for row in rows]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        files = [None]
+    if not all(isinstance(file, str) for file in files):
+        raise UserError(f"{path} is neither a JSON object {{id: ...}} nor lines with a `file` each")
+    twice = [file for file, count in Counter(files).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} has several rows for {shown(twice[0])}")
+    return dict(zip(files, rows, strict=True))
 
 
 def paired(references: dict[str, Any] | None, predictions: dict[str, Any], path: Path) -> tuple[list, list]:
@@ -355,14 +361,16 @@ def paired(references: dict[str, Any] | None, predictions: dict[str, Any], path:
     if references is None:
         lacking = [k for k, row in predictions.items() if not isinstance(row, dict) or not row.keys() & {"truth", "references"}]  # fmt: skip
         if lacking:
-            raise UserError(f"{path} holds no truth for {lacking[0]!r}: add --references R.json")
+            raise UserError(f"{path} holds no truth for {shown(lacking[0])}: add --references R.json")
         return [*predictions.values()], [row.get("truth", row.get("references")) for row in predictions.values()]
     by_name = {Path(k).stem: row for k, row in predictions.items()}
     if not references.keys() & predictions.keys() and len(by_name) == len(predictions):
         predictions = by_name  # files were answered for, ids are asked for
     lacking = [k for k in references if k not in predictions]
     if lacking:
-        raise UserError(f"{path} has no prediction for {len(lacking)} of {len(references)} ids, first {lacking[0]!r}")
+        raise UserError(
+            f"{path} has no prediction for {len(lacking)} of {len(references)} ids, first {shown(lacking[0])}"
+        )
     return [predictions[k] for k in references], [*references.values()]
 
 
@@ -372,8 +380,18 @@ def said(row: Any, path: Path) -> str:
     if isinstance(value, list) and len(value) == 1:  # coco-caption's own layout
         (value,) = value
     if not isinstance(value, str):
-        raise UserError(f"{path}: a prediction is neither a text nor a row with `caption` or `label`: {row!r}")
+        raise UserError(f"{path}: a prediction is neither a text nor a row with `caption` or `label`: {shown(row)}")
     return value
+
+
+def check_label_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Raises UserError for rows that are not those of a run's predictions_{val,test}.jsonl."""
+    for row in rows:
+        score, best = row.get("score"), row.get("top_k")
+        labels = [b.get("label") if isinstance(b, dict) else None for b in best] if isinstance(best, list) else [None]
+        plain = isinstance(score, int | float) and 0 <= score <= 1 and all(isinstance(b, str) for b in labels)
+        if not plain or not labels or len(labels) != len(rows[0]["top_k"]):
+            raise UserError(f"{path}: a row needs `score` from 0 to 1 and `top_k` with as many labels as the others: {shown(row)}")  # fmt: skip
 
 
 def summary_of(rows: list[Any], truths: list[Any], path: Path) -> Summary:
@@ -384,6 +402,7 @@ def summary_of(rows: list[Any], truths: list[Any], path: Path) -> Summary:
     if not all(isinstance(t, str) for t in truths):
         raise UserError("references are lists of captions for every id, or a label for every id")
     if all(isinstance(row, dict) and "truth" in row for row in rows):
+        check_label_rows(rows, path)
         return label_rows_summary([row | {"truth": t} for row, t in zip(rows, truths, strict=True)])
     places = {name: i for i, name in enumerate(sorted({*answers, *truths}))}
     truth, first = np.array([places[t] for t in truths]), np.array([places[a] for a in answers])
@@ -393,7 +412,7 @@ def summary_of(rows: list[Any], truths: list[Any], path: Path) -> Summary:
 
 
 def body(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="metrics.py", description=__doc__, allow_abbrev=False,
+    parser = Parser(prog="metrics.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--references", metavar="R", type=Path, help="{id: [captions]} or {id: label}; a run's own predictions bring theirs")  # fmt: skip
     parser.add_argument("--predictions", metavar="P", type=Path, required=True, help="{id: caption or label}, or a jsonl with a row per file")  # fmt: skip

@@ -84,6 +84,8 @@ def run_script(body: Callable[[list[str] | None], int | None], argv: list[str] |
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MemoryError:
+        return print_error("out of memory")
     except OSError as error:
         if sys.stdout.errors is not None:
             discard_output()
@@ -139,8 +141,13 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot make the folder {folder}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def temporary(path: Path) -> Path:
+    """The folder in which this process makes `path`, beside it."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+
+
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls write(temporary path), then renames, so that `path` is always whole: the old file or the new one, also
+    """Calls write(a temporary path), then renames, so that `path` is always whole: the old file or the new one, also
     where several processes write it.
 
     The temporary file has a folder of its own beside `path`, so that what a library leaves there when it is killed
@@ -148,27 +155,33 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """
     from safetensors import SafetensorError
 
-    folder = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    folder = temporary(path)
     try:
         folder.mkdir(exist_ok=True)
-        temporary = folder / path.name
-        write(temporary)
-        with temporary.open("rb") as file:
+        write(folder / path.name)
+        with (folder / path.name).open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(folder / path.name, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether replace_file, or a library, was writing this."""
+    return path.name.startswith(".") and (
+        path.name.endswith(".tmp") or re.fullmatch(r"\.tmp\w{6}", path.name) is not None
+    )
+
+
 def remove_leftovers(folder: Path, owned: bool = False) -> None:
-    """Removes what killed processes were writing directly in a folder: of dead processes of this machine, or all of
-    it where the folder is `owned` by this process."""
-    for path in folder.glob(".*.tmp"):
+    """Removes what killed processes were writing in a folder: directly in it those of dead processes of this machine,
+    or everywhere in it and of any process where the folder is `owned` by this one."""
+    for path in [*(folder.rglob(".*tmp*") if owned else folder.glob(".*.tmp"))]:
         writer = re.search(rf"\.{re.escape(platform.node())}\.(\d+)\.tmp$", path.name)
-        if owned or (writer and not is_running(int(writer[1]))):
-            shutil.rmtree(path, ignore_errors=True)
+        if is_temporary(path) and (owned or (writer and not is_running(int(writer[1])))):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def is_running(process: int) -> bool:
@@ -208,7 +221,8 @@ class FileLock:
     and forked children such as a loader's workers do not inherit it, unlike one of flock(2). The file names its
     holder and is removed at release.
 
-    Raises UserError naming the holder if another process, or this one, has the lock.
+    Raises UserError naming the holder if another process, or this one, has the lock; FileNotFoundError if there is no
+    folder to put the file in.
     """
 
     held: set[tuple[int, str]] = set()  # noqa: RUF012, (process, path); a process is never refused its own record lock
@@ -222,6 +236,8 @@ class FileLock:
             os.ftruncate(self.file, 0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             os.pwrite(self.file, f"process {os.getpid()} on {platform.node()} since {since}".encode(), 0)
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise UserError(f"cannot lock {what}: {path}: {error.strerror}") from None
         self.held.add(self.key)
@@ -240,6 +256,14 @@ class FileLock:
             if os.path.exists(self.path) and os.path.samestat(os.fstat(file), os.stat(self.path)):
                 return file
             os.close(file)
+
+    def move_with(self, folder: Path, target: Path) -> None:
+        """Renames the folder that holds the lock's file; the lock stays. Raises OSError if the target is in use."""
+        os.rename(folder, target)
+        self.held.discard(self.key)
+        self.path = target / self.path.name
+        self.key = (self.key[0], os.path.realpath(self.path))
+        self.held.add(self.key)
 
     def release(self) -> None:
         """Gives the lock up; does nothing in a forked child, which never had it, or when called again."""

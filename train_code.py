@@ -7,7 +7,6 @@ import ctypes
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -29,18 +28,22 @@ from tqdm import tqdm
 import dummy_data
 from augment import Augment
 from build_model import VideoModel, adapters, tower_body, trained_tensors
-from checkpoint import load_state, load_weights, save_state, save_weights
+from checkpoint import STATE, load_state, load_weights, save_state, save_weights
 from config import BACKBONES, Config
 from metrics import attribute_summary, caption_scores, label_scores, with_intervals
-from script import UserError, write_json, write_rows
+from script import UserError, make_folder, write_rows
 from VLoader import ClipDataset, build_loader
 
 WARMUP = 0.1  # share of all steps
-# peak learning rates: (weights, the freest tower) -> rate, and how much faster new layers learn
+# (weights, what is trained of a backbone) -> peak learning rate, and how much faster new layers learn; the freest
+# first, and of equally free ones the one whose weights have cost more
 LEARNING_RATES = {
-    ("tiny", "full"): (5e-4, 2.0), ("tiny", "lora"): (3e-3, 1.0), ("tiny", "frozen"): (3e-3, 1.0),
-    ("hub", "full"): (5e-5, 10.0), ("hub", "lora"): (5e-4, 2.0), ("hub", "frozen"): (1e-3, 1.0),
+    ("hub", "full"): (5e-5, 10.0), ("tiny", "full"): (5e-4, 2.0),
+    ("hub", "lora"): (5e-4, 2.0), ("tiny", "lora"): (3e-3, 1.0),
+    ("hub", "frozen"): (1e-3, 1.0), ("tiny", "frozen"): (3e-3, 1.0),
 }  # fmt: skip
+# what marks a place is no weight: decay would blur it
+NO_DECAY = re.compile(r"\.lora_|cls_token|position|time_embedding|rel_embeddings|\bwpe\b")
 
 
 # -- schedule and optimizer -------------------------------------------------------------------------
@@ -54,45 +57,63 @@ def lr_at(step: int, total: int, peak: float) -> float:
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def freest(model: VideoModel) -> str:
-    """What the least restricted tower is: full, lora or frozen."""
-    names = [n for tower in model.towers().values() for n in trained_tensors(tower)]
-    if any(".lora_" not in n for n in names):
+def what_is_trained(tower: nn.Module) -> str:
+    """full, lora or frozen."""
+    names = trained_tensors(tower)
+    if any(".lora_" not in name for name in names):
         return "full"
     return "lora" if names else "frozen"
 
 
-def default_rates(model: VideoModel, config: Config) -> tuple[float, float]:
-    """(peak learning rate, factor for new layers) of the table for these weights and what is trained."""
-    tiny = config.weights == "tiny" and config.vision_model in BACKBONES
-    return LEARNING_RATES[("tiny" if tiny else "hub", freest(model))]
+def default_rates(model: VideoModel, config: Config) -> tuple[float, dict[str, float]]:
+    """(the table's peak learning rate of the freest backbone, the rates of the parts as multiples of that one:
+    "vision", "language" and "new layers")."""
+    kinds = {}
+    for part, tower in model.towers().items():
+        tiny = config.weights == "tiny" and getattr(config, f"{part}_model") in BACKBONES
+        kinds[part] = ("tiny" if tiny else "hub", what_is_trained(tower))
+    rate, factor = LEARNING_RATES[min(kinds.values(), key=[*LEARNING_RATES].index)]
+    return rate, {part: LEARNING_RATES[kind][0] / rate for part, kind in kinds.items()} | {"new layers": factor}
 
 
-def layers_above(tower: nn.Module, name: str) -> int:
-    """How many layers of a tower lie above a tensor, itself included: 1 for the last layer's, one more than
-    there are layers for the embeddings', 0 for what follows the layers (BEiT, arXiv:2106.08254)."""
-    layer = re.search(r"\.(?:layers?|h)\.(\d+)\.", f".{name}")
-    if layer:
-        return tower.config.num_hidden_layers - int(layer[1])
-    return tower.config.num_hidden_layers + 1 if re.search(r"embeddings|wte|wpe", name) else 0
+def rates_line(model: VideoModel, config: Config) -> str:
+    """The peak learning rate of every part that is trained; `config` is resolved."""
+    _, scales = default_rates(model, config)
+    trained = [part for part, tower in model.towers().items() if trained_tensors(tower)]
+    rates = [f"{part} {config.learning_rate * scales[part]:g}" for part in (*trained, "new layers")]
+    return f"learning rate {config.learning_rate:g} ({', '.join(rates)})"
+
+
+def layers_above(tower: nn.Module) -> dict[str, int]:
+    """For every tensor of a backbone how many layers lie above it, its own included: 1 in the last layer, one more
+    than there are layers for what comes before them, 0 for what follows (BEiT, arXiv:2106.08254)."""
+    lists = [(name, module) for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
+    prefix, layers = max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+    above = {}
+    for path, module in tower.named_modules():
+        for name, _ in module.named_parameters(path, recurse=False):
+            place = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
+            embeds = isinstance(module, nn.Embedding) or re.search(r"embed(?!_out)|project_in", name)
+            above[name] = len(layers) - int(place[1]) if place else (len(layers) + 1 if embeds else 0)
+    return above
 
 
 def build_optimizer(model: VideoModel, config: Config) -> torch.optim.AdamW:
-    """AdamW: decay on tensors of two or more dimensions, none on adapters; new layers by their own rate.
+    """AdamW: decay on weights of two or more dimensions, none on adapters and on what marks a place; every part by
+    its own rate.
 
     Every group carries `peak_lr`; `lr_at` of it is set before each step.
     """
-    scales = {
-        id(p): config.layer_decay ** layers_above(tower, name)
-        for tower in model.towers().values()
-        for name, p in tower.named_parameters()
-    }
-    rate, new_scale = default_rates(model, config)
+    rate, scales = default_rates(model, config)
     rate = rate if config.learning_rate == "auto" else config.learning_rate
+    scale_of = {}
+    for part, tower in model.towers().items():
+        above = layers_above(tower)
+        scale_of |= {id(p): scales[part] * config.layer_decay ** above[n] for n, p in tower.named_parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_tensors(model).items():
-        decay = config.weight_decay if parameter.ndim >= 2 and ".lora_" not in name else 0.0
-        peak = rate * scales.get(id(parameter), new_scale)
+        decay = config.weight_decay if parameter.ndim >= 2 and not NO_DECAY.search(name) else 0.0
+        peak = rate * scale_of.get(id(parameter), scales["new layers"])
         groups.setdefault((decay, peak), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": p, "weight_decay": decay, "peak_lr": peak} for (decay, peak), p in groups.items()],
@@ -498,10 +519,10 @@ def stop_signals() -> Generator[list[int]]:
 def train(
     model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, run_dir: Path
 ) -> dict[str, Any]:
-    """Trains to config.epochs, keeps the epoch that is best on val, tests it once, writes log and metrics.
+    """Trains to config.epochs, keeps the epoch that is best on val, tests it once, writes log and predictions.
 
     With config.resume it goes on from the run's saved state, bit for bit as if it had not been stopped.
-    Returns what metrics.json holds, and the log.
+    Returns what metrics.json will hold, and the log.
 
     Raises:
         UserError: a loss that is not finite, a dead adapter, a video that cannot be read, a full disk.
@@ -518,8 +539,8 @@ def train(
         accelerator, optimizer, steps, config.gradient_accumulation_steps,
         label_smoothing=config.label_smoothing, augment=Augment(config.augment, config.flip),
     )  # fmt: skip
-    if config.resume:
-        engine.progress = Progress(**load_state(run_dir, model, optimizer, accelerator.process_index))
+    if config.resume and (run_dir / STATE).exists():  # else it was stopped before anything was saved
+        engine.progress = resumed_progress(model, engine, config.epochs, run_dir)
         loaders["train"].skipped.update(engine.progress.skipped)
         if accelerator.is_main_process:
             write_rows(engine.progress.log, run_dir / "log.jsonl")
@@ -548,10 +569,23 @@ def train(
     metrics["peak_mb"] = peak_memory(accelerator)
     metrics["device"] = device_name(accelerator)
     metrics["seconds_per_epoch"] = round(sum(row["seconds"] for row in log) / len(log), 2)
-    if accelerator.is_main_process:
-        write_json(metrics, run_dir / "metrics.json")
-        shutil.rmtree(run_dir / "state")  # a finished run has nothing to resume
     return metrics | {"log": log}
+
+
+def resumed_progress(model: VideoModel, engine: Engine, epochs: int, run_dir: Path) -> Progress:
+    """Restores the saved state. Raises UserError if it is not one of this run."""
+    accelerator = engine.accelerator
+    values = load_state(run_dir, model, engine.optimizer, accelerator.process_index, accelerator.num_processes)
+    try:
+        progress = Progress(**values)
+        counts = (progress.epoch, progress.step, progress.groups, progress.count, progress.right)
+        fits = progress.epoch <= epochs and progress.step <= engine.total_steps and min(counts) >= 0
+        fits = fits and progress.groups * epochs <= engine.total_steps and len(progress.log) == progress.epoch
+    except TypeError:
+        fits = False
+    if not fits:
+        raise UserError(f"{run_dir / STATE} holds no state of this run")
+    return progress
 
 
 def device_name(accelerator: Any) -> str:
@@ -622,12 +656,19 @@ def out_of_patience(log: list[dict[str, Any]], patience: int) -> bool:
 
 def tensorboard_row(row: dict[str, Any], folder: Path) -> None:
     """The numbers of a finished epoch, for TensorBoard, over optimizer steps."""
-    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter  # not SummaryWriter: its thread prints a full disk's trace
+    from tensorboardX.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
+    from tensorboardX.summary import scalar
 
-    with SummaryWriter(str(folder), filename_suffix=f".epoch{row['epoch']}") as writer:
-        for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "clips_per_second"):
-            if name in row:
-                writer.add_scalar(name, row[name], row["step"])
+    make_folder(folder)
+    names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "clips_per_second")
+    try:
+        events = EventsWriter(str(folder / "events"), f".epoch{row['epoch']}")
+        for name in (n for n in names if n in row):
+            events.write_event(Event(summary=scalar(name, row[name]), step=row["step"], wall_time=time.time()))
+        events.close()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def test_best(

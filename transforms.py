@@ -4,6 +4,7 @@ Shapes: B batch, T frames, C channels, H W pixels. Clips are RGB uint8 [T, C, H,
 device; only there do they become normalised floats.
 """
 
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+LARGEST = 8192  # pixels on a side
 LARGEST_PICTURE = 256 * 10**6  # pixels of a frame, as it is read and as it is resized
 INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's codes in preprocessor_config.json
 
@@ -55,24 +57,32 @@ class Preprocessing:
         """From preprocessor_config.json's fields, in their present or older spellings.
 
         The sizes there are scaled by image_size / (the size that comes out of the file's own crop).
-        Raises ValueError for an interpolation other than nearest, bilinear or bicubic.
+        Raises ValueError for a field that makes no sense, and for an interpolation other than nearest, bilinear or
+        bicubic.
         """
-        resize = _sizes(values.get("size", 224)) if values.get("do_resize", True) else None
-        crop = _sizes(values["crop_size"]) if values.get("do_center_crop") and "crop_size" in values else resize
+        resize = _sizes("size", values.get("size", 224)) if values.get("do_resize", True) else None
+        cropped = values.get("do_center_crop") and "crop_size" in values
+        crop = _sizes("crop_size", values["crop_size"]) if cropped else resize
         if resize is not None:
             scale = image_size / min(crop)
-            resize = tuple(round(s * scale) for s in resize)
-        code = int(values.get("resample", 2))
-        if code not in INTERPOLATION:
-            raise ValueError(f"resample {code} is not supported; 0, 2 and 3 are")
+            resize = _sizes("size / crop_size", [round(s * scale) for s in resize])
+        code = values.get("resample", 2)
+        if not isinstance(code, int) or code not in INTERPOLATION:
+            raise ValueError(f"resample {reprlib.repr(code)} is not supported; 0, 2 and 3 are")
+        rescale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
+        if not _is_number(rescale) or rescale <= 0:
+            raise ValueError(f"rescale_factor must be a number above 0, not {reprlib.repr(rescale)}")
         normalise = values.get("do_normalize", True)
+        std = _channels(values, "image_std") if normalise else (1.0, 1.0, 1.0)
+        if min(std) <= 0:
+            raise ValueError(f"image_std must be above 0, not {std}")
         return cls(
             image_size=image_size,
             resize=resize,
             interpolation=INTERPOLATION[code],
-            rescale_factor=float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 1.0,
-            mean=tuple(values["image_mean"]) if normalise else (0.0, 0.0, 0.0),
-            std=tuple(values["image_std"]) if normalise else (1.0, 1.0, 1.0),
+            rescale_factor=float(rescale),
+            mean=_channels(values, "image_mean") if normalise else (0.0, 0.0, 0.0),
+            std=std,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,14 +136,26 @@ class Preprocessing:
         return pixels.mul_(self.rescale_factor).sub_(mean).div_(std)
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
+def _sizes(name: str, value: Any) -> tuple[int, ...]:
     """The spellings of a size: 224, [224, 224], {"shortest_edge": 224}, {"height": 224, "width": 224}."""
     if isinstance(value, dict):
         keys = ("shortest_edge",) if "shortest_edge" in value else ("height", "width")
-        return tuple(int(value[k]) for k in keys)
-    if isinstance(value, list | tuple):
-        return tuple(int(v) for v in value)
-    return (int(value),)
+        value = [value.get(k) for k in keys]
+    sizes = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if len(sizes) not in (1, 2) or not all(_is_number(s) and 1 <= s <= LARGEST for s in sizes):
+        raise ValueError(f"{name} must be one or two numbers of pixels, 1 to {LARGEST}, not {reprlib.repr(value)}")
+    return tuple(int(s) for s in sizes)
+
+
+def _channels(values: dict[str, Any], name: str) -> tuple[float, ...]:
+    found = values.get(name)
+    if not isinstance(found, list | tuple) or len(found) != 3 or not all(map(_is_number, found)):
+        raise ValueError(f"{name} must be three numbers, not {reprlib.repr(found)}")
+    return tuple(found)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6  # False for nan
 
 
 def resize_frames(clip: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:

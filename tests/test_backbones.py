@@ -1,12 +1,19 @@
 """The shipped tiny backbones are what their cards say, and worth something."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import dummy_data
+import main
 import pretrain_backbones as world
 from config import BACKBONES, ROOT
+from transforms import Preprocessing
 
 
 def card(name: str) -> str:
@@ -116,3 +123,120 @@ def test_pretraining_resumes_where_it_stopped(tmp_path):
     whole = losses([99], tmp_path / "a")
     broken = losses([4, 99], tmp_path / "b")  # stopped in step 5, goes on from the state of step 3
     assert len(whole) == 6 and broken == [*whole[:4], *whole[3:]]
+
+
+# -- folders of backbones that are not what they should be ------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of videomae-tiny."""
+    return shutil.copytree(ROOT / "backbones" / "videomae-tiny", tmp_path / "backbone")
+
+
+def refusal(dataset, capsys, folder, *flags: str) -> str:
+    """The one line that main.py says of a vision backbone."""
+    argv = ["--vision_model", str(folder), "--data_dir", str(dataset), "--output_dir", str(folder.parent / "runs")]
+    assert main.main([*argv, "--num_workers", "0", "--epochs", "1", *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "", "null", '{"image_processor_type": 3}', "[" * 100_000])
+def test_a_damaged_preprocessor_config_is_an_error_that_names_it(dataset, capsys, folder, text):
+    (folder / "preprocessor_config.json").write_text(text)
+    said = refusal(dataset, capsys, folder)
+    assert "preprocessor_config.json" in said and str(folder) in said
+
+
+@pytest.mark.parametrize("field, value", [
+    ("image_mean", None), ("image_mean", "abc"), ("image_mean", [0.5]), ("image_mean", [0.5, 0.5, None]), ("image_std", [1, 1, 0]),
+    ("image_std", [1, 1, float("nan")]), ("size", 0), ("size", -1), ("size", 1e6), ("size", "x"), ("size", {"longest_edge": 64}),
+    ("crop_size", 0), ("crop_size", {"height": 64}), ("resample", None), ("resample", 7), ("resample", [2]), ("rescale_factor", "a"), ("rescale_factor", 0),
+])  # fmt: skip
+def test_a_senseless_field_of_it_is_an_error_too(dataset, capsys, folder, field, value):
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_center_crop": True, field: value}))
+    said = refusal(dataset, capsys, folder)
+    assert "preprocessor_config.json" in said and str(folder) in said
+
+
+FIELDS_OF_IT = ["size", "crop_size", "do_resize", "do_center_crop", "resample", "rescale_factor", "image_mean", "image_std", "do_normalize", "do_rescale"]  # fmt: skip
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["height", "width", "shortest_edge"]), inner),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS_OF_IT), ODD), st.integers(8, 512))
+def test_any_fields_give_a_preprocessing_that_works_or_a_value_error(fields, size):
+    plain = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    try:
+        found = Preprocessing.from_dict(plain | fields, size)
+    except ValueError:
+        return
+    assert found.normalise(torch.zeros(1, 1, 3, 2, 2, dtype=torch.uint8)).isfinite().all()
+    assert found.resize is None or all(1 <= side <= 8192 for side in found.resize)
+
+
+def test_only_a_missing_file_falls_back_to_a_guess_that_is_said_to_be_one(dataset, capsys, folder):
+    (folder / "preprocessor_config.json").unlink()
+    argv = ["--vision_model", str(folder), "--data_dir", str(dataset), "--output_dir", str(folder.parent / "runs")]
+    assert main.main([*argv, "--num_workers", "0", "--epochs", "1", "--freeze_visionbackbone", "True"]) == 0
+    assert (
+        f"warning: {folder} has no preprocessor_config.json; guessing transformers' default" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("fields", [
+    {"num_hidden_layers": 10**7}, {"hidden_size": 10**9}, {"intermediate_size": 10**12}, {"image_size": 10**6, "patch_size": 1}, {"num_frames": 10**8},
+])  # fmt: skip
+def test_a_configuration_that_no_machine_can_build_is_refused_before_it_is_built(dataset, capsys, folder, fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    assert "describes a model that cannot be built here" in refusal(dataset, capsys, folder)
+
+
+@pytest.mark.parametrize("fields", [{"vocab_size": 10**13}, {"n_layer": 10**6}, {"n_positions": 10**12}])
+def test_so_is_a_language_models(dataset, capsys, folder, fields):
+    language = shutil.copytree(ROOT / "backbones" / "gpt2-tiny", folder.parent / "gpt2")
+    (language / "config.json").write_text(json.dumps(json.loads((language / "config.json").read_text()) | fields))
+    flags = ["--use_vlm", "True", "--captioning", "True", "--language_model", str(language)]
+    assert "describes a model that cannot be built here" in refusal(dataset, capsys, folder, *flags)
+
+
+def test_an_attention_that_is_a_program_of_the_hub_is_never_asked_for(dataset, capsys, folder, monkeypatch):
+    from transformers import modeling_utils
+
+    asked = []
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *a, **k: asked.append(a))
+    monkeypatch.setattr(modeling_utils, "load_and_register_attn_kernel", lambda *a, **k: asked.append(a), raising=False)
+    language = shutil.copytree(ROOT / "backbones" / "bert-tiny", folder.parent / "bert")
+    for backbone in (folder, language):
+        file = backbone / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"_attn_implementation": "org/name", "attn_implementation": "org/name"}))  # fmt: skip
+    argv = ["--vision_model", str(folder), "--data_dir", str(dataset), "--output_dir", str(folder.parent / "runs")]
+    argv += ["--num_workers", "0", "--epochs", "1", "--freeze_visionbackbone", "True"]
+    assert main.main([*argv, "--use_vlm", "True", "--language_model", str(language), "--run_name", "r"]) == 0
+    assert (
+        main.main(["--evaluate", str(folder.parent / "runs" / "r"), "--num_workers", "0"]) == 0
+    )  # the run's own folders
+    assert not asked
+
+
+def test_a_folder_of_adapters_is_refused(dataset, capsys, folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/name"}')
+    said = refusal(dataset, capsys, folder)
+    assert "holds adapters" in said and "merge_and_unload" in said
+
+
+@pytest.mark.parametrize("index, cause", [
+    ({"weight_map": {"a": "../outside.safetensors"}}, "names a file outside its folder"), ({"weight_map": {"a": "/x.safetensors"}}, "outside its folder"),
+    ({"weight_map": 3}, "is no index of weights"), ([], "is no index of weights"), ({"weight_map": {"a": 3}}, "is no index of weights"),
+])  # fmt: skip
+def test_an_index_of_weights_leads_nowhere_else(dataset, capsys, folder, index, cause):
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert cause in refusal(dataset, capsys, folder)

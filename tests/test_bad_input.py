@@ -1,19 +1,29 @@
 """What users get wrong: one line `error: ...`, status 2, no traceback, nothing written."""
 
+import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import counting_frames, read_clip, write_video
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+import create_dummy
+import dummy_data
+import figures
 import inference
 import main
+import metrics
 import train_code
-from script import UserError
+from config import ROOT
+from script import UNSAFE, UserError
 from VLoader import open_video, read_folder, read_metadata
 
 
@@ -47,8 +57,6 @@ def data(tmp_path) -> Path:
 
 
 def bad_image_size(folder: Path) -> None:
-    from PIL import Image
-
     (folder / "frames").mkdir()
     for index, size in enumerate([(16, 16), (16, 16), (20, 16)]):
         Image.new("RGB", size).save(folder / "frames" / f"{index}.png")
@@ -126,6 +134,193 @@ def test_odd_but_sound_files_are_read(data, tmp_path, capsys):
     assert inference.main(["--checkpoint", str(tmp_path / "r"), "--video_dir", str(data), "--output", str(output)]) == 0
     assert len([json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]) == 9
     assert (read_clip(folder / "-one-pixel.pt", 8) == 0).all()
+
+
+# -- names that steer a terminal or a picture ---------------------------------------------------------
+
+ODD_NAMES = {
+    "$_$": "$\\frac{$",
+    "esc\x1b]0;title\x07": "red \x1b[31m",
+    "中文\u202e": "中文\nline",
+    "same": "中文\nline",
+}
+
+
+def test_odd_names_are_drawn_and_printed_harmlessly(tmp_path, capsys, recwarn):
+    """matplotlib would read `$` as mathematics, and warn of letters that its font lacks; a terminal obeys \\x1b."""
+    for name in ODD_NAMES:
+        for index in range(3):
+            clip_file(tmp_path / "data" / "train" / name / f"\x1b[2J{index}.pt")
+    (tmp_path / "data" / "classes.json").write_text(json.dumps(ODD_NAMES))
+    (tmp_path / "data" / "train" / "$_$" / "\x1b[2Junreadable.pt").write_text("x")
+    flags = ["--run_name", "r", "--image_size", "16", "--num_frames", "2", "--skip_unreadable", "True"]
+    assert train(tmp_path / "data", tmp_path, *flags) == 0
+    pictures = ("confusion", "classes", "reliability", "worst", "occlusion", "curves")
+    assert all((tmp_path / "r" / f"{name}.png").is_file() for name in pictures)
+    assert not [w for w in recwarn if "lyph" in str(w.message)]
+    out, err = capsys.readouterr()
+    assert not UNSAFE.search(out.replace("\n", "") + err.replace("\n", "").replace("\r", ""))
+
+
+def test_classes_that_are_displayed_alike_keep_a_bar_each(tmp_path):
+    bars = {name: (share, [share, share]) for name, share in (("a", 0.0), ("b", 1.0), ("c", 1.0))}
+    images = []
+    for display in ({}, dict.fromkeys(bars, "x")):
+        path = figures.plot_bars(bars, "t", tmp_path / "bars.png", display=display)
+        images.append((np.asarray(Image.open(path).convert("RGB")) == (0x33, 0x63, 0x8D)).all(-1).any(1).sum())
+    assert images[0] == images[1] > 0  # rows of pixels that a bar covers
+
+
+# -- places that cannot be written ---------------------------------------------------------------------
+
+
+def full_disk(monkeypatch) -> None:
+    """From here on nothing more can be flushed to the disk."""
+
+    def no_space(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", no_space)
+
+
+@pytest.mark.parametrize("place", ["a full disk", "beneath a file", "read-only"])
+def test_a_preview_that_cannot_be_written_leaves_nothing(data, tmp_path, capsys, monkeypatch, place):
+    runs = tmp_path / "runs"
+    if place == "a full disk":
+        full_disk(monkeypatch)
+    elif place == "beneath a file":
+        runs.write_text("x")
+    elif os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    else:
+        runs.mkdir(mode=0o500)
+    assert "cannot" in refused(capsys, train(data, runs, "--preview", "2"))
+    assert not runs.is_dir() or not [*runs.iterdir()]
+
+
+@pytest.mark.parametrize("script, saver", [(dummy_data, "save_video"), (create_dummy, "save_frames")])
+def test_half_a_dataset_is_none(dataset, tmp_path, capsys, monkeypatch, script, saver):
+    """The disk is full at the third video: one line, nothing left, and the next try begins anew."""
+    save, calls = getattr(dummy_data, saver), []
+
+    def until_full(*args):
+        calls.append(save(*args))
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.pt")
+
+    flags = ["--classes", "2", "--videos_per_class", "2", "--test_per_class", "1"]
+    argv = [*(flags if script is dummy_data else ["--data_dir", str(dataset)]), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(dummy_data, saver, until_full)
+    assert "x.pt: No space left on device" in refused(capsys, script.main(argv))
+    assert not [*tmp_path.glob("out/*")]
+    monkeypatch.undo()
+    assert script.main(argv) == 0
+    assert len(read_folder(tmp_path / "out" / "train" if script is dummy_data else tmp_path / "out")) >= 4
+
+
+@pytest.mark.parametrize("script", [dummy_data, create_dummy])
+@pytest.mark.parametrize("output", ["file/below", "a\0b"])
+def test_outputs_that_cannot_be_made(dataset, tmp_path, capsys, script, output):
+    (tmp_path / "file").write_text("x")
+    flags = ["--data_dir", str(dataset)] if script is create_dummy else []
+    assert "cannot make the folder" in refused(capsys, script.main([*flags, "--output", str(tmp_path / output)]))
+
+
+@pytest.mark.parametrize("flags", [["--size", "9" * 30], ["--size", "9" * 5000], ["--seed", "9" * 30], ["--frames", "10001"], ["--classes", "\x1b[2J"]])  # fmt: skip
+def test_numbers_that_nothing_could_hold(tmp_path, capsys, flags):
+    error = refused(capsys, dummy_data.main([*flags, "--output", str(tmp_path / "d")]))
+    assert flags[0] in error and not UNSAFE.search(error) and not (tmp_path / "d").exists()
+
+
+def test_a_dataset_beyond_the_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(dummy_data, "draw_class", full)
+    assert "out of memory" in refused(capsys, dummy_data.main(["--output", str(tmp_path / "d")]))
+    assert not [*tmp_path.glob("d/*")]
+
+
+def test_frames_never_replace_a_folder_of_videos(data, capsys):
+    """A split with its metadata.jsonl looks like what create_dummy writes, but for the videos in it."""
+    (data / "train").rename(data / "test")
+    for folder in (data / "test", data / "test" / "a"):
+        (folder / "metadata.jsonl").touch()
+        before = sorted(data.rglob("*"))
+        status = create_dummy.main(["--data_dir", str(data), "--output", str(folder)])
+        assert "was not made by this script" in refused(capsys, status) and sorted(data.rglob("*")) == before
+
+
+def test_frames_stay_in_their_folder_and_apart(tmp_path):
+    """Labels that lead elsewhere, and two videos of one name."""
+    rows = [{"file_name": f"{folder}/v.pt", "label": "../../up"} for folder in ("a", "b")]
+    for row in rows:
+        clip_file(tmp_path / "data" / "test" / row["file_name"])
+    (tmp_path / "data/test/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["--data_dir", str(tmp_path / "data"), "--output", str(tmp_path / "deep" / "out")]
+    assert create_dummy.main(argv) == 0 and create_dummy.main(argv) == 0
+    assert [s.path.name for s in read_folder(tmp_path / "deep" / "out")] == [".._.._up_v", ".._.._up_v_2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "deep"]
+
+
+def test_a_log_for_tensorboard_on_a_full_disk_is_one_line(tmp_path):
+    """In a process of its own, whose files may not grow: its background threads would print traces too."""
+    code = (
+        "import pathlib, resource, signal, sys; from script import run_script; from train_code import tensorboard_row\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))\n"
+        "row = {'epoch': 1, 'step': 1, 'train_loss': 1.0}\n"
+        "sys.exit(run_script(lambda _: tensorboard_row(row, pathlib.Path(sys.argv[1])), None))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "log"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: cannot write to {tmp_path / 'log'}: File too large\n")
+
+
+# -- scores of files -------------------------------------------------------------------------------------
+
+LABEL_ROW = {"file": "a", "truth": "x", "label": "x", "score": 0.5, "top_k": [{"label": "x"}, {"label": "y"}]}
+
+
+def label_rows(*changes: dict) -> bytes:
+    return "\n".join(json.dumps(LABEL_ROW | {"file": str(i)} | change) for i, change in enumerate(changes)).encode()
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"[" * 100_000, "neither a JSON object"),
+    (b'{"file": ' * 100_000, "neither a JSON object"),
+    (b"\xff\xfe\x00", "cannot read"),
+    (b'{"file": ["a"]}', "holds no truth for 'file'"),
+    (b'["a"]', "neither a JSON object"),
+    (b'{"file": "a"}\n{"file": 3}', "neither a JSON object"),
+    (b'{"file": "a"}\n{"file": "a"}', "several rows for 'a'"),
+    (b'{"a\\u001b[2J": 1}', "holds no truth for"),
+    (label_rows({"top_k": []}), "a row needs `score`"),
+    (label_rows({"top_k": "x"}), "a row needs `score`"),
+    (label_rows({"top_k": [{"label": 1}]}), "a row needs `score`"),
+    (label_rows({}, {"top_k": [{"label": "x"}]}), "as many labels as the others"),
+    (label_rows({"score": "x"}), "a row needs `score`"),
+    (label_rows({"score": float("nan")}), "a row needs `score`"),
+    (label_rows({"score": -1}), "a row needs `score`"),
+    (label_rows({"label": {"a" * 9999: 1}}), "neither a text nor a row"),
+])  # fmt: skip
+def test_predictions_that_cannot_be_scored(tmp_path, capsys, content, message):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    error = refused(capsys, metrics.main(["--predictions", str(tmp_path / "p.jsonl")]))
+    assert message in error and not UNSAFE.search(error) and len(error) < 1000
+
+
+def test_flags_of_metrics_are_one_line(capsys):
+    assert "--predictions" in refused(capsys, metrics.main([]))
+    assert "cannot read" in refused(capsys, metrics.main(["--predictions", "a\0b"]))
+
+
+def test_files_with_byte_order_marks_are_scored_and_compared(tmp_path, capsys):
+    """Beside a run's rows, which hold probabilities, plain labels have fewer scores to compare."""
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + label_rows({}, {"truth": "y"}))
+    (tmp_path / "q.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"0": "x", "1": "y"}).encode())
+    argv = ["--predictions", str(tmp_path / "p.jsonl"), "--compare", str(tmp_path / "q.json")]
+    assert metrics.main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] == 0.5 and found["compare"]["accuracy"]["difference"] == 0.5
 
 
 # -- no unplanned exception -------------------------------------------------------------------------

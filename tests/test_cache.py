@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import feature_cache
 import main
@@ -22,7 +25,7 @@ import train_code
 from build_model import build_model, fingerprint
 from checkpoint import load_run
 from config import ROOT, parse
-from feature_cache import FeatureIndex, fill, open_store, read_features, video_ids
+from feature_cache import FeatureIndex, FeatureStore, fill, open_store, read_features, video_ids
 from script import read_rows
 from train_code import build_accelerator
 from VLoader import Sample, read_splits
@@ -108,8 +111,9 @@ def test_a_changed_video_is_computed_anew_and_never_read_stale(parts):
     assert fill(store, model, splits, config, accelerator) == {}
     before = read_features(store, splits, config)["test"][0]
     sample = splits.test[0]
+    info = sample.path.stat()
     torch.save(255 - torch.load(sample.path, weights_only=True), sample.path)  # the same size
-    os.utime(sample.path, ns=(1, 1))
+    os.utime(sample.path, ns=(info.st_atime_ns, info.st_mtime_ns))
     assert store.index.find(video_ids([sample])).tolist() == [-1]
     fresh = open_store(model, config)
     assert fill(fresh, model, splits, config, accelerator) == {}
@@ -119,6 +123,33 @@ def test_a_changed_video_is_computed_anew_and_never_read_stale(parts):
         clip = model.vision_encoder.preprocessing.pixels(torch.load(sample.path, weights_only=True)[1::2])
         expected = model.vision_encoder.features(clip[None], config.token_grid)[0]
     assert torch.allclose(after.float(), expected, atol=2e-3)
+
+
+def test_moved_and_copied_videos_hit_the_cache_and_frames_rewritten_in_place_miss_it(tmp_path, capsys, monkeypatch):
+    """A frame folder's own size and time do not change when its images are written again."""
+    from PIL import Image
+
+    def draw(folder: Path, shade: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(4):
+            Image.fromarray(np.full((16, 16, 3), shade + number, np.uint8)).save(folder / f"{number}.bmp")
+
+    for place in range(8):
+        draw(tmp_path / "data" / "train" / "ab"[place % 2] / f"v{place}", 20 * place)
+    asked: list[int] = []
+    original = feature_cache.features_of
+    monkeypatch.setattr(feature_cache, "features_of", lambda e, p, *a: asked.append(len(p)) or original(e, p, *a))
+    flags = [*FROZEN, "--image_size", "16", "--num_frames", "2", "--epochs", "1"]
+    assert train(tmp_path / "data", tmp_path, *flags, "--run_name", "a") == 0 and sum(asked) == 8
+    asked.clear()
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "copied")
+    for name in ("moved", "copied"):
+        assert train(tmp_path / name, tmp_path, *flags, "--run_name", name) == 0
+    assert not asked and "8 of 8 videos are in" in capsys.readouterr().out
+    draw(tmp_path / "moved" / "train" / "a" / "v0", 200)
+    assert train(tmp_path / "moved", tmp_path, *flags, "--run_name", "rewritten") == 0
+    assert sum(asked) == 1 and "7 of 8 videos are in" in capsys.readouterr().out
 
 
 def test_another_backbone_has_another_store(parts):
@@ -140,6 +171,94 @@ def test_damaged_and_unfinished_shards_are_passed_over(parts):
     assert len(again.shards) == 0
     assert fill(again, model, splits, config, accelerator) == {}
     assert (again.index.find(video_ids(splits.train)) >= 0).all()
+
+
+SHARD = {"ids": torch.zeros(2, 16, dtype=torch.uint8), "features": torch.zeros(2, 3, 4, dtype=torch.float16)}
+FOREIGN = {
+    "another width": SHARD | {"features": torch.zeros(2, 3, 5, dtype=torch.float16)},
+    "fewer rows": SHARD | {"features": torch.zeros(1, 3, 4, dtype=torch.float16)},
+    "another type": SHARD | {"features": torch.zeros(2, 3, 4)},
+    "bfloat16": SHARD | {"features": torch.zeros(2, 3, 4, dtype=torch.bfloat16)},
+    "short ids": SHARD | {"ids": torch.zeros(2, 8, dtype=torch.uint8)},
+    "ids of another type": SHARD | {"ids": torch.zeros(2, 16, dtype=torch.int64)},
+    "flat ids": SHARD | {"ids": torch.zeros(16, dtype=torch.uint8)},
+    "a number": SHARD | {"ids": torch.tensor(1, dtype=torch.uint8)},
+    "more tensors": SHARD | {"more": torch.zeros(1)},
+    "no features": {"ids": SHARD["ids"]},
+    "no ids": {"features": SHARD["features"]},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("case", [*FOREIGN, "fifo", "folder", "text", "dangling"])
+def test_what_is_no_shard_of_this_store_is_passed_over(tmp_path, case):
+    path = tmp_path / "1.safetensors"
+    if case in FOREIGN:
+        save_file(FOREIGN[case], path)
+    elif case == "fifo":
+        os.mkfifo(path)
+    elif case == "folder":
+        path.mkdir()
+    elif case == "text":
+        path.write_text("no shard")
+    else:
+        path.symlink_to("nowhere")
+    save_file(SHARD | {"ids": SHARD["ids"] + 1}, tmp_path / "2.safetensors")  # as older versions wrote them: no digest
+    store = FeatureStore(tmp_path, {}, (3, 4))
+    assert [*store.passed_over] == [path]
+    assert (store.find(SHARD["ids"].numpy()) == -1).all() and (store.find(SHARD["ids"].numpy() + 1) >= 0).all()
+
+
+@pytest.mark.parametrize("damage", ["features exchanged", "ids exchanged", "one bit"])
+def test_changed_shards_are_noticed_and_their_videos_computed_again(parts, capsys, damage):
+    """The files are whole and well-formed, and what they say is wrong."""
+    store, model, splits, config, accelerator = parts
+    fill(store, model, splits, config, accelerator)
+    expected = torch.stack([read_features(store, splits, config)["train"][i] for i in range(len(splits.train))])
+    shard = next(store.folder.glob("*.safetensors"))
+    with safe_open(shard, framework="pt") as stored:
+        tensors, header = {name: stored.get_tensor(name) for name in ("ids", "features")}, stored.metadata()
+    if damage == "one bit":
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    else:
+        name = damage.split()[0]
+        save_file(tensors | {name: tensors[name].flip(0).contiguous()}, shard, metadata=header)
+    again = open_store(model, config)
+    capsys.readouterr()
+    assert fill(again, model, splits, config, accelerator) == {}
+    out = capsys.readouterr().out
+    assert f"passed over 1 damaged or foreign files, first {shard}" in out and "0 of 18 videos are in" in out
+    found = read_features(again, splits, config)["train"]
+    assert torch.equal(torch.stack([found[i] for i in range(len(splits.train))]), expected)
+
+
+def test_only_shards_that_are_used_are_read(tmp_path, monkeypatch):
+    """At start the ids alone are read, and of one shard of three the features."""
+    store = FeatureStore(tmp_path, {}, (3, 4))
+    ids = [np.full((2, 16), number, np.uint8) for number in range(3)]
+    for part in ids:
+        store.write(part, [torch.ones(3, 4).half(), torch.zeros(3, 4).half()])
+    checked: list[Path] = []
+    original = FeatureStore.is_sound
+    monkeypatch.setattr(FeatureStore, "is_sound", lambda s, path: checked.append(path) or original(s, path))
+    store = FeatureStore(tmp_path, {}, (3, 4))
+    for _ in range(2):
+        assert (store.find(ids[1]) >= 0).all()
+    assert checked == [store.shards[1]]
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f".1.safetensors.{platform.node()}.{dead.pid}.tmp"
+    own = tmp_path / f".2.safetensors.{platform.node()}.{os.getpid()}.tmp"
+    for folder in (left, own):
+        folder.mkdir()
+        (folder / "half").touch()
+    FeatureStore(tmp_path, {}, (3, 4))
+    assert not left.exists() and own.exists()
 
 
 def test_unreadable_videos_are_named_or_left_out(dataset, tmp_path, capsys):
@@ -189,7 +308,7 @@ def test_a_killed_extraction_goes_on_behind_its_last_shard(dataset, tmp_path, mo
 )
 def test_the_index_finds_what_was_added_and_nothing_else(names, shards, asked):
     def ids(numbers):
-        return video_ids([Sample(Path(f"/nowhere/{n}")) for n in numbers])
+        return video_ids([Sample(Path(), digest=f"{n:032x}"[::-1]) for n in numbers])
 
     parts = [part for part in np.array_split(np.array(names), shards) if len(part)]
     index, where = FeatureIndex(), {}

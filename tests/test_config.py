@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -69,13 +69,94 @@ def test_errors_are_one_line_with_status_2(capsys, argv, message):
     ("use_vlm: 3", "use_vlm: expected True or False"),
     ("- a", "expected lines of `key: value`"),
     ("a: [", "cannot read"),
-    ("vision_model: [a]", "vision_model: expected a text"),
+    ("vision_model: [a]", "'vision_model': expected a single value"),
+    ("? [a]\n: 1", "line 1: expected `key: value`"),
+    ("epochs: 1\nepochs: 2", "epochs stands twice"),
+    ("epochs: 2.7", "epochs: expected a whole number, from 1 to 100000, not '2.7'"),
+    ("epochs: 1e1", "epochs: expected a whole number"),
+    ("epochs: 12:30:45", "epochs: expected a whole number"),
+    ("epochs: 2001-99-99", "epochs: expected a whole number"),
+    ("epochs:", "epochs: expected a whole number"),
+    ("epochs: " + "9" * 5000, "epochs: expected a whole number"),
+    ("num_beams: 1.9", "num_beams: expected a whole number"),
+    ("learning_rate: .inf", "learning_rate: expected auto, or a number, above 0"),
+    ("learning_rate: nan", "learning_rate: expected auto, or a number, above 0"),
+    ("learning_rate: 0", "learning_rate: expected auto, or a number, above 0"),
+    ("timeline: inf", "timeline: expected a number, at least 0"),
+    ("epochs: !!int x", "epochs: expected a whole number"),
+    ("use_vlm: !!bool x", "use_vlm: expected True or False"),
+    ("epochs: !!timestamp x", "line 1: 'epochs': expected a single value"),
+    ("output_dir: !!python/object/apply:os.getcwd []", "line 1: 'output_dir': expected a single value"),
+    ("output_dir: !!python/name:os.getcwd", "line 1: 'output_dir': expected a single value"),
+    ("epochs: &a [*a]", "'epochs': expected a single value"),
+    ("<<: {epochs: 1}", "'<<': expected a single value"),
+    ("a: " + "[" * 1000, "nested too deep"),
+    ("a: 1\n---\nb: 2", "single document"),
+    ("# more\n" * 20_000, "larger than 100,000 bytes"),
+    ("epochs: \0", "cannot read"),
+    ('cache_dir: "a\\0"', "cache_dir: expected a path or name"),
+    ('data_dir: "a\\nb"', "data_dir: expected a path or name"),
+    ("output_dir: ''", "output_dir: expected a path or name, not empty"),
+    ('run_name: "\\ud800"', "run_name: expected a path or name"),
+    ('run_name: "\\U00110000"', "cannot read"),
+    ("x" * 900 + ": 1", "unknown key 'xxx"),
 ])  # fmt: skip
 def test_yaml_errors_name_file_and_key(tmp_path, capsys, text, message):
     (tmp_path / "c.yaml").write_text(text)
     assert main.main(["--config", str(tmp_path / "c.yaml")]) == 2
     err = capsys.readouterr().err
-    assert "c.yaml" in err and message in err and err.count("\n") == 1
+    assert "c.yaml" in err and message in err and err.count("\n") == 1 and len(err) < 2000
+
+
+def test_yaml_of_a_billion_items_is_refused_at_once(tmp_path):
+    """Nobody may construct or format it: ten levels of ten references each."""
+    rows = [f" - &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 11)]
+    (tmp_path / "c.yaml").write_text("\n".join(["epochs:", " - &a0 [x, x, x]", *rows]))
+    with pytest.raises(UserError, match="line 1: 'epochs': expected a single value"):
+        config.read_yaml(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("data", [b"\x00\xff\xfe\x80 junk", b"epochs: \xff", b"%PDF-1.7\n\xe2\xe3"])
+def test_binary_junk_is_no_yaml(tmp_path, data):
+    (tmp_path / "c.yaml").write_bytes(data)
+    with pytest.raises(UserError, match=r"cannot read .*c\.yaml"):
+        config.read_yaml(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("\ufeffepochs: 3", {"epochs": 3}),
+    ("mixed_precision: no\ncache_features: true", {"mixed_precision": "no", "cache_features": "True"}),
+    ("mixed_precision: 'Off'\ncache_features: No", {"mixed_precision": "no", "cache_features": "False"}),
+    ("use_vlm: on\nflip: Off\nweights: HUB\ndevice: Auto", {"use_vlm": True, "flip": False, "weights": "hub", "device": "auto"}),
+    ("run_name:\noutput: ~\ntext_input: null", {"run_name": None, "output": None, "text_input": None}),
+    ("text_input: 'null'\nrun_name: 1.50\ndata_dir: 2024-01-01", {"text_input": "null", "run_name": "1.50", "data_dir": "2024-01-01"}),
+    ("learning_rate: !!float 1e-3\nepochs: !!int 7", {"learning_rate": 1e-3, "epochs": 7}),
+    ("dropout: &x .5\nlabel_smoothing: *x", {"dropout": 0.5, "label_smoothing": 0.5}),
+])  # fmt: skip
+def test_yaml_values_mean_what_the_option_says(tmp_path, text, expected):
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    assert config.read_yaml(tmp_path / "c.yaml") == expected
+
+
+def test_words_mean_the_same_as_flags():
+    argv = ["--mixed_precision", "No", "--cache_features", "true", "--use_vlm", "ON", "--num_frames", "AUTO"]
+    parsed, _ = parse(argv, "main")
+    assert (parsed.mixed_precision, parsed.cache_features, parsed.use_vlm, parsed.num_frames) == ("no", "True", True, "auto")  # fmt: skip
+
+
+def test_settings_of_earlier_runs_load_as_before():
+    files = [*(ROOT / "checkpoints" / "provided").glob("*/config.yaml"), *(ROOT / "experiments").glob("*.yaml")]
+    assert files
+    for file in files:
+        assert config.read_yaml(file) == yaml.safe_load(file.read_text(encoding="utf-8")), file
+
+
+@given(st.text(max_size=20), st.floats(1e-300, 1e300), st.sampled_from(["auto", "True", "False"]))
+def test_what_is_written_is_read_back(tmp_path_factory, text, rate, word):
+    values = asdict(Config(text_input=text, learning_rate=rate, cache_features=word, mixed_precision="no"))
+    file = tmp_path_factory.mktemp("yaml") / "c.yaml"
+    config.write_yaml(values, file)
+    assert config.read_yaml(file) == values
 
 
 @given(
@@ -110,6 +191,29 @@ def test_run_names():
     assert run_name(classifier) == "timesformer_bert_text_fllm_hub"
     assert run_name(Config(vision_model="some/folder/mine/", use_lora_vision=True)) == "mine_loravision"
     assert run_name(Config(run_name="x")) == "x"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../../x", "a\\b", "/", "a\0b", "a\x1b[2J", "é" * 101])
+def test_a_run_name_that_is_no_folders_name_is_refused(tmp_path, capsys, name):
+    assert main.main(["--run_name", name, "--output_dir", str(tmp_path / "runs")]) == 2
+    err = capsys.readouterr().err
+    assert "name" in err and err.count("\n") == 1 and "\x1b" not in err and not (tmp_path / "runs").exists()
+
+
+def test_a_default_run_name_is_a_folders_name(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine" / "deep")
+    assert run_name(Config(vision_model=".")) == "deep" and run_name(Config(vision_model="..")) == "mine"
+    assert main.main(["--vision_model", "/"]) == 2
+    assert "the run's name '' cannot be the name of a folder; add --run_name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["data_dir", "output_dir", "cache_dir", "checkpoint", "evaluate", "output", "vision_model"])  # fmt: skip
+@pytest.mark.parametrize("path", ["", "a\0b", "a\nb", "\x1b]0;x\x07", "\ud800"])
+def test_paths_with_control_characters_are_refused(capsys, flag, path):
+    assert main.main([f"--{flag}", path]) == 2
+    err = capsys.readouterr().err
+    assert f"--{flag}: expected a path or name" in err and err.count("\n") == 1 and "\x1b" not in err
 
 
 def test_flags_of_a_run_make_that_run():

@@ -142,13 +142,12 @@ def test_an_occlusion_map_is_what_covering_costs(runs, dataset, monkeypatch, job
     model, config, _ = load_run(runs[job])
     loader = build_loaders(model, config, read_splits(dataset))["test"]
     rows = read_rows(runs[job] / "predictions_test.jsonl")
-    clip, fall, answer = controls.occlusion_maps(model, loader, rows, build_accelerator(config))[0]
-    place = next(i for i, row in enumerate(rows) if answer in (row.get("caption"), row.get("label")))
-    item = loader.dataset[(0, place)]
+    clip, fall, row = controls.occlusion_maps(model, loader, rows, build_accelerator(config))[0]
+    item = loader.dataset[(0, rows.index(row))]
     assert torch.equal(clip, item["pixel_values"])
-    item |= {"caption": answer} if job == "captioner" else {"label": loader.dataset.class_index[answer]}
+    item |= {"caption": row["caption"]} if job == "captioner" else {"label": loader.dataset.class_index[row["label"]]}
     covered = clip.clone()
-    covered[2:4, :, 21:32, 53:64] = controls.blank(model.vision_encoder.preprocessing)(clip, None)[2:4, :, 21:32, 53:64]
+    covered[2:4, :, 21:32, 53:64] = controls.background(clip)[:, 21:32, 53:64]
     with torch.no_grad():
         before, after = (score_by_hand(model, item | {"pixel_values": c}) for c in (clip, covered))
     assert fall[1, 2, 5] == pytest.approx(before - after, abs=2e-3)
@@ -165,10 +164,51 @@ def score_by_hand(model, item: dict) -> float:
     return float(logits.log_softmax(-1)[range(len(ids)), ids].sum())
 
 
-def test_cells_cover_every_pixel_once():
-    clip = torch.zeros(5, 3, 30, 40, dtype=torch.uint8)
-    counts = sum(c.int() for c in controls.occluded(clip, lambda pixels, index: torch.ones_like(pixels)))
+def test_cells_cover_every_pixel_once(monkeypatch):
+    monkeypatch.setattr(controls, "background", lambda clip: torch.ones_like(clip[0]))
+    counts = sum(c.int() for c in controls.occluded(torch.zeros(5, 3, 30, 40, dtype=torch.uint8)))
     assert (counts == 1).all()
+
+
+def test_the_cover_is_the_clips_own_background(monkeypatch):
+    """A brightening ground is met within a grey level; neither a still nor a moving object leaves a shape behind."""
+    monkeypatch.setattr(controls, "CELLS", 6)
+    ground = torch.linspace(60, 160, 64).round().to(torch.uint8).expand(8, 3, 64, 64)
+    moving, still = ground.clone(), ground.clone()
+    for time in range(8):
+        moving[time, :, 20:30, 8 * time : 8 * time + 8] = 255
+    still[:, :, 27:35, 28:36] = 255
+    plain, without, ghost = (controls.background(clip).int() for clip in (ground, moving, still))
+    inner = slice(11, 53)  # the border is farther than half a coarse cell from the next one
+    assert (plain - ground[0].int())[..., inner].abs().max() <= 1
+    assert (without - plain).abs().max() <= 1
+    assert 0 < (ghost - plain).max() < 30  # of 145: 8 x 8 pixels are spread over 21 x 21
+    steps = max((ghost - plain).diff(dim=d).abs().max() for d in (1, 2))
+    assert steps <= 2  # no edge
+
+
+ROWS = [
+    {"file": f"test/class_{k}/video_{i}.pt", "truth": f"class_{k}", "label": f"class_{k if i else 0}", "score": 0.5}
+    for k in range(5) for i in range(3)
+]  # fmt: skip
+CAPTIONED = [{"file": r["file"], "caption": r["label"], "references": [r["truth"]]} for r in ROWS]
+
+
+@pytest.mark.parametrize("rows", [ROWS, CAPTIONED])
+def test_a_wrong_and_a_right_answer_of_different_classes_are_mapped(monkeypatch, rows):
+    monkeypatch.setattr(controls, "SHOWN", 2)
+    wrong, right = (rows[place] for place in controls.chosen(rows))
+    assert not controls.is_right(wrong) and controls.is_right(right)
+    assert controls.truth(wrong) != controls.truth(right)
+    assert controls.chosen(rows) == controls.chosen(rows) != [0, 1]
+
+
+def test_where_all_are_right_two_classes_are_mapped(monkeypatch):
+    monkeypatch.setattr(controls, "SHOWN", 2)
+    rows = [row for row in ROWS if row["label"] == row["truth"]]
+    first, second = (rows[place] for place in controls.chosen(rows))
+    assert first["truth"] != second["truth"]
+    assert len(controls.chosen(rows[:1])) == 1
 
 
 # -- --evaluate -------------------------------------------------------------------------------------
@@ -277,7 +317,25 @@ def test_the_worst_clips_are_the_surest_wrong_ones_then_the_least_sure_right_one
     ]
     found = figures.worst_clips(rows, {"a": "running", "b": "jumping"})
     assert [place for place, _ in found] == [3, 1, 2, 0]
-    assert found[0][1] == "3.mp4: jumping 95 %, in truth running" and found[2][1] == "2.mp4: running 40 %, right"
+    assert found[0][1] == "v/3.mp4: jumping 95 %, in truth running" and found[2][1] == "v/2.mp4: running 40 %, right"
+
+
+def test_pictures_name_clips_by_folder_answer_and_truth(tmp_path, monkeypatch):
+    """captions.png and occlusion.png."""
+    titles = []
+    monkeypatch.setattr(figures, "plot_clips", lambda clips, path: titles.extend(title for _, title in clips))
+    rows = [{"file": f"test/class_{k}/video_6.pt", "caption": f"a {k}", "references": [f"a {k % 2}", "b"]} for k in range(3)]  # fmt: skip
+    figures.draw_captions(rows, {}, lambda place: None, tmp_path)
+    assert sorted(titles) == [
+        "class_0/video_6.pt: a 0  |  equals a reference", "class_1/video_6.pt: a 1  |  equals a reference",
+        "class_2/video_6.pt: a 2  |  reference: a 0",
+    ]  # fmt: skip
+    titles.clear()
+    clip, fall = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 2, 2)
+    labelled = {"file": "test/class_3/video_6.pt", "truth": "b", "label": "a", "score": 0.9}
+    figures.plot_occlusion([(clip, fall, labelled), (clip, fall, rows[2])], {"a": "running", "b": "jumping"}, tmp_path)
+    assert titles[0] == "class_3/video_6.pt: running 90 %, in truth jumping"
+    assert titles[2] == "class_2/video_6.pt: a 2  |  reference: a 0"
 
 
 def test_the_occlusion_picture_is_red_where_covering_costs(tmp_path):
@@ -285,7 +343,8 @@ def test_the_occlusion_picture_is_red_where_covering_costs(tmp_path):
     fall = torch.full((2, 2, 2), -1.0)
     fall[1, 1, 1] = 3.0
     clip = torch.zeros(2, 3, 40, 40, dtype=torch.uint8)
-    path = figures.plot_occlusion([(clip, fall, "a")], {"a": "running"}, tmp_path / "o.png")
+    row = {"file": "v/3.mp4", "truth": "b", "label": "a", "score": 0.9}
+    path = figures.plot_occlusion([(clip, fall, row)], {"a": "running", "b": "jumping"}, tmp_path / "o.png")
     pixels = np.asarray(Image.open(path)).astype(int)
     red = (pixels[..., 0] > 120) & (pixels[..., 1] < 40)
     rows, columns = np.nonzero(red)

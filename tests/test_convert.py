@@ -1,15 +1,20 @@
 """Every annotation format to the rows it stands for; what is missing, broken or ambiguous is named, never guessed."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import counting_frames, read_clip, write_video
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import convert_dataset
+from script import UNSAFE
 from VLoader import open_video, read_folder, read_splits
 
 
@@ -53,7 +58,7 @@ def labels(tmp_path: Path, split: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     "text",
     ["a/x.pt run\nb c.mp4 high jump\n", "a/x.pt,run\nb c.mp4,high jump\n", "a/x.pt\trun\nb c.mp4\thigh jump\n",
-     '\ufeff# a comment\n"b c.mp4","high jump"\na/x,run\n', "Path,Label,split\na/x.pt,run,train\nb c.mp4,high jump,\n"],
+     '\ufeff"b c.mp4","high jump"\na/x,run\n', "Path,Label,split\na/x.pt,run,train\nb c.mp4,high jump,\n"],
     ids=["spaces", "commas", "tabs", "quotes", "titles"],
 )  # fmt: skip
 def test_lists(tmp_path, text):
@@ -182,10 +187,10 @@ def test_frame_lists_link_the_frames_between_start_and_end(tmp_path):
     samples = {s.path.name: s for s in read_folder(tmp_path / "out" / "train")}
     assert {name: s.label for name, s in samples.items()} == {
         "0001": "0",
-        "running_0001_3_6": "1",
-        "running_0001_7_10": "1",
+        "0001_3_6": "1",
+        "0001_7_10": "1",
     }
-    clip = read_clip(samples["running_0001_3_6"].path, 4)
+    clip = read_clip(samples["0001_3_6"].path, 4)
     assert clip[:, 0, 0, 0].tolist() == [60, 80, 100, 120]
     assert len(open_video(samples["0001"].path)) == 10
 
@@ -196,6 +201,140 @@ def test_chat(tmp_path):
     items = [{"messages": turn, "videos": ["demo/1.mp4"]}, {"messages": turn * 2, "videos": ["demo/2.avi"]}]
     assert convert(tmp_path, "chat", {"chat.json": json.dumps(items)}) == 0
     assert rows(tmp_path, "train") == [{"file_name": "demo/1.mp4", "caption": ["A cat."], "text": "What is it?"}]
+
+
+#: what each format's file says, and how many of its rows are found, missing, refused and unused
+COUNTED = {
+    "list": ({"train.csv": "#1.pt,run\n#2.pt,run\ngone.pt,run\n# 3.pt,\na.pt,run\na.pt,jump\n"}, (2, 1, 3, 0)),
+    "list, spaces": ({"train.txt": "#1.pt run\n#2.pt run\n# a remark\n\na.pt run\n"}, (3, 1, 0, 0)),
+    "list, titles": ({"train.csv": "path,label,split\n#1.pt,run,train\na.pt,run,unheard\n,run,\n,,\ngone,run\n"}, (1, 1, 3, 0)),
+    "ucf101": ({"trainlist01.txt": "c/#1.avi 1\nc/a.avi 1\nc/gone.avi 1\na.avi 1\n"}, (2, 1, 1, 0)),
+    "hmdb51": ({"c_test_split1.txt": "#1.avi 1\na.avi 1\ngone.avi 1\n#2.avi 0\n"}, (2, 1, 0, 1)),
+    "kinetics": ({"train.csv": "label,youtube_id,time_start,time_end,split\nx,#1,0,1,train\n,a,0,1,train\nx,g,0,1,train\nx,a,0,1,odd\n"}, (0, 2, 2, 0)),
+    "ssv2": ({"train.json": '[{"id": "#1", "template": "[x]"}, {"id": "a"}, {"id": "gone", "template": "y"}]'}, (1, 1, 1, 0)),
+    "msrvtt": ({"x.json": '{"videos": [{"video_id": "#1", "split": "train"}, {"video_id": "a", "split": "train"}], "sentences": '
+                          '[{"video_id": "#1", "caption": "c"}, {"video_id": "a", "caption": " "}, {"video_id": "b", "caption": "c"}]}'}, (1, 0, 2, 0)),
+    "msvd": ({"x.txt": "# a header\na one\na two\ngone three\nc/#1 four\nc/a\n"}, (2, 1, 1, 0)),
+    "msvd, csv": ({"x.csv": "VideoID,Start,End,Language,Description\na,1,2,English,one\na,1,2,German,eins\nb,1,2,German,zwei\n"}, (0, 1, 1, 0)),
+    "vatex": ({"x.txt": "#1|one|two\na|\ngone|three\n"}, (1, 1, 1, 0)),
+    "frames": ({"x.txt": "f 1 2 run\nf 3 3 run\nf 7 9 run\n#g 2 run\nf run\n#1.pt 0 1 run\n"}, (2, 1, 3, 0)),
+    "chat": ({"x.json": json.dumps([{"videos": [v], "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "a"}]}
+                                    for v, q in (("#1.pt", "q"), ("a.pt", "q"), ("a.pt", "q"), ("a.pt", "other"), ("gone", "q"))])}, (3, 1, 1, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_every_row_is_counted_once(tmp_path, capsys, case):
+    files, expected = COUNTED[case]
+    make_videos(tmp_path / "videos", "#1", "#2", "a", "c/#1", "c/#2", "c/a")
+    (tmp_path / "videos" / "f").mkdir()
+    for index in (1, 2, 3):
+        Image.new("RGB", (16, 16)).save(tmp_path / "videos" / "f" / f"{index}.png")
+    status = convert(tmp_path, case.partition(",")[0], files, "--split", "train", "--no_scan")
+    if expected[0] == 0:  # then there is nothing to write, and the error says all
+        assert status == 2 and f"{expected[2]} refused" in capsys.readouterr().err
+        return
+    assert status == 0
+    report = json.loads((tmp_path / "out" / "train" / "conversion.json").read_text())
+    names = ("found", "missing", "refused", "unused")
+    assert tuple(report[n] if isinstance(report[n], int) else len(report[n]) for n in names) == expected
+    assert report["rows"] == sum(expected)
+
+
+HOSTILE = ("\0", "\x1b[2J", "\u2028", "\x85", "\r", "\n", "\t", '"', "'", ",", "|", "#", "[", "{", "]", "}", " ", "..", "/", "9" * 5000,
+           "1e999", "nan", "-1", "²", "\udcff", "\ufeff", "\u202e", "null", "x" * 300, "[" * 3000)  # fmt: skip
+EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 5), st.sampled_from(HOSTILE)), min_size=1, max_size=3)
+
+
+@given(st.sampled_from(list(COUNTED)), EDITS)
+def test_any_annotation_file_is_counted_or_refused(tmp_path_factory, capsys, case, edits):
+    """A sound file with a few cuts and hostile pieces in it: status 0 and counts that add up, or one line and 2."""
+    folder = tmp_path_factory.mktemp("any")
+    ((file, text),) = COUNTED[case][0].items()
+    for place, length, piece in edits:
+        text = text[: place % len(text)] + piece + text[place % len(text) + length :]
+    make_videos(folder / "videos", "#1", "a", "c/a")
+    (folder / file).write_bytes(text.encode("utf-8", "surrogatepass"))
+    argv = ["--annotations", str(folder / file), "--videos", str(folder / "videos"), "--output", str(folder / "out")]
+    status = convert_dataset.main(["--format", case.partition(",")[0], *argv, "--no_scan"])
+    out, err = capsys.readouterr()
+    assert status == (2 if err else 0) and err.count("\n") == (1 if err else 0) and err[:7] in ("", "error: ")
+    assert not UNSAFE.search((out + err).replace("\n", ""))
+    for report in folder.glob("out/*/conversion.json"):
+        values = json.loads(report.read_text(encoding="utf-8"))
+        counts = [values["found"], len(values["missing"]), len(values["refused"]), values["unused"]]
+        assert sum(counts) == values["rows"]
+
+
+def test_clips_of_hmdb51_whose_names_begin_like_comments(tmp_path):
+    make_videos(tmp_path / "videos", "chew/#20_Gum_chew_h_nm_np1.avi", "chew/a.avi")
+    assert convert(tmp_path, "hmdb51", {"chew_test_split1.txt": "#20_Gum_chew_h_nm_np1.avi 1 \na.avi 2 \n"}) == 0
+    assert labels(tmp_path, "train") == {"chew/#20_Gum_chew_h_nm_np1.avi": "chew"}
+
+
+SEPARATED = "one\u2028two\x85three\x0bfour\x0cfive\x1csix"
+
+
+@pytest.mark.parametrize(
+    "name, file, text",
+    [
+        ("list", "train.csv", f"path,caption\r\nx.pt,{SEPARATED}\r\n"),
+        ("list", "train.tsv", f"path\tcaption\nx.pt\t{SEPARATED}\n"),
+        ("msvd", "train.txt", f"x {SEPARATED}\r\n"),
+        ("msvd", "train.csv", f"VideoID,Start,End,Language,Description\nx,1,2,English,{SEPARATED}\n"),
+        ("vatex", "train.txt", f"x|{SEPARATED}\n"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_only_line_feeds_end_a_line(tmp_path, name, file, text, encoding):
+    make_videos(tmp_path / "videos", "x", "x_1_2")
+    assert convert(tmp_path, name, {file: text}, encoding=encoding) == 0
+    assert rows(tmp_path, "train")[0]["caption"] == [SEPARATED]
+    (sample,) = [s for s in read_folder(tmp_path / "out" / "train") if s.captions]
+    assert sample.captions == (SEPARATED,)
+
+
+def test_quoted_cells_hold_line_breaks_and_commas(tmp_path):
+    make_videos(tmp_path / "videos", "x")
+    assert convert(tmp_path, "list", {"train.csv": 'path,caption\n"x.pt","first line\nsecond, line"\n'}) == 0
+    assert rows(tmp_path, "train")[0]["caption"] == ["first line\nsecond, line"]
+
+
+def test_odd_names_do_not_steer_the_terminal(tmp_path, capsys):
+    make_videos(tmp_path / "videos", "x")
+    text = 'path,label\nx.pt,red \x1b[31m\n"gone\x07\n",a\n\x1b]0;t\x07,\n' + "long" * 5000 + ",a\n"
+    assert convert(tmp_path, "list", {"train.csv": text}) == 0
+    out = capsys.readouterr().out
+    assert not UNSAFE.search(out.replace("\n", "")) and max(map(len, out.splitlines())) < 1500
+    assert labels(tmp_path, "train") == {"x.pt": "red \x1b[31m"}
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        ({"names.json": '{"run": 0, "jump": 0}'}, "a number stands twice"),
+        ({"names.json": '{"0": "run"}'}, 'expected {"jumping": 3, ...}'),
+        ({"names.json": '["run"]'}, 'expected {"jumping": 3, ...}'),
+        ({"names.json": "[" * 100_000}, "names.json"),
+        ({"names.txt": "0 run\n0 jump\n"}, "a number stands twice"),
+        ({"names.txt": "run\n"}, "--class_names has no number 1"),
+    ],
+)
+def test_class_names_that_say_nothing_clear_are_refused(tmp_path, capsys, names, words):
+    make_videos(tmp_path / "videos", "x")
+    ((file, text),) = names.items()
+    (tmp_path / file).write_text(text)
+    assert convert(tmp_path, "list", {"train.txt": "x.pt 1\n"}, "--class_names", str(tmp_path / file)) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+def test_class_names_may_begin_with_a_hash(tmp_path):
+    make_videos(tmp_path / "videos", "x", "y")
+    (tmp_path / "names.txt").write_text("#one\n#two\n")
+    flags = ("--class_names", str(tmp_path / "names.txt"))
+    assert convert(tmp_path, "list", {"train.txt": "x.pt 0\ny.pt 1\n"}, *flags) == 0
+    assert labels(tmp_path, "train") == {"x.pt": "#one", "y.pt": "#two"}
 
 
 def test_missing_and_unreadable_are_counted_and_named(tmp_path, capsys):
@@ -233,6 +372,19 @@ def test_a_name_with_another_folder_is_another_video(tmp_path, capsys):
         ("list", {"train.txt": ""}, "the annotations hold no rows"),
         ("list", {"train.txt": "gone.mp4 a\n"}, "1 not found in"),
         ("list", {"train.txt": "x.pt 1 2\n"}, "1 refused, first x.pt: several labels"),
+        ("list", {"train.csv": "path,label\nx.pt,a,b\n"}, "3 cells under 2 titles: 'x.pt, a, b'; put quotes"),
+        ("list", {"train.csv": 'path,label\nx.pt,"a\n'}, "train.csv is not of --format list: line 2: unexpected end"),
+        ("list", {"train.csv": "x.pt," + "a" * 200_000}, "line 1: field larger than field limit"),
+        ("list", {"train.csv": "x\0.pt,a\n"}, "1 not found in"),
+        ("list", {"train.json": "[]"}, "train.json is not of --format list: it is JSON"),
+        ("msvd", {"x.json": '{"x": ["a caption"]}'}, "x.json is not of --format msvd: it is JSON, where lines of text"),
+        ("kinetics", {"x.csv": "label,youtube_id,time_start,time_end\na,b,inf,1\n"}, "cannot convert float infinity"),
+        ("frames", {"x.txt": f"x {'9' * 5000} 1 a\n"}, "x.txt is not of --format frames: Exceeds the limit"),
+        ("frames", {"x.txt": "x 1 2 a\n"}, "x.pt has no images with numbers from 1 to 2"),
+        ("ssv2", {"x.json": "[" * 100_000}, "x.json is not of --format ssv2: it is nested too deep"),
+        ("ssv2", {"x.json": '[{"id": "x", "template": "a", "label": ["b"]}]'}, "must be texts"),
+        ("chat", {"x.json": '{"messages": []}'}, "x.json is not of --format chat"),
+        ("vatex", {"x.json": '[{"videoID": 7, "enCap": ["a"]}]'}, "x.json is not of --format vatex"),
     ],
 )
 def test_bad_annotations_are_one_line(tmp_path, capsys, name, files, words):
@@ -241,6 +393,23 @@ def test_bad_annotations_are_one_line(tmp_path, capsys, name, files, words):
     err = capsys.readouterr().err
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
     assert not list(tmp_path.glob("out/*/metadata.jsonl"))
+
+
+@pytest.mark.parametrize("place", ["a full disk", "beneath a file", "NUL"])
+def test_an_output_that_cannot_be_written_is_left_out_whole(tmp_path, capsys, monkeypatch, place):
+    make_videos(tmp_path / "videos", "x")
+    (tmp_path / "file").write_text("x")
+    output = {"a full disk": "out", "beneath a file": "file/out", "NUL": "a\0b"}[place]
+
+    def no_space(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if place == "a full disk":
+        monkeypatch.setattr(os, "fsync", no_space)
+    assert convert(tmp_path, "list", {"train.txt": "x.pt a\n"}, "--no_scan", "--output", str(tmp_path / output)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: cannot ") and err.count("\n") == 1 and "\0" not in err
+    assert not [path for path in tmp_path.glob("out/**/*") if path.is_file()]
 
 
 def test_splits_add_up_and_nothing_is_replaced_unasked(tmp_path, capsys):

@@ -1,14 +1,26 @@
 """What a run is written to for other programs gives our answers there."""
 
+import ast
+import errno
+import platform
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
+import av
 import pytest
 import torch
+from conftest import counting_frames, write_video
 
+import checkpoint
 import inference
 import main
 from build_model import adapters
 from checkpoint import load_run
+from config import ROOT
+from transforms import Preprocessing, sample_indices
+from VLoader import Sample, open_video
 
 RUNS = {
     "timesformer": ["--num_frames", "4", "--image_size", "48"],
@@ -101,13 +113,160 @@ def test_what_cannot_be_exported_says_why(dataset, tmp_path, capsys):
         assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def test_the_library_s_pipeline_runs_on_the_export(dataset, tmp_path):
-    import transformers
-    from conftest import counting_frames, write_video
+# -- predict.py, beside an exported classifier ------------------------------------------------------
 
-    out = tmp_path / "out"
-    assert inference.main(["--checkpoint", str(train(dataset, tmp_path, "timesformer")), "--export", str(out)]) == 0
-    answers = transformers.pipeline("video-classification", str(out))(
-        str(write_video(tmp_path / "v.mp4", counting_frames(20)))
+
+def export(run: Path, out: Path):
+    """The exported predict.py's function."""
+    assert inference.main(["--checkpoint", str(run), "--export", str(out)]) == 0
+    return runpy.run_path(str(out / "predict.py"))["predict"]
+
+
+@pytest.fixture(scope="module")
+def plain(dataset, tmp_path_factory) -> tuple[Path, Path]:
+    """(a run, the folder it is exported to)."""
+    folder = tmp_path_factory.mktemp("plain")
+    run = train(dataset, folder, "timesformer")
+    export(run, folder / "out")
+    return run, folder / "out"
+
+
+def differences(run: Path, predict, videos: list[Path]) -> dict[str, float]:
+    """The largest difference of a probability, for every video that inference reads; both must say the same."""
+    predictor = inference.Predictor.from_checkpoint(run, top_k=99, num_workers=0)
+    found = {}
+    for video, answer in zip(videos, predictor.predict_many([Sample(v) for v in videos]), strict=True):
+        if "error" in answer:
+            with pytest.raises((av.FFmpegError, OSError, ValueError)):
+                predict(video)
+            continue
+        other = predict(video)
+        assert max(other, key=other.get) == answer["name"], video
+        assert other.keys() == {top["name"] for top in answer["top_k"]}
+        found[video.name] = max(abs(other[top["name"]] - top["score"]) for top in answer["top_k"])
+    return found
+
+
+@pytest.mark.parametrize("name", ["timesformer", "videomae"])
+def test_predict_answers_as_inference_does_on_real_clips(real_data, tmp_path, name):
+    run = ROOT / "checkpoints" / "provided" / name
+    clips = sorted(p for p in (real_data / "clips").iterdir() if p.suffix != ".pt")
+    found = differences(run, export(run, tmp_path / "out"), clips)
+    assert len(found) >= 15 and max(found.values()) < 1e-3, found
+
+
+def turned(path: Path, source: Path, angle: int) -> Path:
+    """A copy of a video with a display matrix."""
+    with av.open(str(source)) as video, av.open(str(path), "w") as copy:
+        stream = copy.add_stream_from_template(video.streams.video[0])
+        stream.set_display_rotation(angle)
+        for packet in video.demux(video.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> list[Path]:
+    """Turned, short, wide, high, small videos, one with a name like an address, and one that is none."""
+    folder = tmp_path_factory.mktemp("made")
+    wide = write_video(folder / "wide.mp4", counting_frames(41, 64, 200))
+    turns = [turned(folder / f"turned{angle}.mp4", wide, angle) for angle in (90, 180, 270)]
+    others = [
+        write_video(folder / "short.mkv", counting_frames(2)),
+        write_video(folder / "high.avi", counting_frames(23, 200, 64), codec="mpeg4"),
+        write_video(folder / "small.mp4", counting_frames(9, 16, 24)),
+        write_video(folder / "12:30.mp4", counting_frames(30)[::-1]),
+    ]
+    (folder / "broken.mp4").write_bytes(b"broken")
+    return [wide, *turns, *others, folder / "broken.mp4", folder / "none.mp4"]
+
+
+@pytest.mark.parametrize("name, stride", [("timesformer", "3"), ("timesformer", "0"), ("videomae_lora", "2")])
+def test_predict_answers_as_inference_does_on_made_clips(dataset, tmp_path, made, name, stride):
+    run = train(dataset, tmp_path, name, "--frame_stride", stride)
+    found = differences(run, export(run, tmp_path / "out"), made)
+    assert len(found) == 8 and max(found.values()) < 1e-3, found
+
+
+def test_every_rule_of_resizing(plain, made):
+    predict = runpy.run_path(str(plain[1] / "predict.py"))["predict"]
+    model, _, _ = load_run(plain[0])
+    for size, code in (({"shortest_edge": 60}, 3), ({"height": 224, "width": 224}, 2), (50, 0), (None, 2)):
+        values = {"size": size or 40, "do_resize": size is not None, "resample": code, "do_center_crop": True, "crop_size": 40, "image_mean": [0.5] * 3, "image_std": [0.3] * 3}  # fmt: skip
+        rules = Preprocessing.from_dict(values, 48)
+        predict.__globals__["RULES"].update(rules.to_dict())
+        for video in made[:-2]:
+            reader = open_video(video)
+            clip = rules.pixels(reader.frames(sample_indices(len(reader), 4)))
+            with torch.no_grad():
+                model.vision_encoder.preprocessing = rules
+                expected = model(clip[None])[0].softmax(-1)
+            assert list(predict(video).values()) == pytest.approx(expected.tolist(), abs=1e-5), (video, size)
+
+
+def test_predict_as_a_program(plain, made):
+    """From another folder and by names that FFmpeg could misread; every unreadable video is one line."""
+    predict = runpy.run_path(str(plain[1] / "predict.py"))["predict"]
+    names = ["12:30.mp4", "broken.mp4", "no\nsuch", "wide.mp4"]
+    command = [sys.executable, str(plain[1] / "predict.py"), *names]
+    done = subprocess.run(command, cwd=made[0].parent, capture_output=True, text=True)
+    assert done.returncode == 1
+    answers = {name: predict(made[0].parent / name) for name in (names[0], names[3])}
+    lines = [f"{name!r} {max(a, key=a.get)!r} {max(a.values()):.4f}" for name, a in answers.items()]
+    assert done.stdout.splitlines() == lines
+    errors = [line for line in done.stderr.splitlines() if line and not line.startswith("Loading weights")]
+    assert [line.startswith("error: cannot read") for line in errors] == [True, True]
+
+
+def test_predict_needs_nothing_of_this_repository(plain):
+    _, out = plain
+    source = (out / "predict.py").read_text(encoding="utf-8")
+    assert source == (ROOT / "export" / "predict.py").read_text(encoding="utf-8")
+    nodes = list(ast.walk(ast.parse(source)))
+    modules = {n.module for n in nodes if isinstance(n, ast.ImportFrom)} | {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}  # fmt: skip
+    assert {m.partition(".")[0] for m in modules} <= {"av", "json", "numpy", "pathlib", "sys", "torch", "transformers"}
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "$" not in card and all(
+        f"`{p.name}`" in card for p in out.iterdir() if p.name not in ("README.md", "__pycache__")
     )
-    assert {a["label"] for a in answers} == {"circle moving right", "circle moving left", "circle moving down"}
+
+
+# -- whole or not at all ----------------------------------------------------------------------------
+
+
+def test_an_export_is_whole_or_not_at_all(dataset, tmp_path, capsys, monkeypatch):
+    run, out = train(dataset, tmp_path, "timesformer_lora"), tmp_path / "exports" / "out"
+
+    def full(values, path):
+        assert any(path.parent.parent.glob(".out.*/adapter_vision"))  # so far it came
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", full)
+        capsys.readouterr()
+        assert inference.main(["--checkpoint", str(run), "--export", str(out)]) == 2
+    assert capsys.readouterr().err == f"error: --export: cannot write {out}: No space left on device\n"
+    assert not list(out.parent.iterdir())
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    half = out.parent / f".out.{platform.node()}.{dead.pid}.tmp"  # what a killed export leaves
+    (half / "adapter_vision").mkdir(parents=True)
+    out.mkdir()  # an empty folder is filled
+    assert inference.main(["--checkpoint", str(run), "--export", str(out)]) == 0
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+    assert {"adapter_vision", "config.json", "model.safetensors", "predict.py", "README.md"} <= {p.name for p in out.iterdir()}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["/dev/null/x", "file/x", "file"])
+def test_a_place_that_cannot_be_written_is_one_line(plain, tmp_path, capsys, place):
+    (tmp_path / "file").touch()
+    assert inference.main(["--checkpoint", str(plain[0]), "--export", str(tmp_path / place)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_two_classes_of_one_display_name_stay_two(plain):
+    model, _, metadata = load_run(plain[0])
+    metadata["display_names"] = {name: "the same" for name in metadata["class_names"]}
+    assert set(checkpoint.native_model(model, metadata).config.label2id) == {"class_0", "class_1", "class_2"}

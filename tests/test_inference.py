@@ -1,11 +1,14 @@
 """Many videos in: a file of answers that can be gone on with, errors beside answers, timelines of long videos."""
 
+import errno
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +20,8 @@ from conftest import counting_frames, write_video
 
 import inference
 import main
+import VLoader
+from checkpoint import load_run
 from config import ROOT
 from script import UserError, collector_off
 from VLoader import Sample, cut, open_video
@@ -110,7 +115,7 @@ def test_odd_captions_are_printed_and_read_again(tmp_path):
     row = {"file": "a.mp4", "caption": "one\u2028two\x85", "run": "r 1"}
     output = tmp_path / "out.jsonl"
     output.write_text(inference.as_line(row) + '{"fi', encoding="utf-8")
-    assert list(inference.begun(output, "r 1").values()) == [row]
+    assert list(inference.begun(output, "r 1", ".").values()) == [row]
     assert output.read_text(encoding="utf-8") == inference.as_line(row)
     assert inference.answer_line({"file": "a.mp4", "caption": ""}, 8).strip() == "a.mp4"
 
@@ -203,8 +208,6 @@ def test_captions_of_a_timeline(dataset, tmp_path):
 
 
 def test_predict_raises_for_an_unreadable_video(run, videos):
-    from script import UserError
-
     with pytest.raises(UserError, match=r"2\.pt"):
         inference.Predictor.from_checkpoint(run).predict(videos / "2.pt")
 
@@ -214,7 +217,7 @@ def test_the_collector_rests_only_while_a_model_is_built(run, videos, capsys):
     assert gc.isenabled()
     with pytest.raises(UserError), collector_off():
         assert not gc.isenabled()
-        raise UserError
+        raise UserError("stop")
     assert gc.isenabled()
     gc.disable()  # as a program that uses Predictor may have done
     try:
@@ -223,3 +226,181 @@ def test_the_collector_rests_only_while_a_model_is_built(run, videos, capsys):
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+# -- the file of answers ----------------------------------------------------------------------------
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name.endswith((".lock", ".tmp"))]
+
+
+def test_a_file_in_use_is_refused(run, videos, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    assert answer(run, videos, output) == 1
+    lines = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(lines[:5]) + lines[5][:20])  # what a process that is writing it has there
+    (tmp_path / "link.jsonl").symlink_to(output)
+    code = "import sys; from inference import *; lock = FileLock(Path(sys.argv[1]), 'x'); print(flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / ".out.jsonl.lock")], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )  # fmt: skip
+    holder.stdout.readline()
+    before = output.read_bytes()
+    for name in ("out.jsonl", "link.jsonl"):
+        capsys.readouterr()
+        assert answer(run, videos, tmp_path / name) == 2
+        error = capsys.readouterr().err
+        assert f"in use by process {holder.pid}" in error and error.count("\n") == 1
+    assert output.read_bytes() == before
+    holder.kill()  # the system gives its lock up
+    holder.communicate()
+    assert answer(run, videos, tmp_path / "link.jsonl") == 1
+    assert len({r["file"] for r in rows(output)}) == len(rows(output)) == 24
+    assert not leftovers(tmp_path) and (tmp_path / "link.jsonl").is_symlink()
+
+
+def test_what_is_no_file(run, videos, tmp_path, capsys):
+    video = videos / "0.pt"
+    os.mkfifo(tmp_path / "pipe")
+    cases = {"/dev/null": 0, "/dev/full": 2, tmp_path: 2, tmp_path / "pipe": 2, tmp_path / "no" / "out.jsonl": 2}
+    for output, status in cases.items():
+        capsys.readouterr()
+        assert answer(run, video, Path(output)) == status, output
+        error = capsys.readouterr().err
+        assert error.count("\n") == (status > 0) and (not status or str(output) in error)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    while answer(run, video, tmp_path / "pipe") == 2:  # until it is being read
+        time.sleep(0.1)
+    reader.join(timeout=60)
+    assert json.loads(read[0])["file"] == str(video)
+    assert not leftovers(tmp_path) and not list(Path("/dev").glob("*.lock"))
+
+
+def test_rows_and_text_on_one_redirected_output(run, videos, capfd):
+    """Standard output is a file here; neither is written over the other."""
+    assert answer(run, videos / "0.pt", Path("/dev/stdout")) == 0
+    found = capfd.readouterr().out.splitlines()
+    assert len([line for line in found if line.startswith('{"file"')]) == 1
+    assert sum("1 videos in" in line for line in found) == 1 and found[-1] == "wrote /dev/stdout"
+
+
+def test_a_full_disk_leaves_whole_rows(run, videos, tmp_path, capsys, monkeypatch):
+    output, write, room = tmp_path / "out.jsonl", os.write, [2500]
+
+    def limited(file: int, data: bytes) -> int:
+        """As a disk that fills up: what fits is written, then nothing."""
+        if room[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done = write(file, data[: room[0]])
+        room[0] -= done
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inference.os, "write", limited)
+        assert answer(run, videos, output, "--num_workers", "0") == 2
+    error = capsys.readouterr().err
+    assert f"cannot write {output}: No space left on device" in error
+    assert 2 <= len(rows(output)) < 24 and output.read_bytes().endswith(b"\n") and not leftovers(tmp_path)
+    assert answer(run, videos, output) == 1
+    assert [Path(r["file"]).name for r in rows(output) if "error" not in r] == [f"{i}.pt" for i in range(24) if i != 2]
+
+
+def test_the_same_videos_by_other_names(run, videos, tmp_path, monkeypatch):
+    (videos / "2.pt").unlink()
+    (videos / "deeper").mkdir()
+    torch.save(torch.zeros(8, 3, 24, 24, dtype=torch.uint8), videos / "deeper" / "30.pt")
+    (videos / "again.pt").symlink_to(videos / "0.pt")  # another video, for all that is said here
+    (tmp_path / "link").symlink_to(videos)
+    monkeypatch.chdir(tmp_path)
+    assert answer(run, Path("videos"), tmp_path / "out.jsonl") == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    found = rows(tmp_path / "out.jsonl")
+    assert len(found) == 25 and all(r["path"] == str(tmp_path / r["file"]) for r in found)
+    assert found[0]["file"] == "videos/0.pt"
+    for folder, name in (
+        (videos, "../videos"), (tmp_path, "link"), (videos, "."), (tmp_path, "link/../videos"), (tmp_path, "link/deeper"), (tmp_path, "link/0.pt")
+    ):  # fmt: skip
+        monkeypatch.chdir(folder)
+        assert answer(run, Path(name), tmp_path / "out.jsonl") == 0
+        assert (tmp_path / "out.jsonl").read_bytes() == before, name
+
+
+def test_answers_that_stand_twice_or_have_no_path(run, videos, tmp_path, monkeypatch, capsys):
+    (videos / "2.pt").unlink()
+    output = tmp_path / "out.jsonl"
+    monkeypatch.chdir(tmp_path)
+    assert answer(run, Path("videos"), output) == 0
+    expected = rows(output)
+    old = [{k: v for k, v in row.items() if k != "path"} for row in expected[:10]]
+    output.write_text("".join(map(inference.as_line, [*old, *expected[5:20], *expected[12:15]])))
+    capsys.readouterr()
+    assert answer(run, Path("videos"), output) == 0
+    assert "has 20 of the 23 answers already" in capsys.readouterr().out
+    assert [r["file"] for r in rows(output)] == [r["file"] for r in expected]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"file": "a.mp4", "label": "x"}', '{"file": "a.mp4", "lab', '[1]\n', '{"run": "r 1"}\n', '{"run": "r 1", "path": []}\n', '{"run": "r 1", "file": 3}\n',
+        "[" * 100_000, '"text"\n', '{"file": "a.mp4", "path": "/a.mp4", "run": "other"}\n{"file": "b',
+    ],
+    ids=lambda t: t[:30],
+)  # fmt: skip
+def test_a_file_of_another_program_is_not_changed(tmp_path, text):
+    output = tmp_path / "out.jsonl"
+    output.write_text(text)
+    with pytest.raises(UserError, match="choose another file"):
+        inference.begun(output, "r 1", ".")
+    assert output.read_text() == text
+
+
+# -- what is said of answers ------------------------------------------------------------------------
+
+
+def test_right_means_the_same_label():
+    swapped = {"a": "b", "b": "a", "c": "running"}
+    cases = [("a", "a", True), ("a", "b", False), ("b", "a", False), ("running", "c", True), ("running", "a", False), ("c", "c", True), (None, "a", None)]  # fmt: skip
+    for truth, label, expected in cases:
+        assert inference.is_right({"label": label}, Sample(Path("x"), label=truth), swapped) is expected
+
+
+def test_names_do_not_steer_the_terminal(run, videos, tmp_path, capsys):
+    name = "two\nlines\x1b[31m\udcff.pt"
+    folder = tmp_path / "odd\n\x1b[1m"
+    folder.mkdir()
+    shutil.copy(videos / "0.pt", folder / name)
+    (folder / "bad\r.pt").write_bytes(b"broken")
+    capsys.readouterr()
+    assert answer(run, folder, tmp_path / "out\n.jsonl") == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 4 and "two\\nlines\\x1b[31m" in out
+    assert not {"\x1b", "\r"} & {*out, *err} and err.count("\n") == 1
+    assert rows(tmp_path / "out\n.jsonl")[1]["file"] == str(folder / name)
+    assert inference.answer_line({"file": "a.mp4", "caption": "a\nb\x1b]0;"}, 8) == "a.mp4     a\\nb\\x1b]0;"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_weights_that_are_not_finite_give_no_answer(run, videos, tmp_path, value):
+    model, config, metadata = load_run(run)
+    with torch.no_grad():
+        model.head.weight.fill_(value)
+    with pytest.raises(UserError, match="weights are damaged"):
+        inference.Predictor(model, config, metadata).predict(videos / "0.pt")
+    if value != 1e38:
+        with pytest.raises(UserError, match=r"head\.weight"):
+            inference.print_export(run, model, config, metadata)
+
+
+def test_any_error_of_a_timeline_is_a_row(run, tmp_path, monkeypatch):
+    def cut(sample, seconds):
+        raise UserError("too many windows")
+
+    monkeypatch.setattr(VLoader, "cut", cut)
+    write_video(tmp_path / "v.mp4", counting_frames(10))
+    output = tmp_path / "out.jsonl"
+    assert answer(run, tmp_path / "v.mp4", output, "--timeline", "1") == 1
+    assert [(r["error"], r["path"]) for r in rows(output)] == [("too many windows", str(tmp_path / "v.mp4"))]

@@ -367,15 +367,16 @@ def test_a_scan_is_remembered_until_a_file_changes(dataset, tmp_path, monkeypatc
     shutil.copytree(dataset, data)
     splits = VLoader.read_splits(data)
     bad, good = VLoader.scan(splits, 8, 0, 1, 0, {})
+    known = {str(path): record for path, record in good.items()}
     assert not bad and len(opened) == len(good) == 18
     opened.clear()
-    assert VLoader.scan(splits, 8, 0, 1, 0, good) == ({}, good) and not opened
+    assert VLoader.scan(splits, 8, 0, 1, 0, known) == ({}, good) and not opened
     changed = data / "test" / "class_1" / "video_1.pt"
     changed.write_bytes(b"0" * changed.stat().st_size)
-    bad, _ = VLoader.scan(splits, 8, 0, 1, 0, good)
+    bad, _ = VLoader.scan(splits, 8, 0, 1, 0, known)
     assert list(bad) == [changed] and opened == [changed]
     opened.clear()
-    VLoader.scan(splits, 8, 0, 3, 0, good)  # other frames of the test videos are to be decoded
+    VLoader.scan(splits, 8, 0, 3, 0, known)  # other frames of the test videos are to be decoded
     assert len(opened) == 6
 
 

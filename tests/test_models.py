@@ -1,5 +1,8 @@
 """The models against native ones: embeddings, token order, padding, what is trained, what is learned."""
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import dummy_data
+import inference
+import main
 from build_model import (
     Source,
     adapters,
@@ -24,7 +30,7 @@ from build_model import (
 )
 from config import ROOT, Config, complete
 from script import UserError
-from train_code import build_accelerator, build_optimizer, first_steps_checked, loss_sum
+from train_code import build_accelerator, build_optimizer, default_rates, first_steps_checked, loss_sum, rates_line
 from transforms import Preprocessing
 
 FAMILIES = ("timesformer", "videomae")
@@ -329,15 +335,38 @@ def test_gradients_reach_the_projector_through_a_frozen_language_model():
         assert all(p.grad.abs().max() > 0 for p in model.projector.mlp.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"use_vlm": True, "captioning": True, "use_lora_llm": True}])
-def test_gradient_checkpointing_gives_the_same_gradients(options):
+def passes_through_layers(model, batch) -> tuple[dict[str, list[int]], dict[str, torch.Tensor]]:
+    """(how often each layer of each backbone computes its first module in a training step, the gradients)."""
+    counts = {}
+    for name, tower in model.towers().items():
+        counts[name] = []
+        for layer in (m for m in tower.modules() if isinstance(m, GradientCheckpointingLayer)):
+            leaf = next(m for m in layer.modules() if not [*m.children()] and [*m.parameters()])
+            leaf.register_forward_pre_hook(lambda *_, place=len(counts[name]), found=counts[name]: found.__setitem__(place, found[place] + 1))  # fmt: skip
+            counts[name].append(0)
+    loss_sum(model.train(), batch)[0].backward()
+    return counts, {n: p.grad for n, p in trained_tensors(model).items()}
+
+
+@pytest.mark.parametrize("options, again", [
+    ({}, {"vision": 2}),
+    ({"vision_model": "videomae", "use_lora_vision": True, "freeze_visionbackbone": True}, {"vision": 2}),
+    ({"use_vlm": True, "captioning": True, "use_lora_llm": True}, {"vision": 2, "language": 2}),
+    ({"use_vlm": True, "captioning": True, "freeze_llmbackbone": True, "freeze_visionbackbone": True}, {"vision": 1, "language": 2}),
+    ({"use_vlm": True, "freeze_llmbackbone": True, "use_lora_vision": True}, {"vision": 2, "language": 2}),
+])  # fmt: skip
+def test_gradient_checkpointing_computes_each_layer_again_and_gives_the_same_gradients(options, again):
     grads = []
     for checkpointing in (False, True):
         model = model_of(gradient_checkpointing=checkpointing, **options)
         for adapter in dict(adapters(model)).values():
             adapter.lora_dropout["default"].p = 0.0
-        loss_sum(model.train(), batch_of(model, 2))[0].backward()
-        grads.append({n: p.grad for n, p in trained_tensors(model).items()})
+        counts, found = passes_through_layers(model, batch_of(model, 2))
+        grads.append(found)
+        for name, times in again.items():
+            assert counts[name] == [times if checkpointing else 1] * 4, name
+        frozen = [n for n, tower in model.towers().items() if not trained_tensors(tower)]
+        assert not any(m.training for n in frozen for m in model.towers()[n].modules())
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-5) for n in grads[0])
 
 
@@ -423,6 +452,239 @@ def test_generate_in_a_batch_equals_one_by_one_and_beams_run():
     assert len(model.generate(pixel_values, max_new_tokens=12, num_beams=3)) == 3
     with pytest.raises(UserError, match="--max_new_tokens"):
         model.generate(pixel_values, max_new_tokens=1000)
+
+
+# -- language models of other families ----------------------------------------------------------------
+
+ENCODERS = {
+    "bert": {}, "roberta": {"pad_token_id": 0}, "xlm-roberta": {"pad_token_id": 0, "type_vocab_size": 1}, "camembert": {"pad_token_id": 0},
+    "electra": {"embedding_size": 8}, "albert": {"embedding_size": 8}, "distilbert": {"hidden_dim": 24}, "modernbert": {"global_attn_every_n_layers": 1},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p"]}, "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
+}  # fmt: skip
+DECODERS = {
+    "gpt2": {}, "llama": {}, "gpt_neox": {}, "opt": {"ffn_dim": 24, "word_embed_proj_dim": 8}, "qwen3": {"head_dim": 8, "num_key_value_heads": 1},
+}  # fmt: skip
+
+
+def language_folder(folder, model_type: str, **more):
+    """A random model of a family, two layers of width 16, with the tokenizer of the tiny one of its kind."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    encoder = model_type in ENCODERS
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "backbones" / ("bert-tiny" if encoder else "gpt2-tiny"))
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 120}
+    small |= {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    small |= {} if model_type in ("distilbert", "gpt2", "opt") else {"intermediate_size": 24}
+    settings = AutoConfig.for_model(model_type, **(small | (ENCODERS | DECODERS)[model_type] | more))
+    torch.manual_seed(0)
+    (AutoModel if encoder else AutoModelForCausalLM).from_config(settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_of(dataset, tmp_path, folder, *flags: str) -> list[str]:
+    """Trains an epoch through main.py; the flags that inference.py takes for it."""
+    argv = ["--use_vlm", "True", "--language_model", str(folder), "--freeze_visionbackbone", "True", *flags]
+    argv += ["--output_dir", str(tmp_path), "--run_name", "r", "--num_workers", "0"]
+    small = ["--num_frames", "2", "--image_size", "32", "--token_grid", "1", "--epochs", "1"]
+    assert main.main([*argv, *small, "--data_dir", str(dataset)]) == 0
+    return ["--checkpoint", str(tmp_path / "r"), "--video_dir", str(dataset / "test" / "class_0"), "--num_workers", "0"]
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_every_bert_like_encoder_trains_and_answers_from_its_checkpoint_alone(dataset, tmp_path, capfd, family):
+    folder = language_folder(tmp_path / "language", family)
+    flags = run_of(dataset, tmp_path, folder, "--use_text", "True")
+    shutil.rmtree(folder)
+    assert inference.main([*flags, "--text_input", "a note says: it is round"]) == 0
+    said = "".join(capfd.readouterr())
+    assert "2 videos" in said and "LOAD REPORT" not in said
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoders_of_other_families_train_and_write_captions(dataset, tmp_path, capsys, family):
+    folder = language_folder(tmp_path / "language", family)
+    flags = run_of(dataset, tmp_path, folder, "--captioning", "True")
+    shutil.rmtree(folder)
+    assert inference.main([*flags, "--max_new_tokens", "5"]) == 0
+    assert capsys.readouterr().out.count(".pt  ") == 2
+
+
+@pytest.mark.parametrize("family, captioning, message", [
+    ("llama", False, "is a llama; to classify, take a BERT-like encoder, or add --captioning True"),
+    ("distilbert", True, "captioning needs a causal language model such as gpt2, not"),
+])  # fmt: skip
+def test_a_model_of_the_other_kind_is_refused(tmp_path, family, captioning, message):
+    folder = language_folder(tmp_path, family)
+    with pytest.raises(UserError, match=message):
+        model_of(use_vlm=True, captioning=captioning, language_model=str(folder))
+
+
+@pytest.mark.parametrize("family", ["electra", "albert", "deberta-v2", "modernbert"])
+@pytest.mark.parametrize("options", [{"use_lora_llm": True}, {"freeze_llmbackbone": True}, {}])
+def test_two_steps_train_what_they_should_of_other_encoders(tmp_path, family, options):
+    """No pooler is trained or adapted, no tensor is without a gradient."""
+    folder = language_folder(tmp_path, family)
+    options |= {"freeze_visionbackbone": True, "num_frames": 2, "image_size": 32, "token_grid": 1}
+    config = config_of(use_vlm=True, use_text=True, language_model=str(folder), **options)
+    model = build_model(config, 4).train()
+    assert not [n for n in trained_tensors(model) if "pooler" in n]
+    items = [i | {"pixel_values": i["pixel_values"][:2, :, ::2, ::2]} for i in items_of()]
+    optimizer = build_optimizer(model, config)
+    for step in range(2):
+        loss_sum(model, model.collator()(items))[0].backward()
+        with first_steps_checked(model, step):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def test_positions_behind_the_paddings_are_not_counted(tmp_path):
+    """RoBERTa's first position is 1 + the padding's: of 120 there are 120 - 6 left, and one more fails."""
+    folder = language_folder(tmp_path, "xlm-roberta", pad_token_id=5)
+    model = model_of(use_vlm=True, use_text=True, language_model=str(folder), num_frames=8, token_grid=2).eval()
+    room = model.codec().max_tokens
+    assert room == 120 - 6 - model.projector.num_tokens - 3
+    items = [item | {"text": "a " * 200} for item in items_of(1)]
+    with torch.no_grad():
+        assert loss_sum(model, model.collator()(items))[0].isfinite()
+        batch = model.collator()(items)
+        batch |= {n: torch.cat([batch[n], batch[n][:, -1:]], dim=1) for n in ("input_ids", "attention_mask")}
+        with pytest.raises((IndexError, RuntimeError)):
+            loss_sum(model, batch)
+
+
+def test_captions_do_not_depend_on_the_folders_generation_config(tmp_path):
+    plain, odd = (shutil.copytree(ROOT / "backbones" / "gpt2-tiny", tmp_path / name) for name in "ab")
+    settings = {
+        "repetition_penalty": 2.0, "no_repeat_ngram_size": 1, "temperature": 0.1, "do_sample": True, "max_length": 3, "min_new_tokens": 11,
+        "suppress_tokens": [5, 6, 7, 8], "forced_eos_token_id": 9, "num_return_sequences": 2, "length_penalty": -5.0, "bad_words_ids": [[3]],
+    }  # fmt: skip
+    (odd / "generation_config.json").write_text(json.dumps(settings))
+    captions = []
+    for folder in (plain, odd):
+        model = model_of(use_vlm=True, captioning=True, language_model=str(folder)).eval()
+        captions.append([model.generate(clips(3), max_new_tokens=12, num_beams=beams) for beams in (1, 3)])
+    assert captions[0] == captions[1]
+
+
+def test_texts_that_are_cut_are_counted(dataset, tmp_path, capsys):
+    data = shutil.copytree(dataset, tmp_path / "data")
+    rows = [json.loads(line) for line in (data / "train" / "metadata.jsonl").read_text().splitlines()]
+    for place, row in enumerate(rows):
+        row["text"] = "a note says it is round " * (1 + 10 * (place % 3 == 0))  # 6 or 66 words
+    (data / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--use_text", "True", "--freeze_llmbackbone", "True", "--max_text_tokens", "10"]
+    infer = run_of(data, tmp_path, "bert", *flags)
+    said = capsys.readouterr().out
+    assert "note: 4 of 18 texts are longer than 10 tokens and are cut; train with a larger --max_text_tokens" in said
+    assert inference.main([*infer, "--text_input", "a note says it is round and round and round we go"]) == 0
+    assert "note: 2 of 2 texts are longer than 10 tokens and are cut" in capsys.readouterr().out
+    assert inference.main([*infer, "--text_input", "a note says it is round"]) == 0
+    assert "are cut" not in capsys.readouterr().out
+
+
+# -- rates and decay --------------------------------------------------------------------------------
+
+
+BEHIND = re.compile(  # what follows the layers, by the names that the families give it
+    r"(^backbone\.layernorm|fc_norm|final_norm|final_layer_norm|ln_f|^model\.norm|encoder\.LayerNorm)\.|project_out|lm_head|embed_out"
+)
+
+
+def groups_of(model, config) -> dict[str, tuple[float, float]]:
+    """name -> (peak learning rate, weight decay) of every trained tensor."""
+    found = {id(p): (g["peak_lr"], g["weight_decay"]) for g in build_optimizer(model, config).param_groups for p in g["params"]}  # fmt: skip
+    return {name: found[id(p)] for name, p in trained_tensors(model).items()}
+
+
+@pytest.mark.parametrize("family", ["timesformer", "videomae", *ENCODERS, *DECODERS])
+def test_layer_decay_slows_every_layer_below_another_and_embeddings_most(tmp_path, family):
+    """The rate of layer k of n is rate x 0.5^(n - k), of embeddings rate x 0.5^(n + 1), of what follows the full one."""
+    options = {"layer_decay": 0.5, "learning_rate": 1.0, "num_frames": 2, "image_size": 32, "token_grid": 1}
+    if family in FAMILIES:
+        options |= {"vision_model": family}
+    else:
+        more = {} if family == "albert" else {"num_hidden_layers": 3}  # ALBERT's layers share their weights
+        folder = language_folder(tmp_path, family, **more)
+        options |= {"use_vlm": True, "freeze_visionbackbone": True, "captioning": family in DECODERS, "language_model": str(folder)}  # fmt: skip
+    config = config_of(**options)
+    model = build_model(config, 4)
+    prefix = "vision_encoder." if family in FAMILIES else "language_model."
+    rates = {n.removeprefix(prefix): rate for n, (rate, _) in groups_of(model, config).items() if n.startswith(prefix)}
+    layers = 4 if family in FAMILIES else 1 if family == "albert" else 3
+    for name, rate in rates.items():
+        number = re.search(r"\.(?:layers?|h|albert_layer_groups)\.(\d+)\.", f".{name}")
+        power = layers - int(number[1]) if number else 0 if BEHIND.search(name) else layers + 1
+        assert rate == 0.5**power, name
+
+
+@pytest.mark.parametrize("options", [{"vision_model": "timesformer"}, {"vision_model": "videomae", "use_vlm": True}, {"use_vlm": True, "captioning": True}])  # fmt: skip
+def test_decay_spares_biases_norms_and_what_marks_a_place(options):
+    config = config_of(**options)
+    model = build_model(config, 4)
+    decays = {name: decay for name, (_, decay) in groups_of(model, config).items()}
+    spared = {name for name, p in trained_tensors(model).items() if p.ndim > 1 and not decays[name]}
+    expected = set()
+    if config.vision_model == "timesformer":
+        expected |= {f"vision_encoder.backbone.embeddings.{n}" for n in ("cls_token", "position_embeddings", "time_embeddings")}  # fmt: skip
+    if config.use_vlm:
+        expected |= {"projector.time_embedding.weight"}
+        position = "transformer.wpe" if config.captioning else "embeddings.position_embeddings"
+        expected |= {f"language_model.{position}.weight"}
+    assert spared == expected
+    assert all(decays[n] == 0 for n, p in trained_tensors(model).items() if p.ndim == 1)
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
+def test_decay_spares_the_positions_of_every_language_model_and_no_words(tmp_path, family):
+    folder = language_folder(tmp_path, family)
+    options = {"num_frames": 2, "image_size": 32, "token_grid": 1, "freeze_visionbackbone": True}
+    config = config_of(use_vlm=True, captioning=family in DECODERS, language_model=str(folder), **options)
+    model = build_model(config, 4)
+    for name, (_, decay) in groups_of(model, config).items():
+        if re.search("position|wpe|rel_emb", name):
+            assert decay == 0, name
+        if name.endswith("weight") and any(w in name for w in ("word_embeddings", "wte", "embed_tokens", "tok_embeddings", "embed_in", "query", "fc1", "Wqkv")):  # fmt: skip
+            assert decay == 0.05, name
+
+
+F_TINY, F_HUB, L_TINY, L_HUB, H_TINY, H_HUB = 5e-4, 5e-5, 3e-3, 5e-4, 3e-3, 1e-3
+
+
+@pytest.mark.parametrize("vision, language, options, rates", [  # the table of README.md, by hand: vision, language, new layers
+    ("tiny", "tiny", {}, (F_TINY, F_TINY, 2 * F_TINY)),
+    ("hub", "hub", {"use_lora_vision": True, "use_lora_llm": True}, (L_HUB, L_HUB, 2 * L_HUB)),
+    ("tiny", "hub", {"freeze_visionbackbone": True}, (None, F_HUB, 10 * F_HUB)),
+    ("tiny", "hub", {"freeze_visionbackbone": True, "use_lora_llm": True}, (None, L_HUB, 2 * L_HUB)),
+    ("tiny", "hub", {"freeze_visionbackbone": True, "freeze_llmbackbone": True}, (None, None, H_HUB)),
+    ("tiny", "tiny", {"freeze_visionbackbone": True, "freeze_llmbackbone": True}, (None, None, H_TINY)),
+    ("tiny", "hub", {"use_lora_vision": True, "freeze_llmbackbone": True}, (L_TINY, None, L_TINY)),
+    ("tiny", "hub", {}, (F_TINY, F_HUB, 10 * F_HUB)),
+    ("tiny", "tiny", {"use_lora_vision": True}, (L_TINY, F_TINY, 2 * F_TINY)),
+    ("hub", "tiny", {"use_lora_llm": True}, (F_HUB, L_TINY, 10 * F_HUB)),
+])  # fmt: skip
+@pytest.mark.parametrize("typed", [1.0, 3.0])
+def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, language, options, rates, typed):
+    """A folder stands for weights of the hub. A rate that is typed is the freest backbone's; the others keep their ratio."""
+    names = {"vision_model": "timesformer", "language_model": "gpt2"}
+    for option, kind in (("vision_model", vision), ("language_model", language)):
+        if kind == "hub":
+            names[option] = str(shutil.copytree(ROOT / "backbones" / f"{names[option]}-tiny", tmp_path / option))
+    config = config_of(use_vlm=True, captioning=True, **names, **options)
+    model = build_model(config, 4)
+    resolved = main.resolve(config, model)
+    assert resolved.learning_rate == default_rates(model, config)[0]
+    found = groups_of(model, replace(resolved, learning_rate=typed * resolved.learning_rate))
+    for part, rate in zip(("vision_encoder", "language_model", "projector"), rates, strict=True):
+        peaks = {peak for name, (peak, _) in found.items() if name.startswith(part)}
+        assert [*peaks] == ([] if rate is None else [pytest.approx(typed * rate)]), part
+    line = rates_line(model, resolved)
+    assert f"new layers {rates[2]:g}" in line and ("language" in line) == (rates[1] is not None)
 
 
 # -- schedule, accumulation -------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 import dummy_data
 import inference
+import main
 import make_report
 from checkpoint import PROVIDED, load_run, read_run
 from config import ROOT, as_flags, read_yaml, run_name
@@ -94,6 +95,32 @@ def test_the_mean_of_seeds_and_its_interval(study, tmp_path):
     other.write_text("".join(json.dumps(r | {"truth": "none of them"}) + "\n" for r in rows))
     mixed = make_report.row_scores(make_report.Row(file, runs, 2))["accuracy"]
     assert mixed["mean"] == pytest.approx(one["mean"] / 2) and mixed["range"] == [0, one["mean"]]
+
+
+def test_a_card_tells_what_its_own_file_scores(study, dataset, tmp_path, capsys):
+    """By --evaluate of a copy; not what the run said of itself, which is changed here."""
+    row = make_report.Row(
+        ROOT / "experiments" / f"{ROWS[0]}.yaml", Path(shutil.copytree(study / "runs", tmp_path / "runs")), 1
+    )
+    file = row.dirs[0] / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics["controls"] = {name: {"accuracy": 0.123} for name in metrics["controls"] if name != "split"}
+    file.write_text(json.dumps(metrics))
+    make_report.provide(row, tmp_path / "provided", dataset)
+    card = (tmp_path / "provided" / row.name / "CARD.md").read_text()
+    copy = shutil.copytree(tmp_path / "provided" / row.name, tmp_path / "copy")
+    argv = ["--data_dir", str(dataset), "--controls", "True", "--num_workers", "0", "--output_dir", str(tmp_path)]
+    assert main.main(["--evaluate", str(copy), *argv]) == 0
+    (scored,) = [json.loads(p.read_text()) for p in tmp_path.rglob("metrics.json") if "copy" in str(p)]
+    names = {
+        "one_frame": "one frame",
+        "shuffled": "shuffled",
+        "majority": "majority",
+        "nearest_neighbour": "nearest neighbour",
+    }
+    for key, name in names.items():
+        assert f"{name} accuracy {100 * scored['controls'][key]['accuracy']:.1f} %" in card
+    assert f"this checkpoint: accuracy {100 * scored['test']['accuracy']:.1f} %" in card
 
 
 def test_a_provided_checkpoint_answers_as_its_run(study, dataset, tmp_path):

@@ -188,16 +188,42 @@ def test_resuming_on_other_data_is_refused(stopped, dataset, tmp_path, capsys):
     assert "are not those that" in capsys.readouterr().err
 
 
-def test_a_finished_run_and_one_without_state_are_not_resumed(stopped, tmp_path, capsys):
-    state = tmp_path / "r" / "state" / "state.safetensors"
-    kept = state.read_bytes()
-    state.unlink()
-    assert main.main([*stopped, "--resume", "True"]) == 2
-    assert "stopped before anything was saved" in capsys.readouterr().err
-    state.write_bytes(kept)
+def test_a_finished_run_is_not_resumed(stopped, tmp_path, capsys):
     assert main.main([*stopped, "--resume", "True"]) == 0
+    (tmp_path / "r" / "state").mkdir()  # a kill at the very end
     assert main.main([*stopped, "--resume", "True"]) == 2
     assert "is finished" in capsys.readouterr().err
+    assert not (tmp_path / "r" / "state").exists()
+
+
+@pytest.mark.parametrize("damage", ["digest", "progress", "optimizer", "processes"])
+def test_a_damaged_or_foreign_state_is_refused(stopped, tmp_path, capsys, damage):
+    file = tmp_path / "r" / checkpoint.STATE
+    tensors, facts = checkpoint.read_tensors(file)
+    if damage == "digest":
+        content = bytearray(file.read_bytes())
+        content[-1000] ^= 4
+        file.write_bytes(content)
+    elif damage == "progress":
+        checkpoint.save_tensors(tensors, facts | {"groups": 10**6}, file)
+    elif damage == "optimizer":
+        checkpoint.save_tensors(tensors | {"optimizer.9999.exp_avg": torch.zeros(3)}, facts, file)
+    else:
+        checkpoint.save_tensors(tensors | {"rng.cpu.1": torch.get_rng_state()}, facts, file)
+    capsys.readouterr()
+    assert main.main([*stopped, "--resume", "True"]) == 2
+    err = capsys.readouterr().err
+    told = {"digest": "do not match its digest", "processes": "was stopped with 2 processes, this is 1"}
+    assert told.get(damage, "holds no state of this run") in err and err.count("\n") == 1
+
+
+def test_a_state_written_before_there_were_digests_is_accepted(stopped, tmp_path):
+    from safetensors.torch import save_file
+
+    file = tmp_path / "r" / checkpoint.STATE
+    tensors, progress = checkpoint.read_tensors(file)
+    save_file(tensors, file, metadata={"progress": json.dumps(progress)})
+    assert main.main([*stopped, "--resume", "True"]) == 0
 
 
 # -- interrupted saves ------------------------------------------------------------------------------
@@ -243,7 +269,7 @@ def test_a_save_interrupted_at_each_operation_leaves_the_old_file_whole(
                 assert "safetensors: No space left on device" in str(caught.value)
     assert before == {name: (run / name).read_bytes() for name in before}
     assert main.main([*stopped, "--resume", "True"]) == 0  # what a killed save left behind is in nobody's way
-    assert not list(run.rglob("*.tmp"))
+    assert not list(run.rglob("*tmp*"))
 
 
 def test_a_full_disk_is_named(tmp_path):
