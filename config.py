@@ -108,13 +108,13 @@ def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def path_value(text: str) -> str:
-    """A file, a folder or a hub id: anything that a file's name can hold but control characters."""
+    """A file, a folder or a hub id: anything that a file's name can hold."""
     try:
         os.fsencode(text)
     except ValueError:
         raise ValueError("a path or name") from None
-    if not text or CONTROL.search(text):
-        raise ValueError("a path or name, not empty and without control characters")
+    if not text or "\0" in text:
+        raise ValueError("a path or name, not empty and without NUL")
     return text
 
 

@@ -286,6 +286,8 @@ def open_output(
             os.set_blocking(file, True)
         else:
             path = Path(os.path.realpath(path))
+            if not path.parent.is_dir():
+                raise UserError(f"--output: cannot write {path}: there is no folder {path.parent}")
             stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), f"--output {path}"))
             done = begun(path, run, folder)
             file = open_rows(path, os.O_CREAT | os.O_APPEND)

@@ -399,9 +399,8 @@ def compile_pdf(data: dict[str, Any], folder: Path, output: Path) -> None:
 def provide(row: Row, folder: Path, data_dir: Path) -> int:
     """Writes a row's first run as a provided checkpoint, in bf16 where that changes no score; returns its bytes."""
     import torch
-    from safetensors.torch import save_file
 
-    from checkpoint import METADATA, SETTINGS, WEIGHTS, read_run, read_tensors
+    from checkpoint import METADATA, SETTINGS, WEIGHTS, read_run, read_tensors, save_tensors
     from script import write_json
 
     run_dir, target = row.dirs[0], folder / row.name
@@ -415,12 +414,12 @@ def provide(row: Row, folder: Path, data_dir: Path) -> int:
     config = replace(config, run_name=None, output_dir=Config().output_dir, data_dir=Config().data_dir, controls=False)
     write_yaml(asdict(config), target / SETTINGS)
     write_json(metadata, target / METADATA)
-    tensors, header = read_tensors(run_dir / WEIGHTS)
-    save_file({name: t.to(torch.bfloat16) for name, t in tensors.items()}, str(target / WEIGHTS), metadata=header)
+    tensors, facts = read_tensors(run_dir / WEIGHTS)
+    save_tensors({name: t.to(torch.bfloat16) for name, t in tensors.items()}, facts, target / WEIGHTS)
     before, scores, kind = rescored(run_dir, data_dir), rescored(target, data_dir), "bfloat16"
     if before != scores:
         scores, kind = before, "float32"
-        save_file(tensors, str(target / WEIGHTS), metadata=header)
+        save_tensors(tensors, facts, target / WEIGHTS)
     count = sum(t.numel() for t in tensors.values())
     write_text(
         target / "CARD.md", card(row, config, scores, control_table(target, data_dir, row.dirs[0].parent), kind, count)

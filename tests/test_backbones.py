@@ -31,6 +31,7 @@ def test_all_four_together_are_small():
     assert size <= 20e6, f"{size / 1e6:.1f} MB"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timesformer", "videomae"])
 def test_a_linear_head_on_frozen_features(name):
     """>= 90 % of the test set, also of the pairs never seen; random weights 25 points less; one frame near chance."""

@@ -71,7 +71,7 @@ BAD_VIDEOS = {
     "zero bytes": (lambda f: (f / "v.webm").touch(), "the file is empty"),
     "truncated mp4": (truncated, "cut.mp4"),
     "text named mp4": (lambda f: (f / "v.mp4").write_text("text"), "Invalid data"),
-    "image of another size": (bad_image_size, "it is 20x16 pixels"),
+    "image of another size": (bad_image_size, "2.png is 20x16 pixels"),
     "rank 3": (lambda f: torch.save(torch.zeros(4, 16, 16), f / "v.pt"), "[T, 3, H, W], not [4, 16, 16]"),
     "int64": (lambda f: torch.save(torch.zeros(4, 3, 16, 16, dtype=torch.int64), f / "v.pt"), "not torch.int64"),
     "object": (lambda f: torch.save({"a": {1, 2}}, f / "v.pt"), "v.pt"),

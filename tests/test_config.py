@@ -209,8 +209,8 @@ def test_a_default_run_name_is_a_folders_name(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flag", ["data_dir", "output_dir", "cache_dir", "checkpoint", "evaluate", "output", "vision_model"])  # fmt: skip
-@pytest.mark.parametrize("path", ["", "a\0b", "a\nb", "\x1b]0;x\x07", "\ud800"])
-def test_paths_with_control_characters_are_refused(capsys, flag, path):
+@pytest.mark.parametrize("path", ["", "a\0b", "\x1b\0", "\ud800"])
+def test_paths_that_cannot_be_are_refused(capsys, flag, path):
     assert main.main([f"--{flag}", path]) == 2
     err = capsys.readouterr().err
     assert f"--{flag}: expected a path or name" in err and err.count("\n") == 1 and "\x1b" not in err

@@ -259,7 +259,7 @@ def test_other_videos_are_scored_beside_the_run(runs, dataset, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--epochs", "3"], "--epochs says nothing to --evaluate"),
+        (["--epochs", "3"], "--epochs has no effect with --evaluate"),
         (["--vision_model", "videomae"], "was trained with other flags"),
         (["--data_dir", "absent"], "absent"),
     ],

@@ -61,6 +61,7 @@ def test_two_processes_give_the_log_of_one(dataset, tmp_path, job):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_full_training_agrees_to_rounding(dataset, tmp_path):
     """No dropout anywhere: with the same sums of gradients the accuracies are the same, the losses to 1e-5."""
     for processes in (1, 2):
@@ -72,6 +73,7 @@ def test_full_training_agrees_to_rounding(dataset, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_two_processes_goes_on_exactly(dataset, tmp_path):
     """LoRA has dropout: every process's random generator must be restored."""
     flags = [*CLASSIFIER, "--epochs", "8", "--save_every", "1", "--run_name"]

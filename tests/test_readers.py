@@ -231,7 +231,7 @@ def test_whatever_a_library_raises_names_the_file(tmp_path, monkeypatch, kind):
             assert re.search(f"cannot read .*{name}.*something odd", dataset[0, place]["error"])
         assert len(scan_videos({file: 0, folder: 1}, 2, 0, 0, {})[0]) == 2
     monkeypatch.setattr(av, "open", fail)
-    monkeypatch.setattr(Path, "iterdir", fail)
+    monkeypatch.setattr(os, "scandir", fail)
     for path in (file, folder):
         with pytest.raises(ReadError, match=f"cannot read {path}: .*something odd"):
             open_video(path)
@@ -354,6 +354,11 @@ def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def write_tensor(path: Path) -> Path:
+    torch.save(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), path)
+    return path
+
+
 def test_a_killed_worker_is_one_error(dataset, tmp_path, monkeypatch, capsys):
     """As the system does where memory runs out: while training, and while the videos are looked through."""
     waiting = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
@@ -364,7 +369,7 @@ def test_a_killed_worker_is_one_error(dataset, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: a process that reads videos was killed")
     monkeypatch.setattr(VLoader, "open_video", killed)
     with pytest.raises(UserError, match="lower --num_workers, --batch_size"):
-        scan_videos({tmp_path / f"{i}.pt": 0 for i in range(65)}, 2, 0, 1, {})
+        scan_videos({write_tensor(tmp_path / f"{i}.pt"): 0 for i in range(65)}, 2, 0, 1, {})
 
 
 def test_unreadable_files_are_named(tmp_path):

@@ -74,7 +74,9 @@ def killed_after(monkeypatch, steps: int) -> None:
 
 
 @pytest.mark.parametrize("job", JOBS)
-@pytest.mark.parametrize("workers, stop_after, save_every", [("0", 6, "0"), ("0", 5, "2"), ("2", 8, "3")])
+@pytest.mark.parametrize(
+    "workers, stop_after, save_every", [pytest.param("0", 6, "0", marks=pytest.mark.slow), ("0", 5, "2"), ("2", 8, "3")]
+)
 def test_resumed_equals_uninterrupted(dataset, tmp_path, monkeypatch, job, workers, stop_after, save_every):
     """9 training clips in batches of 4: 3 steps an epoch, 12 in all; stopped twice."""
     more = [*JOBS[job], "--num_workers", workers, "--save_every", save_every]
@@ -137,7 +139,9 @@ def wait_for(file: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_signal_and_then_resume(dataset, tmp_path, number):
     more = [*JOBS["classifier"], "--num_workers", "0"]
     assert main.main(flags(dataset, tmp_path / "whole", *more, "--epochs", "12")) == 0

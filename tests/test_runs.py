@@ -72,12 +72,18 @@ def whole(dataset, tmp_path_factory) -> Path:
     return runs / "r"
 
 
-@pytest.mark.parametrize("target, call", [
-    ("main.readable", 1), ("checkpoint.start_run", 1), ("checkpoint.describe_run", 1), ("checkpoint.write_yaml", 2),
-    ("checkpoint.write_json", 1), ("train_code.train", 1), ("train_code.save_weights", 1), ("train_code.save_state", 1),
-    ("os.replace", 6), ("os.fsync", 7), ("train_code.test_best", 1), ("train_code.final_scores", 2), ("figures.plot_curves", 1),
-    ("controls.control_scores", 1), ("main.draw_pictures", 1), ("checkpoint.finish_run", 1), ("figures.plot_occlusion", 1),
-])  # fmt: skip
+MOMENTS = [
+    ("main.readable", 1), ("checkpoint.write_json", 1), ("train_code.save_weights", 1), ("train_code.save_state", 1),
+    ("os.replace", 6), ("train_code.final_scores", 2), ("main.draw_pictures", 1), ("checkpoint.finish_run", 1),
+]  # fmt: skip
+SELDOM = [
+    ("checkpoint.start_run", 1), ("checkpoint.describe_run", 1), ("checkpoint.write_yaml", 2), ("train_code.train", 1),
+    ("os.fsync", 7), ("train_code.test_best", 1), ("figures.plot_curves", 1), ("controls.control_scores", 1),
+    ("figures.plot_occlusion", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target, call", [*MOMENTS, *(pytest.param(*m, marks=pytest.mark.slow) for m in SELDOM)])
 def test_a_run_killed_anywhere_is_resumed_to_the_same_end(dataset, tmp_path, monkeypatch, whole, target, call):
     """Also before it has saved anything; nothing is missing or left over then."""
     killed_at(flags(dataset, tmp_path, "--controls", "True"), monkeypatch, target, call)
@@ -141,6 +147,7 @@ def test_a_running_run_is_left_alone_and_free_once_it_is_killed(dataset, tmp_pat
     assert (tmp_path / "r" / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_two_starts_at_once_make_one_run(dataset, tmp_path, whole):
     processes = [start(flags(dataset, tmp_path, "--controls", "True", "--run_name", "r")) for _ in range(2)]
     errors = [process.communicate(timeout=300)[1] for process in processes]
