@@ -170,7 +170,7 @@ class World:
     def answer(self, name: str, folder: Path) -> tuple[Process, list[dict]]:
         """The answers of a run for the test videos."""
         flags = f"--checkpoint out/{name} --video_dir {self.data / 'test'} --output a.jsonl --num_workers 0"
-        process = Process(script("inference", flags), folder).wait(300)
+        process = Process(script("inference", flags), folder).wait(120)
         rows = (folder / "a.jsonl").read_text().splitlines() if (folder / "a.jsonl").exists() else []
         (folder / "a.jsonl").unlink(missing_ok=True)
         return process, [{k: v for k, v in json.loads(row).items() if k != "run"} for row in rows]
@@ -199,14 +199,14 @@ def description(world: World, folder: Path, rng: random.Random) -> Used:
 
 def state(world: World, folder: Path, rng: random.Random) -> Used:
     what = damage(folder / "out" / "half" / "state" / "state.safetensors", rng)
-    process = Process(script("main", "--resume True --run_name half --output_dir out"), folder).wait(300)
+    process = Process(script("main", "--resume True --run_name half --output_dir out"), folder).wait(120)
     wrong = common.differences(folder / "out" / "half", world.runs["lora"]) if process.status == 0 else []
     return what, process, "other model.safetensors" not in wrong
 
 
 def cache(world: World, folder: Path, rng: random.Random) -> Used:
     what = damage(rng.choice(sorted((folder / "out" / ".features").rglob("*.safetensors"))), rng)
-    process = Process(script("main", f"{CACHED} --data_dir {world.data} --run_name again"), folder).wait(300)
+    process = Process(script("main", f"{CACHED} --data_dir {world.data} --run_name again"), folder).wait(120)
     wrong = common.differences(folder / "out" / "again", world.runs["cached"]) if process.status == 0 else []
     return what, process, not wrong
 
@@ -223,7 +223,7 @@ def new_run(world: World, folder: Path, rng: random.Random) -> Used:
     """On a crafted backbone: whatever it learns is right."""
     file = rng.choice(("model.safetensors", *2 * ("config.json", "preprocessor_config.json")))
     what = damage(folder / "backbone" / file, rng) + (add_evil(folder / "backbone") if rng.random() < 0.5 else "")
-    process = Process(script("main", f"{LORA} --data_dir {world.data} --run_name new --epochs 1"), folder).wait(300)
+    process = Process(script("main", f"{LORA} --data_dir {world.data} --run_name new --epochs 1"), folder).wait(120)
     return f"{file} {what}", process, True
 
 
