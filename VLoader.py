@@ -606,16 +606,21 @@ def exists(path: Path, where: str) -> bool:
     return True
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value of JSON is a text; half of a surrogate pair, which JSON can escape, is none."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
 def check_row(row: Any, where: str) -> str:
     """The row's file_name; raises UserError where a field has the wrong type."""
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
         raise UserError(f'{where}: expected {{"file_name": "...", ...}}')
     for key in ("text", "label"):
-        if not isinstance(row.get(key), str | None):
+        if row.get(key) is not None and not is_text(row[key]):
             raise UserError(f"{where}: {key} must be a text")
     captions = row.get("caption", [])
     captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not all(isinstance(c, str) and c.strip() for c in captions):
+    if not isinstance(captions, list) or not all(is_text(c) and c.strip() for c in captions):
         raise UserError(f"{where}: caption must be a text or a list of texts, none of them empty")
     if not isinstance(row.get("attributes", {}), dict):
         raise UserError(f'{where}: attributes must be {{"name": "value"}}')

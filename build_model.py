@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -85,6 +86,8 @@ def find_file(source: Source, name: str) -> Path | None:
     """A file of a source; None where it has none of that name, or the hub cannot be reached."""
     if source.local:
         path = Path(source.path) / name
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{path} is not a file")
         return path if path.is_file() else None
     from transformers.utils import cached_file
 
@@ -165,7 +168,10 @@ def load_tower(auto_class: Any, source: Source, config: Any, new_layers: tuple[s
     logging.disable_progress_bar()  # loading takes a moment, not minutes
     more |= {"dtype": torch.float32, "attn_implementation": None}  # not one that config.json names: it may be a program
     if not source.weights:
-        return auto_class.from_config(config, **more)
+        try:
+            return auto_class.from_config(config, **more)
+        except Exception as error:  # whatever a damaged configuration makes of the model's arithmetic
+            raise UserError(f"cannot build the model of {source.path}/config.json: {error}") from None
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no table of the tensors that are not needed; the missing ones are told below
     try:

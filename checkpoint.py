@@ -420,6 +420,7 @@ def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
 def check_same(run_dir: Path, model: VideoModel, data: str) -> None:
     """Raises UserError unless a run to resume has the data and the backbones that it was started with."""
     _, metadata = read_run(run_dir)
+    check_preprocessing(run_dir, metadata, model)
     if metadata["data"][:32] != data[:32]:
         raise UserError(f"the videos, labels or captions are not those that {run_dir} was started with")
     if metadata["data"] not in (data, data[:32]):  # the short one was written before contents were compared
@@ -436,6 +437,17 @@ def check_fingerprints(run_dir: Path, metadata: dict[str, Any], sources: dict[st
             )
 
 
+def check_preprocessing(run_dir: Path, metadata: dict[str, Any], model: VideoModel) -> None:
+    """Raises UserError unless clips are prepared as they were in training."""
+    used = json.loads(json.dumps(asdict(model.vision_encoder.preprocessing)))
+    wrong = [name for name, value in used.items() if metadata["preprocessing"].get(name) != value]
+    if wrong:
+        raise UserError(
+            f"{run_dir} was trained with another {wrong[0]} ({shown(metadata['preprocessing'].get(wrong[0]))}) than "
+            f"{model.sources['vision'].path}/preprocessor_config.json gives ({shown(used[wrong[0]])})"
+        )
+
+
 # -- loading ----------------------------------------------------------------------------------------
 
 
@@ -446,7 +458,7 @@ def load_weights(run_dir: Path, model: VideoModel) -> dict[str, Any]:
         UserError: the file is missing or damaged, or its tensors are not exactly the model's trained ones.
     """
     file = run_dir / WEIGHTS
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{run_dir} has no {WEIGHTS}: its training did not finish an epoch")
     tensors, facts = read_tensors(file)
     copy_tensors(model, tensors, file)
@@ -459,6 +471,8 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     Raises UserError if it is damaged: cut short, or its contents do not match its digest. Files written before there
     were digests have none.
     """
+    if not file.is_file():  # a FIFO would be waited for
+        raise UserError(f"{file} is not a file")
     try:
         with safe_open(str(file), framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, no mapping
@@ -509,6 +523,8 @@ def wrong_metadata(metadata: dict[str, Any], parts: set[str]) -> str:
     names, display, backbones = (metadata.get(key) for key in ("class_names", "display_names", "backbones"))
     if not isinstance(metadata.get("task"), str) or not isinstance(metadata.get("data"), str):
         return "no task or data"
+    if not isinstance(metadata.get("preprocessing"), dict):
+        return "no preprocessing"
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return "class_names is no list of names"
     if not isinstance(display, dict) or not all(isinstance(display.get(name), str) for name in names):
@@ -601,6 +617,7 @@ def load_run(run_dir: Path, config: Config = Config(), typed: Set[str] = frozens
     }
     model = build_model(saved, len(metadata["class_names"]), sources.get("vision"), sources.get("language"))
     check_fingerprints(run_dir, metadata, sources)
+    check_preprocessing(run_dir, metadata, model)
     load_weights(run_dir, model)
     here = {n: getattr(config, n) for n, f in FIELDS.items() if f.metadata["group"] in ("inference", "run and machine")}
     return model.eval(), replace(saved, **here), metadata

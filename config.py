@@ -107,6 +107,14 @@ def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert_or_auto
 
 
+def text_value(text: str) -> str:
+    try:
+        text.encode()
+    except ValueError:  # an argument that is no text of this locale
+        raise ValueError("a text") from None
+    return text
+
+
 def path_value(text: str) -> str:
     """A file, a folder or a hub id: anything that a file's name can hold."""
     try:
@@ -174,7 +182,7 @@ class Config:
     seed: int = option(0, number(int, 0, 2**31 - 1), "training", TRAIN, "of new layers, sampling, dropout and order; the val split does not depend on it")
     # inference
     video_dir: str | None = option(None, path_value, "inference", INFER, "what to answer for: a video file, a folder of frames, a .pt, or a folder of any of these")
-    text_input: str | None = option(None, str, "inference", INFER, f"the text of every clip, for a classifier trained with --use_text True, e.g. '{TEXT_EXAMPLE}'; or give each clip its text in a metadata.jsonl in --video_dir")
+    text_input: str | None = option(None, text_value, "inference", INFER, f"the text of every clip, for a classifier trained with --use_text True, e.g. '{TEXT_EXAMPLE}'; or give each clip its text in a metadata.jsonl in --video_dir")
     top_k: int = option(3, number(int, 1), "inference", INFER, "how many classes to print with their scores")
     test_clips: int = option(1, number(int, 1, 100), "inference", BOTH, "classifiers: average the answers for this many clips of each test video, at other times")
     test_crops: int = option(1, number(int, 1, 10), "inference", BOTH, "and for this many crops of each, along the longer side of the picture; papers take 3 clips or more x 3 crops")

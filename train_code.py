@@ -578,8 +578,9 @@ def resumed_progress(model: VideoModel, engine: Engine, epochs: int, run_dir: Pa
     values = load_state(run_dir, model, engine.optimizer, accelerator.process_index, accelerator.num_processes)
     try:
         progress = Progress(**values)
+        fits = values.keys() == asdict(progress).keys()
         counts = (progress.epoch, progress.step, progress.groups, progress.count, progress.right)
-        fits = progress.epoch <= epochs and progress.step <= engine.total_steps and min(counts) >= 0
+        fits = fits and progress.epoch <= epochs and progress.step <= engine.total_steps and min(counts) >= 0
         fits = fits and progress.groups * epochs <= engine.total_steps and len(progress.log) == progress.epoch
     except TypeError:
         fits = False

@@ -95,7 +95,7 @@ def test_errors_are_one_line_with_status_2(capsys, argv, message):
     ("# more\n" * 20_000, "larger than 100,000 bytes"),
     ("epochs: \0", "cannot read"),
     ('cache_dir: "a\\0"', "cache_dir: expected a path or name"),
-    ('data_dir: "a\\nb"', "data_dir: expected a path or name"),
+    ('data_dir: "a\\0b"', "data_dir: expected a path or name"),
     ("output_dir: ''", "output_dir: expected a path or name, not empty"),
     ('run_name: "\\ud800"', "run_name: expected a path or name"),
     ('run_name: "\\U00110000"', "cannot read"),

@@ -186,6 +186,11 @@ def test_a_folder_that_cannot_be_read_is_one_line(folder, tmp_path, capsys, monk
     assert error == f"error: cannot read {folder / 'b'}: Permission denied"
 
 
+def test_half_a_letter_is_no_text(folder, tmp_path, capsys):
+    (folder / "metadata.jsonl").write_text('{"file_name": "a/0.pt", "caption": "\\ud800"}\n')
+    assert "line 1: caption must be a text" in refused(capsys, train(folder.parent, tmp_path / "runs"))
+
+
 ODD = ["①", "1²", "$", "line\nbreak", "\x1b[31mred\x07", "-c", "a b", "C:"]
 
 

@@ -200,7 +200,7 @@ def test_a_finished_run_is_not_resumed(stopped, tmp_path, capsys):
     assert not (tmp_path / "r" / "state").exists()
 
 
-@pytest.mark.parametrize("damage", ["digest", "progress", "optimizer", "processes"])
+@pytest.mark.parametrize("damage", ["digest", "progress", "nothing", "optimizer", "processes"])
 def test_a_damaged_or_foreign_state_is_refused(stopped, tmp_path, capsys, damage):
     file = tmp_path / "r" / checkpoint.STATE
     tensors, facts = checkpoint.read_tensors(file)
@@ -210,6 +210,8 @@ def test_a_damaged_or_foreign_state_is_refused(stopped, tmp_path, capsys, damage
         file.write_bytes(content)
     elif damage == "progress":
         checkpoint.save_tensors(tensors, facts | {"groups": 10**6}, file)
+    elif damage == "nothing":
+        checkpoint.save_tensors(tensors, {}, file)
     elif damage == "optimizer":
         checkpoint.save_tensors(tensors | {"optimizer.9999.exp_avg": torch.zeros(3)}, facts, file)
     else:

@@ -233,6 +233,46 @@ def test_a_flipped_bit_in_the_weights_is_noticed(dataset, tmp_path, whole, capsy
     assert "model.safetensors is damaged: its contents do not match its digest" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["fifo", "folder", "dangling"])
+def test_weights_that_are_no_file_are_refused(dataset, tmp_path, whole, capsys, kind):
+    import inference
+
+    shutil.copytree(whole, tmp_path / "r")
+    file = tmp_path / "r" / "model.safetensors"
+    file.unlink()
+    {"fifo": lambda: os.mkfifo(file), "folder": file.mkdir, "dangling": lambda: file.symlink_to("nowhere")}[kind]()
+    assert inference.main(["--checkpoint", str(tmp_path / "r"), "--video_dir", str(dataset / "test")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "model.safetensors" in err
+
+
+@pytest.mark.parametrize("change", ["mean", "lacking", "fifo", "patch_size"])
+def test_a_run_whose_backbone_files_changed_is_refused(dataset, tmp_path, capsys, change):
+    """The run is trained in full: its folder vision/ is all that tells how to build the model and prepare clips."""
+    import inference
+
+    flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--run_name", "r", "--epochs", "1"]
+    assert main.main([*flags, "--image_size", "16", "--num_frames", "2", "--num_workers", "0"]) == 0
+    file = tmp_path / "r" / "vision" / ("config.json" if change == "patch_size" else "preprocessor_config.json")
+    values = json.loads(file.read_text())
+    file.unlink()
+    if change == "fifo":
+        os.mkfifo(file)
+    elif change != "lacking":
+        changed = {"mean": {"image_mean": [0.1, 0.1, 0.1]}, "patch_size": {"patch_size": 0}}[change]
+        file.write_text(json.dumps(values | changed))
+    capsys.readouterr()
+    assert inference.main(["--checkpoint", str(tmp_path / "r"), "--video_dir", str(dataset / "test")]) == 2
+    err = capsys.readouterr().err
+    told = {
+        "mean": "was trained with another mean",
+        "lacking": "another",
+        "fifo": "is not a file",
+        "patch_size": "config.json",
+    }
+    assert err.count("\n") == 1 and told[change] in err
+
+
 # -- scoring into another folder --------------------------------------------------------------------
 
 
