@@ -26,6 +26,7 @@ from script import FileLock, UserError, leave, printable, replace_file, run_scri
 if TYPE_CHECKING:
     from VLoader import Sample
 
+LONGEST_ANSWER = 1000  # characters of one that are printed; the file of answers has it whole
 FEW = 16  # so few videos are read faster without worker processes
 SHOWN = 100  # answers that are printed where a file takes them too
 
@@ -203,7 +204,7 @@ def answer_line(answer: dict[str, Any], width: int) -> str:
         said = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer["top_k"])
     when = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
     mark = {None: "", True: "  right", False: "  WRONG"}[answer.get("right")]
-    return printable(f"{printable(Path(answer['file']).name):<{width}}  {when}{said}{mark}")
+    return printable(f"{printable(Path(answer['file']).name):<{width}}  {when}{said[:LONGEST_ANSWER]}{mark}")
 
 
 # -- the file of answers ----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from config import ROOT
 from transforms import Preprocessing, sample_indices
 from VLoader import Sample, open_video
 
+slow = pytest.mark.slow
 RUNS = {
     "timesformer": ["--num_frames", "4", "--image_size", "48"],
     "timesformer_lora": ["--use_lora_vision", "True"],
@@ -55,7 +56,10 @@ def clips(model) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("name", ["timesformer", "timesformer_lora", "videomae_lora", "videomae_frozen"])
+@pytest.mark.parametrize(
+    "name",
+    ["timesformer_lora", "videomae_lora", *(pytest.param(n, marks=slow) for n in ("timesformer", "videomae_frozen"))],
+)
 def test_a_classifier_as_a_hugging_face_folder(dataset, tmp_path, capsys, name):
     from transformers import AutoImageProcessor, AutoModelForVideoClassification
 
@@ -78,7 +82,12 @@ def test_a_classifier_as_a_hugging_face_folder(dataset, tmp_path, capsys, name):
 
 @pytest.mark.parametrize(
     "name, tower",
-    [("timesformer_lora", "vision"), ("videomae_lora", "vision"), ("captioner", "language"), ("text", "vision")],
+    [
+        ("timesformer_lora", "vision"),
+        ("videomae_lora", "vision"),
+        ("captioner", "language"),
+        pytest.param("text", "vision", marks=slow),
+    ],
 )
 def test_adapters_as_a_peft_folder(dataset, tmp_path, name, tower):
     from peft import PeftModel
@@ -183,7 +192,9 @@ def made(tmp_path_factory) -> list[Path]:
     return [wide, *turns, *others, folder / "broken.mp4", folder / "none.mp4"]
 
 
-@pytest.mark.parametrize("name, stride", [("timesformer", "3"), ("timesformer", "0"), ("videomae_lora", "2")])
+@pytest.mark.parametrize(
+    "name, stride", [("timesformer", "3"), pytest.param("timesformer", "0", marks=slow), ("videomae_lora", "2")]
+)
 def test_predict_answers_as_inference_does_on_made_clips(dataset, tmp_path, made, name, stride):
     run = train(dataset, tmp_path, name, "--frame_stride", stride)
     found = differences(run, export(run, tmp_path / "out"), made)

@@ -66,6 +66,7 @@ def test_a_pdf_is_written(study):
     assert (study / "report.pdf").read_bytes().startswith(b"%PDF-")
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_trained_again_and_unfinished_ones_are(study, dataset, capsys):
     capsys.readouterr()
     metrics_file = study / "runs" / f"{ROWS[0]}_seed0" / "metrics.json"

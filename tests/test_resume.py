@@ -75,7 +75,12 @@ def killed_after(monkeypatch, steps: int) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize(
-    "workers, stop_after, save_every", [pytest.param("0", 6, "0", marks=pytest.mark.slow), ("0", 5, "2"), ("2", 8, "3")]
+    "workers, stop_after, save_every",
+    [
+        pytest.param("0", 6, "0", marks=pytest.mark.slow),
+        pytest.param("0", 5, "2", marks=pytest.mark.slow),
+        ("2", 8, "3"),
+    ],
 )
 def test_resumed_equals_uninterrupted(dataset, tmp_path, monkeypatch, job, workers, stop_after, save_every):
     """9 training clips in batches of 4: 3 steps an epoch, 12 in all; stopped twice."""
@@ -242,7 +247,11 @@ OPERATIONS = [
 ]
 
 
-@pytest.mark.parametrize("fault", [Killed, OSError(28, "No space left on device")], ids=["killed", "full disk"])
+@pytest.mark.parametrize(
+    "fault",
+    [Killed, pytest.param(OSError(28, "No space left on device"), marks=pytest.mark.slow)],
+    ids=["killed", "full disk"],
+)
 @pytest.mark.parametrize("operation, when", OPERATIONS)
 def test_a_save_interrupted_at_each_operation_leaves_the_old_file_whole(
     stopped, tmp_path, monkeypatch, fault, operation, when
