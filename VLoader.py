@@ -33,7 +33,22 @@ from torch.utils.data._utils import signal_handling
 from script import UserError, printable, shown
 from transforms import LARGEST_PICTURE, Preprocessing, sample_indices
 
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}  # fmt: skip
+VIDEO_SUFFIXES = {
+    ".mp4",
+    ".avi",
+    ".mkv",
+    ".webm",
+    ".mov",
+    ".gif",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".wmv",
+    ".flv",
+    ".ts",
+    ".3gp",
+    ".ogv",
+}
 #: what systems and programs leave beside the user's own files, in lower case
 SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
@@ -841,9 +856,14 @@ Record = dict[str, Any]
 
 
 def scan(
-    splits: Splits, num_frames: int, stride: int, test_clips: int, num_workers: int, known: dict[str, Record],
+    splits: Splits,
+    num_frames: int,
+    stride: int,
+    test_clips: int,
+    num_workers: int,
+    known: dict[str, Record],
     cached: Sequence[str] = (),
-) -> tuple[dict[Path, str], dict[Path, Record]]:  # fmt: skip
+) -> tuple[dict[Path, str], dict[Path, Record]]:
     """scan_videos of all splits; of val and test, all frames that evaluation takes are decoded. Of the `cached`
     splits only digests are computed: they are read when their features are."""
     clips = {"train": 0, "val": 1, "test": test_clips}
@@ -876,8 +896,11 @@ def scan_videos(
             record = {"stamp": mark, "decoded": sorted({*tried, *wanted})}
         records[path] = record
     loader = WorkerLoader(
-        Examination(fresh, num_frames, stride), batch_size=16, num_workers=num_workers if len(fresh) > 64 else 0, collate_fn=list
-    )  # fmt: skip
+        Examination(fresh, num_frames, stride),
+        batch_size=16,
+        num_workers=num_workers if len(fresh) > 64 else 0,
+        collate_fn=list,
+    )
     found: list[tuple[str, str]] = []
     with tqdm(total=len(fresh), desc="scan of the videos", unit="video", leave=False, disable=not fresh) as bar:
         for batch in loader:
@@ -916,9 +939,17 @@ class ClipDataset(Dataset):
     """
 
     def __init__(
-        self, samples: list[Sample], preprocessing: Preprocessing, num_frames: int, stride: int,
-        class_names: list[str], train: bool = False, seed: int = 0, views: tuple[int, int] = (1, 1), features: Any = None,
-    ):  # fmt: skip
+        self,
+        samples: list[Sample],
+        preprocessing: Preprocessing,
+        num_frames: int,
+        stride: int,
+        class_names: list[str],
+        train: bool = False,
+        seed: int = 0,
+        views: tuple[int, int] = (1, 1),
+        features: Any = None,
+    ):
         self.samples = samples
         self.preprocessing = preprocessing
         self.num_frames, self.stride = num_frames, stride
@@ -996,10 +1027,16 @@ class EpochBatches:
     """
 
     def __init__(
-        self, count: int, batch_size: int, shuffle: bool = False, seed: int = 0, classes: list[int] | None = None,
-        share: tuple[int, int] = (0, 1), group: int = 1,
+        self,
+        count: int,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        classes: list[int] | None = None,
+        share: tuple[int, int] = (0, 1),
+        group: int = 1,
         length: Callable[[tuple[int, int]], Any] | None = None,
-    ):  # fmt: skip
+    ):
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
         self.classes, self.share, self.group, self.length = classes, share, group, length
         self.epoch = self.start = 0
@@ -1090,12 +1127,22 @@ def build_loader(
     `balance` draws all classes equally often; the clips of every `group` batches are sorted by the length of their
     captions. `share` is EpochBatches', `skipping` are ClipLoader's own arguments."""
     batches = EpochBatches(
-        len(dataset), batch_size, shuffle=dataset.train, seed=dataset.seed, share=share,
-        classes=dataset.labels if balance else None, group=group, length=dataset.caption_length if group > 1 else None,
-    )  # fmt: skip
+        len(dataset),
+        batch_size,
+        shuffle=dataset.train,
+        seed=dataset.seed,
+        share=share,
+        classes=dataset.labels if balance else None,
+        group=group,
+        length=dataset.caption_length if group > 1 else None,
+    )
     return ClipLoader(
-        dataset, batch_sampler=batches, collate_fn=partial(collate, make_batch=make_batch), num_workers=num_workers,
-        persistent_workers=num_workers > 0, pin_memory=pin_memory,
+        dataset,
+        batch_sampler=batches,
+        collate_fn=partial(collate, make_batch=make_batch),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(dataset.seed),  # so that making an iterator draws nothing global
         **skipping,
-    )  # fmt: skip
+    )

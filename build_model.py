@@ -93,9 +93,13 @@ def find_file(source: Source, name: str) -> Path | None:
 
     try:
         found = cached_file(
-            source.path, name, revision=source.revision, _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
+            source.path,
+            name,
+            revision=source.revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
     except OSError:  # no such repository; loading its configuration says so
         return None
     return Path(found) if found else None
@@ -595,9 +599,14 @@ class VisionLanguageModel(VideoModel):
     """A projector into a language model, and video tokens behind it."""
 
     def __init__(
-        self, vision_encoder: VisionEncoder, language_model: nn.Module, tokenizer: Any, grid: int, longest: int,
+        self,
+        vision_encoder: VisionEncoder,
+        language_model: nn.Module,
+        tokenizer: Any,
+        grid: int,
+        longest: int,
         dropout: float,
-    ):  # fmt: skip
+    ):
         super().__init__(vision_encoder)
         vision_encoder.fc_norm = None  # it belongs to the pooled token, which is not used here
         self.language_model = language_model
@@ -649,7 +658,17 @@ class VisionLanguageClassifier(VisionLanguageModel):
 
     task = "vision-language classification"
 
-    def __init__(self, vision_encoder, language_model, tokenizer, grid: int, longest: int, num_classes: int, use_text: bool, dropout: float):  # fmt: skip
+    def __init__(
+        self,
+        vision_encoder,
+        language_model,
+        tokenizer,
+        grid: int,
+        longest: int,
+        num_classes: int,
+        use_text: bool,
+        dropout: float,
+    ):
         super().__init__(vision_encoder, language_model, tokenizer, grid, longest, dropout)
         if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
             raise UserError("the language model's tokenizer has no [CLS] or [SEP] token")
@@ -667,9 +686,12 @@ class VisionLanguageClassifier(VisionLanguageModel):
         return TextCodec(self.tokenizer, bos=(), eos=self.tokenizer.sep_token_id, max_tokens=room)
 
     def forward(
-        self, pixel_values: torch.Tensor | None = None, input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None, features: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """uint8 (B, T, C, H, W), or features of it, and text ids ending in [SEP], right-padded (B, L) -> logits (B, K)."""
         video = self.video_tokens(pixel_values, features)  # (B, N, D)
         batch, device = len(video), video.device
@@ -713,9 +735,12 @@ class VideoCaptioner(VisionLanguageModel):
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]  # (B, L - 1)
 
     def forward(
-        self, pixel_values: torch.Tensor | None, input_ids: torch.Tensor, attention_mask: torch.Tensor,
+        self,
+        pixel_values: torch.Tensor | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
         features: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """uint8 (B, T, C, H, W), or features of it, and BOS, caption, EOS, right-padded (B, L) -> logits of
         `targets` (B, L - 1, V)."""
         video = self.video_tokens(pixel_values, features)  # (B, N, D)
@@ -730,9 +755,12 @@ class VideoCaptioner(VisionLanguageModel):
 
     @torch.no_grad()
     def generate(
-        self, pixel_values: torch.Tensor | None, max_new_tokens: int, num_beams: int = 1,
+        self,
+        pixel_values: torch.Tensor | None,
+        max_new_tokens: int,
+        num_beams: int = 1,
         features: torch.Tensor | None = None,
-    ) -> list[str]:  # fmt: skip
+    ) -> list[str]:
         """One caption per clip of uint8 (B, T, C, H, W), or of features; greedy, or the best of `num_beams` beams.
 
         Raises UserError if prefix and caption exceed the language model's positions.
@@ -751,10 +779,13 @@ class VideoCaptioner(VisionLanguageModel):
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=video.device),
             generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False,
-                eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id,
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                do_sample=False,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.eos_token_id,
             ),
-        )  # fmt: skip
+        )
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -881,9 +912,7 @@ def build_model(
         model: VideoModel = VideoClassifier(vision_encoder, num_classes, config.dropout)
     else:
         language = language or locate(config.language_model, config.weights)
-        parts = (
-            vision_encoder, *load_language(language, config.captioning), config.token_grid, config.max_text_tokens
-        )  # fmt: skip
+        parts = (vision_encoder, *load_language(language, config.captioning), config.token_grid, config.max_text_tokens)
         if config.captioning:
             model = VideoCaptioner(*parts, config.dropout)
         else:

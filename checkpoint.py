@@ -68,12 +68,23 @@ METRICS, LOCK = "metrics.json", ".lock"
 STATE = Path("state") / "state.safetensors"
 #: all that a run writes into its folder; --overwrite removes this and nothing else
 RUN_FILES = {
-    WEIGHTS, SETTINGS, METADATA, METRICS, "log.jsonl", "predictions_val.jsonl", "predictions_test.jsonl",
-    "state", "vision", "language", "tensorboard", "CARD.md",
-    *(f"{name}.png" for name in (
-        "curves", "confusion", "classes", "reliability", "worst", "captions", "attributes", "occlusion"
-    )),
-}  # fmt: skip
+    WEIGHTS,
+    SETTINGS,
+    METADATA,
+    METRICS,
+    "log.jsonl",
+    "predictions_val.jsonl",
+    "predictions_test.jsonl",
+    "state",
+    "vision",
+    "language",
+    "tensorboard",
+    "CARD.md",
+    *(
+        f"{name}.png"
+        for name in ("curves", "confusion", "classes", "reliability", "worst", "captions", "attributes", "occlusion")
+    ),
+}
 PROVIDED = ROOT / "checkpoints" / "provided"
 
 
@@ -242,9 +253,14 @@ def describe_run(
     """metadata.json: what the run is, in readable form; `data` identifies what it was trained on."""
     whole = fully_trained(config)
     backbones = {
-        name: {"source": portable(source.path), "revision": source.revision, "fingerprint": source.fingerprint, "in_checkpoint": whole[name]}
+        name: {
+            "source": portable(source.path),
+            "revision": source.revision,
+            "fingerprint": source.fingerprint,
+            "in_checkpoint": whole[name],
+        }
         for name, source in model.sources.items()
-    }  # fmt: skip
+    }
     return {
         "format_version": FORMAT_VERSION,
         "task": model.task,
@@ -330,8 +346,12 @@ def write_scan(file: Path, found: dict[str, Record]) -> None:
 
 
 def save_state(
-    run_dir: Path, model: VideoModel, optimizer: torch.optim.Optimizer, progress: dict[str, Any], random: dict[int, torch.Tensor]
-) -> None:  # fmt: skip
+    run_dir: Path,
+    model: VideoModel,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    random: dict[int, torch.Tensor],
+) -> None:
     """Trained tensors, optimizer and the state of every process's random generator in one file; `progress` (JSON)
     in its header."""
     tensors = {f"model.{name}": p.detach().cpu() for name, p in trained_tensors(model).items()}
@@ -386,9 +406,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
 
 #: options that may differ when a run is resumed: they change nothing that it computes
 FREE_AT_RESUME = {
-    "cache_dir", "controls", "data_dir", "device", "num_workers", "output_dir", "overwrite", "resume", "run_name",
-    "save_every", "tensorboard",
-}  # fmt: skip
+    "cache_dir",
+    "controls",
+    "data_dir",
+    "device",
+    "num_workers",
+    "output_dir",
+    "overwrite",
+    "resume",
+    "run_name",
+    "save_every",
+    "tensorboard",
+}
 
 
 def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
@@ -600,7 +629,9 @@ def tower_source(
     return locate(getattr(saved, option), saved.weights)
 
 
-def load_run(run_dir: Path, config: Config = Config(), typed: Set[str] = frozenset()) -> tuple[VideoModel, Config, dict[str, Any]]:  # fmt: skip
+def load_run(
+    run_dir: Path, config: Config = Config(), typed: Set[str] = frozenset()
+) -> tuple[VideoModel, Config, dict[str, Any]]:
     """(model in eval mode, options, metadata) of a run.
 
     The run's options decide what the model is; `config` gives the inference and machine options, and
@@ -768,7 +799,11 @@ def describe_export(file: Path, run: str, config: Config, logits: float, probabi
     if config.frame_stride:
         rule = f"one in {config.frame_stride}, from the middle of the video"
     text = Template((ROOT / "export" / "README.md").read_text(encoding="utf-8")).substitute(
-        run=printable(run), frames=f"{config.num_frames} frames", rule=rule, count=config.num_frames,
-        logits=f"{logits:.1e}", probabilities=f"{probabilities:.1e}",
-    )  # fmt: skip
+        run=printable(run),
+        frames=f"{config.num_frames} frames",
+        rule=rule,
+        count=config.num_frames,
+        logits=f"{logits:.1e}",
+        probabilities=f"{probabilities:.1e}",
+    )
     file.write_text(text, encoding="utf-8")

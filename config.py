@@ -40,11 +40,35 @@ class Backbone(NamedTuple):
 
 
 BACKBONES = {
-    "timesformer": Backbone("vision", "backbones/timesformer-tiny", "facebook/timesformer-base-finetuned-k400", "8aaf40ea7d3d282dcb0a5dea01a198320d15d6c0", "synthetic shapes"),
-    "videomae": Backbone("vision", "backbones/videomae-tiny", "MCG-NJU/videomae-base-finetuned-kinetics", "488eb9a0565f257b32866000305c8178965eb9f6", "synthetic shapes"),
-    "bert": Backbone("encoder", "backbones/bert-tiny", "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594", "captions of synthetic shapes"),
-    "gpt2": Backbone("decoder", "backbones/gpt2-tiny", "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", "captions of synthetic shapes"),
-}  # fmt: skip
+    "timesformer": Backbone(
+        "vision",
+        "backbones/timesformer-tiny",
+        "facebook/timesformer-base-finetuned-k400",
+        "8aaf40ea7d3d282dcb0a5dea01a198320d15d6c0",
+        "synthetic shapes",
+    ),
+    "videomae": Backbone(
+        "vision",
+        "backbones/videomae-tiny",
+        "MCG-NJU/videomae-base-finetuned-kinetics",
+        "488eb9a0565f257b32866000305c8178965eb9f6",
+        "synthetic shapes",
+    ),
+    "bert": Backbone(
+        "encoder",
+        "backbones/bert-tiny",
+        "google-bert/bert-base-uncased",
+        "86b5e0934494bd15c9632b12f734a8a67f723594",
+        "captions of synthetic shapes",
+    ),
+    "gpt2": Backbone(
+        "decoder",
+        "backbones/gpt2-tiny",
+        "openai-community/gpt2",
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        "captions of synthetic shapes",
+    ),
+}
 HUB_TABLE = ", ".join(f"{name} = {b.hub}@{b.revision[:7]}" for name, b in BACKBONES.items())
 TEXT_EXAMPLE = "a note says: it goes sideways"  # a text of the dummy dataset (dummy_data.HINTS)
 
@@ -212,9 +236,17 @@ class Config:
 FIELDS = {f.name: f for f in fields(Config)}
 #: the options that make a run's name, and that a checkpoint is checked against when they are typed
 NAMING = (
-    "vision_model", "language_model", "use_vlm", "captioning", "use_text", "weights",
-    "freeze_visionbackbone", "freeze_llmbackbone", "use_lora_vision", "use_lora_llm",
-)  # fmt: skip
+    "vision_model",
+    "language_model",
+    "use_vlm",
+    "captioning",
+    "use_text",
+    "weights",
+    "freeze_visionbackbone",
+    "freeze_llmbackbone",
+    "use_lora_vision",
+    "use_lora_llm",
+)
 
 
 def convert(name: str, text: str | None, where: str) -> Any:
@@ -284,9 +316,12 @@ def build_parser(script: str) -> Parser:
         "inference": "Answer for videos with a trained run.",
     }
     parser = Parser(
-        prog=f"{script}.py", usage="%(prog)s [--flag value ...]", description=about[script], allow_abbrev=False,
+        prog=f"{script}.py",
+        usage="%(prog)s [--flag value ...]",
+        description=about[script],
+        allow_abbrev=False,
         epilog="Flags override config_file.yaml. A bare --use_vlm means --use_vlm True. Examples: README.md.",
-    )  # fmt: skip
+    )
     parser.add_argument("--config", metavar="FILE", help=f"yaml file with defaults (default: {CONFIG_FILE.name})")
     groups: dict[str, Any] = {}
     for name, option_field in FIELDS.items():
@@ -406,9 +441,11 @@ def default_run_name(config: Config) -> str:
         elif config.use_text:
             parts.append("text")
     marks = {
-        "freeze_visionbackbone": "fvbb", "freeze_llmbackbone": "fllm",
-        "use_lora_vision": "loravision", "use_lora_llm": "lorallm",
-    }  # fmt: skip
+        "freeze_visionbackbone": "fvbb",
+        "freeze_llmbackbone": "fllm",
+        "use_lora_vision": "loravision",
+        "use_lora_llm": "lorallm",
+    }
     parts += [mark for name, mark in marks.items() if getattr(config, name)]
     if config.weights == "hub" and (config.vision_model in BACKBONES or config.language_model in BACKBONES):
         parts.append("hub")

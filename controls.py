@@ -91,9 +91,18 @@ def with_texts_of_others(samples: list[Sample]) -> list[Sample]:
 def nearest(splits: Splits, asked: list[Sample], config: Config, accelerator: Any) -> np.ndarray:
     """For every sample asked the place of the training sample nearest to it. (n,)"""
     plain = replace(
-        config, use_vlm=False, captioning=False, use_text=False, language_model=None, use_lora_vision=False,
-        freeze_visionbackbone=True, test_clips=1, test_crops=1, augment="none", flip=False,
-    )  # fmt: skip
+        config,
+        use_vlm=False,
+        captioning=False,
+        use_text=False,
+        language_model=None,
+        use_lora_vision=False,
+        freeze_visionbackbone=True,
+        test_clips=1,
+        test_crops=1,
+        augment="none",
+        flip=False,
+    )
     encoder = build_model(plain, 1, locate(config.vision_model, config.weights))
     store = open_store(encoder, plain)
     fill(store, encoder, replace(splits, val=[], test=asked), plain, accelerator)
@@ -131,10 +140,12 @@ def occlusion_maps(
         else:
             item["label"] = names.index(row["label"])
         covered = list(occluded(item["pixel_values"]))
-        scores = torch.cat([
-            answer_scores(model, [item | {"pixel_values": c} for c in chunk], accelerator)
-            for chunk in ([item["pixel_values"]], *(covered[i : i + 16] for i in range(0, len(covered), 16)))
-        ])  # fmt: skip
+        scores = torch.cat(
+            [
+                answer_scores(model, [item | {"pixel_values": c} for c in chunk], accelerator)
+                for chunk in ([item["pixel_values"]], *(covered[i : i + 16] for i in range(0, len(covered), 16)))
+            ]
+        )
         maps.append((item["pixel_values"], (scores[0] - scores[1:]).view(PARTS, CELLS, CELLS), row))
     return maps
 

@@ -26,9 +26,16 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val",
-    "dev": "val", "test": "test", "testing": "test",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validate": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 SHOWN = 5  # names of missing, unreadable and refused videos that are printed
 SHOWN_CLASSES = 40
 MOST_WORKERS = 256
@@ -96,7 +103,9 @@ def table_of(cells: list[list[str]]) -> Iterator[dict[str, str]]:
     titles = cells[0] if cells else []
     for row in cells[1:]:
         if any(row[len(titles) :]):
-            raise ValueError(f"{len(row)} cells under {len(titles)} titles: {shown(', '.join(row))}; put quotes around cells that hold commas")  # fmt: skip
+            raise ValueError(
+                f"{len(row)} cells under {len(titles)} titles: {shown(', '.join(row))}; put quotes around cells that hold commas"
+            )
         yield dict(zip(titles, row + [""] * (len(titles) - len(row)), strict=False))
 
 
@@ -261,9 +270,17 @@ def chat_rows(file: Path) -> Iterator[Row]:
 
 
 FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    "list": list_rows, "ucf101": ucf101_rows, "hmdb51": hmdb51_rows, "kinetics": kinetics_rows, "ssv2": ssv2_rows,
-    "msrvtt": msrvtt_rows, "msvd": msvd_rows, "vatex": vatex_rows, "frames": frames_rows, "chat": chat_rows,
-}  # fmt: skip
+    "list": list_rows,
+    "ucf101": ucf101_rows,
+    "hmdb51": hmdb51_rows,
+    "kinetics": kinetics_rows,
+    "ssv2": ssv2_rows,
+    "msrvtt": msrvtt_rows,
+    "msvd": msvd_rows,
+    "vatex": vatex_rows,
+    "frames": frames_rows,
+    "chat": chat_rows,
+}
 
 
 def split_of(name: str) -> str | None:
@@ -612,10 +629,12 @@ def body(argv: list[str] | None) -> int:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     about = "\n".join(f"  {name:<9} {(f.__doc__ or '').splitlines()[0]}" for name, f in FORMATS.items())
     parser = Parser(
-        prog="convert_dataset.py", description="Make metadata.jsonl files from annotation files; videos are linked, not copied.",
+        prog="convert_dataset.py",
+        description="Make metadata.jsonl files from annotation files; videos are linked, not copied.",
         epilog=f"formats:\n{about}\n\nA row's split is its own, or --split, or what its file's name speaks of, or train.",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--format", required=True, choices=FORMATS, help="what the annotation files are; see below")
     parser.add_argument(
         "--annotations", required=True, type=Path, nargs="+", metavar="FILE", help="one or more annotation files"

@@ -24,7 +24,12 @@ def body(argv: list[str] | None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--data_dir", type=Path, default=Path("synthetic_dataset"), help="dataset with a test/ folder")
-    parser.add_argument("--output", type=Path, default=Path("frames_see"), help="folder to write; an earlier one made by this script is replaced")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("frames_see"),
+        help="folder to write; an earlier one made by this script is replaced",
+    )
     parser.add_argument("--per_class", type=int, default=3, help="videos of each class; the first ones")
     args = parser.parse_args(argv)
     if args.per_class < 1:

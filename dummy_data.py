@@ -25,10 +25,15 @@ import numpy as np
 from script import Parser, UserError, make_folder, printable, run_script
 
 COLOURS = {
-    "red": (0.90, 0.12, 0.12), "green": (0.15, 0.80, 0.20), "blue": (0.15, 0.25, 0.95),
-    "yellow": (0.95, 0.90, 0.15), "purple": (0.62, 0.15, 0.80), "cyan": (0.15, 0.88, 0.92),
-    "orange": (0.98, 0.55, 0.08), "white": (0.97, 0.97, 0.97),
-}  # fmt: skip
+    "red": (0.90, 0.12, 0.12),
+    "green": (0.15, 0.80, 0.20),
+    "blue": (0.15, 0.25, 0.95),
+    "yellow": (0.95, 0.90, 0.15),
+    "purple": (0.62, 0.15, 0.80),
+    "cyan": (0.15, 0.88, 0.92),
+    "orange": (0.98, 0.55, 0.08),
+    "white": (0.97, 0.97, 0.97),
+}
 MOTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1), "still": (0, 0)}
 RADII = {"small": (0.105, 0.135), "large": (0.170, 0.205)}  # of the picture's side; area as of a circle
 SPEEDS = (1.2, 3.0)  # sides per 64 frames, i.e. pixels per frame at 64 x 64
@@ -62,18 +67,24 @@ HINTS = {
     "size": {"small": "a note says: easy to overlook", "large": "a note says: hard to overlook"},
     "shape": {"circle": "a note says: it is round", "square": "a note says: it has corners"},
     "motion": {
-        "right": "a note says: it goes sideways", "left": "a note says: it goes sideways",
-        "down": "a note says: it goes vertically", "up": "a note says: it goes vertically",
+        "right": "a note says: it goes sideways",
+        "left": "a note says: it goes sideways",
+        "down": "a note says: it goes vertically",
+        "up": "a note says: it goes vertically",
         "still": "a note says: nothing happens",
     },
-}  # fmt: skip
+}
 CAPTIONS_PER_VIDEO = 5
 CONTENT = ("train", "test", "classes.json")  # of a dataset's folder
 #: (least, most) of each number on the command line
 LIMITS = {
-    "classes": (2, len(CLASSES)), "videos_per_class": (1, 100_000), "test_per_class": (1, 100_000),
-    "frames": (1, 10_000), "size": (16, 2048), "seed": (0, 2**63 - 1),
-}  # fmt: skip
+    "classes": (2, len(CLASSES)),
+    "videos_per_class": (1, 100_000),
+    "test_per_class": (1, 100_000),
+    "frames": (1, 10_000),
+    "size": (16, 2048),
+    "seed": (0, 2**63 - 1),
+}
 
 
 # -- words ------------------------------------------------------------------------------------------
@@ -85,9 +96,12 @@ def _attribute_words() -> dict[str, tuple[str, str]]:
     for attribute, table in (("size", SIZE_WORDS), ("shape", SHAPE_WORDS)):
         words |= {word: (attribute, value) for value, all_ in table.items() for word in all_}
     motions = {
-        "right": "right rightwards", "left": "left leftwards", "down": "down downwards bottom",
-        "up": "up upwards top", "still": "still place not rest",
-    }  # fmt: skip
+        "right": "right rightwards",
+        "left": "left leftwards",
+        "down": "down downwards bottom",
+        "up": "up upwards top",
+        "still": "still place not rest",
+    }
     return words | {w: ("motion", value) for value, all_ in motions.items() for w in all_.split()}
 
 
@@ -186,9 +200,7 @@ def draw_class(
     positions = trajectories(rng.uniform(0, size, (count, 2)), speed * MOTIONS[motion], np.arange(num_frames), size)
     shades = np.array([COLOURS[c] for c in colours]) + rng.uniform(-0.04, 0.04, (count, 3))
     frames = paint(
-        draw_backgrounds(rng, count, size),
-        draw_masks(shape, positions, radius, size),
-        np.clip(shades, 0, 1),
+        draw_backgrounds(rng, count, size), draw_masks(shape, positions, radius, size), np.clip(shades, 0, 1)
     )
     truths = [
         {"size": str(s), "colour": str(c), "shape": shape, "motion": motion}
@@ -249,12 +261,14 @@ def write_split(folder: Path, split: str, per_class: int, args: argparse.Namespa
         for index, (video, truth) in enumerate(zip(videos, truths, strict=True)):
             save_video(video, folder / split / name / f"video_{index}{suffix}")
             chosen = rng.permutation(len(TEMPLATES))[:CAPTIONS_PER_VIDEO]
-            rows.append({
-                "file_name": f"{name}/video_{index}{suffix}",
-                "caption": [write_caption(TEMPLATES[i], truth, rng) for i in chosen],
-                "text": write_hint(truth, rng),
-                "attributes": truth,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "file_name": f"{name}/video_{index}{suffix}",
+                    "caption": [write_caption(TEMPLATES[i], truth, rng) for i in chosen],
+                    "text": write_hint(truth, rng),
+                    "attributes": truth,
+                }
+            )
             bar.update()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / split / "metadata.jsonl").write_text(lines, encoding="utf-8")
@@ -278,7 +292,12 @@ def body(argv: list[str] | None) -> None:
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels, at least 16")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other videos")
     parser.add_argument("--output", type=Path, default=Path("synthetic_dataset"), help="folder to write")
-    parser.add_argument("--format", choices=("pt", "mp4", "frames"), default="pt", help="what each video is saved as: a tensor, an H.264 file, or a folder of PNGs")  # fmt: skip
+    parser.add_argument(
+        "--format",
+        choices=("pt", "mp4", "frames"),
+        default="pt",
+        help="what each video is saved as: a tensor, an H.264 file, or a folder of PNGs",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset that lies in --output")
     args = parser.parse_args(argv)
     check_flags(args)

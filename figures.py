@@ -176,8 +176,10 @@ def plot_bars(
     places = range(len(values))
     figure, axis = plt.subplots(figsize=(6.5, 1.0 + 0.26 * len(values)), layout="constrained")
     shares, spans = [v for v, _ in values.values()], [span for _, span in values.values()]
-    errors = [[max(0.0, v - low) for v, (low, _) in zip(shares, spans, strict=True)],
-              [max(0.0, high - v) for v, (_, high) in zip(shares, spans, strict=True)]]  # fmt: skip
+    errors = [
+        [max(0.0, v - low) for v, (low, _) in zip(shares, spans, strict=True)],
+        [max(0.0, high - v) for v, (_, high) in zip(shares, spans, strict=True)],
+    ]
     if zoom:
         axis.errorbar(shares, places, xerr=errors, fmt="o", ms=4, color=COLOUR, ecolor=SECOND, capsize=3)
         axis.set_xlim(max(0.0, min(low for low, _ in spans) - 0.02), 1.005)

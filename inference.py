@@ -81,9 +81,13 @@ class Predictor:
         self.check_texts(samples)
         config = self.config
         dataset = ClipDataset(
-            samples, self.model.vision_encoder.preprocessing, config.num_frames, config.frame_stride, self.names,
+            samples,
+            self.model.vision_encoder.preprocessing,
+            config.num_frames,
+            config.frame_stride,
+            self.names,
             views=(config.test_clips, config.test_crops),
-        )  # fmt: skip
+        )
         collator = self.model.collator()
         if config.captioning:  # nothing to read: captions are what is asked for
             collator = replace(collator, codec=None)

@@ -113,7 +113,7 @@ def resume_command(config: Config) -> str:
 
 def train_run(
     config: Config, model: Any, splits: Any, features: Any, display: dict[str, str], accelerator: Any, run_dir: Path
-) -> int:  # fmt: skip
+) -> int:
     """Trains, reports, plots; metrics.json comes last and makes the run finished. Returns the exit status."""
     import train_code
     from checkpoint import finish_run
@@ -157,8 +157,14 @@ def memory_advice() -> Generator[None]:
 
 
 def report(
-    metrics: dict[str, Any], model: Any, splits: Any, display: dict[str, str], config: Config, accelerator: Any, folder: Path
-) -> None:  # fmt: skip
+    metrics: dict[str, Any],
+    model: Any,
+    splits: Any,
+    display: dict[str, str],
+    config: Config,
+    accelerator: Any,
+    folder: Path,
+) -> None:
     """Prints the result, adds the controls where they are asked for, draws the pictures."""
     from controls import control_line, control_scores
 
@@ -171,8 +177,14 @@ def report(
 
 
 def draw_pictures(
-    metrics: dict[str, Any], model: Any, splits: Any, display: dict[str, str], config: Config, accelerator: Any, folder: Path
-) -> None:  # fmt: skip
+    metrics: dict[str, Any],
+    model: Any,
+    splits: Any,
+    display: dict[str, str],
+    config: Config,
+    accelerator: Any,
+    folder: Path,
+) -> None:
     """The pictures of a scored run, of its test split or else of val."""
     import figures
     from controls import occlusion_maps
@@ -200,9 +212,22 @@ def draw_pictures(
 
 #: what may be typed beside --evaluate; all else is the run's own
 EVALUATION = {
-    "evaluate", "controls", "data_dir", "output_dir", "cache_features", "cache_dir", "skip_unreadable", "batch_size",
-    "test_clips", "test_crops", "max_new_tokens", "num_beams", "device", "mixed_precision", "num_workers",
-}  # fmt: skip
+    "evaluate",
+    "controls",
+    "data_dir",
+    "output_dir",
+    "cache_features",
+    "cache_dir",
+    "skip_unreadable",
+    "batch_size",
+    "test_clips",
+    "test_crops",
+    "max_new_tokens",
+    "num_beams",
+    "device",
+    "mixed_precision",
+    "num_workers",
+}
 
 
 def evaluate_run(given: Config, typed: set[str]) -> int:

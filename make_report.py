@@ -30,9 +30,14 @@ EXPERIMENTS = ROOT / "experiments"
 NAMES = {"timesformer": "TimeSformer", "videomae": "VideoMAE", "bert": "BERT", "gpt2": "GPT-2"}
 TASKS = ("video classifier", "video + language classifier", "video captioner")
 CONTROLS = {
-    "majority": "majority", "nearest_neighbour": "nearest neighbour", "one_frame": "one frame", "shuffled": "shuffled",
-    "reversed": "reversed", "blank_video": "blank", "text_shuffled": "text shuffled",
-}  # fmt: skip
+    "majority": "majority",
+    "nearest_neighbour": "nearest neighbour",
+    "one_frame": "one frame",
+    "shuffled": "shuffled",
+    "reversed": "reversed",
+    "blank_video": "blank",
+    "text_shuffled": "text shuffled",
+}
 NOT_RUN = "not run"
 
 
@@ -73,7 +78,15 @@ def read_grid(runs: Path, seeds: int, only: str) -> list[Row]:
     """The rows in the order of tasks, vision models, text, and of what is trained."""
     rows = [Row(file, runs, seeds) for file in EXPERIMENTS.glob("*.yaml") if re.search(only, file.stem)]
     order = ("in full", "LoRA", "frozen")
-    return sorted(rows, key=lambda r: (TASKS.index(r.task), r.config.vision_model, r.config.use_text, [t in r.title for t in order][::-1]))  # fmt: skip
+    return sorted(
+        rows,
+        key=lambda r: (
+            TASKS.index(r.task),
+            r.config.vision_model,
+            r.config.use_text,
+            [t in r.title for t in order][::-1],
+        ),
+    )
 
 
 # -- training what is missing -------------------------------------------------------------------------
@@ -84,7 +97,9 @@ def train_missing(rows: list[Row], data_dir: Path, jobs: int) -> None:
     todo = [(row, seed) for row in rows for seed, d in enumerate(row.dirs) if d not in row.finished()]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more than there are cores get in each other's way
     with ThreadPoolExecutor(jobs) as pool:
-        started = [pool.submit(train_one, row, seed, data_dir, os.environ | {"OMP_NUM_THREADS": threads}) for row, seed in todo]  # fmt: skip
+        started = [
+            pool.submit(train_one, row, seed, data_dir, os.environ | {"OMP_NUM_THREADS": threads}) for row, seed in todo
+        ]
         try:
             for number, done in enumerate(as_completed(started), start=1):
                 print(f"{number}/{len(todo)} {done.result()}", flush=True)
@@ -173,15 +188,26 @@ def result_cells(row: Row, scores: dict[str, Any]) -> list[str]:
     seeds = f"{len(row.finished())} of {len(row.dirs)}"
     if row.config.captioning:
         return [
-            row.title, seeds, show(scores.get("CIDEr"), 1, 2, True), show(scores.get("Bleu_4"), 1, 3),
-            show(scores.get("ROUGE_L"), 1, 3), show(scores.get("exact_match")), show(scores.get("motion")),
-            show(scores.get("colour+shape+motion"), interval=True), show(scores.get("all")),
-        ]  # fmt: skip
+            row.title,
+            seeds,
+            show(scores.get("CIDEr"), 1, 2, True),
+            show(scores.get("Bleu_4"), 1, 3),
+            show(scores.get("ROUGE_L"), 1, 3),
+            show(scores.get("exact_match")),
+            show(scores.get("motion")),
+            show(scores.get("colour+shape+motion"), interval=True),
+            show(scores.get("all")),
+        ]
     accuracy = scores.get("accuracy")
     return [
-        row.title, seeds, show(accuracy, interval=True), span(accuracy), show(scores.get("mean_class_recall")),
-        show(scores.get("macro_f1")), show(scores.get("calibration_error"), 1, 3),
-    ]  # fmt: skip
+        row.title,
+        seeds,
+        show(accuracy, interval=True),
+        span(accuracy),
+        show(scores.get("mean_class_recall")),
+        show(scores.get("macro_f1")),
+        show(scores.get("calibration_error"), 1, 3),
+    ]
 
 
 def control_cells(row: Row) -> list[str]:
@@ -205,18 +231,31 @@ def cost_cells(row: Row) -> list[str]:
         return [row.title, *[NOT_RUN] * 5]
     weights = row.finished()[0] / "model.safetensors"
     return [
-        row.title, f"{trained_parameters(row.finished()[0]):,}", f"{weights.stat().st_size / 1e6:.2f}",
-        f"{mean(m['seconds_per_epoch'] for m in results):.1f}", f"{mean(m['seconds'] for m in results):.0f}",
+        row.title,
+        f"{trained_parameters(row.finished()[0]):,}",
+        f"{weights.stat().st_size / 1e6:.2f}",
+        f"{mean(m['seconds_per_epoch'] for m in results):.1f}",
+        f"{mean(m['seconds'] for m in results):.0f}",
         f"{max(m['peak_mb'] for m in results):.0f}",
-    ]  # fmt: skip
+    ]
 
 
 HEADS = {
     "labels": ["model", "seeds", "accuracy % [95 %]", "range of seeds", "recall %", "macro-F1 %", "calibration error"],
-    "captions": ["model", "seeds", "CIDEr [95 %]", "Bleu-4", "ROUGE-L", "exact %", "motion %", "all but size % [95 %]", "all four %"],
+    "captions": [
+        "model",
+        "seeds",
+        "CIDEr [95 %]",
+        "Bleu-4",
+        "ROUGE-L",
+        "exact %",
+        "motion %",
+        "all but size % [95 %]",
+        "all four %",
+    ],
     "controls": ["model", "as it is", *CONTROLS.values()],
     "cost": ["model", "trained parameters", "checkpoint MB", "s per epoch", "s in all", "peak MB"],
-}  # fmt: skip
+}
 
 
 def collect(rows: list[Row], scores: dict[str, dict], seeds: int, data_dir: Path) -> dict[str, Any]:
@@ -484,15 +523,23 @@ def control_table(run_dir: Path, data_dir: Path, runs: Path) -> dict[str, Any]:
 
 
 def body(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="make_report.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="make_report.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores")
     parser.add_argument("--only", default="", metavar="REGEX", help="only the rows whose names match; none: only write")
-    parser.add_argument("--data_dir", type=Path, default=Path("synthetic_dataset"), help="drawn by dummy_data.py if it is not there")  # fmt: skip
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("synthetic_dataset"), help="drawn by dummy_data.py if it is not there"
+    )
     parser.add_argument("--runs", type=Path, default=EXPERIMENTS / "runs", help="folder of the runs")
     parser.add_argument("--output", type=Path, default=ROOT, help="where report.pdf and RESULTS.md go")
-    parser.add_argument("--provide", action="store_true", help="also write checkpoints/provided/ from the runs of seed 0")  # fmt: skip
+    parser.add_argument(
+        "--provide", action="store_true", help="also write checkpoints/provided/ from the runs of seed 0"
+    )
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1")

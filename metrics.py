@@ -359,7 +359,9 @@ def paired(references: dict[str, Any] | None, predictions: dict[str, Any], path:
     """(predictions, truths) in the references' order; without these in the predictions' own, with the truths they
     bring. The file a/b.mp4 stands for the id b too. Raises UserError for an id without prediction or a row without truth."""
     if references is None:
-        lacking = [k for k, row in predictions.items() if not isinstance(row, dict) or not row.keys() & {"truth", "references"}]  # fmt: skip
+        lacking = [
+            k for k, row in predictions.items() if not isinstance(row, dict) or not row.keys() & {"truth", "references"}
+        ]
         if lacking:
             raise UserError(f"{path} holds no truth for {shown(lacking[0])}: add --references R.json")
         return [*predictions.values()], [row.get("truth", row.get("references")) for row in predictions.values()]
@@ -391,7 +393,9 @@ def check_label_rows(rows: list[dict[str, Any]], path: Path) -> None:
         labels = [b.get("label") if isinstance(b, dict) else None for b in best] if isinstance(best, list) else [None]
         plain = isinstance(score, int | float) and 0 <= score <= 1 and all(isinstance(b, str) for b in labels)
         if not plain or not labels or len(labels) != len(rows[0]["top_k"]):
-            raise UserError(f"{path}: a row needs `score` from 0 to 1 and `top_k` with as many labels as the others: {shown(row)}")  # fmt: skip
+            raise UserError(
+                f"{path}: a row needs `score` from 0 to 1 and `top_k` with as many labels as the others: {shown(row)}"
+            )
 
 
 def summary_of(rows: list[Any], truths: list[Any], path: Path) -> Summary:
@@ -412,11 +416,28 @@ def summary_of(rows: list[Any], truths: list[Any], path: Path) -> Summary:
 
 
 def body(argv: list[str] | None) -> None:
-    parser = Parser(prog="metrics.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--references", metavar="R", type=Path, help="{id: [captions]} or {id: label}; a run's own predictions bring theirs")  # fmt: skip
-    parser.add_argument("--predictions", metavar="P", type=Path, required=True, help="{id: caption or label}, or a jsonl with a row per file")  # fmt: skip
-    parser.add_argument("--compare", metavar="P2", type=Path, help="other predictions for the same ids: adds P2 - P with paired bootstrap intervals, for labels McNemar's test too")  # fmt: skip
+    parser = Parser(
+        prog="metrics.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--references",
+        metavar="R",
+        type=Path,
+        help="{id: [captions]} or {id: label}; a run's own predictions bring theirs",
+    )
+    parser.add_argument(
+        "--predictions",
+        metavar="P",
+        type=Path,
+        required=True,
+        help="{id: caption or label}, or a jsonl with a row per file",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="P2",
+        type=Path,
+        help="other predictions for the same ids: adds P2 - P with paired bootstrap intervals, for labels McNemar's test too",
+    )
     args = parser.parse_args(argv)
     references = read_rows(args.references) if args.references else None
     rows, truths = paired(references, read_rows(args.predictions), args.predictions)

@@ -36,16 +36,17 @@ SEED = 20260
 IMAGE_SIZE, NUM_FRAMES = 64, 8
 WITHHELD = (("circle", "up"), ("square", "left"))
 COLOURS = dummy_data.COLOURS | {
-    "pink": (0.98, 0.60, 0.75), "brown": (0.50, 0.30, 0.12),
-    "lime": (0.70, 0.98, 0.25), "black": (0.01, 0.01, 0.01),
-}  # fmt: skip
+    "pink": (0.98, 0.60, 0.75),
+    "brown": (0.50, 0.30, 0.12),
+    "lime": (0.70, 0.98, 0.25),
+    "black": (0.01, 0.01, 0.01),
+}
 SHAPES = dummy_data.SHAPES | {
     "triangle": lambda dx, dy, r: np.maximum(np.abs(dx) * 0.866 + dy * 0.5, -dy) - 0.62 * r,
     "diamond": lambda dx, dy, r: (np.abs(dx) + np.abs(dy)) * 0.707 - 0.886 * r,
     "ring": lambda dx, dy, r: np.abs(np.hypot(dx, dy) - 0.75 * r) - 0.27 * r,
     "cross": lambda dx, dy, r: np.minimum(
-        np.maximum(np.abs(dx) - 1.1 * r, np.abs(dy) - 0.38 * r),
-        np.maximum(np.abs(dy) - 1.1 * r, np.abs(dx) - 0.38 * r),
+        np.maximum(np.abs(dx) - 1.1 * r, np.abs(dy) - 0.38 * r), np.maximum(np.abs(dy) - 1.1 * r, np.abs(dx) - 0.38 * r)
     ),
 }
 DIAGONALS = {"up right": (1, -1), "up left": (-1, -1), "down right": (1, 1), "down left": (-1, 1)}
@@ -79,9 +80,13 @@ def draw_objects(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
         masks[rows] = dummy_data.draw_masks(name, positions[rows], radius[rows], IMAGE_SIZE, SHAPES)
     steps = np.diff(times, axis=1, append=times[:, -1:] * 2 - times[:, -2:-1])  # to the next frame
     return {
-        "shape": shape, "motion": motion, "colour": colour, "masks": masks,
-        "radius": radius / IMAGE_SIZE, "displacement": velocity[:, None] * steps[..., None] / SPEEDS[1],
-    }  # fmt: skip
+        "shape": shape,
+        "motion": motion,
+        "colour": colour,
+        "masks": masks,
+        "radius": radius / IMAGE_SIZE,
+        "displacement": velocity[:, None] * steps[..., None] / SPEEDS[1],
+    }
 
 
 def draw_grounds(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -176,10 +181,18 @@ def new_timesformer() -> nn.Module:
 
     width = 128
     config = TimesformerConfig(
-        image_size=IMAGE_SIZE, patch_size=16, num_frames=NUM_FRAMES, hidden_size=width, num_hidden_layers=4,
-        num_attention_heads=4, intermediate_size=4 * width, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, initializer_range=width**-0.5, **motion_labels(),
-    )  # fmt: skip
+        image_size=IMAGE_SIZE,
+        patch_size=16,
+        num_frames=NUM_FRAMES,
+        hidden_size=width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=4 * width,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=width**-0.5,
+        **motion_labels(),
+    )
     model = TimesformerForVideoClassification(config)
     embeddings = model.timesformer.embeddings
     side = IMAGE_SIZE // config.patch_size
@@ -195,9 +208,17 @@ def new_videomae_config(**more):
     from transformers import VideoMAEConfig
 
     return VideoMAEConfig(
-        image_size=IMAGE_SIZE, patch_size=8, num_frames=NUM_FRAMES, tubelet_size=2, hidden_size=128,
-        num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, use_mean_pooling=True, **more,
-    )  # fmt: skip
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        num_frames=NUM_FRAMES,
+        tubelet_size=2,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        use_mean_pooling=True,
+        **more,
+    )
 
 
 def new_videomae() -> nn.Module:
@@ -335,8 +356,11 @@ def pretrain_videomae(state_dir: Path, scale: float) -> nn.Module:
 # -- the world in words -----------------------------------------------------------------------------
 
 SHAPE_WORDS = dummy_data.SHAPE_WORDS | {
-    "triangle": ("triangle",), "diamond": ("diamond", "rhombus"), "ring": ("ring", "loop"), "cross": ("cross", "plus"),
-}  # fmt: skip
+    "triangle": ("triangle",),
+    "diamond": ("diamond", "rhombus"),
+    "ring": ("ring", "loop"),
+    "cross": ("cross", "plus"),
+}
 MOTION_PHRASES = dummy_data.MOTION_PHRASES | {
     name: tuple(f"{verb} diagonally {name.replace(' ', ' and ')}" for verb in ("moves", "slides", "drifts", "glides"))
     for name in DIAGONALS
@@ -360,9 +384,14 @@ def caption_surprise(truth: dict[str, str]) -> float:
     """-log probability, in nats, of any caption of `truth`: every choice of the grammar is uniform and
     no two derivations give the same words."""
     choices = (
-        len(PAIRS), len(COLOURS), len(dummy_data.SIZE_WORDS), len(dummy_data.TEMPLATES),
-        len(dummy_data.SIZE_WORDS[truth["size"]]), len(SHAPE_WORDS[truth["shape"]]), len(MOTION_PHRASES[truth["motion"]]),
-    )  # fmt: skip
+        len(PAIRS),
+        len(COLOURS),
+        len(dummy_data.SIZE_WORDS),
+        len(dummy_data.TEMPLATES),
+        len(dummy_data.SIZE_WORDS[truth["size"]]),
+        len(SHAPE_WORDS[truth["shape"]]),
+        len(MOTION_PHRASES[truth["motion"]]),
+    )
     return sum(math.log(n) for n in choices)
 
 
@@ -401,9 +430,14 @@ def bert_tokenizer() -> Any:
     letters = ["abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'-()"]  # so that any plain text has tokens
     pieces.train_from_iterator(corpus("bert") + letters * 10, vocab_size=512, min_frequency=1, show_progress=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=pieces._tokenizer, unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]",
-        cls_token="[CLS]", mask_token="[MASK]", model_max_length=POSITIONS,
-    )  # fmt: skip
+        tokenizer_object=pieces._tokenizer,
+        unk_token="[UNK]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        mask_token="[MASK]",
+        model_max_length=POSITIONS,
+    )
 
 
 def kept_tokenizer(name: str, state_dir: Path) -> Any:
@@ -421,10 +455,17 @@ def new_gpt2(tokenizer: Any) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=128, n_layer=4, n_head=4,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        n_positions=POSITIONS,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -432,9 +473,14 @@ def new_bert(tokenizer: Any) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=512, max_position_embeddings=POSITIONS, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=POSITIONS,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return BertForMaskedLM(config)
 
 
@@ -586,17 +632,25 @@ HOW = {
     "videomae": "Masked reconstruction (75 % tubes, 64,000 clips), then, since that alone is a weak frozen backbone, the same\nsupervised targets as timesformer-tiny from the mean token and from every patch token ({clips:,} clips).\nPatch 8, tubelet 2, width 128, depth 4, 8 frames of 64 x 64.",
     "gpt2": "Next token on captions of the grammar, one to three captions of a video after one another, starting at any\nof the first 160 positions. Byte-level BPE of its own. Width 128, depth 4, 256 positions.",
     "bert": "Masked tokens of captions and hints, starting at any of the first 160 positions. WordPiece of its own.\nWidth 128, depth 4, 256 positions.",
-}  # fmt: skip
+}
 
 
 def save_vision(name: str, model: nn.Module, folder: Path) -> None:
     model.save_pretrained(folder)
     mean, std = MEAN_STD[name]
     values = {
-        "image_processor_type": "VideoMAEImageProcessor", "do_resize": True, "size": {"shortest_edge": IMAGE_SIZE},
-        "resample": 2, "do_center_crop": True, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std,
-    }  # fmt: skip
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": IMAGE_SIZE},
+        "resample": 2,
+        "do_center_crop": True,
+        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -624,8 +678,9 @@ def pretrain(name: str, state_dir: Path, output: Path, scale: float) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Pretrain the tiny backbones on a synthetic world. A stopped run goes on where it was.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     names = ("timesformer", "videomae", "gpt2", "bert")
     parser.add_argument("--models", nargs="+", choices=names, default=names, help="which backbones")
     parser.add_argument(

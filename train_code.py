@@ -38,10 +38,13 @@ WARMUP = 0.1  # share of all steps
 # (weights, what is trained of a backbone) -> peak learning rate, and how much faster new layers learn; the freest
 # first, and of equally free ones the one whose weights have cost more
 LEARNING_RATES = {
-    ("hub", "full"): (5e-5, 10.0), ("tiny", "full"): (5e-4, 2.0),
-    ("hub", "lora"): (5e-4, 2.0), ("tiny", "lora"): (3e-3, 1.0),
-    ("hub", "frozen"): (1e-3, 1.0), ("tiny", "frozen"): (3e-3, 1.0),
-}  # fmt: skip
+    ("hub", "full"): (5e-5, 10.0),
+    ("tiny", "full"): (5e-4, 2.0),
+    ("hub", "lora"): (5e-4, 2.0),
+    ("tiny", "lora"): (3e-3, 1.0),
+    ("hub", "frozen"): (1e-3, 1.0),
+    ("tiny", "frozen"): (3e-3, 1.0),
+}
 # what marks a place is no weight: decay would blur it
 NO_DECAY = re.compile(r"\.lora_|cls_token|position|time_embedding|rel_embeddings|\bwpe\b")
 
@@ -117,8 +120,10 @@ def build_optimizer(model: VideoModel, config: Config) -> torch.optim.AdamW:
         groups.setdefault((decay, peak), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": p, "weight_decay": decay, "peak_lr": peak} for (decay, peak), p in groups.items()],
-        lr=rate, betas=(0.9, 0.98), fused=True,
-    )  # fmt: skip
+        lr=rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
 
 
 # -- one epoch --------------------------------------------------------------------------------------
@@ -276,9 +281,13 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
     loader.batch_sampler.start = progress.groups * engine.accumulate
     clock = time.perf_counter()
     with tqdm(
-        groups_of(loader, engine.accumulate), initial=progress.groups, total=-(-len(loader) // engine.accumulate),
-        desc=f"epoch {progress.epoch + 1}", leave=False, unit="step",
-    ) as bar:  # fmt: skip
+        groups_of(loader, engine.accumulate),
+        initial=progress.groups,
+        total=-(-len(loader) // engine.accumulate),
+        desc=f"epoch {progress.epoch + 1}",
+        leave=False,
+        unit="step",
+    ) as bar:
         for group in bar:
             for settings in optimizer.param_groups:
                 settings["lr"] = lr_at(progress.step, engine.total_steps, settings["peak_lr"])
@@ -436,11 +445,14 @@ def final_scores(
     names = list(dataset.class_index)
     rows = [
         {
-            "file": str(sample.path), "truth": names[t], "label": names[best[0]], "score": round(p[0], 4),
+            "file": str(sample.path),
+            "truth": names[t],
+            "label": names[best[0]],
+            "score": round(p[0], 4),
             "top_k": [{"label": names[k], "score": round(q, 4)} for k, q in zip(best, p, strict=True)],
         }
         for sample, t, best, p in zip(dataset.samples, truth, ranked.tolist(), probabilities.tolist(), strict=True)
-    ]  # fmt: skip
+    ]
     return result | label_scores(truth, ranked, probabilities[:, 0], names), rows
 
 
@@ -463,10 +475,16 @@ def build_loaders(
             continue
         train = name == "train"
         dataset = ClipDataset(
-            getattr(splits, name), model.vision_encoder.preprocessing, config.num_frames, config.frame_stride,
-            splits.class_names, train=train, seed=config.seed,
-            views=(config.test_clips, config.test_crops) if name == "test" else (1, 1), features=features.get(name),
-        )  # fmt: skip
+            getattr(splits, name),
+            model.vision_encoder.preprocessing,
+            config.num_frames,
+            config.frame_stride,
+            splits.class_names,
+            train=train,
+            seed=config.seed,
+            views=(config.test_clips, config.test_crops) if name == "test" else (1, 1),
+            features=features.get(name),
+        )
         # the scan has read all that evaluation takes; the jitter of training may still hit a bad frame
         more: dict[str, Any] = {"share": share}
         if train:
@@ -536,9 +554,13 @@ def train(
     steps = config.epochs * -(-len(loaders["train"]) // config.gradient_accumulation_steps)
     optimizer = accelerator.prepare(build_optimizer(model, config))
     engine = Engine(
-        accelerator, optimizer, steps, config.gradient_accumulation_steps,
-        label_smoothing=config.label_smoothing, augment=Augment(config.augment, config.flip),
-    )  # fmt: skip
+        accelerator,
+        optimizer,
+        steps,
+        config.gradient_accumulation_steps,
+        label_smoothing=config.label_smoothing,
+        augment=Augment(config.augment, config.flip),
+    )
     if config.resume and (run_dir / STATE).exists():  # else it was stopped before anything was saved
         engine.progress = resumed_progress(model, engine, config.epochs, run_dir)
         loaders["train"].skipped.update(engine.progress.skipped)

@@ -146,11 +146,21 @@ def run_trainer(row: str, args: argparse.Namespace) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as output:
         settings = TrainingArguments(
-            output_dir=output, per_device_train_batch_size=BATCH, num_train_epochs=args.epochs, learning_rate=5e-4,
-            lr_scheduler_type="cosine", warmup_steps=0.1, save_strategy="no", report_to=[], logging_strategy="epoch",
-            dataloader_num_workers=args.num_workers, dataloader_persistent_workers=args.num_workers > 0,
-            use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), remove_unused_columns=False,
-        )  # fmt: skip
+            output_dir=output,
+            per_device_train_batch_size=BATCH,
+            num_train_epochs=args.epochs,
+            learning_rate=5e-4,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            save_strategy="no",
+            report_to=[],
+            logging_strategy="epoch",
+            dataloader_num_workers=args.num_workers,
+            dataloader_persistent_workers=args.num_workers > 0,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=torch.cuda.is_available(),
+            remove_unused_columns=False,
+        )
         trainer = Trainer(model=model, args=settings, train_dataset=Clips(), data_collator=collate)
         start = time.perf_counter()
         result = trainer.train()

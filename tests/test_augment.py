@@ -68,10 +68,12 @@ def test_no_mirror_and_no_rotation_without_flip(level, monkeypatch):
     changed = Augment(level, False)({"pixel_values": video, "labels": torch.zeros(200, dtype=torch.long)})[
         "pixel_values"
     ].float()
-    contrast = torch.cat([
-        changed[:100, ..., :8].mean((1, 2, 3, 4)) - changed[:100, ..., -8:].mean((1, 2, 3, 4)),
-        changed[100:, ..., :8, :].mean((1, 2, 3, 4)) - changed[100:, ..., -8:, :].mean((1, 2, 3, 4)),
-    ])  # fmt: skip
+    contrast = torch.cat(
+        [
+            changed[:100, ..., :8].mean((1, 2, 3, 4)) - changed[:100, ..., -8:].mean((1, 2, 3, 4)),
+            changed[100:, ..., :8, :].mean((1, 2, 3, 4)) - changed[100:, ..., -8:, :].mean((1, 2, 3, 4)),
+        ]
+    )
     # solarize may turn the brightness over, nothing else may turn the picture
     assert (contrast > 0).float().mean() == 1 if level == "light" else (contrast > 0).float().mean() > 0.8
 

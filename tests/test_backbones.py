@@ -151,11 +151,29 @@ def test_a_damaged_preprocessor_config_is_an_error_that_names_it(dataset, capsys
     assert "preprocessor_config.json" in said and str(folder) in said
 
 
-@pytest.mark.parametrize("field, value", [
-    ("image_mean", None), ("image_mean", "abc"), ("image_mean", [0.5]), ("image_mean", [0.5, 0.5, None]), ("image_std", [1, 1, 0]),
-    ("image_std", [1, 1, float("nan")]), ("size", 0), ("size", -1), ("size", 1e6), ("size", "x"), ("size", {"longest_edge": 64}),
-    ("crop_size", 0), ("crop_size", {"height": 64}), ("resample", None), ("resample", 7), ("resample", [2]), ("rescale_factor", "a"), ("rescale_factor", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("image_mean", None),
+        ("image_mean", "abc"),
+        ("image_mean", [0.5]),
+        ("image_mean", [0.5, 0.5, None]),
+        ("image_std", [1, 1, 0]),
+        ("image_std", [1, 1, float("nan")]),
+        ("size", 0),
+        ("size", -1),
+        ("size", 1e6),
+        ("size", "x"),
+        ("size", {"longest_edge": 64}),
+        ("crop_size", 0),
+        ("crop_size", {"height": 64}),
+        ("resample", None),
+        ("resample", 7),
+        ("resample", [2]),
+        ("rescale_factor", "a"),
+        ("rescale_factor", 0),
+    ],
+)
 def test_a_senseless_field_of_it_is_an_error_too(dataset, capsys, folder, field, value):
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"do_center_crop": True, field: value}))
@@ -163,12 +181,25 @@ def test_a_senseless_field_of_it_is_an_error_too(dataset, capsys, folder, field,
     assert "preprocessor_config.json" in said and str(folder) in said
 
 
-FIELDS_OF_IT = ["size", "crop_size", "do_resize", "do_center_crop", "resample", "rescale_factor", "image_mean", "image_std", "do_normalize", "do_rescale"]  # fmt: skip
+FIELDS_OF_IT = [
+    "size",
+    "crop_size",
+    "do_resize",
+    "do_center_crop",
+    "resample",
+    "rescale_factor",
+    "image_mean",
+    "image_std",
+    "do_normalize",
+    "do_rescale",
+]
 ODD = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["height", "width", "shortest_edge"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["height", "width", "shortest_edge"]), inner)
+    ),
     max_leaves=4,
-)  # fmt: skip
+)
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS_OF_IT), ODD), st.integers(8, 512))
@@ -191,9 +222,16 @@ def test_only_a_missing_file_falls_back_to_a_guess_that_is_said_to_be_one(datase
     )
 
 
-@pytest.mark.parametrize("fields", [
-    {"num_hidden_layers": 10**7}, {"hidden_size": 10**9}, {"intermediate_size": 10**12}, {"image_size": 10**6, "patch_size": 1}, {"num_frames": 10**8},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 10**7},
+        {"hidden_size": 10**9},
+        {"intermediate_size": 10**12},
+        {"image_size": 10**6, "patch_size": 1},
+        {"num_frames": 10**8},
+    ],
+)
 def test_a_configuration_that_no_machine_can_build_is_refused_before_it_is_built(dataset, capsys, folder, fields):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
@@ -217,7 +255,11 @@ def test_an_attention_that_is_a_program_of_the_hub_is_never_asked_for(dataset, c
     language = shutil.copytree(ROOT / "backbones" / "bert-tiny", folder.parent / "bert")
     for backbone in (folder, language):
         file = backbone / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"_attn_implementation": "org/name", "attn_implementation": "org/name"}))  # fmt: skip
+        file.write_text(
+            json.dumps(
+                json.loads(file.read_text()) | {"_attn_implementation": "org/name", "attn_implementation": "org/name"}
+            )
+        )
     argv = ["--vision_model", str(folder), "--data_dir", str(dataset), "--output_dir", str(folder.parent / "runs")]
     argv += ["--num_workers", "0", "--epochs", "1", "--freeze_visionbackbone", "True"]
     assert main.main([*argv, "--use_vlm", "True", "--language_model", str(language), "--run_name", "r"]) == 0
@@ -233,10 +275,16 @@ def test_a_folder_of_adapters_is_refused(dataset, capsys, folder):
     assert "holds adapters" in said and "merge_and_unload" in said
 
 
-@pytest.mark.parametrize("index, cause", [
-    ({"weight_map": {"a": "../outside.safetensors"}}, "names a file outside its folder"), ({"weight_map": {"a": "/x.safetensors"}}, "outside its folder"),
-    ({"weight_map": 3}, "is no index of weights"), ([], "is no index of weights"), ({"weight_map": {"a": 3}}, "is no index of weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "index, cause",
+    [
+        ({"weight_map": {"a": "../outside.safetensors"}}, "names a file outside its folder"),
+        ({"weight_map": {"a": "/x.safetensors"}}, "outside its folder"),
+        ({"weight_map": 3}, "is no index of weights"),
+        ([], "is no index of weights"),
+        ({"weight_map": {"a": 3}}, "is no index of weights"),
+    ],
+)
 def test_an_index_of_weights_leads_nowhere_else(dataset, capsys, folder, index, cause):
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

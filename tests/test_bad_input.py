@@ -79,8 +79,11 @@ BAD_VIDEOS = {
     "above 1": (lambda f: torch.save(torch.full((4, 3, 16, 16), 255.0), f / "v.pt"), "[0, 1]"),
     "bad metadata line": (lambda f: (f.parent / "metadata.jsonl").write_text("\n{]\n"), "line 2: not JSON"),
     "missing file": (lambda f: (f.parent / "metadata.jsonl").write_text('{"file_name": "a/9.pt"}'), "do not exist"),
-    "empty caption": (lambda f: (f.parent / "metadata.jsonl").write_text('{"file_name": "a/0.pt", "caption": [" "]}'), "none of them empty"),
-}  # fmt: skip
+    "empty caption": (
+        lambda f: (f.parent / "metadata.jsonl").write_text('{"file_name": "a/0.pt", "caption": [" "]}'),
+        "none of them empty",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_VIDEOS)
@@ -226,7 +229,16 @@ def test_outputs_that_cannot_be_made(dataset, tmp_path, capsys, script, output):
     assert "cannot make the folder" in refused(capsys, script.main([*flags, "--output", str(tmp_path / output)]))
 
 
-@pytest.mark.parametrize("flags", [["--size", "9" * 30], ["--size", "9" * 5000], ["--seed", "9" * 30], ["--frames", "10001"], ["--classes", "\x1b[2J"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--size", "9" * 30],
+        ["--size", "9" * 5000],
+        ["--seed", "9" * 30],
+        ["--frames", "10001"],
+        ["--classes", "\x1b[2J"],
+    ],
+)
 def test_numbers_that_nothing_could_hold(tmp_path, capsys, flags):
     error = refused(capsys, dummy_data.main([*flags, "--output", str(tmp_path / "d")]))
     assert flags[0] in error and not UNSAFE.search(error) and not (tmp_path / "d").exists()
@@ -284,24 +296,27 @@ def label_rows(*changes: dict) -> bytes:
     return "\n".join(json.dumps(LABEL_ROW | {"file": str(i)} | change) for i, change in enumerate(changes)).encode()
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"[" * 100_000, "neither a JSON object"),
-    (b'{"file": ' * 100_000, "neither a JSON object"),
-    (b"\xff\xfe\x00", "cannot read"),
-    (b'{"file": ["a"]}', "holds no truth for 'file'"),
-    (b'["a"]', "neither a JSON object"),
-    (b'{"file": "a"}\n{"file": 3}', "neither a JSON object"),
-    (b'{"file": "a"}\n{"file": "a"}', "several rows for 'a'"),
-    (b'{"a\\u001b[2J": 1}', "holds no truth for"),
-    (label_rows({"top_k": []}), "a row needs `score`"),
-    (label_rows({"top_k": "x"}), "a row needs `score`"),
-    (label_rows({"top_k": [{"label": 1}]}), "a row needs `score`"),
-    (label_rows({}, {"top_k": [{"label": "x"}]}), "as many labels as the others"),
-    (label_rows({"score": "x"}), "a row needs `score`"),
-    (label_rows({"score": float("nan")}), "a row needs `score`"),
-    (label_rows({"score": -1}), "a row needs `score`"),
-    (label_rows({"label": {"a" * 9999: 1}}), "neither a text nor a row"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"[" * 100_000, "neither a JSON object"),
+        (b'{"file": ' * 100_000, "neither a JSON object"),
+        (b"\xff\xfe\x00", "cannot read"),
+        (b'{"file": ["a"]}', "holds no truth for 'file'"),
+        (b'["a"]', "neither a JSON object"),
+        (b'{"file": "a"}\n{"file": 3}', "neither a JSON object"),
+        (b'{"file": "a"}\n{"file": "a"}', "several rows for 'a'"),
+        (b'{"a\\u001b[2J": 1}', "holds no truth for"),
+        (label_rows({"top_k": []}), "a row needs `score`"),
+        (label_rows({"top_k": "x"}), "a row needs `score`"),
+        (label_rows({"top_k": [{"label": 1}]}), "a row needs `score`"),
+        (label_rows({}, {"top_k": [{"label": "x"}]}), "as many labels as the others"),
+        (label_rows({"score": "x"}), "a row needs `score`"),
+        (label_rows({"score": float("nan")}), "a row needs `score`"),
+        (label_rows({"score": -1}), "a row needs `score`"),
+        (label_rows({"label": {"a" * 9999: 1}}), "neither a text nor a row"),
+    ],
+)
 def test_predictions_that_cannot_be_scored(tmp_path, capsys, content, message):
     (tmp_path / "p.jsonl").write_bytes(content)
     error = refused(capsys, metrics.main(["--predictions", str(tmp_path / "p.jsonl")]))
@@ -325,7 +340,10 @@ def test_files_with_byte_order_marks_are_scored_and_compared(tmp_path, capsys):
 
 # -- no unplanned exception -------------------------------------------------------------------------
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3))  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+)
 ROWS = st.dictionaries(st.sampled_from(["file_name", "caption", "text", "label", "attributes", "x"]), JSON, max_size=5)
 
 

@@ -47,10 +47,14 @@ def log_of(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "runs" / name / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("vision, job", [
-    pytest.param(vision, job, id=f"{name}-{vision}", marks=[pytest.mark.slow] * ((name, vision) in SELDOM))
-    for vision in ("timesformer", "videomae") for name, job in (("classifier", FROZEN), ("bert", BERT), ("gpt2", GPT2))
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "vision, job",
+    [
+        pytest.param(vision, job, id=f"{name}-{vision}", marks=[pytest.mark.slow] * ((name, vision) in SELDOM))
+        for vision in ("timesformer", "videomae")
+        for name, job in (("classifier", FROZEN), ("bert", BERT), ("gpt2", GPT2))
+    ],
+)
 def test_training_from_the_cache_equals_training_from_pixels(dataset, tmp_path, monkeypatch, vision, job):
     """The same clips, batches and captions: the log agrees to 1e-3. Not closer: the features are fp16, 5e-4 off at
     most, and training magnifies that (hence a small rate here; with fp32 features the logs agree to 1e-6)."""

@@ -36,71 +36,80 @@ def test_precedence_and_converters(tmp_path):
     assert parse(["--use_vlm"], "main")[0].language_model == "bert"
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--lerning_rate", "1"], "unknown flag '--lerning_rate'; did you mean --learning_rate?"),
-    (["--epoch", "1"], "unknown flag '--epoch'; did you mean --epochs?"),  # no abbreviations
-    (["extra"], "unexpected word 'extra'"),
-    (["--epochs", "many"], "--epochs: expected a whole number, from 1 to 100000, not 'many'"),
-    (["--epochs", "0"], "from 1 to 100000"),
-    (["--dropout", "nan"], "from 0 to 0.9"),
-    (["--use_vlm", "maybe"], "--use_vlm: expected True or False"),
-    (["--num_frames", "some"], "auto, or a whole number"),
-    (["--image_size", "4"], "from 8 to 2048"),
-    (["--device", "tpu"], "one of auto, cpu, cuda, mps"),
-    (["--captioning", "True"], "add --use_vlm True"),
-    (["--captioning", "--use_vlm", "--language_model", "bert"], "captioning needs a causal language model such as gpt2"),
-    (["--use_vlm", "--language_model", "gpt2"], "add --captioning True"),
-    (["--language_model", "bert"], "--language_model needs --use_vlm True"),
-    (["--use_text"], "--use_text needs --use_vlm True"),
-    (["--use_lora_llm"], "--use_lora_llm needs --use_vlm True"),
-    (["--vision_model", "timesfomer"], "did you mean timesformer?"),
-    (["--vision_model", "bert"], "cannot be bert"),
-    (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--lerning_rate", "1"], "unknown flag '--lerning_rate'; did you mean --learning_rate?"),
+        (["--epoch", "1"], "unknown flag '--epoch'; did you mean --epochs?"),  # no abbreviations
+        (["extra"], "unexpected word 'extra'"),
+        (["--epochs", "many"], "--epochs: expected a whole number, from 1 to 100000, not 'many'"),
+        (["--epochs", "0"], "from 1 to 100000"),
+        (["--dropout", "nan"], "from 0 to 0.9"),
+        (["--use_vlm", "maybe"], "--use_vlm: expected True or False"),
+        (["--num_frames", "some"], "auto, or a whole number"),
+        (["--image_size", "4"], "from 8 to 2048"),
+        (["--device", "tpu"], "one of auto, cpu, cuda, mps"),
+        (["--captioning", "True"], "add --use_vlm True"),
+        (
+            ["--captioning", "--use_vlm", "--language_model", "bert"],
+            "captioning needs a causal language model such as gpt2",
+        ),
+        (["--use_vlm", "--language_model", "gpt2"], "add --captioning True"),
+        (["--language_model", "bert"], "--language_model needs --use_vlm True"),
+        (["--use_text"], "--use_text needs --use_vlm True"),
+        (["--use_lora_llm"], "--use_lora_llm needs --use_vlm True"),
+        (["--vision_model", "timesfomer"], "did you mean timesformer?"),
+        (["--vision_model", "bert"], "cannot be bert"),
+        (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
+    ],
+)
 def test_errors_are_one_line_with_status_2(capsys, argv, message):
     assert main.main(argv) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err and out == ""
 
 
-@pytest.mark.parametrize("text, message", [
-    ("lerning_rate: 1", "unknown key 'lerning_rate'; did you mean learning_rate?"),
-    ("epochs: true", "epochs: expected a whole number"),
-    ("use_vlm: 3", "use_vlm: expected True or False"),
-    ("- a", "expected lines of `key: value`"),
-    ("a: [", "cannot read"),
-    ("vision_model: [a]", "'vision_model': expected a single value"),
-    ("? [a]\n: 1", "line 1: expected `key: value`"),
-    ("epochs: 1\nepochs: 2", "epochs stands twice"),
-    ("epochs: 2.7", "epochs: expected a whole number, from 1 to 100000, not '2.7'"),
-    ("epochs: 1e1", "epochs: expected a whole number"),
-    ("epochs: 12:30:45", "epochs: expected a whole number"),
-    ("epochs: 2001-99-99", "epochs: expected a whole number"),
-    ("epochs:", "epochs: expected a whole number"),
-    ("epochs: " + "9" * 5000, "epochs: expected a whole number"),
-    ("num_beams: 1.9", "num_beams: expected a whole number"),
-    ("learning_rate: .inf", "learning_rate: expected auto, or a number, above 0"),
-    ("learning_rate: nan", "learning_rate: expected auto, or a number, above 0"),
-    ("learning_rate: 0", "learning_rate: expected auto, or a number, above 0"),
-    ("timeline: inf", "timeline: expected a number, at least 0"),
-    ("epochs: !!int x", "epochs: expected a whole number"),
-    ("use_vlm: !!bool x", "use_vlm: expected True or False"),
-    ("epochs: !!timestamp x", "line 1: 'epochs': expected a single value"),
-    ("output_dir: !!python/object/apply:os.getcwd []", "line 1: 'output_dir': expected a single value"),
-    ("output_dir: !!python/name:os.getcwd", "line 1: 'output_dir': expected a single value"),
-    ("epochs: &a [*a]", "'epochs': expected a single value"),
-    ("<<: {epochs: 1}", "'<<': expected a single value"),
-    ("a: " + "[" * 1000, "nested too deep"),
-    ("a: 1\n---\nb: 2", "single document"),
-    ("# more\n" * 20_000, "larger than 100,000 bytes"),
-    ("epochs: \0", "cannot read"),
-    ('cache_dir: "a\\0"', "cache_dir: expected a path or name"),
-    ('data_dir: "a\\0b"', "data_dir: expected a path or name"),
-    ("output_dir: ''", "output_dir: expected a path or name, not empty"),
-    ('run_name: "\\ud800"', "run_name: expected a path or name"),
-    ('run_name: "\\U00110000"', "cannot read"),
-    ("x" * 900 + ": 1", "unknown key 'xxx"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lerning_rate: 1", "unknown key 'lerning_rate'; did you mean learning_rate?"),
+        ("epochs: true", "epochs: expected a whole number"),
+        ("use_vlm: 3", "use_vlm: expected True or False"),
+        ("- a", "expected lines of `key: value`"),
+        ("a: [", "cannot read"),
+        ("vision_model: [a]", "'vision_model': expected a single value"),
+        ("? [a]\n: 1", "line 1: expected `key: value`"),
+        ("epochs: 1\nepochs: 2", "epochs stands twice"),
+        ("epochs: 2.7", "epochs: expected a whole number, from 1 to 100000, not '2.7'"),
+        ("epochs: 1e1", "epochs: expected a whole number"),
+        ("epochs: 12:30:45", "epochs: expected a whole number"),
+        ("epochs: 2001-99-99", "epochs: expected a whole number"),
+        ("epochs:", "epochs: expected a whole number"),
+        ("epochs: " + "9" * 5000, "epochs: expected a whole number"),
+        ("num_beams: 1.9", "num_beams: expected a whole number"),
+        ("learning_rate: .inf", "learning_rate: expected auto, or a number, above 0"),
+        ("learning_rate: nan", "learning_rate: expected auto, or a number, above 0"),
+        ("learning_rate: 0", "learning_rate: expected auto, or a number, above 0"),
+        ("timeline: inf", "timeline: expected a number, at least 0"),
+        ("epochs: !!int x", "epochs: expected a whole number"),
+        ("use_vlm: !!bool x", "use_vlm: expected True or False"),
+        ("epochs: !!timestamp x", "line 1: 'epochs': expected a single value"),
+        ("output_dir: !!python/object/apply:os.getcwd []", "line 1: 'output_dir': expected a single value"),
+        ("output_dir: !!python/name:os.getcwd", "line 1: 'output_dir': expected a single value"),
+        ("epochs: &a [*a]", "'epochs': expected a single value"),
+        ("<<: {epochs: 1}", "'<<': expected a single value"),
+        ("a: " + "[" * 1000, "nested too deep"),
+        ("a: 1\n---\nb: 2", "single document"),
+        ("# more\n" * 20_000, "larger than 100,000 bytes"),
+        ("epochs: \0", "cannot read"),
+        ('cache_dir: "a\\0"', "cache_dir: expected a path or name"),
+        ('data_dir: "a\\0b"', "data_dir: expected a path or name"),
+        ("output_dir: ''", "output_dir: expected a path or name, not empty"),
+        ('run_name: "\\ud800"', "run_name: expected a path or name"),
+        ('run_name: "\\U00110000"', "cannot read"),
+        ("x" * 900 + ": 1", "unknown key 'xxx"),
+    ],
+)
 def test_yaml_errors_name_file_and_key(tmp_path, capsys, text, message):
     (tmp_path / "c.yaml").write_text(text)
     assert main.main(["--config", str(tmp_path / "c.yaml")]) == 2
@@ -123,16 +132,25 @@ def test_binary_junk_is_no_yaml(tmp_path, data):
         config.read_yaml(tmp_path / "c.yaml")
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("\ufeffepochs: 3", {"epochs": 3}),
-    ("mixed_precision: no\ncache_features: true", {"mixed_precision": "no", "cache_features": "True"}),
-    ("mixed_precision: 'Off'\ncache_features: No", {"mixed_precision": "no", "cache_features": "False"}),
-    ("use_vlm: on\nflip: Off\nweights: HUB\ndevice: Auto", {"use_vlm": True, "flip": False, "weights": "hub", "device": "auto"}),
-    ("run_name:\noutput: ~\ntext_input: null", {"run_name": None, "output": None, "text_input": None}),
-    ("text_input: 'null'\nrun_name: 1.50\ndata_dir: 2024-01-01", {"text_input": "null", "run_name": "1.50", "data_dir": "2024-01-01"}),
-    ("learning_rate: !!float 1e-3\nepochs: !!int 7", {"learning_rate": 1e-3, "epochs": 7}),
-    ("dropout: &x .5\nlabel_smoothing: *x", {"dropout": 0.5, "label_smoothing": 0.5}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("\ufeffepochs: 3", {"epochs": 3}),
+        ("mixed_precision: no\ncache_features: true", {"mixed_precision": "no", "cache_features": "True"}),
+        ("mixed_precision: 'Off'\ncache_features: No", {"mixed_precision": "no", "cache_features": "False"}),
+        (
+            "use_vlm: on\nflip: Off\nweights: HUB\ndevice: Auto",
+            {"use_vlm": True, "flip": False, "weights": "hub", "device": "auto"},
+        ),
+        ("run_name:\noutput: ~\ntext_input: null", {"run_name": None, "output": None, "text_input": None}),
+        (
+            "text_input: 'null'\nrun_name: 1.50\ndata_dir: 2024-01-01",
+            {"text_input": "null", "run_name": "1.50", "data_dir": "2024-01-01"},
+        ),
+        ("learning_rate: !!float 1e-3\nepochs: !!int 7", {"learning_rate": 1e-3, "epochs": 7}),
+        ("dropout: &x .5\nlabel_smoothing: *x", {"dropout": 0.5, "label_smoothing": 0.5}),
+    ],
+)
 def test_yaml_values_mean_what_the_option_says(tmp_path, text, expected):
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
     assert config.read_yaml(tmp_path / "c.yaml") == expected
@@ -141,7 +159,12 @@ def test_yaml_values_mean_what_the_option_says(tmp_path, text, expected):
 def test_words_mean_the_same_as_flags():
     argv = ["--mixed_precision", "No", "--cache_features", "true", "--use_vlm", "ON", "--num_frames", "AUTO"]
     parsed, _ = parse(argv, "main")
-    assert (parsed.mixed_precision, parsed.cache_features, parsed.use_vlm, parsed.num_frames) == ("no", "True", True, "auto")  # fmt: skip
+    assert (parsed.mixed_precision, parsed.cache_features, parsed.use_vlm, parsed.num_frames) == (
+        "no",
+        "True",
+        True,
+        "auto",
+    )
 
 
 def test_settings_of_earlier_runs_load_as_before():
@@ -208,7 +231,9 @@ def test_a_default_run_name_is_a_folders_name(tmp_path, monkeypatch, capsys):
     assert "the run's name '' cannot be the name of a folder; add --run_name" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["data_dir", "output_dir", "cache_dir", "checkpoint", "evaluate", "output", "vision_model"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag", ["data_dir", "output_dir", "cache_dir", "checkpoint", "evaluate", "output", "vision_model"]
+)
 @pytest.mark.parametrize("path", ["", "a\0b", "\x1b\0", "\ud800"])
 def test_paths_that_cannot_be_are_refused(capsys, flag, path):
     assert main.main([f"--{flag}", path]) == 2

@@ -127,10 +127,17 @@ def test_the_nearest_neighbour_is_the_nearest(runs, dataset, tmp_path, job):
 
 def test_the_line_says_what_motion_and_text_are_worth():
     table = {
-        "split": "test", "as_it_is": {"accuracy": 0.9}, "majority": {"accuracy": 0.1}, "nearest_neighbour": {"accuracy": 0.5},
-        "one_frame": {"accuracy": 0.3}, "shuffled": {"accuracy": 0.5}, "reversed": {"accuracy": 0.2},
-        "blank_video": {"accuracy": 0.15}, "text_only": {"accuracy": 0.15}, "text_shuffled": {"accuracy": 0.85},
-    }  # fmt: skip
+        "split": "test",
+        "as_it_is": {"accuracy": 0.9},
+        "majority": {"accuracy": 0.1},
+        "nearest_neighbour": {"accuracy": 0.5},
+        "one_frame": {"accuracy": 0.3},
+        "shuffled": {"accuracy": 0.5},
+        "reversed": {"accuracy": 0.2},
+        "blank_video": {"accuracy": 0.15},
+        "text_only": {"accuracy": 0.15},
+        "text_shuffled": {"accuracy": 0.85},
+    }
     line = controls.control_line(table)
     assert "one frame repeated costs 60.0, frames shuffled 40.0, reversed 70.0 points" in line
     assert "text: shuffled costs 5.0, alone it gives 15.0 %" in line
@@ -189,8 +196,9 @@ def test_the_cover_is_the_clips_own_background(monkeypatch):
 
 ROWS = [
     {"file": f"test/class_{k}/video_{i}.pt", "truth": f"class_{k}", "label": f"class_{k if i else 0}", "score": 0.5}
-    for k in range(5) for i in range(3)
-]  # fmt: skip
+    for k in range(5)
+    for i in range(3)
+]
 CAPTIONED = [{"file": r["file"], "caption": r["label"], "references": [r["truth"]]} for r in ROWS]
 
 
@@ -233,12 +241,18 @@ def test_the_predictions_give_the_same_scores_again(runs, capsys, job):
     names = set(found["intervals"])
     assert names == set(scores["intervals"]) and len(names) >= 5
     for name in names - {"calibration_error"}:  # probabilities are written with four digits
-        assert found[name] == pytest.approx(scores[name]) and found["intervals"][name] == pytest.approx(scores["intervals"][name])  # fmt: skip
+        assert found[name] == pytest.approx(scores[name]) and found["intervals"][name] == pytest.approx(
+            scores["intervals"][name]
+        )
 
 
 def test_pictures_are_drawn(runs):
     drawn = {job: {p.name for p in runs[job].glob("*.png") if p.stat().st_size > 3000} - {"curves.png"} for job in JOBS}
-    assert drawn["text"] == drawn["classifier"] == {"confusion.png", "classes.png", "reliability.png", "worst.png", "occlusion.png"}  # fmt: skip
+    assert (
+        drawn["text"]
+        == drawn["classifier"]
+        == {"confusion.png", "classes.png", "reliability.png", "worst.png", "occlusion.png"}
+    )
     assert drawn["captioner"] == {"captions.png", "attributes.png", "occlusion.png"}
 
 
@@ -253,7 +267,11 @@ def test_other_videos_are_scored_beside_the_run(runs, dataset, tmp_path):
     assert (copy / "metrics.json").read_bytes() == before
     scored = json.loads((copy / "evaluation_other" / "metrics.json").read_text())
     assert "val" not in scored
-    assert scored["test"]["count"] == 4 and scored["test"]["classes"]["class_0"] == {"count": 0, "recall": None, "predicted": {}}  # fmt: skip
+    assert scored["test"]["count"] == 4 and scored["test"]["classes"]["class_0"] == {
+        "count": 0,
+        "recall": None,
+        "predicted": {},
+    }
 
 
 @pytest.mark.parametrize(
@@ -324,12 +342,15 @@ def test_pictures_name_clips_by_folder_answer_and_truth(tmp_path, monkeypatch):
     """captions.png and occlusion.png."""
     titles = []
     monkeypatch.setattr(figures, "plot_clips", lambda clips, path: titles.extend(title for _, title in clips))
-    rows = [{"file": f"test/class_{k}/video_6.pt", "caption": f"a {k}", "references": [f"a {k % 2}", "b"]} for k in range(3)]  # fmt: skip
+    rows = [
+        {"file": f"test/class_{k}/video_6.pt", "caption": f"a {k}", "references": [f"a {k % 2}", "b"]} for k in range(3)
+    ]
     figures.draw_captions(rows, {}, lambda place: None, tmp_path)
     assert sorted(titles) == [
-        "class_0/video_6.pt: a 0  |  equals a reference", "class_1/video_6.pt: a 1  |  equals a reference",
+        "class_0/video_6.pt: a 0  |  equals a reference",
+        "class_1/video_6.pt: a 1  |  equals a reference",
         "class_2/video_6.pt: a 2  |  reference: a 0",
-    ]  # fmt: skip
+    ]
     titles.clear()
     clip, fall = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 2, 2)
     labelled = {"file": "test/class_3/video_6.pt", "truth": "b", "label": "a", "score": 0.9}

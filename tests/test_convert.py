@@ -57,10 +57,15 @@ def labels(tmp_path: Path, split: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "text",
-    ["a/x.pt run\nb c.mp4 high jump\n", "a/x.pt,run\nb c.mp4,high jump\n", "a/x.pt\trun\nb c.mp4\thigh jump\n",
-     '\ufeff"b c.mp4","high jump"\na/x,run\n', "Path,Label,split\na/x.pt,run,train\nb c.mp4,high jump,\n"],
+    [
+        "a/x.pt run\nb c.mp4 high jump\n",
+        "a/x.pt,run\nb c.mp4,high jump\n",
+        "a/x.pt\trun\nb c.mp4\thigh jump\n",
+        '\ufeff"b c.mp4","high jump"\na/x,run\n',
+        "Path,Label,split\na/x.pt,run,train\nb c.mp4,high jump,\n",
+    ],
     ids=["spaces", "commas", "tabs", "quotes", "titles"],
-)  # fmt: skip
+)
 def test_lists(tmp_path, text):
     make_videos(tmp_path / "videos", "a/x", "b c.mp4")
     assert convert(tmp_path, "list", {"train.txt": text}) == 0
@@ -150,8 +155,12 @@ def test_msrvtt(tmp_path):
     make_videos(tmp_path / "videos", "video0.mp4", "video1")
     values = {
         "videos": [{"video_id": "video0", "split": "train"}, {"video_id": "video1", "split": "validate"}],
-        "sentences": [{"video_id": "video0", "caption": "a café"}, {"video_id": "video1", "caption": "b"}, {"video_id": "video0", "caption": "c"}],
-    }  # fmt: skip
+        "sentences": [
+            {"video_id": "video0", "caption": "a café"},
+            {"video_id": "video1", "caption": "b"},
+            {"video_id": "video0", "caption": "c"},
+        ],
+    }
     assert convert(tmp_path, "msrvtt", {"train_val_videodatainfo.json": json.dumps(values)}) == 0
     assert rows(tmp_path, "train") == [{"file_name": "video0.mp4", "caption": ["a café", "c"]}]
     assert rows(tmp_path, "val") == [{"file_name": "video1.pt", "caption": ["b"]}]
@@ -161,10 +170,13 @@ def test_msrvtt(tmp_path):
     "file, text",
     [
         ("AllVideoDescriptions.txt", "# header\n\nab_c_1_11 a bird sings\nab_c_1_11 it sings\nzz_2_12 rain\n"),
-        ("corpus.csv", "VideoID,Start,End,Language,Description\nab_c,1,11,English,a bird sings\nab_c,1,11,German,ein Vogel\n"
-         "ab_c,1,11,English,it sings\nzz,2,12,English,rain\n"),
+        (
+            "corpus.csv",
+            "VideoID,Start,End,Language,Description\nab_c,1,11,English,a bird sings\nab_c,1,11,German,ein Vogel\n"
+            "ab_c,1,11,English,it sings\nzz,2,12,English,rain\n",
+        ),
     ],
-)  # fmt: skip
+)
 def test_msvd(tmp_path, file, text):
     make_videos(tmp_path / "videos", "ab_c_1_11", "zz_2_12")
     assert convert(tmp_path, "msvd", {file: text}, "--split", "test") == 0
@@ -185,11 +197,7 @@ def test_frame_lists_link_the_frames_between_start_and_end(tmp_path):
     text = "jumping/0001 1 10 0\nrunning/0001 3 6 1\nrunning/0001 7 10 1\n"
     assert convert(tmp_path, "frames", {"annotations.txt": text}) == 0
     samples = {s.path.name: s for s in read_folder(tmp_path / "out" / "train")}
-    assert {name: s.label for name, s in samples.items()} == {
-        "0001": "0",
-        "0001_3_6": "1",
-        "0001_7_10": "1",
-    }
+    assert {name: s.label for name, s in samples.items()} == {"0001": "0", "0001_3_6": "1", "0001_7_10": "1"}
     clip = read_clip(samples["0001_3_6"].path, 4)
     assert clip[:, 0, 0, 0].tolist() == [60, 80, 100, 120]
     assert len(open_video(samples["0001"].path)) == 10
@@ -207,20 +215,48 @@ def test_chat(tmp_path):
 COUNTED = {
     "list": ({"train.csv": "#1.pt,run\n#2.pt,run\ngone.pt,run\n# 3.pt,\na.pt,run\na.pt,jump\n"}, (2, 1, 3, 0)),
     "list, spaces": ({"train.txt": "#1.pt run\n#2.pt run\n# a remark\n\na.pt run\n"}, (3, 1, 0, 0)),
-    "list, titles": ({"train.csv": "path,label,split\n#1.pt,run,train\na.pt,run,unheard\n,run,\n,,\ngone,run\n"}, (1, 1, 3, 0)),
+    "list, titles": (
+        {"train.csv": "path,label,split\n#1.pt,run,train\na.pt,run,unheard\n,run,\n,,\ngone,run\n"},
+        (1, 1, 3, 0),
+    ),
     "ucf101": ({"trainlist01.txt": "c/#1.avi 1\nc/a.avi 1\nc/gone.avi 1\na.avi 1\n"}, (2, 1, 1, 0)),
     "hmdb51": ({"c_test_split1.txt": "#1.avi 1\na.avi 1\ngone.avi 1\n#2.avi 0\n"}, (2, 1, 0, 1)),
-    "kinetics": ({"train.csv": "label,youtube_id,time_start,time_end,split\nx,#1,0,1,train\n,a,0,1,train\nx,g,0,1,train\nx,a,0,1,odd\n"}, (0, 2, 2, 0)),
-    "ssv2": ({"train.json": '[{"id": "#1", "template": "[x]"}, {"id": "a"}, {"id": "gone", "template": "y"}]'}, (1, 1, 1, 0)),
-    "msrvtt": ({"x.json": '{"videos": [{"video_id": "#1", "split": "train"}, {"video_id": "a", "split": "train"}], "sentences": '
-                          '[{"video_id": "#1", "caption": "c"}, {"video_id": "a", "caption": " "}, {"video_id": "b", "caption": "c"}]}'}, (1, 0, 2, 0)),
+    "kinetics": (
+        {
+            "train.csv": "label,youtube_id,time_start,time_end,split\nx,#1,0,1,train\n,a,0,1,train\nx,g,0,1,train\nx,a,0,1,odd\n"
+        },
+        (0, 2, 2, 0),
+    ),
+    "ssv2": (
+        {"train.json": '[{"id": "#1", "template": "[x]"}, {"id": "a"}, {"id": "gone", "template": "y"}]'},
+        (1, 1, 1, 0),
+    ),
+    "msrvtt": (
+        {
+            "x.json": '{"videos": [{"video_id": "#1", "split": "train"}, {"video_id": "a", "split": "train"}], "sentences": '
+            '[{"video_id": "#1", "caption": "c"}, {"video_id": "a", "caption": " "}, {"video_id": "b", "caption": "c"}]}'
+        },
+        (1, 0, 2, 0),
+    ),
     "msvd": ({"x.txt": "# a header\na one\na two\ngone three\nc/#1 four\nc/a\n"}, (2, 1, 1, 0)),
-    "msvd, csv": ({"x.csv": "VideoID,Start,End,Language,Description\na,1,2,English,one\na,1,2,German,eins\nb,1,2,German,zwei\n"}, (0, 1, 1, 0)),
+    "msvd, csv": (
+        {"x.csv": "VideoID,Start,End,Language,Description\na,1,2,English,one\na,1,2,German,eins\nb,1,2,German,zwei\n"},
+        (0, 1, 1, 0),
+    ),
     "vatex": ({"x.txt": "#1|one|two\na|\ngone|three\n"}, (1, 1, 1, 0)),
     "frames": ({"x.txt": "f 1 2 run\nf 3 3 run\nf 7 9 run\n#g 2 run\nf run\n#1.pt 0 1 run\n"}, (2, 1, 3, 0)),
-    "chat": ({"x.json": json.dumps([{"videos": [v], "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "a"}]}
-                                    for v, q in (("#1.pt", "q"), ("a.pt", "q"), ("a.pt", "q"), ("a.pt", "other"), ("gone", "q"))])}, (3, 1, 1, 0)),
-}  # fmt: skip
+    "chat": (
+        {
+            "x.json": json.dumps(
+                [
+                    {"videos": [v], "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "a"}]}
+                    for v, q in (("#1.pt", "q"), ("a.pt", "q"), ("a.pt", "q"), ("a.pt", "other"), ("gone", "q"))
+                ]
+            )
+        },
+        (3, 1, 1, 0),
+    ),
+}
 
 
 @pytest.mark.parametrize("case", COUNTED)
@@ -241,8 +277,38 @@ def test_every_row_is_counted_once(tmp_path, capsys, case):
     assert report["rows"] == sum(expected)
 
 
-HOSTILE = ("\0", "\x1b[2J", "\u2028", "\x85", "\r", "\n", "\t", '"', "'", ",", "|", "#", "[", "{", "]", "}", " ", "..", "/", "9" * 5000,
-           "1e999", "nan", "-1", "²", "\udcff", "\ufeff", "\u202e", "null", "x" * 300, "[" * 3000)  # fmt: skip
+HOSTILE = (
+    "\0",
+    "\x1b[2J",
+    "\u2028",
+    "\x85",
+    "\r",
+    "\n",
+    "\t",
+    '"',
+    "'",
+    ",",
+    "|",
+    "#",
+    "[",
+    "{",
+    "]",
+    "}",
+    " ",
+    "..",
+    "/",
+    "9" * 5000,
+    "1e999",
+    "nan",
+    "-1",
+    "²",
+    "\udcff",
+    "\ufeff",
+    "\u202e",
+    "null",
+    "x" * 300,
+    "[" * 3000,
+)
 EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 5), st.sampled_from(HOSTILE)), min_size=1, max_size=3)
 
 
@@ -347,9 +413,12 @@ def test_missing_and_unreadable_are_counted_and_named(tmp_path, capsys):
     report = json.loads((tmp_path / "out/train/conversion.json").read_text())
     numbers = {k: report[k] for k in ("rows", "found", "videos", "classes", "missing")}
     assert numbers == {
-        "rows": 3, "found": 2, "videos": 1, "missing": ["gone.mp4"],
+        "rows": 3,
+        "found": 2,
+        "videos": 1,
+        "missing": ["gone.mp4"],
         "classes": {"x": {"rows": 2, "videos": 1}, "y": {"rows": 1, "videos": 0}},
-    }  # fmt: skip
+    }
     assert len(report["unreadable"]) == 1 and "b.mp4" in report["unreadable"][0]
 
 
@@ -439,14 +508,22 @@ def stand_ins(folder: Path, name: str, files: list[Path]) -> Path:
 @pytest.mark.parametrize(
     "name, places, expected",
     [
-        ("ucf101", ["ucf101/trainlist01_head600.txt", "ucf101/testlist01.txt"], {"train": (600, 7, 0), "test": (3783, 101, 0)}),
+        (
+            "ucf101",
+            ["ucf101/trainlist01_head600.txt", "ucf101/testlist01.txt"],
+            {"train": (600, 7, 0), "test": (3783, 101, 0)},
+        ),
         ("kinetics", ["kinetics/k400_val_head300.csv"], {"val": (300, 7, 0)}),
         ("ssv2", ["ssv2/finetune_5shot_training.json"], {"train": (430, 86, 430)}),
-        ("msrvtt", ["msrvtt/videodatainfo_sample.json"], {"train": (10, 0, 200), "val": (10, 0, 200), "test": (10, 0, 200)}),
+        (
+            "msrvtt",
+            ["msrvtt/videodatainfo_sample.json"],
+            {"train": (10, 0, 200), "val": (10, 0, 200), "test": (10, 0, 200)},
+        ),
         ("vatex", ["vatex/vatex_test_sample_cp1252.csv"], {"test": (47, 0, 470)}),
         ("chat", ["chat/mllm_video_demo.json"], {"train": (3, 0, 3)}),
     ],
-)  # fmt: skip
+)
 def test_real_annotation_files(real_data, tmp_path, name, places, expected):
     """Rows, classes and captions of published files; counted in the files by other means."""
     files = [real_data / "annotations" / place for place in places]

@@ -297,10 +297,17 @@ def test_what_is_remembered_is_added_to_what_others_wrote(tmp_path):
 
 
 JUNK = [
-    "", "no json", "[]", "3", "[" * 100_000, '{"/a": 3}', '{"/a": {"stamp": "x"}}', '{"/a": {"stamp": 1, "digest": 2, "decoded": 3}}',
+    "",
+    "no json",
+    "[]",
+    "3",
+    "[" * 100_000,
+    '{"/a": 3}',
+    '{"/a": {"stamp": "x"}}',
+    '{"/a": {"stamp": 1, "digest": 2, "decoded": 3}}',
     json.dumps({"/a": {"stamp": "0" * 32, "digest": "no digest", "decoded": []}}),
     json.dumps({"/a": {"stamp": "0" * 32, "digest": "1" * 32, "decoded": [[]]}}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("content", JUNK, ids=range(len(JUNK)))

@@ -12,10 +12,11 @@ import build_model
 import main
 
 HEALTHY = {
-    "classifier": [], "lora": ["--vision_model", "videomae", "--use_lora_vision", "True"],
+    "classifier": [],
+    "lora": ["--vision_model", "videomae", "--use_lora_vision", "True"],
     "text": ["--use_vlm", "--use_text", "True", "--freeze_visionbackbone", "True"],
     "captioner": ["--use_vlm", "--captioning", "--freeze_visionbackbone", "True", "--use_lora_llm", "True"],
-}  # fmt: skip
+}
 
 
 def examine(data: Path, tmp_path: Path, *flags: str) -> int:
@@ -106,11 +107,15 @@ def no_rate(monkeypatch, data: Path) -> list[str]:
 
 
 SABOTAGE = [
-    (dead_adapter, "what is trained gets gradients"), (wrong_mean, "mean and std are the backbone's"),
-    (leaked_video, "val and test share no video with train"), (identical_classes, "no video lies in two classes"),
-    (frame_mismatch, "frames fit the backbone"), (damaged_middle, "every frame decodes"),
-    (empty_class, "classes have videos"), (no_rate, "a batch of 8 can be learned by heart"),
-]  # fmt: skip
+    (dead_adapter, "what is trained gets gradients"),
+    (wrong_mean, "mean and std are the backbone's"),
+    (leaked_video, "val and test share no video with train"),
+    (identical_classes, "no video lies in two classes"),
+    (frame_mismatch, "frames fit the backbone"),
+    (damaged_middle, "every frame decodes"),
+    (empty_class, "classes have videos"),
+    (no_rate, "a batch of 8 can be learned by heart"),
+]
 
 
 @pytest.mark.parametrize("sabotage, check", SABOTAGE, ids=[s.__name__ for s, _ in SABOTAGE])

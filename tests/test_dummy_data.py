@@ -104,7 +104,20 @@ def test_one_frame_holds_no_motion():
 def test_formats_hold_the_same_videos(tmp_path, dataset, kind):
     from conftest import read_clip
 
-    dummy_data.main(["--classes", "2", "--videos_per_class", "1", "--test_per_class", "1", "--format", kind, "--output", str(tmp_path / "d")])  # fmt: skip
+    dummy_data.main(
+        [
+            "--classes",
+            "2",
+            "--videos_per_class",
+            "1",
+            "--test_per_class",
+            "1",
+            "--format",
+            kind,
+            "--output",
+            str(tmp_path / "d"),
+        ]
+    )
     suffix = ".mp4" if kind == "mp4" else ""
     other = read_clip(tmp_path / "d" / "train" / "class_1" / f"video_0{suffix}", 16).float()
     dummy_data.main(
@@ -123,7 +136,17 @@ def test_an_existing_folder_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
 
-@pytest.mark.parametrize("flags", [["--classes", "11"], ["--classes", "1"], ["--frames", "0"], ["--format", "avi"], ["--size", "8"], ["--size", "33", "--format", "mp4"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--classes", "11"],
+        ["--classes", "1"],
+        ["--frames", "0"],
+        ["--format", "avi"],
+        ["--size", "8"],
+        ["--size", "33", "--format", "mp4"],
+    ],
+)
 def test_bad_flags_are_one_line(tmp_path, capsys, flags):
     assert dummy_data.main([*flags, "--output", str(tmp_path / "d")]) == 2
     err = capsys.readouterr().err

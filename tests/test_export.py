@@ -98,7 +98,11 @@ def test_adapters_as_a_peft_folder(dataset, tmp_path, name, tower):
     model, _, _ = load_run(run)
     body = model.vision_encoder.backbone if tower == "vision" else model.language_model.base_model
     base = AutoModel.from_pretrained(model.sources[tower].path).eval()
-    inputs = {"pixel_values": model.vision_encoder.preprocessing.normalise(clips(model))} if tower == "vision" else {"input_ids": torch.arange(1, 9)[None]}  # fmt: skip
+    inputs = (
+        {"pixel_values": model.vision_encoder.preprocessing.normalise(clips(model))}
+        if tower == "vision"
+        else {"input_ids": torch.arange(1, 9)[None]}
+    )
     with torch.no_grad():
         plain = base(**inputs).last_hidden_state
         expected = body(**inputs).last_hidden_state
@@ -205,7 +209,15 @@ def test_every_rule_of_resizing(plain, made):
     predict = runpy.run_path(str(plain[1] / "predict.py"))["predict"]
     model, _, _ = load_run(plain[0])
     for size, code in (({"shortest_edge": 60}, 3), ({"height": 224, "width": 224}, 2), (50, 0), (None, 2)):
-        values = {"size": size or 40, "do_resize": size is not None, "resample": code, "do_center_crop": True, "crop_size": 40, "image_mean": [0.5] * 3, "image_std": [0.3] * 3}  # fmt: skip
+        values = {
+            "size": size or 40,
+            "do_resize": size is not None,
+            "resample": code,
+            "do_center_crop": True,
+            "crop_size": 40,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.3] * 3,
+        }
         rules = Preprocessing.from_dict(values, 48)
         predict.__globals__["RULES"].update(rules.to_dict())
         for video in made[:-2]:
@@ -236,7 +248,9 @@ def test_predict_needs_nothing_of_this_repository(plain):
     source = (out / "predict.py").read_text(encoding="utf-8")
     assert source == (ROOT / "export" / "predict.py").read_text(encoding="utf-8")
     nodes = list(ast.walk(ast.parse(source)))
-    modules = {n.module for n in nodes if isinstance(n, ast.ImportFrom)} | {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}  # fmt: skip
+    modules = {n.module for n in nodes if isinstance(n, ast.ImportFrom)} | {
+        a.name for n in nodes if isinstance(n, ast.Import) for a in n.names
+    }
     assert {m.partition(".")[0] for m in modules} <= {"av", "json", "numpy", "pathlib", "sys", "torch", "transformers"}
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "$" not in card and all(
@@ -267,7 +281,9 @@ def test_an_export_is_whole_or_not_at_all(dataset, tmp_path, capsys, monkeypatch
     out.mkdir()  # an empty folder is filled
     assert inference.main(["--checkpoint", str(run), "--export", str(out)]) == 0
     assert [p.name for p in out.parent.iterdir()] == ["out"]
-    assert {"adapter_vision", "config.json", "model.safetensors", "predict.py", "README.md"} <= {p.name for p in out.iterdir()}  # fmt: skip
+    assert {"adapter_vision", "config.json", "model.safetensors", "predict.py", "README.md"} <= {
+        p.name for p in out.iterdir()
+    }
 
 
 @pytest.mark.parametrize("place", ["/dev/null/x", "file/x", "file"])

@@ -39,7 +39,7 @@ def test_modules_import_from_lower_lines_only():
 
 def test_no_module_is_named_like_a_library():
     for path in ROOT.glob("*.py"):
-        code = f"import importlib.util, sys; sys.path = [p for p in sys.path if p]; sys.exit(importlib.util.find_spec({path.stem!r}) is not None)"  # fmt: skip
+        code = f"import importlib.util, sys; sys.path = [p for p in sys.path if p]; sys.exit(importlib.util.find_spec({path.stem!r}) is not None)"
         assert subprocess.run([sys.executable, "-I", "-c", code], cwd="/").returncode == 0, path.stem
 
 

@@ -243,8 +243,11 @@ def test_a_file_in_use_is_refused(run, videos, tmp_path, capsys):
     (tmp_path / "link.jsonl").symlink_to(output)
     code = "import sys; from inference import *; lock = FileLock(Path(sys.argv[1]), 'x'); print(flush=True); input()"
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / ".out.jsonl.lock")], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )  # fmt: skip
+        [sys.executable, "-c", code, str(tmp_path / ".out.jsonl.lock")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     holder.stdout.readline()
     before = output.read_bytes()
     for name in ("out.jsonl", "link.jsonl"):
@@ -321,8 +324,13 @@ def test_the_same_videos_by_other_names(run, videos, tmp_path, monkeypatch):
     assert len(found) == 25 and all(r["path"] == str(tmp_path / r["file"]) for r in found)
     assert found[0]["file"] == "videos/0.pt"
     for folder, name in (
-        (videos, "../videos"), (tmp_path, "link"), (videos, "."), (tmp_path, "link/../videos"), (tmp_path, "link/deeper"), (tmp_path, "link/0.pt")
-    ):  # fmt: skip
+        (videos, "../videos"),
+        (tmp_path, "link"),
+        (videos, "."),
+        (tmp_path, "link/../videos"),
+        (tmp_path, "link/deeper"),
+        (tmp_path, "link/0.pt"),
+    ):
         monkeypatch.chdir(folder)
         assert answer(run, Path(name), tmp_path / "out.jsonl") == 0
         assert (tmp_path / "out.jsonl").read_bytes() == before, name
@@ -345,11 +353,18 @@ def test_answers_that_stand_twice_or_have_no_path(run, videos, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "text",
     [
-        '{"file": "a.mp4", "label": "x"}', '{"file": "a.mp4", "lab', '[1]\n', '{"run": "r 1"}\n', '{"run": "r 1", "path": []}\n', '{"run": "r 1", "file": 3}\n',
-        "[" * 100_000, '"text"\n', '{"file": "a.mp4", "path": "/a.mp4", "run": "other"}\n{"file": "b',
+        '{"file": "a.mp4", "label": "x"}',
+        '{"file": "a.mp4", "lab',
+        "[1]\n",
+        '{"run": "r 1"}\n',
+        '{"run": "r 1", "path": []}\n',
+        '{"run": "r 1", "file": 3}\n',
+        "[" * 100_000,
+        '"text"\n',
+        '{"file": "a.mp4", "path": "/a.mp4", "run": "other"}\n{"file": "b',
     ],
     ids=lambda t: t[:30],
-)  # fmt: skip
+)
 def test_a_file_of_another_program_is_not_changed(tmp_path, text):
     output = tmp_path / "out.jsonl"
     output.write_text(text)
@@ -363,7 +378,15 @@ def test_a_file_of_another_program_is_not_changed(tmp_path, text):
 
 def test_right_means_the_same_label():
     swapped = {"a": "b", "b": "a", "c": "running"}
-    cases = [("a", "a", True), ("a", "b", False), ("b", "a", False), ("running", "c", True), ("running", "a", False), ("c", "c", True), (None, "a", None)]  # fmt: skip
+    cases = [
+        ("a", "a", True),
+        ("a", "b", False),
+        ("b", "a", False),
+        ("running", "c", True),
+        ("running", "a", False),
+        ("c", "c", True),
+        (None, "a", None),
+    ]
     for truth, label, expected in cases:
         assert inference.is_right({"label": label}, Sample(Path("x"), label=truth), swapped) is expected
 

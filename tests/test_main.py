@@ -224,7 +224,21 @@ def test_an_existing_run_is_kept_unless_told(dataset, tmp_path, capsys):
 
 def test_the_same_seed_gives_the_same_log(dataset, tmp_path):
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        assert train(dataset, tmp_path, "--run_name", name, "--seed", seed, "--freeze_visionbackbone", "True", "--num_workers", "2" if name == "b" else "0") == 0  # fmt: skip
+        assert (
+            train(
+                dataset,
+                tmp_path,
+                "--run_name",
+                name,
+                "--seed",
+                seed,
+                "--freeze_visionbackbone",
+                "True",
+                "--num_workers",
+                "2" if name == "b" else "0",
+            )
+            == 0
+        )
     logs = []
     for name in "abc":
         row = json.loads((tmp_path / name / "log.jsonl").read_text())
@@ -262,11 +276,20 @@ def damage(run: Path, how: str) -> None:
         metadata.write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("how, message", [
-    ("truncated", "no whole safetensors file"), ("missing tensor", "missing head.bias"), ("unexpected tensor", "unexpected extra"),
-    ("another shape", "head.bias is [5], not [3]"), ("pickle", "no whole safetensors file"), ("no weights", "did not finish an epoch"),
-    ("no metadata", "is no run of this program"), ("later format", "checkpoint format 99"), ("another backbone", "another vision backbone"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("truncated", "no whole safetensors file"),
+        ("missing tensor", "missing head.bias"),
+        ("unexpected tensor", "unexpected extra"),
+        ("another shape", "head.bias is [5], not [3]"),
+        ("pickle", "no whole safetensors file"),
+        ("no weights", "did not finish an epoch"),
+        ("no metadata", "is no run of this program"),
+        ("later format", "checkpoint format 99"),
+        ("another backbone", "another vision backbone"),
+    ],
+)
 def test_damaged_and_foreign_checkpoints_are_refused(runs, frames, tmp_path, monkeypatch, capsys, how, message):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
@@ -292,10 +315,18 @@ def test_a_moved_backbone_can_be_named_again(dataset, frames, tmp_path, capsys):
     assert status == 2 and "another vision backbone" in err
 
 
-@pytest.mark.parametrize("case, message", [
-    ("no folder", "no data folder"), ("no train", "has no folder train/"), ("empty", "no videos in"), ("one class", "two classes or more"),
-    ("no captions", "have no caption"), ("new class in test", "a class that is not one of the training's"), ("no texts", "no video of train has a text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("no folder", "no data folder"),
+        ("no train", "has no folder train/"),
+        ("empty", "no videos in"),
+        ("one class", "two classes or more"),
+        ("no captions", "have no caption"),
+        ("new class in test", "a class that is not one of the training's"),
+        ("no texts", "no video of train has a text"),
+    ],
+)
 def test_data_that_cannot_be_trained_on_is_refused(tmp_path, capsys, case, message):
     data, flags = tmp_path / "data", []
     clip = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
@@ -510,7 +541,19 @@ def test_a_self_supervised_videomae_gets_a_new_norm(dataset, tmp_path, capsys):
     """Published self-supervised checkpoints have a decoder and no fc_norm."""
     from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
-    config = VideoMAEConfig(image_size=32, patch_size=16, num_frames=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=64)  # fmt: skip
+    config = VideoMAEConfig(
+        image_size=32,
+        patch_size=16,
+        num_frames=4,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=64,
+    )
     VideoMAEForPreTraining(config).save_pretrained(tmp_path / "ssl")
     assert train(dataset, tmp_path, "--vision_model", str(tmp_path / "ssl"), "--run_name", "r") == 0
     assert "no preprocessor_config.json" in capsys.readouterr().out

@@ -44,7 +44,11 @@ def test_label_scores_are_scikit_learn_s(seed, count, classes):
         sklearn.metrics.recall_score(truth, first, labels=np.unique(truth), average="macro")
     )
     assert found["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(truth, first, average="macro", zero_division=0))
-    within = sklearn.metrics.top_k_accuracy_score(truth, probabilities, k=min(5, classes), labels=range(classes)) if classes > 5 else 1.0  # fmt: skip
+    within = (
+        sklearn.metrics.top_k_accuracy_score(truth, probabilities, k=min(5, classes), labels=range(classes))
+        if classes > 5
+        else 1.0
+    )
     assert found["top_5_accuracy"] == pytest.approx(within)
 
 
@@ -80,7 +84,9 @@ def test_intervals_hold_the_spread_of_a_share():
     right = np.arange(400) < 320
     scores = metrics.with_intervals(lambda places: {"accuracy": float(right[places].mean())}, 400)
     low, high = scores["intervals"]["accuracy"]
-    assert scores["accuracy"] == 0.8 and low == pytest.approx(0.761, abs=0.004) and high == pytest.approx(0.839, abs=0.004)  # fmt: skip
+    assert (
+        scores["accuracy"] == 0.8 and low == pytest.approx(0.761, abs=0.004) and high == pytest.approx(0.839, abs=0.004)
+    )
     assert scores == metrics.with_intervals(lambda places: {"accuracy": float(right[places].mean())}, 400)
 
 
@@ -131,7 +137,9 @@ def test_caption_scores_are_pycocoevalcap_s_on_2000_items():
         assert found[f"Bleu_{n}"] == pytest.approx(value, abs=1e-9)
     cider, each = Cider().compute_score(gts, res)
     assert found["CIDEr"] == pytest.approx(cider, abs=1e-9)
-    assert metrics.cider_d([c.split() for c in captions], [[r.split() for r in refs] for refs in references]) == pytest.approx(each, abs=1e-9)  # fmt: skip
+    assert metrics.cider_d(
+        [c.split() for c in captions], [[r.split() for r in refs] for refs in references]
+    ) == pytest.approx(each, abs=1e-9)
     assert found["ROUGE_L"] == pytest.approx(Rouge().compute_score(gts, res)[0], abs=1e-9)
 
 
@@ -209,7 +217,9 @@ def test_the_script_compares_labels(tmp_path, capsys):
 def test_the_script_compares_captions_in_any_order(tmp_path, capsys):
     references = {str(i): [f"a dog runs {i}", "an animal"] for i in range(30)}
     captions = {i: refs[0] for i, refs in references.items()}
-    files = [write(tmp_path / f"{i}.json", v) for i, v in enumerate((references, captions, dict(reversed(captions.items()))))]  # fmt: skip
+    files = [
+        write(tmp_path / f"{i}.json", v) for i, v in enumerate((references, captions, dict(reversed(captions.items()))))
+    ]
     assert metrics.main(["--references", files[0], "--predictions", files[1], "--compare", files[2]]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["exact_match"] == 1 and found["Bleu_4"] == pytest.approx(1)
@@ -236,7 +246,12 @@ def test_answers_of_inference_are_matched_by_their_files_names(tmp_path, capsys)
     ],
 )
 def test_bad_files_are_one_line(tmp_path, capsys, references, answers, message):
-    argv = ["--references", write(tmp_path / "r.json", references), "--predictions", write(tmp_path / "p.json", answers)]  # fmt: skip
+    argv = [
+        "--references",
+        write(tmp_path / "r.json", references),
+        "--predictions",
+        write(tmp_path / "p.json", answers),
+    ]
     assert metrics.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

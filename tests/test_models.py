@@ -35,10 +35,15 @@ from transforms import Preprocessing
 
 FAMILIES = ("timesformer", "videomae")
 CAPTIONS = [
-    "a small red circle moves right", "the blue box is huge and stands still", "we see that the disc , tiny and white , moves up",
-    "a large green square drifts leftwards", "there is a big disc in cyan that moves down", "a little box moves left ; it is orange",
-    "in this clip the huge purple disc does not move", "a circle of yellow colour , small , glides towards the top",
-]  # fmt: skip
+    "a small red circle moves right",
+    "the blue box is huge and stands still",
+    "we see that the disc , tiny and white , moves up",
+    "a large green square drifts leftwards",
+    "there is a big disc in cyan that moves down",
+    "a little box moves left ; it is orange",
+    "in this clip the huge purple disc does not move",
+    "a circle of yellow colour , small , glides towards the top",
+]
 TEXTS = [
     "",
     "a note says: it is round",
@@ -83,7 +88,15 @@ def items_of(count: int = 8) -> list[dict]:
 def native_config(family: str, **more):
     from transformers import TimesformerConfig, VideoMAEConfig
 
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 8, "num_frames": 4}  # fmt: skip
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 32,
+        "patch_size": 8,
+        "num_frames": 4,
+    }
     return {"timesformer": TimesformerConfig, "videomae": VideoMAEConfig}[family](**(small | more))
 
 
@@ -192,13 +205,16 @@ def test_embeddings_are_interpolated_along_their_own_axis(family):
     assert torch.allclose(found_h[1:-1, 3], want_h[1:-1], atol=1e-4)
 
 
-@pytest.mark.parametrize("family, options, cause", [
-    ("timesformer", {"image_size": 60}, "multiple of its patch size, 16"),
-    ("videomae", {"image_size": 60}, "multiple of its patch size, 8"),
-    ("videomae", {"num_frames": 7}, "multiple of its tubelet size, 2"),
-    ("timesformer", {"token_grid": 5, "use_vlm": True}, "4 x 4 patches"),
-    ("timesformer", {"num_frames": 128, "use_vlm": True}, "leave no room"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, options, cause",
+    [
+        ("timesformer", {"image_size": 60}, "multiple of its patch size, 16"),
+        ("videomae", {"image_size": 60}, "multiple of its patch size, 8"),
+        ("videomae", {"num_frames": 7}, "multiple of its tubelet size, 2"),
+        ("timesformer", {"token_grid": 5, "use_vlm": True}, "4 x 4 patches"),
+        ("timesformer", {"num_frames": 128, "use_vlm": True}, "leave no room"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused(family, options, cause):
     with pytest.raises(UserError, match=cause):
         model_of(vision_model=family, **options)
@@ -251,12 +267,21 @@ TRAINED = [
     ({"use_lora_vision": True}, {"vision": "lora"}),
     ({"use_lora_vision": True, "freeze_visionbackbone": True}, {"vision": "lora"}),
     ({"use_vlm": True, "freeze_visionbackbone": True}, {"vision": "none", "language": "all"}),
-    ({"use_vlm": True, "freeze_visionbackbone": True, "freeze_llmbackbone": True, "use_text": True}, {"vision": "none", "language": "none"}),
+    (
+        {"use_vlm": True, "freeze_visionbackbone": True, "freeze_llmbackbone": True, "use_text": True},
+        {"vision": "none", "language": "none"},
+    ),
     ({"use_vlm": True, "use_lora_llm": True, "use_text": True}, {"vision": "all", "language": "lora"}),
-    ({"use_vlm": True, "captioning": True, "freeze_visionbackbone": True, "use_lora_llm": True}, {"vision": "none", "language": "lora"}),
-    ({"use_vlm": True, "captioning": True, "freeze_llmbackbone": True, "use_lora_vision": True}, {"vision": "lora", "language": "none"}),
+    (
+        {"use_vlm": True, "captioning": True, "freeze_visionbackbone": True, "use_lora_llm": True},
+        {"vision": "none", "language": "lora"},
+    ),
+    (
+        {"use_vlm": True, "captioning": True, "freeze_llmbackbone": True, "use_lora_vision": True},
+        {"vision": "lora", "language": "none"},
+    ),
     ({"use_vlm": True, "captioning": True}, {"vision": "all", "language": "all"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -288,11 +313,15 @@ def test_what_is_trained_is_what_the_flags_say_and_a_step_changes_only_that(fami
     assert changed == set(trained_tensors(model))
 
 
-@pytest.mark.parametrize("options", [
-    {"vision_model": "timesformer", "use_lora_vision": True}, {"vision_model": "videomae", "use_lora_vision": True},
-    {"use_vlm": True, "use_lora_llm": True, "freeze_visionbackbone": True},
-    {"use_vlm": True, "captioning": True, "use_lora_llm": True, "freeze_visionbackbone": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vision_model": "timesformer", "use_lora_vision": True},
+        {"vision_model": "videomae", "use_lora_vision": True},
+        {"use_vlm": True, "use_lora_llm": True, "freeze_visionbackbone": True},
+        {"use_vlm": True, "captioning": True, "use_lora_llm": True, "freeze_visionbackbone": True},
+    ],
+)
 def test_every_adapter_is_live_and_switching_one_off_changes_the_output(options):
     model = model_of(**options)
     found = dict(adapters(model))
@@ -342,19 +371,27 @@ def passes_through_layers(model, batch) -> tuple[dict[str, list[int]], dict[str,
         counts[name] = []
         for layer in (m for m in tower.modules() if isinstance(m, GradientCheckpointingLayer)):
             leaf = next(m for m in layer.modules() if not [*m.children()] and [*m.parameters()])
-            leaf.register_forward_pre_hook(lambda *_, place=len(counts[name]), found=counts[name]: found.__setitem__(place, found[place] + 1))  # fmt: skip
+            leaf.register_forward_pre_hook(
+                lambda *_, place=len(counts[name]), found=counts[name]: found.__setitem__(place, found[place] + 1)
+            )
             counts[name].append(0)
     loss_sum(model.train(), batch)[0].backward()
     return counts, {n: p.grad for n, p in trained_tensors(model).items()}
 
 
-@pytest.mark.parametrize("options, again", [
-    ({}, {"vision": 2}),
-    ({"vision_model": "videomae", "use_lora_vision": True, "freeze_visionbackbone": True}, {"vision": 2}),
-    ({"use_vlm": True, "captioning": True, "use_lora_llm": True}, {"vision": 2, "language": 2}),
-    ({"use_vlm": True, "captioning": True, "freeze_llmbackbone": True, "freeze_visionbackbone": True}, {"vision": 1, "language": 2}),
-    ({"use_vlm": True, "freeze_llmbackbone": True, "use_lora_vision": True}, {"vision": 2, "language": 2}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, again",
+    [
+        ({}, {"vision": 2}),
+        ({"vision_model": "videomae", "use_lora_vision": True, "freeze_visionbackbone": True}, {"vision": 2}),
+        ({"use_vlm": True, "captioning": True, "use_lora_llm": True}, {"vision": 2, "language": 2}),
+        (
+            {"use_vlm": True, "captioning": True, "freeze_llmbackbone": True, "freeze_visionbackbone": True},
+            {"vision": 1, "language": 2},
+        ),
+        ({"use_vlm": True, "freeze_llmbackbone": True, "use_lora_vision": True}, {"vision": 2, "language": 2}),
+    ],
+)
 def test_gradient_checkpointing_computes_each_layer_again_and_gives_the_same_gradients(options, again):
     grads = []
     for checkpointing in (False, True):
@@ -418,11 +455,14 @@ def test_the_classifiers_sequence_is_cls_video_sep_text_sep():
 
 
 OVERFIT = [
-    {"vision_model": "timesformer"}, {"vision_model": "videomae"}, {"vision_model": "videomae", "use_lora_vision": True},
-    {"use_vlm": True, "freeze_visionbackbone": True}, {"use_vlm": True, "use_text": True, "freeze_visionbackbone": True, "use_lora_llm": True},
+    {"vision_model": "timesformer"},
+    {"vision_model": "videomae"},
+    {"vision_model": "videomae", "use_lora_vision": True},
+    {"use_vlm": True, "freeze_visionbackbone": True},
+    {"use_vlm": True, "use_text": True, "freeze_visionbackbone": True, "use_lora_llm": True},
     {"use_vlm": True, "captioning": True, "freeze_visionbackbone": True, "use_lora_llm": True},
     {"vision_model": "videomae", "use_vlm": True, "captioning": True, "freeze_visionbackbone": True},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -459,13 +499,24 @@ def test_generate_in_a_batch_equals_one_by_one_and_beams_run():
 # -- language models of other families ----------------------------------------------------------------
 
 ENCODERS = {
-    "bert": {}, "roberta": {"pad_token_id": 0}, "xlm-roberta": {"pad_token_id": 0, "type_vocab_size": 1}, "camembert": {"pad_token_id": 0},
-    "electra": {"embedding_size": 8}, "albert": {"embedding_size": 8}, "distilbert": {"hidden_dim": 24}, "modernbert": {"global_attn_every_n_layers": 1},
-    "deberta": {"relative_attention": True, "pos_att_type": ["c2p"]}, "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
-}  # fmt: skip
+    "bert": {},
+    "roberta": {"pad_token_id": 0},
+    "xlm-roberta": {"pad_token_id": 0, "type_vocab_size": 1},
+    "camembert": {"pad_token_id": 0},
+    "electra": {"embedding_size": 8},
+    "albert": {"embedding_size": 8},
+    "distilbert": {"hidden_dim": 24},
+    "modernbert": {"global_attn_every_n_layers": 1},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p"]},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
+}
 DECODERS = {
-    "gpt2": {}, "llama": {}, "gpt_neox": {}, "opt": {"ffn_dim": 24, "word_embed_proj_dim": 8}, "qwen3": {"head_dim": 8, "num_key_value_heads": 1},
-}  # fmt: skip
+    "gpt2": {},
+    "llama": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 8},
+    "qwen3": {"head_dim": 8, "num_key_value_heads": 1},
+}
 
 
 def language_folder(folder, model_type: str, **more):
@@ -517,10 +568,13 @@ def test_decoders_of_other_families_train_and_write_captions(dataset, tmp_path, 
     assert capsys.readouterr().out.count(".pt  ") == 2
 
 
-@pytest.mark.parametrize("family, captioning, message", [
-    ("llama", False, "is a llama; to classify, take a BERT-like encoder, or add --captioning True"),
-    ("distilbert", True, "captioning needs a causal language model such as gpt2, not"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, captioning, message",
+    [
+        ("llama", False, "is a llama; to classify, take a BERT-like encoder, or add --captioning True"),
+        ("distilbert", True, "captioning needs a causal language model such as gpt2, not"),
+    ],
+)
 def test_a_model_of_the_other_kind_is_refused(tmp_path, family, captioning, message):
     folder = language_folder(tmp_path, family)
     with pytest.raises(UserError, match=message):
@@ -563,9 +617,18 @@ def test_positions_behind_the_paddings_are_not_counted(tmp_path):
 def test_captions_do_not_depend_on_the_folders_generation_config(tmp_path):
     plain, odd = (shutil.copytree(ROOT / "backbones" / "gpt2-tiny", tmp_path / name) for name in "ab")
     settings = {
-        "repetition_penalty": 2.0, "no_repeat_ngram_size": 1, "temperature": 0.1, "do_sample": True, "max_length": 3, "min_new_tokens": 11,
-        "suppress_tokens": [5, 6, 7, 8], "forced_eos_token_id": 9, "num_return_sequences": 2, "length_penalty": -5.0, "bad_words_ids": [[3]],
-    }  # fmt: skip
+        "repetition_penalty": 2.0,
+        "no_repeat_ngram_size": 1,
+        "temperature": 0.1,
+        "do_sample": True,
+        "max_length": 3,
+        "min_new_tokens": 11,
+        "suppress_tokens": [5, 6, 7, 8],
+        "forced_eos_token_id": 9,
+        "num_return_sequences": 2,
+        "length_penalty": -5.0,
+        "bad_words_ids": [[3]],
+    }
     (odd / "generation_config.json").write_text(json.dumps(settings))
     captions = []
     for folder in (plain, odd):
@@ -600,7 +663,11 @@ BEHIND = re.compile(  # what follows the layers, by the names that the families 
 
 def groups_of(model, config) -> dict[str, tuple[float, float]]:
     """name -> (peak learning rate, weight decay) of every trained tensor."""
-    found = {id(p): (g["peak_lr"], g["weight_decay"]) for g in build_optimizer(model, config).param_groups for p in g["params"]}  # fmt: skip
+    found = {
+        id(p): (g["peak_lr"], g["weight_decay"])
+        for g in build_optimizer(model, config).param_groups
+        for p in g["params"]
+    }
     return {name: found[id(p)] for name, p in trained_tensors(model).items()}
 
 
@@ -613,7 +680,12 @@ def test_layer_decay_slows_every_layer_below_another_and_embeddings_most(tmp_pat
     else:
         more = {} if family == "albert" else {"num_hidden_layers": 3}  # ALBERT's layers share their weights
         folder = language_folder(tmp_path, family, **more)
-        options |= {"use_vlm": True, "freeze_visionbackbone": True, "captioning": family in DECODERS, "language_model": str(folder)}  # fmt: skip
+        options |= {
+            "use_vlm": True,
+            "freeze_visionbackbone": True,
+            "captioning": family in DECODERS,
+            "language_model": str(folder),
+        }
     config = config_of(**options)
     model = build_model(config, 4)
     prefix = "vision_encoder." if family in FAMILIES else "language_model."
@@ -625,7 +697,14 @@ def test_layer_decay_slows_every_layer_below_another_and_embeddings_most(tmp_pat
         assert rate == 0.5**power, name
 
 
-@pytest.mark.parametrize("options", [{"vision_model": "timesformer"}, {"vision_model": "videomae", "use_vlm": True}, {"use_vlm": True, "captioning": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vision_model": "timesformer"},
+        {"vision_model": "videomae", "use_vlm": True},
+        {"use_vlm": True, "captioning": True},
+    ],
+)
 def test_decay_spares_biases_norms_and_what_marks_a_place(options):
     config = config_of(**options)
     model = build_model(config, 4)
@@ -633,7 +712,9 @@ def test_decay_spares_biases_norms_and_what_marks_a_place(options):
     spared = {name for name, p in trained_tensors(model).items() if p.ndim > 1 and not decays[name]}
     expected = set()
     if config.vision_model == "timesformer":
-        expected |= {f"vision_encoder.backbone.embeddings.{n}" for n in ("cls_token", "position_embeddings", "time_embeddings")}  # fmt: skip
+        expected |= {
+            f"vision_encoder.backbone.embeddings.{n}" for n in ("cls_token", "position_embeddings", "time_embeddings")
+        }
     if config.use_vlm:
         expected |= {"projector.time_embedding.weight"}
         position = "transformer.wpe" if config.captioning else "embeddings.position_embeddings"
@@ -651,25 +732,31 @@ def test_decay_spares_the_positions_of_every_language_model_and_no_words(tmp_pat
     for name, (_, decay) in groups_of(model, config).items():
         if re.search("position|wpe|rel_emb", name):
             assert decay == 0, name
-        if name.endswith("weight") and any(w in name for w in ("word_embeddings", "wte", "embed_tokens", "tok_embeddings", "embed_in", "query", "fc1", "Wqkv")):  # fmt: skip
+        if name.endswith("weight") and any(
+            w in name
+            for w in ("word_embeddings", "wte", "embed_tokens", "tok_embeddings", "embed_in", "query", "fc1", "Wqkv")
+        ):
             assert decay == 0.05, name
 
 
 F_TINY, F_HUB, L_TINY, L_HUB, H_TINY, H_HUB = 5e-4, 5e-5, 3e-3, 5e-4, 3e-3, 1e-3
 
 
-@pytest.mark.parametrize("vision, language, options, rates", [  # the table of README.md, by hand: vision, language, new layers
-    ("tiny", "tiny", {}, (F_TINY, F_TINY, 2 * F_TINY)),
-    ("hub", "hub", {"use_lora_vision": True, "use_lora_llm": True}, (L_HUB, L_HUB, 2 * L_HUB)),
-    ("tiny", "hub", {"freeze_visionbackbone": True}, (None, F_HUB, 10 * F_HUB)),
-    ("tiny", "hub", {"freeze_visionbackbone": True, "use_lora_llm": True}, (None, L_HUB, 2 * L_HUB)),
-    ("tiny", "hub", {"freeze_visionbackbone": True, "freeze_llmbackbone": True}, (None, None, H_HUB)),
-    ("tiny", "tiny", {"freeze_visionbackbone": True, "freeze_llmbackbone": True}, (None, None, H_TINY)),
-    ("tiny", "hub", {"use_lora_vision": True, "freeze_llmbackbone": True}, (L_TINY, None, L_TINY)),
-    ("tiny", "hub", {}, (F_TINY, F_HUB, 10 * F_HUB)),
-    ("tiny", "tiny", {"use_lora_vision": True}, (L_TINY, F_TINY, 2 * F_TINY)),
-    ("hub", "tiny", {"use_lora_llm": True}, (F_HUB, L_TINY, 10 * F_HUB)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "vision, language, options, rates",
+    [  # the table of README.md, by hand: vision, language, new layers
+        ("tiny", "tiny", {}, (F_TINY, F_TINY, 2 * F_TINY)),
+        ("hub", "hub", {"use_lora_vision": True, "use_lora_llm": True}, (L_HUB, L_HUB, 2 * L_HUB)),
+        ("tiny", "hub", {"freeze_visionbackbone": True}, (None, F_HUB, 10 * F_HUB)),
+        ("tiny", "hub", {"freeze_visionbackbone": True, "use_lora_llm": True}, (None, L_HUB, 2 * L_HUB)),
+        ("tiny", "hub", {"freeze_visionbackbone": True, "freeze_llmbackbone": True}, (None, None, H_HUB)),
+        ("tiny", "tiny", {"freeze_visionbackbone": True, "freeze_llmbackbone": True}, (None, None, H_TINY)),
+        ("tiny", "hub", {"use_lora_vision": True, "freeze_llmbackbone": True}, (L_TINY, None, L_TINY)),
+        ("tiny", "hub", {}, (F_TINY, F_HUB, 10 * F_HUB)),
+        ("tiny", "tiny", {"use_lora_vision": True}, (L_TINY, F_TINY, 2 * F_TINY)),
+        ("hub", "tiny", {"use_lora_llm": True}, (F_HUB, L_TINY, 10 * F_HUB)),
+    ],
+)
 @pytest.mark.parametrize("typed", [1.0, 3.0])
 def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, language, options, rates, typed):
     """A folder stands for weights of the hub. A rate that is typed is the freest backbone's; the others keep their ratio."""

@@ -120,8 +120,16 @@ def test_which_caption_is_drawn_is_known_before_the_video_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     "best, patience, stop",
-    [("TFF", 2, True), ("TFF", 3, False), ("TFT", 2, False), ("TFFF", 0, False), ("T", 1, False), ("TTF", 1, True), ("", 1, False)],
-)  # fmt: skip
+    [
+        ("TFF", 2, True),
+        ("TFF", 3, False),
+        ("TFT", 2, False),
+        ("TFFF", 0, False),
+        ("T", 1, False),
+        ("TTF", 1, True),
+        ("", 1, False),
+    ],
+)
 def test_patience_counts_epochs_since_the_best(best, patience, stop):
     assert out_of_patience([{"best": b == "T"} for b in best], patience) is stop
 

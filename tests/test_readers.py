@@ -518,7 +518,10 @@ def test_real_clips_equal_a_full_decode(real_data):
             assert (reader.frames(np.array(indices)).numpy() == reference[indices]).all(), (path, indices)
 
 
-@pytest.mark.parametrize("name", ["nasa_13013.mp4.stream3.frame000015", "nasa_13013.mp4.stream3.frame000386", "h265_video.mp4.stream0.frame000005"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["nasa_13013.mp4.stream3.frame000015", "nasa_13013.mp4.stream3.frame000386", "h265_video.mp4.stream0.frame000005"],
+)
 def test_real_frames_equal_those_that_ffmpeg_extracted(real_data, name):
     expected = torch.load(real_data / "clips" / f"{name}.pt", weights_only=True)
     path = real_data / "clips" / name.split(".stream")[0]

@@ -20,9 +20,12 @@ from config import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?:<!-- test: ([a-z0-9 ]+) -->\n)?```bash\n(.*?)```", README, flags=re.DOTALL)
 SCRIPTS = {
-    "main.py": main.main, "inference.py": inference.main, "dummy_data.py": dummy_data.main,
-    "create_dummy.py": create_dummy.main, "convert_dataset.py": convert_dataset.main,
-}  # fmt: skip
+    "main.py": main.main,
+    "inference.py": inference.main,
+    "dummy_data.py": dummy_data.main,
+    "create_dummy.py": create_dummy.main,
+    "convert_dataset.py": convert_dataset.main,
+}
 
 
 def commands(use: str = "") -> list[list[str]]:
@@ -147,7 +150,10 @@ def make_ssv2() -> None:
 
 
 def make_msrvtt() -> None:
-    for name, folder, splits in (("train_val", "TrainValVideo", ["train"] * 6 + ["validate"] * 2), ("test", "TestVideo", ["test"] * 2)):  # fmt: skip
+    for name, folder, splits in (
+        ("train_val", "TrainValVideo", ["train"] * 6 + ["validate"] * 2),
+        ("test", "TestVideo", ["test"] * 2),
+    ):
         videos = [{"video_id": f"video_{name}{i}", "split": split, "category": 1} for i, split in enumerate(splits)]
         for index, video in enumerate(videos):
             clip(f"MSRVTT/{folder}/{video['video_id']}.mp4", index % 2)
@@ -156,9 +162,13 @@ def make_msrvtt() -> None:
 
 
 USES = {
-    "class folders": (make_class_folders, "of 6 right"), "csv": (make_csv, "wrote answers.jsonl"), "frames": (make_frames, "8 videos in"),
-    "ucf101": (make_ucf101, "wrote ucf101.jsonl"), "ssv2": (make_ssv2, "wrote ssv2.jsonl"), "msrvtt": (make_msrvtt, "wrote captions.jsonl"),
-}  # fmt: skip
+    "class folders": (make_class_folders, "of 6 right"),
+    "csv": (make_csv, "wrote answers.jsonl"),
+    "frames": (make_frames, "8 videos in"),
+    "ucf101": (make_ucf101, "wrote ucf101.jsonl"),
+    "ssv2": (make_ssv2, "wrote ssv2.jsonl"),
+    "msrvtt": (make_msrvtt, "wrote captions.jsonl"),
+}
 
 
 def test_every_use_of_the_readme_has_a_stand_in():

@@ -32,7 +32,11 @@ def flags_of(folder: Path, dataset: Path) -> list[str]:
 
 
 def cells(text: str, title: str) -> list[list[str]]:
-    return [[c.strip() for c in line.strip("| ").split(" | ")] for line in text.split("\n") if line.startswith(f"| {title} |")]  # fmt: skip
+    return [
+        [c.strip() for c in line.strip("| ").split(" | ")]
+        for line in text.split("\n")
+        if line.startswith(f"| {title} |")
+    ]
 
 
 def test_the_tables_hold_the_runs_numbers(study):

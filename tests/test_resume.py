@@ -132,7 +132,9 @@ def test_resuming_keeps_count_of_skipped_videos_and_of_empty_batches(dataset, tm
 
 def start(argv: list[str]) -> subprocess.Popen:
     env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "main.py", *argv], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "main.py", *argv], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(file: Path, process: subprocess.Popen) -> None:
@@ -144,9 +146,14 @@ def wait_for(file: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [
-    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_and_then_resume(dataset, tmp_path, number):
     more = [*JOBS["classifier"], "--num_workers", "0"]
     assert main.main(flags(dataset, tmp_path / "whole", *more, "--epochs", "12")) == 0
@@ -175,10 +182,15 @@ def stopped(dataset, tmp_path, monkeypatch) -> list[str]:
     return argv
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--epochs", "5"], "--epochs 5 (it has 4)"), (["--learning_rate", "0.1"], "--learning_rate 0.1 (it has 0.001)"),
-    (["--run_name", "other"], "is no run of this program"), (["--data_dir", "nowhere"], "no data folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--epochs", "5"], "--epochs 5 (it has 4)"),
+        (["--learning_rate", "0.1"], "--learning_rate 0.1 (it has 0.001)"),
+        (["--run_name", "other"], "is no run of this program"),
+        (["--data_dir", "nowhere"], "no data folder"),
+    ],
+)
 def test_resuming_with_other_options_is_refused(stopped, capsys, more, message):
     capsys.readouterr()
     assert main.main([*stopped, "--resume", "True", *more]) == 2

@@ -73,14 +73,26 @@ def whole(dataset, tmp_path_factory) -> Path:
 
 
 MOMENTS = [
-    ("main.readable", 1), ("checkpoint.write_json", 1), ("train_code.save_weights", 1), ("train_code.save_state", 1),
-    ("os.replace", 6), ("train_code.final_scores", 2), ("main.draw_pictures", 1), ("checkpoint.finish_run", 1),
-]  # fmt: skip
+    ("main.readable", 1),
+    ("checkpoint.write_json", 1),
+    ("train_code.save_weights", 1),
+    ("train_code.save_state", 1),
+    ("os.replace", 6),
+    ("train_code.final_scores", 2),
+    ("main.draw_pictures", 1),
+    ("checkpoint.finish_run", 1),
+]
 SELDOM = [
-    ("checkpoint.start_run", 1), ("checkpoint.describe_run", 1), ("checkpoint.write_yaml", 2), ("train_code.train", 1),
-    ("os.fsync", 7), ("train_code.test_best", 1), ("figures.plot_curves", 1), ("controls.control_scores", 1),
+    ("checkpoint.start_run", 1),
+    ("checkpoint.describe_run", 1),
+    ("checkpoint.write_yaml", 2),
+    ("train_code.train", 1),
+    ("os.fsync", 7),
+    ("train_code.test_best", 1),
+    ("figures.plot_curves", 1),
+    ("controls.control_scores", 1),
     ("figures.plot_occlusion", 1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("target, call", [*MOMENTS, *(pytest.param(*m, marks=pytest.mark.slow) for m in SELDOM)])
@@ -118,7 +130,14 @@ def test_a_picture_that_fails_does_not_finish_the_run(dataset, tmp_path, monkeyp
 
 def start(argv: list[str]) -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "main.py", *argv], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "main.py", *argv],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_a_running_run_is_left_alone_and_free_once_it_is_killed(dataset, tmp_path, capsys):
@@ -191,7 +210,10 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(dataset, tmp_pat
     assert contents(run) == contents(whole)
 
 
-@pytest.mark.parametrize("files", [{"metadata.json": "{}"}, {"config.yaml": "lr: 1", "x": ""}, {"model.safetensors": ""}, {"config.yaml": "a: 1"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "files",
+    [{"metadata.json": "{}"}, {"config.yaml": "lr: 1", "x": ""}, {"model.safetensors": ""}, {"config.yaml": "a: 1"}],
+)
 def test_a_folder_that_is_no_run_is_never_touched(dataset, tmp_path, capsys, files):
     (tmp_path / "r").mkdir()
     for name, text in files.items():
@@ -203,10 +225,17 @@ def test_a_folder_that_is_no_run_is_never_touched(dataset, tmp_path, capsys, fil
     assert {p.name: p.read_text() for p in (tmp_path / "r").iterdir()} == files
 
 
-@pytest.mark.parametrize("change", [
-    {"backbones": {}}, {"class_names": 3}, {"display_names": {}}, {"task": None}, {"format_version": [2]},
-    {"backbones": {"vision": {"in_checkpoint": True, "fingerprint": ""}}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"backbones": {}},
+        {"class_names": 3},
+        {"display_names": {}},
+        {"task": None},
+        {"format_version": [2]},
+        {"backbones": {"vision": {"in_checkpoint": True, "fingerprint": ""}}},
+    ],
+)
 def test_metadata_of_another_shape_is_refused(dataset, tmp_path, whole, capsys, change):
     import inference
 

@@ -18,8 +18,11 @@ def test_segment_centres_and_windows():
 
 
 @given(
-    available=st.integers(1, 500), num_frames=st.integers(1, 64), stride=st.integers(0, 9), seed=st.integers(0, 9) | st.none()
-)  # fmt: skip
+    available=st.integers(1, 500),
+    num_frames=st.integers(1, 64),
+    stride=st.integers(0, 9),
+    seed=st.integers(0, 9) | st.none(),
+)
 def test_indices_always_ascend_inside_the_video(available, num_frames, stride, seed):
     rng = None if seed is None else np.random.default_rng(seed)
     indices = sample_indices(available, num_frames, stride, rng)
@@ -40,12 +43,17 @@ def test_training_jitters_and_covers_every_frame():
     [
         {"size": {"shortest_edge": 56}, "crop_size": {"height": 48, "width": 48}},
         {"size": {"height": 48, "width": 48}, "do_center_crop": False, "resample": 3},
-        {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]},
+        {
+            "size": {"shortest_edge": 48},
+            "crop_size": {"height": 48, "width": 48},
+            "image_mean": [0.1, 0.2, 0.3],
+            "image_std": [0.5, 0.6, 0.7],
+        },
         {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}, "do_normalize": False},
         {"do_resize": False, "crop_size": {"height": 48, "width": 48}},
         {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}, "rescale_factor": 1 / 127.5},
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("shape", [(70, 99), (99, 70), (64, 64)])
 def test_pixels_equal_the_image_processor(fields, shape):
     from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
@@ -63,7 +71,13 @@ def test_pixels_equal_the_image_processor(fields, shape):
 
 
 def test_image_size_scales_resize_and_crop():
-    fields = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "image_mean": [0] * 3, "image_std": [1] * 3}  # fmt: skip
+    fields = {
+        "size": {"shortest_edge": 256},
+        "crop_size": {"height": 224, "width": 224},
+        "do_center_crop": True,
+        "image_mean": [0] * 3,
+        "image_std": [1] * 3,
+    }
     ours = Preprocessing.from_dict(fields, 112)
     assert ours.resize == (128,) and ours.pixels(torch.zeros(1, 3, 300, 500, dtype=torch.uint8)).shape == (
         1,

@@ -24,21 +24,62 @@ EVIL = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoImageProcessor
 NAN = float("nan")
 EDITS = {  # of JSON files: (key, value); None as key: another text instead of the file
     "config.json": [
-        ("auto_map", EVIL), ("model_type", "evil"), ("model_type", None), ("_attn_implementation", "org/name"), ("num_hidden_layers", 3),
-        ("hidden_size", 63), ("hidden_size", "x"), ("num_attention_heads", 0), ("image_size", -1), ("patch_size", 0), ("num_frames", None),
-        ("architectures", ["Evil"]), ("dtype", "float99"), ("attention_type", "x"), ("layer_norm_eps", NAN), ("hidden_act", "evil"),
+        ("auto_map", EVIL),
+        ("model_type", "evil"),
+        ("model_type", None),
+        ("_attn_implementation", "org/name"),
+        ("num_hidden_layers", 3),
+        ("hidden_size", 63),
+        ("hidden_size", "x"),
+        ("num_attention_heads", 0),
+        ("image_size", -1),
+        ("patch_size", 0),
+        ("num_frames", None),
+        ("architectures", ["Evil"]),
+        ("dtype", "float99"),
+        ("attention_type", "x"),
+        ("layer_norm_eps", NAN),
+        ("hidden_act", "evil"),
     ],
     "preprocessor_config.json": [
-        ("auto_map", EVIL), ("image_processor_type", "Evil"), ("image_mean", "abc"), ("image_mean", None), ("image_mean", [1]), ("image_std", [0, 0, 0]),
-        ("image_mean", [NAN] * 3), ("size", 0), ("size", -1), ("size", 10**6), ("size", {"longest_edge": 5}), ("size", "x"), ("crop_size", 0),
-        ("resample", None), ("rescale_factor", "x"), ("do_normalize", "maybe"), ("image_mean", [0.1, 0.1, 0.1]),
+        ("auto_map", EVIL),
+        ("image_processor_type", "Evil"),
+        ("image_mean", "abc"),
+        ("image_mean", None),
+        ("image_mean", [1]),
+        ("image_std", [0, 0, 0]),
+        ("image_mean", [NAN] * 3),
+        ("size", 0),
+        ("size", -1),
+        ("size", 10**6),
+        ("size", {"longest_edge": 5}),
+        ("size", "x"),
+        ("crop_size", 0),
+        ("resample", None),
+        ("rescale_factor", "x"),
+        ("do_normalize", "maybe"),
+        ("image_mean", [0.1, 0.1, 0.1]),
     ],
     "metadata.json": [
-        ("backbones", {}), ("backbones", {"vision": {}}), ("backbones", {"language": {}}), ("backbones", None), ("class_names", []),
-        ("class_names", "x"), ("class_names", [1, 2, 3]), ("class_names", None), ("display_names", {}), ("display_names", None), ("task", None),
-        ("format_version", 99), ("format_version", None), ("preprocessing", None), ("preprocessing", {}), ("data", None), ("versions", None),
+        ("backbones", {}),
+        ("backbones", {"vision": {}}),
+        ("backbones", {"language": {}}),
+        ("backbones", None),
+        ("class_names", []),
+        ("class_names", "x"),
+        ("class_names", [1, 2, 3]),
+        ("class_names", None),
+        ("display_names", {}),
+        ("display_names", None),
+        ("task", None),
+        ("format_version", 99),
+        ("format_version", None),
+        ("preprocessing", None),
+        ("preprocessing", {}),
+        ("data", None),
+        ("versions", None),
     ],
-}  # fmt: skip
+}
 TEXTS = ("", "{", "[]", "null", "[" * 100_000, '{"a": 1', "\0", '"x"')
 
 
@@ -59,10 +100,16 @@ def damage_any(path: Path, rng: random.Random) -> str:
     data = path.read_bytes()
     path.unlink()
     kinds: dict[str, Callable[[], Any]] = {
-        "pickle": lambda: path.write_bytes(pickle.dumps(Payload())), "zip": lambda: torch.save(Payload(), path), "fifo": lambda: os.mkfifo(path),
-        "folder": path.mkdir, "dangling": lambda: path.symlink_to("nowhere"), "zero": lambda: path.symlink_to("/dev/zero"),
-        "lacking": lambda: None, "empty": path.touch, "junk": lambda: path.write_bytes(rng.randbytes(len(data))),
-    }  # fmt: skip
+        "pickle": lambda: path.write_bytes(pickle.dumps(Payload())),
+        "zip": lambda: torch.save(Payload(), path),
+        "fifo": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "dangling": lambda: path.symlink_to("nowhere"),
+        "zero": lambda: path.symlink_to("/dev/zero"),
+        "lacking": lambda: None,
+        "empty": path.touch,
+        "junk": lambda: path.write_bytes(rng.randbytes(len(data))),
+    }
     kind = rng.choice(list(kinds))
     kinds[kind]()
     return kind
@@ -96,17 +143,24 @@ def damage_tensors(path: Path, rng: random.Random) -> str:
     alike = [n for n in tensors if tensors[n].shape == tensor.shape and tensors[n].dtype == tensor.dtype and n != name]
     kinds: dict[str, Callable[[], Any]] = {
         "half": lambda: tensors.update({n: t.half() if t.is_floating_point() else t for n, t in tensors.items()}),
-        "double": lambda: tensors.update({name: tensor.double()}), "integer": lambda: tensors.update({name: tensor.long()}),
-        "flat": lambda: tensors.update({name: tensor.flatten()}), "rank": lambda: tensors.update({name: tensor[None]}),
-        "short": lambda: tensors.update({name: tensor[:-1]}), "one": lambda: tensors.update({name: tensor.flatten()[:1].reshape(1)}),
+        "double": lambda: tensors.update({name: tensor.double()}),
+        "integer": lambda: tensors.update({name: tensor.long()}),
+        "flat": lambda: tensors.update({name: tensor.flatten()}),
+        "rank": lambda: tensors.update({name: tensor[None]}),
+        "short": lambda: tensors.update({name: tensor[:-1]}),
+        "one": lambda: tensors.update({name: tensor.flatten()[:1].reshape(1)}),
         "nan": lambda: tensors.update({n: t * NAN if t.is_floating_point() else t for n, t in tensors.items()}),
         "one inf": lambda: tensor.flatten()[:1].fill_(float("inf") if tensor.is_floating_point() else 99),
-        "rows": lambda: tensors.update({name: tensor.flip(0).contiguous()}), "double values": lambda: tensors.update({name: tensor * 2}),
+        "rows": lambda: tensors.update({name: tensor.flip(0).contiguous()}),
+        "double values": lambda: tensors.update({name: tensor * 2}),
         "swapped": lambda: tensors.update({name: tensors[alike[0]].clone(), alike[0]: tensor} if alike else {}),
-        "dropped": lambda: tensors.pop(name), "added": lambda: tensors.update({"optimizer.9999.step": torch.zeros(1)}),
-        "renamed": lambda: tensors.update({f"{name}.x": tensors.pop(name)}), "no header": header.clear,
-        "text": lambda: header.update({k: rng.choice(TEXTS[:4]) for k in header}), "progress": lambda: header.update(odd_facts(header, rng)),
-    }  # fmt: skip
+        "dropped": lambda: tensors.pop(name),
+        "added": lambda: tensors.update({"optimizer.9999.step": torch.zeros(1)}),
+        "renamed": lambda: tensors.update({f"{name}.x": tensors.pop(name)}),
+        "no header": header.clear,
+        "text": lambda: header.update({k: rng.choice(TEXTS[:4]) for k in header}),
+        "progress": lambda: header.update(odd_facts(header, rng)),
+    }
     kind = rng.choice(list(kinds))
     kinds[kind]()
     save_file({n: t.contiguous().clone() for n, t in tensors.items()}, path, metadata=header)

@@ -13,11 +13,17 @@ from pathlib import Path
 from tests.campaign import common
 
 FILMS = {
-    "mp4": [("libx264", "yuv444p"), ("mpeg4", "yuv420p")], "mkv": [("libx264", "yuv420p"), ("ffv1", "yuv420p")],
-    "webm": [("libvpx", "yuv420p"), ("libvpx-vp9", "yuv420p")], "avi": [("mpeg4", "yuv420p"), ("mjpeg", "yuvj420p"), ("huffyuv", "rgb24")],
-    "mov": [("mjpeg", "yuvj420p"), ("png", "rgb24")], "gif": [("gif", "rgb8")], "mpg": [("mpeg1video", "yuv420p"), ("mpeg2video", "yuv420p")],
-    "ts": [("mpeg2video", "yuv420p"), ("libx264", "yuv420p")], "flv": [("flv", "yuv420p")], "wmv": [("wmv2", "yuv420p")],
-}  # fmt: skip
+    "mp4": [("libx264", "yuv444p"), ("mpeg4", "yuv420p")],
+    "mkv": [("libx264", "yuv420p"), ("ffv1", "yuv420p")],
+    "webm": [("libvpx", "yuv420p"), ("libvpx-vp9", "yuv420p")],
+    "avi": [("mpeg4", "yuv420p"), ("mjpeg", "yuvj420p"), ("huffyuv", "rgb24")],
+    "mov": [("mjpeg", "yuvj420p"), ("png", "rgb24")],
+    "gif": [("gif", "rgb8")],
+    "mpg": [("mpeg1video", "yuv420p"), ("mpeg2video", "yuv420p")],
+    "ts": [("mpeg2video", "yuv420p"), ("libx264", "yuv420p")],
+    "flv": [("flv", "yuv420p")],
+    "wmv": [("wmv2", "yuv420p")],
+}
 IMAGES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF", "ppm": "PPM"}
 LARGEST = 300_000  # bytes of a real clip that is used
 MEMORY_MB, LIMIT = 2048, 60

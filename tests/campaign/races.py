@@ -19,10 +19,13 @@ REFUSALS = re.compile(r"process \d+|exists|is finished|no readable|does not exis
 Result = tuple[str, str]  # (verdict, text)
 #: the folder that it begins with, and what the two processes do
 RACES = {
-    "two starts": (None, "start", "start anew"), "overwriting a run that goes on": (None, "start", "overwrite"),
-    "two resumes": ("stopped", "resume", "resume"), "start and resume": ("stopped", "resume", "start anew"),
-    "overwrite and resume": ("stopped", "resume", "overwrite"), "evaluate while training": ("done_0", "evaluate", "overwrite"),
-}  # fmt: skip
+    "two starts": (None, "start", "start anew"),
+    "overwriting a run that goes on": (None, "start", "overwrite"),
+    "two resumes": ("stopped", "resume", "resume"),
+    "start and resume": ("stopped", "resume", "start anew"),
+    "overwrite and resume": ("stopped", "resume", "overwrite"),
+    "evaluate while training": ("done_0", "evaluate", "overwrite"),
+}
 
 
 class World:
@@ -33,9 +36,12 @@ class World:
         self.work, self.workers = work, workers
         self.data = common.tiny_data(work / "data")
         self.flags = {
-            "start": self.start(0), "start anew": self.start(1), "overwrite": f"{self.start(1)} --overwrite True",
-            "resume": f"--resume True {RUN}", "evaluate": f"--evaluate out/r --num_workers {workers}",
-        }  # fmt: skip
+            "start": self.start(0),
+            "start anew": self.start(1),
+            "overwrite": f"{self.start(1)} --overwrite True",
+            "resume": f"--resume True {RUN}",
+            "evaluate": f"--evaluate out/r --num_workers {workers}",
+        }
         begin = time.monotonic()
         self.lone = []
         for seed in (0, 1):

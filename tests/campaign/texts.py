@@ -18,29 +18,119 @@ from tests.campaign import common
 
 LIMIT, MEMORY_MB = 60, 3072
 VALUES = (
-    None, True, False, -1, 0, 1, 2.7, 1e308, float("inf"), float("nan"), 10**30, "", " ", "x" * 5000, "x" * 300, "\x1b[31m\x07", "\x00",
-    "a\u2028b", "\x85", "\ud800", "\ufeff", "²", "①", "$_$", "$\\frac{$", "%s", "{0}", "../x", "http:/x", "-", "--epochs", "'\"", "a\nb",
-    [], {}, [[]], [1], ["a", None], {"a": 1}, {"a": {"b": []}}, "class_0", "auto", "True", "1e-3", "2001-99-99", "nan", "facebook/x",
-)  # fmt: skip
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2.7,
+    1e308,
+    float("inf"),
+    float("nan"),
+    10**30,
+    "",
+    " ",
+    "x" * 5000,
+    "x" * 300,
+    "\x1b[31m\x07",
+    "\x00",
+    "a\u2028b",
+    "\x85",
+    "\ud800",
+    "\ufeff",
+    "²",
+    "①",
+    "$_$",
+    "$\\frac{$",
+    "%s",
+    "{0}",
+    "../x",
+    "http:/x",
+    "-",
+    "--epochs",
+    "'\"",
+    "a\nb",
+    [],
+    {},
+    [[]],
+    [1],
+    ["a", None],
+    {"a": 1},
+    {"a": {"b": []}},
+    "class_0",
+    "auto",
+    "True",
+    "1e-3",
+    "2001-99-99",
+    "nan",
+    "facebook/x",
+)
 HERE = "--output_dir out --num_workers 0"
 PIECES = (
-    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", "\u2028".encode(), b"\x1b[31m", b"\x07", b"[" * 100_000, b'{"a":' * 2000, b"9" * 5000, b"1e999",
-    b"NaN", b"null", b"-1", b"!!python/object/apply:os.system ['touch canary']", b"!!timestamp x", b"!!int x", b"!!bool x", b"2001-99-99",
-    b"&a [*a]", b"*a", b"12:30:45", b"<<: {a: 1}", b"\r", b"\n\n", b"\t", b'"', b"'", b"#", b"|", b",", b": ", b"\\u0000", b"\\ud800",
-)  # fmt: skip
+    b"\0",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    "\u2028".encode(),
+    b"\x1b[31m",
+    b"\x07",
+    b"[" * 100_000,
+    b'{"a":' * 2000,
+    b"9" * 5000,
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"-1",
+    b"!!python/object/apply:os.system ['touch canary']",
+    b"!!timestamp x",
+    b"!!int x",
+    b"!!bool x",
+    b"2001-99-99",
+    b"&a [*a]",
+    b"*a",
+    b"12:30:45",
+    b"<<: {a: 1}",
+    b"\r",
+    b"\n\n",
+    b"\t",
+    b'"',
+    b"'",
+    b"#",
+    b"|",
+    b",",
+    b": ",
+    b"\\u0000",
+    b"\\ud800",
+)
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n"
 LAUGHS += "".join(f"{c}: &{c} [{','.join(9 * ['*' + b])}]\n" for b, c in zip("abcdefgh", "bcdefghi", strict=True))
 ANNOTATIONS = {
     "list": ("train.csv", "path,label,caption,split\nv0.pt,jump,a jump,train\nv1.pt,run,a run,test\n"),
-    "ucf101": ("trainlist01.txt", "jump/v0.pt 1\nrun/v1.pt 2\n"), "hmdb51": ("jump_test_split1.txt", "v0.pt 1\nv1.pt 2\nv2.pt 0\n"),
+    "ucf101": ("trainlist01.txt", "jump/v0.pt 1\nrun/v1.pt 2\n"),
+    "hmdb51": ("jump_test_split1.txt", "v0.pt 1\nv1.pt 2\nv2.pt 0\n"),
     "kinetics": ("x.csv", "label,youtube_id,time_start,time_end,split\njump,v0,0,10,train\nrun,v1,0,10,val\n"),
     "ssv2": ("train.json", json.dumps([{"id": f"v{i}", "label": "a b", "template": "[x] b"} for i in range(3)])),
-    "msrvtt": ("x.json", json.dumps({"videos": [{"video_id": "v0", "split": "train"}], "sentences": [{"video_id": "v0", "caption": "a b"}]})),
-    "msvd": ("train.txt", "v0 a man runs\nv1 a dog\nv1 the dog\n"), "vatex": ("test.csv", "v0|a man|a dog\nv1|b\n"),
+    "msrvtt": (
+        "x.json",
+        json.dumps(
+            {"videos": [{"video_id": "v0", "split": "train"}], "sentences": [{"video_id": "v0", "caption": "a b"}]}
+        ),
+    ),
+    "msvd": ("train.txt", "v0 a man runs\nv1 a dog\nv1 the dog\n"),
+    "vatex": ("test.csv", "v0|a man|a dog\nv1|b\n"),
     "frames": ("train.txt", "f0 1 3 jump\nf0 4 run\n"),
-    "chat": ("train.json", json.dumps([{"messages": [{"role": "user", "content": "<video>what?"}, {"role": "assistant", "content": "a"}],
-                                        "videos": ["v0.pt"]}])),
-}  # fmt: skip
+    "chat": (
+        "train.json",
+        json.dumps(
+            [
+                {
+                    "messages": [{"role": "user", "content": "<video>what?"}, {"role": "assistant", "content": "a"}],
+                    "videos": ["v0.pt"],
+                }
+            ]
+        ),
+    ),
+}
 
 
 def make_base(folder: Path) -> None:
