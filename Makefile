@@ -62,10 +62,10 @@ campaign: $(VENV)/installed-dev
 	echo "== $$name"; nice -n 19 $(PY) -m tests.campaign.$$name || status=1; done; exit $$status
 
 report: $(VENV)/installed-extra
-	$(PY) make_report.py
+	$(PY) -m experiments.make_report
 
 provided: $(VENV)/installed-extra
-	$(PY) make_report.py --provide
+	$(PY) -m experiments.make_report --provide
 
 clean:
 	rm -rf $(VENV) $(DEMO)

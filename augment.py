@@ -44,7 +44,7 @@ class Augment:
         """The batch with other `pixel_values`; mixed clips add `mixed_labels` and `mix`, the share of `labels`."""
         if self.level == "none" and not self.flip:
             return batch
-        video = batch["pixel_values"]  # (B, T, C, H, W) uint8
+        video = batch["video"]  # (B, T, C, H, W) uint8
         if self.flip:
             video = flip(video)
         if self.level == "light":
@@ -52,7 +52,7 @@ class Augment:
         if self.level == "strong":
             video = crop(video, least_area=0.5, aspect=4 / 3)
             video = erase(jitter(rand_augment(video)))
-        batch = batch | {"pixel_values": video}
+        batch = batch | {"video": video}
         return mix(batch) if self.level == "strong" and "labels" in batch and "input_ids" not in batch else batch
 
 
@@ -164,7 +164,7 @@ def mix(batch: dict[str, Any]) -> dict[str, Any]:
 
     `labels` becomes the larger part's, `mixed_labels` the other's, `mix` (B,) the share of the larger part.
     """
-    video, labels = batch["pixel_values"], batch["labels"]
+    video, labels = batch["video"], batch["labels"]
     count = len(video)
     partners = torch.randperm(count)
     if torch.rand(()) < 0.5:
@@ -181,7 +181,7 @@ def mix(batch: dict[str, Any]) -> dict[str, Any]:
     own = (share >= 0.5).to(labels.device)
     other = labels[partners.to(labels.device)]
     return batch | {
-        "pixel_values": mixed,
+        "video": mixed,
         "labels": torch.where(own, labels, other),
         "mixed_labels": torch.where(own, other, labels),
         "mix": torch.maximum(share, 1 - share).to(labels.device),

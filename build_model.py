@@ -9,205 +9,25 @@ K classes; t h w count a clip's tokens over time, height and width.
 `pixel_values` are RGB uint8 (B, T, C, H, W): the vision encoder normalises them on the device.
 """
 
-import hashlib
 import inspect
-import json
 import math
-import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import ROOT, Config, family
-from script import UserError, collector_off, shown
+from config import Config, training_mode
+from pretrained import Source, fingerprint, from_source, load_backbone, load_preprocessor, locate, read_config
+from script import UserError, collector_off
 from transforms import Preprocessing
 
-FAMILIES = ("timesformer", "videomae")
-# a configuration beyond these would keep the machine busy long before anything fails
-MOST_LAYERS, MOST_TOKENS, MOST_PARAMETERS = 1000, 10**6, 10**11
-
-
-# -- backbones --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Source:
-    """Where a tower comes from: a folder or hub id. Without weights only its configuration is read,
-    because a checkpoint brings all its tensors."""
-
-    path: str
-    revision: str | None = None
-    weights: bool = True
-    fingerprint: str = field(default="", compare=False)
-
-    @property
-    def local(self) -> bool:
-        return Path(self.path).is_dir()
-
-    def arguments(self) -> dict[str, Any]:
-        """For every from_pretrained: never code from a checkpoint."""
-        pinned = {} if self.local or self.revision is None else {"revision": self.revision}
-        return {"pretrained_model_name_or_path": self.path, "trust_remote_code": False} | pinned
-
-
-def locate(name: str, weights: str) -> Source:
-    """The source of a --vision_model or --language_model: a short name, a folder, or a hub id."""
-    known = family(name)
-    if known is None:
-        return Source(name)
-    if weights == "hub":
-        return Source(known.hub, known.revision)
-    return Source(str(ROOT / known.tiny))
-
-
-def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
-    """loader.from_pretrained(source, ...), its failures as a UserError with the ways out."""
-    try:
-        return loader.from_pretrained(**source.arguments(), **more)
-    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, UnpicklingError ...
-        cause = " ".join(str(error).split())[:300] or type(error).__name__
-        if source.local:
-            raise UserError(f"cannot load the {what} in {source.path}: {cause}") from None
-        raise UserError(
-            f"cannot load the {what} of {source.path} from the hub: {cause} -- "
-            "ways out: --weights tiny, or name a folder that holds a copy of it"
-        ) from None
-
-
-def find_file(source: Source, name: str) -> Path | None:
-    """A file of a source; None where it has none of that name, or the hub cannot be reached."""
-    if source.local:
-        path = Path(source.path) / name
-        if os.path.lexists(path) and not path.is_file():
-            raise UserError(f"{path} is not a file")
-        return path if path.is_file() else None
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(
-            source.path,
-            name,
-            revision=source.revision,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # no such repository; loading its configuration says so
-        return None
-    return Path(found) if found else None
-
-
-def read_config(source: Source) -> Any:
-    """The configuration of a backbone. Raises UserError for one that is no backbone, or too large to build."""
-    from transformers import AutoConfig
-
-    check_files(source)
-    settings = from_source(AutoConfig, source, "configuration (config.json)")
-    check_sizes(source, settings)
-    return settings
-
-
-def check_files(source: Source) -> None:
-    """Raises UserError for adapters in place of a backbone, and for weights that lie outside their folder."""
-    if find_file(source, "adapter_config.json"):
-        raise UserError(
-            f"{source.path} holds adapters (adapter_config.json), no whole backbone: merge them into their model with "
-            "peft's merge_and_unload(), write it with save_pretrained, and name that folder"
-        )
-    for index in Path(source.path).glob("*.index.json") if source.local else ():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            outside = [name for name in names if Path(name).name != name]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{index} is no index of weights: copy the folder anew") from None
-        if outside:
-            raise UserError(f"{index} names a file outside its folder: {shown(outside[0])}")
-
-
-def check_sizes(source: Source, settings: Any) -> None:
-    """Raises UserError where the configuration asks for a model beyond all that can be trained here."""
-
-    def size(name: str) -> int:
-        value = getattr(settings, name, 0)
-        value = max(value, default=0) if isinstance(value, list | tuple) else value
-        return value if isinstance(value, int) else 0
-
-    layers, width = size("num_hidden_layers"), size("hidden_size")
-    attention = max(width, size("num_attention_heads") * size("head_dim"))
-    layer = 4 * width * attention + 2 * width * (size("intermediate_size") or 4 * width)
-    tokens = size("num_frames") * (size("image_size") // max(1, size("patch_size"))) ** 2
-    rows = size("vocab_size") + size("max_position_embeddings") + size("type_vocab_size") + tokens
-    if layers > MOST_LAYERS or tokens > MOST_TOKENS or layers * layer + rows * width > MOST_PARAMETERS:
-        raise UserError(
-            f"{source.path}: config.json describes a model that cannot be built here: {layers:,} layers of width "
-            f"{width:,}, about {layers * layer + rows * width:.1e} parameters"
-        )
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Of a tower's tensors: names, shapes and bytes, whatever file format they came in."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def load_tower(auto_class: Any, source: Source, config: Any, new_layers: tuple[str, ...], **more: Any) -> nn.Module:
-    """A float32 tower with pretrained weights, or with random ones where the source has no weights.
-
-    Raises:
-        UserError: a tensor is missing that is not of `new_layers`, or does not fit.
-    """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # loading takes a moment, not minutes
-    more |= {"dtype": torch.float32, "attn_implementation": None}  # not one that config.json names: it may be a program
-    if not source.weights:
-        try:
-            return auto_class.from_config(config, **more)
-        except Exception as error:  # whatever a damaged configuration makes of the model's arithmetic
-            raise UserError(f"cannot build the model of {source.path}/config.json: {error}") from None
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no table of the tensors that are not needed; the missing ones are told below
-    try:
-        model, report = from_source(
-            auto_class, source, "weights", config=config, weights_only=True, output_loading_info=True, **more
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = sorted(k for k in report["missing_keys"] if not k.startswith(new_layers))
-    misfits = sorted(str(k[0] if isinstance(k, tuple) else k) for k in report["mismatched_keys"])
-    if missing or misfits:
-        names = ", ".join((missing + misfits)[:4])
-        raise UserError(f"{source.path}: {len(missing)} tensors missing and {len(misfits)} of another shape: {names}")
-    return model
-
-
-def load_preprocessor(source: Source, model_type: str) -> dict[str, Any]:
-    """The fields of preprocessor_config.json; without that file, what transformers assumes for the family.
-
-    Raises UserError if the file is damaged.
-    """
-    from transformers import AutoImageProcessor
-    from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
-
-    if find_file(source, "preprocessor_config.json") or find_file(source, "processor_config.json"):
-        return from_source(AutoImageProcessor, source, "preprocessor_config.json", backend="pil").to_dict()
-    values = VideoMAEImageProcessorPil().to_dict()
-    print(
-        f"warning: {source.path} has no preprocessor_config.json; guessing transformers' default for "
-        f"{model_type}: mean {values['image_mean']}, std {values['image_std']}"
-    )
-    return values
+# -- the vision encoder -----------------------------------------------------------------------------
 
 
 def patch_side(config: Any) -> int:
@@ -224,34 +44,42 @@ def side_of(size: int | list[int] | tuple[int, int]) -> int:
 
 
 def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> None:
-    """Makes a backbone take another number of frames or another image size: interpolates its position and
-    time embeddings and updates its configuration, which TimeSformer's layers reshape by.
+    """Makes a backbone take another number of frames or another image size: interpolates its position and time
+    embeddings and updates its configuration, which TimeSformer's layers reshape by.
 
     Raises:
         UserError: image_size is no multiple of the patch size, or num_frames of the tubelet size.
     """
-    config = backbone.config
+    config, embeddings = backbone.config, backbone.embeddings
     patch, tubelet = side_of(config.patch_size), getattr(config, "tubelet_size", 1)
     if image_size % patch:
         raise UserError(f"--image_size {image_size}: this backbone needs a multiple of its patch size, {patch}")
     if num_frames % tubelet:
         raise UserError(f"--num_frames {num_frames}: this backbone needs a multiple of its tubelet size, {tubelet}")
-    side, times = patch_side(config), config.num_frames // tubelet
-    new_side, new_times = image_size // patch, num_frames // tubelet
-    embeddings = backbone.embeddings
-    if config.model_type == "timesformer":
-        space = embeddings.position_embeddings.data  # (1, 1 + h w, D)
-        grid = resize_grid(space[:, 1:].unflatten(1, (1, side, side)), (1, new_side, new_side))
-        embeddings.position_embeddings = nn.Parameter(torch.cat([space[:, :1], grid.flatten(1, 3)], dim=1))
-        time = embeddings.time_embeddings.data[:, :, None, None]  # (1, t, 1, 1, D)
-        embeddings.time_embeddings = nn.Parameter(resize_grid(time, (new_times, 1, 1)).flatten(1, 3))
-    else:
-        table = embeddings.position_embeddings.unflatten(1, (times, side, side))  # (1, t, h, w, D)
-        embeddings.position_embeddings = resize_grid(table, (new_times, new_side, new_side)).flatten(1, 3)
+    side, times = image_size // patch, num_frames // tubelet
+    FAMILIES[config.model_type].fit(embeddings, config, times, side)
+
     config.num_frames, config.image_size = num_frames, image_size
     patches = embeddings.patch_embeddings
     patches.image_size = (image_size, image_size)
-    patches.num_patches = embeddings.num_patches = new_side**2 * new_times if tubelet > 1 else new_side**2
+    patches.num_patches = embeddings.num_patches = side**2 * times if tubelet > 1 else side**2
+
+
+def fit_timesformer(embeddings: nn.Module, config: Any, times: int, side: int) -> None:
+    """Space and time have a table each; the CLS token's entry in the first stays."""
+    old_side = patch_side(config)
+    space = embeddings.position_embeddings.data  # (1, 1 + h w, D)
+    grid = resize_grid(space[:, 1:].unflatten(1, (1, old_side, old_side)), (1, side, side))
+    embeddings.position_embeddings = nn.Parameter(torch.cat([space[:, :1], grid.flatten(1, 3)], dim=1))
+    time = embeddings.time_embeddings.data[:, :, None, None]  # (1, t, 1, 1, D)
+    embeddings.time_embeddings = nn.Parameter(resize_grid(time, (times, 1, 1)).flatten(1, 3))
+
+
+def fit_videomae(embeddings: nn.Module, config: Any, times: int, side: int) -> None:
+    """One table of sines for all tokens."""
+    shape = (config.num_frames // config.tubelet_size, patch_side(config), patch_side(config))
+    table = embeddings.position_embeddings.unflatten(1, shape)  # (1, t, h, w, D)
+    embeddings.position_embeddings = resize_grid(table, (times, side, side)).flatten(1, 3)
 
 
 def fuse_attention(backbone: nn.Module) -> None:
@@ -280,15 +108,27 @@ def resize_grid(grid: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
     return grid.permute(0, 2, 3, 4, 1)
 
 
-def token_grid(tokens: torch.Tensor, config: Any) -> torch.Tensor:
-    """A backbone's patch tokens in one order, (B, N, D) -> (B, t, h, w, D), without the CLS token.
+class Family(NamedTuple):
+    """What differs between the families of video backbones."""
 
-    TimeSformer gives CLS first, then (h, w, t); VideoMAE gives (t, h, w) with `tubelet_size` frames a step.
-    """
-    side = patch_side(config)
-    if config.model_type == "timesformer":
-        return tokens[:, 1:].unflatten(1, (side, side, config.num_frames)).permute(0, 3, 1, 2, 4)
-    return tokens.unflatten(1, (config.num_frames // config.tubelet_size, side, side))
+    has_cls: bool  # a CLS token leads the patch tokens and is the pooled token; else they are averaged and normed
+    token_order: str  # of the patch tokens: "hwt" or "thw"
+    fit: Callable[[nn.Module, Any, int, int], None]  # interpolates the embeddings to (times, side)
+
+
+FAMILIES = {
+    "timesformer": Family(has_cls=True, token_order="hwt", fit=fit_timesformer),
+    "videomae": Family(has_cls=False, token_order="thw", fit=fit_videomae),
+}
+
+
+def token_grid(tokens: torch.Tensor, config: Any) -> torch.Tensor:
+    """A backbone's patch tokens in one order, without the CLS token: (B, N, D) -> (B, t, h, w, D)."""
+    family, side = FAMILIES[config.model_type], patch_side(config)
+    patches = tokens[:, int(family.has_cls) :]
+    if family.token_order == "hwt":
+        return patches.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2, 4)
+    return patches.unflatten(1, (-1, side, side))
 
 
 class VisionEncoder(nn.Module):
@@ -307,7 +147,7 @@ class VisionEncoder(nn.Module):
 
     @property
     def has_cls(self) -> bool:
-        return self.config.model_type == "timesformer"
+        return FAMILIES[self.config.model_type].has_cls
 
     @property
     def num_times(self) -> int:
@@ -332,17 +172,15 @@ class VisionEncoder(nn.Module):
     def pooled(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens[:, 0] if self.has_cls else tokens.mean(1)
 
-    def forward(self, pixel_values: torch.Tensor | None = None, features: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
         """uint8 (B, T, C, H, W), or features of it -> the pooled token (B, D), as the published classifier pools."""
-        pooled = self.pooled(self.tokens(pixel_values)) if features is None else features[:, 0].float()
+        pooled = self.pooled(self.tokens(video)) if is_clip(video) else video[:, 0].float()
         return pooled if self.has_cls else self.fc_norm(pooled)
 
-    def encode_video(
-        self, pixel_values: torch.Tensor | None, grid: int, features: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """uint8 (B, T, C, H, W), or features of it -> (B, N, D): CLS where there is one, then grid x grid averaged
-        tokens per time step in (t, h, w) order; N = num_tokens(grid)."""
-        return self.grid_tokens(self.tokens(pixel_values), grid) if features is None else features[:, 1:].float()
+    def encode_video(self, video: torch.Tensor, grid: int) -> torch.Tensor:
+        """uint8 (B, T, C, H, W), or features of it -> (B, N, D): CLS if there is one, then grid x grid averaged tokens
+        per time step in (t, h, w) order; N = num_tokens(grid)."""
+        return self.grid_tokens(self.tokens(video), grid) if is_clip(video) else video[:, 1:].float()
 
     def grid_tokens(self, tokens: torch.Tensor, grid: int) -> torch.Tensor:
         patches = token_grid(tokens, self.config)  # (B, t, h, w, D)
@@ -350,6 +188,11 @@ class VisionEncoder(nn.Module):
         pooled = F.adaptive_avg_pool2d(patches.flatten(0, 1).permute(0, 3, 1, 2), grid)  # (B t, D, g, g)
         pooled = pooled.permute(0, 2, 3, 1).reshape(batch, times * grid * grid, -1)  # (B, t g g, D)
         return torch.cat([tokens[:, :1], pooled], dim=1) if self.has_cls else pooled
+
+
+def is_clip(video: torch.Tensor) -> bool:
+    """Whether a batch is of pixels (B, T, C, H, W), not of features (B, 1 + N, D)."""
+    return video.ndim == 5
 
 
 def load_vision(source: Source, config: Config) -> VisionEncoder:
@@ -361,7 +204,9 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
         raise UserError(f"{source.path} is a {settings.model_type}; video backbones are {' and '.join(FAMILIES)}")
     if settings.model_type == "videomae":
         settings.use_mean_pooling = True  # self-supervised checkpoints lack the norm: it starts anew
-    classifier = load_tower(AutoModelForVideoClassification, source, settings, new_layers=("classifier.", "fc_norm."))
+    classifier = load_backbone(
+        AutoModelForVideoClassification, source, settings, new_layers=("classifier.", "fc_norm.")
+    )
     backbone = classifier.base_model
     source.fingerprint = fingerprint(backbone) if source.weights else source.fingerprint
     num_frames = settings.num_frames if config.num_frames == "auto" else config.num_frames
@@ -388,7 +233,7 @@ def load_language(source: Source, captioning: bool) -> tuple[nn.Module, Any]:
     if captioning:
         if not is_decoder(settings):
             raise UserError(f"captioning needs a causal language model such as gpt2, not {source.path}")
-        model = load_tower(AutoModelForCausalLM, source, settings, new_layers=("lm_head.",))
+        model = load_backbone(AutoModelForCausalLM, source, settings, new_layers=("lm_head.",))
         model.generation_config = (
             GenerationConfig()
         )  # captions depend on our options alone, not on a file of the folder
@@ -399,7 +244,7 @@ def load_language(source: Source, captioning: bool) -> tuple[nn.Module, Any]:
             )
         can_leave_out = "add_pooling_layer" in inspect.signature(model_class(settings).__init__).parameters
         pooler = {"add_pooling_layer": False} if can_leave_out else {}
-        model = load_tower(AutoModel, source, settings, new_layers=("pooler.",), **pooler)
+        model = load_backbone(AutoModel, source, settings, new_layers=("pooler.",), **pooler)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("pooler" not in name)
     source.fingerprint = fingerprint(model) if source.weights else source.fingerprint
@@ -476,21 +321,20 @@ class TextCodec:
 
 @dataclass(frozen=True)
 class Collator:
-    """Items to a batch of the model's arguments, plus `index` (the samples' places)."""
+    """Items to a batch of the model's arguments, plus `index` (the samples' numbers)."""
 
     codec: TextCodec | None  # None: the model reads no text
-    source: str  # which text the model reads: "caption" or "text"
+    text_field: str  # which text the model reads: "caption" or "text"
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        video = "features" if "features" in items[0] else "pixel_values"
         batch = {
-            video: torch.stack([item[video] for item in items]),  # (B, 1 + N, D) fp16 or (B, T, C, H, W) uint8
+            "video": torch.stack([item["video"] for item in items]),  # (B, T, C, H, W) uint8 or (B, 1 + N, D) fp16
             "index": torch.tensor([item["index"] for item in items]),
         }
-        if self.source != "caption":
+        if self.text_field != "caption":
             batch["labels"] = torch.tensor([item["label"] for item in items])
         if self.codec is not None:
-            batch |= self.codec([item[self.source] for item in items])
+            batch |= self.codec([item[self.text_field] for item in items])
         return batch
 
 
@@ -525,10 +369,10 @@ class Projector(nn.Module):
 
 
 class VideoModel(nn.Module):
-    """What the three models share: a vision encoder, sources to reload from, frozen towers in eval()."""
+    """What the three models share: a vision encoder, sources to reload from, frozen backbones in eval()."""
 
     task: str
-    text_source: str | None = None  # what the loader tokenises: "caption", "text" or nothing
+    text_field: str | None = None  # what the loader tokenises: "caption", "text" or nothing
 
     def __init__(self, vision_encoder: VisionEncoder):
         super().__init__()
@@ -537,30 +381,30 @@ class VideoModel(nn.Module):
         self.sources: dict[str, Source] = {}
         self._frozen: list[nn.Module] = []
 
-    def towers(self) -> dict[str, nn.Module]:
+    def backbones(self) -> dict[str, nn.Module]:
         language = {"language": self.language_model} if hasattr(self, "language_model") else {}
         return {"vision": self.vision_encoder} | language
 
-    def freeze(self, tower: nn.Module) -> None:
-        """No gradients for the tower's own weights, and no dropout in it, whatever train() says."""
-        tower.requires_grad_(False)
-        self._frozen.append(tower)
-        if tower is self.vision_encoder:
-            tower.frozen = True
+    def freeze(self, backbone: nn.Module) -> None:
+        """No gradients for the backbone's own weights, and no dropout in it, whatever train() says."""
+        backbone.requires_grad_(False)
+        self._frozen.append(backbone)
+        if backbone is self.vision_encoder:
+            backbone.frozen = True
 
     def train(self, mode: bool = True) -> "VideoModel":
         super().train(mode)
-        for tower in self._frozen:
-            tower.eval()
+        for backbone in self._frozen:
+            backbone.eval()
         return self
 
-    def cut_note(self, samples: list[Any]) -> str | None:
+    def truncation_note(self, samples: list[Any]) -> str | None:
         """A line on texts or captions of these samples that are cut because they are too long; None if none is."""
         return None
 
     def collator(self) -> Collator:
         """Makes batches of this model's arguments."""
-        return Collator(self.codec() if self.text_source else None, self.text_source or "text")
+        return Collator(self.codec() if self.text_field else None, self.text_field or "text")
 
     def codec(self) -> TextCodec:
         raise NotImplementedError
@@ -569,12 +413,12 @@ class VideoModel(nn.Module):
         """What the logits are scored against: (B,) or (B, L); -100 does not count."""
         return batch["labels"]
 
-    def scores(self, pixel_values: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
-        """The logits of uint8 (B, T, C, H, W), or of `features`; of several views of each video,
-        (B, V, T, C, H, W), the log of the views' mean probabilities (B, K), one view at a time."""
-        if pixel_values is None or pixel_values.ndim == 5:
-            return self(pixel_values=pixel_values, **inputs).float()
-        views = [self(pixel_values=view, **inputs).float().log_softmax(-1) for view in pixel_values.unbind(1)]
+    def scores(self, video: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """The logits of uint8 (B, T, C, H, W), or of features; of several views of each video, (B, V, T, C, H, W), the
+        log of the views' mean probabilities (B, K), one view at a time."""
+        if video.ndim <= 5:
+            return self(video=video, **inputs).float()
+        views = [self(video=view, **inputs).float().log_softmax(-1) for view in video.unbind(1)]
         return torch.stack(views).logsumexp(0) - math.log(len(views))
 
 
@@ -590,9 +434,9 @@ class VideoClassifier(VideoModel):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, pixel_values: torch.Tensor | None = None, features: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
         """uint8 (B, T, C, H, W), or features of it -> logits (B, K)."""
-        return self.head(self.dropout(self.vision_encoder(pixel_values, features)))
+        return self.head(self.dropout(self.vision_encoder(video)))
 
 
 class VisionLanguageModel(VideoModel):
@@ -616,9 +460,9 @@ class VisionLanguageModel(VideoModel):
         width = language_model.get_input_embeddings().embedding_dim  # some models widen it behind the embeddings
         self.projector = Projector(vision_encoder, width, grid, dropout)
 
-    def video_tokens(self, pixel_values: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:
+    def video_tokens(self, video: torch.Tensor) -> torch.Tensor:
         """uint8 (B, T, C, H, W), or features of it -> (B, N, D) in the width of the language model's embeddings."""
-        return self.projector(self.vision_encoder.encode_video(pixel_values, self.grid, features))
+        return self.projector(self.vision_encoder.encode_video(video, self.grid))
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.language_model.get_input_embeddings()(input_ids)
@@ -635,9 +479,9 @@ class VisionLanguageModel(VideoModel):
             )
         return min(self.longest, positions - taken)
 
-    def cut_note(self, samples: list[Any]) -> str | None:
-        codec = self.codec() if self.text_source else None
-        texts = Counter(t for s in samples for t in (s.captions if self.text_source == "caption" else [s.text or ""]))
+    def truncation_note(self, samples: list[Any]) -> str | None:
+        codec = self.codec() if self.text_field else None
+        texts = Counter(t for s in samples for t in (s.captions if self.text_field == "caption" else [s.text or ""]))
         if codec is None or not texts:
             return None
         counts = zip(texts.values(), codec.tokens([*texts]), strict=True)
@@ -648,7 +492,7 @@ class VisionLanguageModel(VideoModel):
         if codec.max_tokens < self.longest:
             way_out = "the language model has no more room; train with a lower --token_grid or --num_frames"
         return (
-            f"note: {cut} of {texts.total()} {self.text_source}s are longer than {codec.max_tokens} tokens and are cut; "
+            f"note: {cut} of {texts.total()} {self.text_field}s are longer than {codec.max_tokens} tokens and are cut; "
             f"{way_out}"
         )
 
@@ -672,7 +516,7 @@ class VisionLanguageClassifier(VisionLanguageModel):
         super().__init__(vision_encoder, language_model, tokenizer, grid, longest, dropout)
         if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
             raise UserError("the language model's tokenizer has no [CLS] or [SEP] token")
-        self.text_source = "text" if use_text else None
+        self.text_field = "text" if use_text else None
         types = getattr(language_model.config, "type_vocab_size", None) or 0
         self.has_types = types > 1 and takes(language_model, "token_type_ids")
         self.room_for_text(self.projector.num_tokens + 2 + int(use_text))
@@ -686,14 +530,10 @@ class VisionLanguageClassifier(VisionLanguageModel):
         return TextCodec(self.tokenizer, bos=(), eos=self.tokenizer.sep_token_id, max_tokens=room)
 
     def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
+        self, video: torch.Tensor, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """uint8 (B, T, C, H, W), or features of it, and text ids ending in [SEP], right-padded (B, L) -> logits (B, K)."""
-        video = self.video_tokens(pixel_values, features)  # (B, N, D)
+        video = self.video_tokens(video)  # (B, N, D)
         batch, device = len(video), video.device
         marks = torch.tensor([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id], device=device)
         cls, sep = self.embed(marks).to(video.dtype).expand(batch, 2, -1).split(1, dim=1)
@@ -714,7 +554,7 @@ class VideoCaptioner(VisionLanguageModel):
     """video tokens, BOS, caption, EOS through a causal language model."""
 
     task = "captioning"
-    text_source = "caption"
+    text_field = "caption"
 
     def __init__(self, vision_encoder, language_model, tokenizer, grid: int, longest: int, dropout: float):
         super().__init__(vision_encoder, language_model, tokenizer, grid, longest, dropout)
@@ -734,16 +574,10 @@ class VideoCaptioner(VisionLanguageModel):
         """The ids behind BOS, EOS among them; padding by the mask, since EOS may be the padding id."""
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]  # (B, L - 1)
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        features: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, video: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """uint8 (B, T, C, H, W), or features of it, and BOS, caption, EOS, right-padded (B, L) -> logits of
         `targets` (B, L - 1, V)."""
-        video = self.video_tokens(pixel_values, features)  # (B, N, D)
+        video = self.video_tokens(video)  # (B, N, D)
         seen = torch.ones(video.shape[:2], dtype=attention_mask.dtype, device=video.device)
         logits = self.language_model(
             inputs_embeds=torch.cat([video, self.embed(input_ids)], dim=1),
@@ -754,20 +588,14 @@ class VideoCaptioner(VisionLanguageModel):
         return logits[:, :-1]
 
     @torch.no_grad()
-    def generate(
-        self,
-        pixel_values: torch.Tensor | None,
-        max_new_tokens: int,
-        num_beams: int = 1,
-        features: torch.Tensor | None = None,
-    ) -> list[str]:
+    def generate(self, video: torch.Tensor, max_new_tokens: int, num_beams: int = 1) -> list[str]:
         """One caption per clip of uint8 (B, T, C, H, W), or of features; greedy, or the best of `num_beams` beams.
 
         Raises UserError if prefix and caption exceed the language model's positions.
         """
         from transformers import GenerationConfig
 
-        video = self.video_tokens(pixel_values, features)  # (B, N, D)
+        video = self.video_tokens(video)  # (B, N, D)
         positions = positions_of(self.language_model)
         if positions and video.shape[1] + 1 + max_new_tokens > positions:
             raise UserError(
@@ -792,19 +620,19 @@ class VideoCaptioner(VisionLanguageModel):
 # -- what is trained --------------------------------------------------------------------------------
 
 
-def linear_layers(tower: nn.Module) -> list[str]:
-    """Names of all linear layers of a tower (attention and MLP), found in the model itself; adapters are seen through."""
+def linear_layers(backbone: nn.Module) -> list[str]:
+    """Names of all linear layers of a backbone (attention and MLP), found in the model itself; adapters are seen through."""
     from peft.tuners.lora import LoraLayer
     from transformers.pytorch_utils import Conv1D
 
     kinds = (nn.Linear, Conv1D, LoraLayer)
-    found = (n for n, m in tower.named_modules() if isinstance(m, kinds) and "pooler" not in n)
+    found = (n for n, m in backbone.named_modules() if isinstance(m, kinds) and "pooler" not in n)
     return [n for n in found if "lora_" not in n and not n.endswith(".base_layer")]
 
 
-def tower_body(tower: nn.Module) -> nn.Module:
-    """What AutoModel loads of a tower: the backbone, without output head."""
-    return tower.backbone if isinstance(tower, VisionEncoder) else tower.base_model
+def body_of(backbone: nn.Module) -> nn.Module:
+    """What AutoModel loads of a backbone: the backbone, without output head."""
+    return backbone.backbone if isinstance(backbone, VisionEncoder) else backbone.base_model
 
 
 def lora_settings(body: nn.Module, rank: int) -> Any:
@@ -818,12 +646,12 @@ def lora_settings(body: nn.Module, rank: int) -> Any:
     )
 
 
-def add_lora(tower: nn.Module, rank: int) -> None:
-    """Adapters on every linear layer of a tower, in place; the tower's own weights are frozen."""
+def add_lora(backbone: nn.Module, rank: int) -> None:
+    """Adapters on every linear layer of a backbone, in place; the backbone's own weights are frozen."""
     from peft import inject_adapter_in_model
 
-    tower.requires_grad_(False)
-    inject_adapter_in_model(lora_settings(tower_body(tower), rank), tower_body(tower))
+    backbone.requires_grad_(False)
+    inject_adapter_in_model(lora_settings(body_of(backbone), rank), body_of(backbone))
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -841,27 +669,26 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def choose_trained(model: VideoModel, config: Config) -> None:
     """The one place that decides what is trained: LoRA, else frozen, else in full; new layers always."""
-    freeze = {"vision": config.freeze_visionbackbone, "language": config.freeze_llmbackbone}
-    lora = {"vision": config.use_lora_vision, "language": config.use_lora_llm}
-    for name, tower in model.towers().items():
-        if lora[name]:
-            add_lora(tower, config.lora_r)
-        elif freeze[name]:
-            model.freeze(tower)
+    modes = training_mode(config)
+    for name, backbone in model.backbones().items():
+        if modes[name] == "lora":
+            add_lora(backbone, config.lora_r)
+        elif modes[name] == "frozen":
+            model.freeze(backbone)
         # nothing has to be recomputed of a frozen vision backbone; through a frozen language model gradients flow
-        if config.gradient_checkpointing and (name == "language" or trained_tensors(tower)):
-            checkpoint_layers(tower)
+        if config.gradient_checkpointing and (name == "language" or trained_tensors(backbone)):
+            checkpoint_layers(backbone)
 
 
-def checkpoint_layers(tower: nn.Module) -> None:
-    """Has each layer of a tower recompute its activations in the backward pass (arXiv:1604.06174). transformers' own
-    switch works in layers in train() only, which those of a frozen tower never are.
+def checkpoint_layers(backbone: nn.Module) -> None:
+    """Has each layer of a backbone recompute its activations in the backward pass (arXiv:1604.06174). transformers' own
+    switch works in layers in train() only, which those of a frozen backbone never are.
 
-    Raises UserError if the tower has no layers of which transformers knows that this can be done.
+    Raises UserError if the backbone has no layers of which transformers knows that this can be done.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UserError("--gradient_checkpointing True: one of these backbones cannot recompute its activations")
     for layer in layers:
@@ -873,14 +700,6 @@ def recomputed(self: nn.Module, *args: Any, **inputs: Any) -> Any:
     if not torch.is_grad_enabled():
         return type(self).forward(self, *args, **inputs)
     return checkpoint(type(self).forward, self, *args, use_reentrant=False, **inputs)
-
-
-def fully_trained(config: Config) -> dict[str, bool]:
-    """For each tower whether all its tensors are trained, so that a checkpoint holds them."""
-    return {
-        "vision": not (config.freeze_visionbackbone or config.use_lora_vision),
-        "language": not (config.freeze_llmbackbone or config.use_lora_llm),
-    }
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -3,7 +3,7 @@
     checkpoints/<run>/model.safetensors   exactly the trained tensors (its header: epoch, step, val metrics)
                       config.yaml         every option, resolved
                       metadata.json       task, classes, backbones with fingerprints, preprocessing, versions
-                      vision/ language/   configuration and tokenizer of a tower that was trained in full
+                      vision/ language/   configuration and tokenizer of a backbone that was trained in full
                       log.jsonl metrics.json predictions_{val,test}.jsonl *.png
                       state/                what --resume needs, until the run is finished
 
@@ -11,12 +11,9 @@ Loading is strict both ways, and no pickle is ever read.
 """
 
 import contextlib
-import copy
 import hashlib
 import json
 import os
-import re
-import runpy
 import shutil
 import subprocess
 from collections.abc import Generator, Set
@@ -24,67 +21,35 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from string import Template
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from build_model import (
-    Source,
-    VideoModel,
-    adapters,
-    build_model,
-    fully_trained,
-    load_preprocessor,
-    locate,
-    lora_settings,
-    merge_adapters,
-    read_config,
-    tower_body,
-    trained_tensors,
-)
-from config import FIELDS, NAMING, ROOT, Config, as_flags, read_yaml, run_name, write_yaml
+from build_model import VideoModel, build_model, trained_tensors
+from config import FIELDS, ROOT, Config, as_flags, options_with, read_yaml, run_name, training_mode, write_yaml
+from pretrained import Source, load_preprocessor, locate, read_config
 from script import (
     FileLock,
     UserError,
     is_temporary,
     make_folder,
-    printable,
     remove_leftovers,
     replace_file,
     shown,
     temporary,
     write_json,
 )
-from transforms import sample_indices
-from VLoader import Record, open_video
 
 FORMAT_VERSION = 1
-WEIGHTS, SETTINGS, METADATA = "model.safetensors", "config.yaml", "metadata.json"
+WEIGHTS, CONFIG_YAML, METADATA = "model.safetensors", "config.yaml", "metadata.json"
 METRICS, LOCK = "metrics.json", ".lock"
 STATE = Path("state") / "state.safetensors"
+PICTURES = ["curves", "confusion", "classes", "reliability", "worst", "captions", "attributes", "occlusion"]
 #: all that a run writes into its folder; --overwrite removes this and nothing else
-RUN_FILES = {
-    WEIGHTS,
-    SETTINGS,
-    METADATA,
-    METRICS,
-    "log.jsonl",
-    "predictions_val.jsonl",
-    "predictions_test.jsonl",
-    "state",
-    "vision",
-    "language",
-    "tensorboard",
-    "CARD.md",
-    *(
-        f"{name}.png"
-        for name in ("curves", "confusion", "classes", "reliability", "worst", "captions", "attributes", "occlusion")
-    ),
-}
+RUN_FILES = {WEIGHTS, CONFIG_YAML, METADATA, METRICS, "log.jsonl", "predictions_val.jsonl", "predictions_test.jsonl"}
+RUN_FILES |= {"state", "vision", "language", "tensorboard", "CARD.md", *(f"{name}.png" for name in PICTURES)}
 PROVIDED = ROOT / "checkpoints" / "provided"
 
 
@@ -106,7 +71,7 @@ def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple
     it until the end of the block. Only the `first` of several processes takes the lock and writes.
 
     The options are written at once, so that a run can be resumed whenever it is killed. A new run that ends before
-    start_run() leaves nothing behind.
+    write_run_files() leaves nothing behind.
 
     Raises UserError if another process has the folder, or it does not hold what it should.
     """
@@ -127,7 +92,7 @@ def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple
         else:
             fresh = check_free(run_dir, config.overwrite)
             if fresh:
-                replace_file(run_dir / SETTINGS, lambda p: write_yaml(asdict(config), p))
+                replace_file(run_dir / CONFIG_YAML, lambda p: write_yaml(asdict(config), p))
         remove_leftovers(run_dir.parent)
         yield run_dir, config
     finally:
@@ -166,7 +131,7 @@ def make_run(run_dir: Path, config: Config) -> FileLock | None:
     folder = temporary(run_dir)
     make_folder(folder)
     try:
-        write_yaml(asdict(config), folder / SETTINGS)
+        write_yaml(asdict(config), folder / CONFIG_YAML)
         lock = FileLock(folder / LOCK, str(run_dir))
         try:
             lock.move_with(folder, run_dir)
@@ -197,10 +162,10 @@ def check_free(run_dir: Path, overwrite: bool) -> bool:
 def is_unstarted(run_dir: Path) -> bool:
     """Whether the folder is empty, or what a run leaves that was killed before metadata.json was there."""
     names = {p.name for p in run_dir.iterdir() if p.name != LOCK and not is_temporary(p)}
-    if not names or SETTINGS not in names or foreign_files(run_dir):
+    if not names or CONFIG_YAML not in names or foreign_files(run_dir):
         return not names
     with contextlib.suppress(UserError):
-        return bool(read_yaml(run_dir / SETTINGS))
+        return bool(read_yaml(run_dir / CONFIG_YAML))
     return False
 
 
@@ -214,10 +179,10 @@ def clear_run(run_dir: Path, config: Config | None = None) -> None:
     """Removes what a run writes, and nothing else; the options of the run to come replace the old ones."""
     (run_dir / METADATA).unlink(missing_ok=True)  # first: the rest alone is no run, whenever this is killed
     if config is not None:
-        replace_file(run_dir / SETTINGS, lambda p: write_yaml(asdict(config), p))
+        replace_file(run_dir / CONFIG_YAML, lambda p: write_yaml(asdict(config), p))
     foreign = foreign_files(run_dir)
     for path in run_dir.iterdir():
-        if path.name == LOCK or path in foreign or (path.name == SETTINGS and config is not None):
+        if path.name == LOCK or path in foreign or (path.name == CONFIG_YAML and config is not None):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -247,17 +212,17 @@ def portable(path: str) -> str:
     return place.relative_to(ROOT).as_posix() if place.is_relative_to(ROOT) else path
 
 
-def describe_run(
+def run_metadata(
     model: VideoModel, config: Config, class_names: list[str], display: dict[str, str], data: str
 ) -> dict[str, Any]:
     """metadata.json: what the run is, in readable form; `data` identifies what it was trained on."""
-    whole = fully_trained(config)
+    modes = training_mode(config)
     backbones = {
         name: {
             "source": portable(source.path),
             "revision": source.revision,
             "fingerprint": source.fingerprint,
-            "in_checkpoint": whole[name],
+            "in_checkpoint": modes[name] == "full",
         }
         for name, source in model.sources.items()
     }
@@ -274,17 +239,17 @@ def describe_run(
     }
 
 
-def start_run(run_dir: Path, model: VideoModel, config: Config, metadata: dict[str, Any]) -> None:
+def write_run_files(run_dir: Path, model: VideoModel, config: Config, metadata: dict[str, Any]) -> None:
     """Writes all that does not change while the run trains."""
-    for name, whole in fully_trained(config).items():
-        if whole and name in model.sources:
-            save_tower_files(model, name, run_dir / name)
-    replace_file(run_dir / SETTINGS, lambda p: write_yaml(asdict(config), p))
+    for name, mode in training_mode(config).items():
+        if mode == "full":
+            save_backbone_files(model, name, run_dir / name)
+    replace_file(run_dir / CONFIG_YAML, lambda p: write_yaml(asdict(config), p))
     write_json(metadata, run_dir / METADATA)
 
 
-def save_tower_files(model: VideoModel, name: str, folder: Path) -> None:
-    """What rebuilds a tower around the checkpoint's tensors: its published configuration, and its
+def save_backbone_files(model: VideoModel, name: str, folder: Path) -> None:
+    """What rebuilds a backbone around the checkpoint's tensors: its published configuration, and its
     preprocessor or tokenizer."""
     source = model.sources[name]
     settings = read_config(source)
@@ -315,31 +280,6 @@ def tensor_digest(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> st
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def read_scan(file: Path) -> dict[str, Record]:
-    """What earlier scans found, by absolute path; anything else that the file holds is passed over."""
-    try:
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return {path: record for path, record in known.items() if is_record(record)} if isinstance(known, dict) else {}
-
-
-def is_record(value: Any) -> bool:
-    """Whether a value from a file is what a scan wrote of one video."""
-    if not isinstance(value, dict) or value.keys() != {"stamp", "digest", "decoded"}:
-        return False
-    marks, decoded = (value["stamp"], value["digest"]), value["decoded"]
-    sound = all(isinstance(mark, str) and re.fullmatch("[0-9a-f]{32}", mark) for mark in marks)
-    return sound and isinstance(decoded, list) and all(isinstance(frames, str) for frames in decoded)
-
-
-def write_scan(file: Path, found: dict[str, Record]) -> None:
-    """Adds to what is remembered; other runs may have written since it was read."""
-    make_folder(file.parent)
-    remove_leftovers(file.parent)
-    write_json(read_scan(file) | found, file)
 
 
 # -- what --resume needs ----------------------------------------------------------------------------
@@ -404,22 +344,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
 
 
-#: options that may differ when a run is resumed: they change nothing that it computes
-FREE_AT_RESUME = {
-    "cache_dir",
-    "controls",
-    "data_dir",
-    "device",
-    "num_workers",
-    "output_dir",
-    "overwrite",
-    "resume",
-    "run_name",
-    "save_every",
-    "tensorboard",
-}
-
-
 def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
     """The options of the run to resume, machine options taken from `config`; without `resume` where it was killed
     before it started to train.
@@ -428,22 +352,23 @@ def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
         UserError: no such run, it is finished, or a typed option is not the run's own.
     """
     started = (run_dir / METADATA).exists()
-    if not started and not (is_unstarted(run_dir) and (run_dir / SETTINGS).exists()):
+    if not started and not (is_unstarted(run_dir) and (run_dir / CONFIG_YAML).exists()):
         raise UserError(f"{run_dir} is no run of this program: it has no {METADATA}")
-    saved = read_run(run_dir)[0] if started else Config(**read_yaml(run_dir / SETTINGS))
+    saved = read_run(run_dir)[0] if started else Config(**read_yaml(run_dir / CONFIG_YAML))
     if (run_dir / METRICS).is_file() and started:
         if (run_dir / LOCK).exists():  # this process has it
             shutil.rmtree(run_dir / STATE.parent, ignore_errors=True)  # what a kill at the very end left
             remove_leftovers(run_dir, owned=True)
         raise UserError(f"{run_dir} is finished: nothing to resume; --overwrite True trains it again")
+    free = {*options_with("free_at_resume")}
     wrong = [
         f"--{name} {getattr(config, name)} (it has {getattr(saved, name)})"
-        for name in sorted(typed - FREE_AT_RESUME)
+        for name in sorted(typed - free)
         if getattr(config, name) not in (getattr(saved, name), "auto") and not (name == "use_text" and saved.captioning)
     ]
     if wrong:
         raise UserError(f"{run_dir} was started with other options: {', '.join(wrong)}")
-    return replace(saved, **{n: getattr(config, n) for n in FREE_AT_RESUME & typed} | {"resume": started})
+    return replace(saved, **{n: getattr(config, n) for n in free & typed} | {"resume": started})
 
 
 def check_same(run_dir: Path, model: VideoModel, data: str) -> None:
@@ -540,7 +465,7 @@ def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"{run_dir} is no run of this program: it has no readable {METADATA}") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{run_dir} has checkpoint format {shown(version)}; this program reads {FORMAT_VERSION}")
-    config = Config(**read_yaml(run_dir / SETTINGS))
+    config = Config(**read_yaml(run_dir / CONFIG_YAML))
     wrong = wrong_metadata(metadata, {"vision", "language"} if config.use_vlm else {"vision"})
     if wrong:
         raise UserError(f"{run_dir / METADATA} is damaged: {wrong}")
@@ -606,7 +531,7 @@ def find_run(config: Config) -> Path:
 def check_typed(config: Config, typed: Set[str], saved: Config, run_dir: Path) -> None:
     """Raises UserError listing each typed flag that contradicts what the run was trained as."""
     wrong = []
-    for name in NAMING:
+    for name in options_with("names_run"):
         if name not in typed or (name == "use_text" and saved.captioning):
             continue
         mine, its = getattr(config, name), getattr(saved, name)
@@ -617,10 +542,10 @@ def check_typed(config: Config, typed: Set[str], saved: Config, run_dir: Path) -
         raise UserError(f"{run_dir} was trained with other flags: {', '.join(wrong)}")
 
 
-def tower_source(
+def backbone_source(
     name: str, option: str, run_dir: Path, metadata: dict, config: Config, typed: Set[str], saved: Config
 ) -> Source:
-    """Where a tower of a run comes from: the run's own folder, the named folder, or where it came from."""
+    """Where a backbone of a run comes from: the run's own folder, the named folder, or where it came from."""
     if metadata["backbones"][name]["in_checkpoint"]:
         return Source(str(run_dir / name), weights=False, fingerprint=metadata["backbones"][name]["fingerprint"])
     named = getattr(config, option)
@@ -643,7 +568,7 @@ def load_run(
     saved, metadata = read_run(run_dir)
     check_typed(config, typed, saved, run_dir)
     sources = {
-        name: tower_source(name, f"{name}_model", run_dir, metadata, config, typed, saved)
+        name: backbone_source(name, f"{name}_model", run_dir, metadata, config, typed, saved)
         for name in metadata["backbones"]
     }
     model = build_model(saved, len(metadata["class_names"]), sources.get("vision"), sources.get("language"))
@@ -652,158 +577,3 @@ def load_run(
     load_weights(run_dir, model)
     here = {n: getattr(config, n) for n, f in FIELDS.items() if f.metadata["group"] in ("inference", "run and machine")}
     return model.eval(), replace(saved, **here), metadata
-
-
-# -- export -----------------------------------------------------------------------------------------
-
-
-def export(
-    run_dir: Path, model: VideoModel, config: Config, metadata: dict[str, Any], output: Path
-) -> tuple[float, float] | None:
-    """Writes a run for other programs: adapters as peft folders, a classifier as a merged Hugging Face folder.
-
-        output/adapter_<tower>/   PeftModel.from_pretrained(AutoModel.from_pretrained(<backbone>), folder)
-        output/                   AutoModelForVideoClassification.from_pretrained(output), README.md, predict.py
-
-    Everything is written to a temporary folder beside `output`, which is then renamed.
-    Returns what export_classifier returns, None if there is no classifier. Changes the model: its adapters are merged.
-
-    Raises:
-        UserError: the output exists or cannot be written, or the run is of a kind that has nothing to export.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--export {output}: this folder exists already; choose another")
-    lora = [name for name in model.sources if list(adapters(model.towers()[name]))]
-    if config.use_vlm and not lora:
-        raise UserError(f"--export: {run_dir} joins two models, which no Hugging Face class holds, and has no adapters")
-    with whole_folder(output) as folder:
-        for name in lora:
-            save_adapters(model, name, config, folder / f"adapter_{name}")
-        return None if config.use_vlm else export_classifier(run_dir.name, model, config, metadata, folder)
-
-
-@contextmanager
-def whole_folder(output: Path) -> Generator[Path]:
-    """A temporary folder beside `output` that becomes `output` at the end, or is removed if that fails.
-
-    Raises UserError if it cannot be written.
-    """
-    output = Path(os.path.realpath(output))
-    make_folder(output.parent)
-    remove_leftovers(output.parent)
-    folder = temporary(output)
-    try:
-        folder.mkdir()
-        yield folder
-        os.replace(folder, output)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--export: cannot write {output}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def save_adapters(model: VideoModel, name: str, config: Config, folder: Path) -> None:
-    """A tower's adapters as a peft folder for the tower's AutoModel."""
-    from peft import get_peft_model_state_dict
-
-    body = tower_body(model.towers()[name])
-    settings = lora_settings(body, config.lora_r)
-    settings.base_model_name_or_path = model.sources[name].path
-    settings.save_pretrained(folder)
-    tensors = get_peft_model_state_dict(body)
-    tensors = {f"base_model.model.{n}": t.detach().cpu().contiguous() for n, t in tensors.items()}
-    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-
-
-def export_classifier(
-    run: str, model: VideoModel, config: Config, metadata: dict[str, Any], folder: Path
-) -> tuple[float, float]:
-    """The classifier as its published class, with adapters merged and the classes' names, and a program beside it.
-
-    Reloads it and returns (the largest difference of a logit, of a probability that predict.py gives for a video).
-    """
-    from transformers import AutoModelForVideoClassification
-
-    vision = model.vision_encoder
-    check_position_table(model)
-    size = (2, vision.config.num_frames, 3, vision.config.image_size, vision.config.image_size)
-    clips = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    video = draw_video(folder / "video.mp4", vision.config.num_frames)
-    reader = open_video(video)
-    frames = reader.frames(sample_indices(len(reader), config.num_frames, config.frame_stride))
-    with torch.no_grad():  # through the adapters
-        expected = model.eval()(clips)  # (2, K)
-        chances = model(vision.preprocessing.pixels(frames)[None])[0].softmax(-1)  # (K,)
-    merge_adapters(model)
-    native_model(model, metadata).save_pretrained(folder)
-    values = vision.preprocessing.to_dict() | {"frame_stride": config.frame_stride}
-    write_json(values, folder / "preprocessor_config.json")
-    shutil.copyfile(ROOT / "export" / "predict.py", folder / "predict.py")
-    reloaded = AutoModelForVideoClassification.from_pretrained(folder).eval()
-    with torch.no_grad():
-        logits = float((reloaded(vision.preprocessing.normalise(clips)).logits - expected).abs().max())
-    found = runpy.run_path(str(folder / "predict.py"))["predict"](video)
-    video.unlink()
-    difference = max(abs(a - b) for a, b in zip(found.values(), chances.tolist(), strict=True))
-    describe_export(folder / "README.md", run, config, logits, difference)
-    return logits, difference
-
-
-def check_position_table(model: VideoModel) -> None:
-    """Raises UserError if the published class cannot hold the run's position table."""
-    vision = model.vision_encoder
-    native = read_config(model.sources["vision"])
-    own_size = (native.num_frames, native.image_size) == (vision.config.num_frames, vision.config.image_size)
-    if not vision.has_cls and not own_size:
-        raise UserError(
-            "--export: VideoMAE's class computes its position table and cannot hold the interpolated one of this run; "
-            f"train with --num_frames {native.num_frames} --image_size {native.image_size} to export"
-        )
-
-
-def native_model(model: VideoModel, metadata: dict[str, Any]) -> torch.nn.Module:
-    """A classifier without adapters as transformers' own class. Its labels are the display names where these differ."""
-    from transformers import AutoModelForVideoClassification
-
-    vision = model.vision_encoder
-    names = [metadata["display_names"][name] for name in metadata["class_names"]]
-    if len(set(names)) < len(names):
-        names = metadata["class_names"]
-    settings = copy.deepcopy(vision.config)
-    settings.id2label, settings.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-    native = AutoModelForVideoClassification.from_config(settings)
-    native.base_model.load_state_dict(vision.backbone.state_dict())
-    if vision.fc_norm is not None:
-        native.fc_norm.load_state_dict(vision.fc_norm.state_dict())
-    native.classifier.load_state_dict(model.head.state_dict())
-    return native
-
-
-def draw_video(path: Path, num_frames: int) -> Path:
-    """A video of noise that brightens, longer than the model needs, wider than high."""
-    import av
-
-    generator = np.random.default_rng(0)
-    with av.open(f"file:{path}", "w") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
-        for brightness in np.linspace(64, 255, 3 * num_frames + 1):
-            picture = generator.integers(0, brightness, (96, 160, 3)).astype(np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
-def describe_export(file: Path, run: str, config: Config, logits: float, probabilities: float) -> None:
-    rule = "the middle ones of equally long parts"
-    if config.frame_stride:
-        rule = f"one in {config.frame_stride}, from the middle of the video"
-    text = Template((ROOT / "export" / "README.md").read_text(encoding="utf-8")).substitute(
-        run=printable(run),
-        frames=f"{config.num_frames} frames",
-        rule=rule,
-        count=config.num_frames,
-        logits=f"{logits:.1e}",
-        probabilities=f"{probabilities:.1e}",
-    )
-    file.write_text(text, encoding="utf-8")

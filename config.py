@@ -1,19 +1,19 @@
-"""Every option once: name, type, default, help, group, and which script reads it. Imports no torch.
+"""Every option once, with all its facts; default < config_file.yaml < flag. Imports no torch, so that --help is fast.
 
-    config, typed = parse(argv, script="main")
-
-Precedence: the default below < config_file.yaml < a flag. A yaml file gives texts, as the command line does; the
-options' converters alone say what they mean.
+python config.py        writes config_file.yaml anew
 """
 
 import argparse
+import ast
 import difflib
 import importlib.util
+import inspect
 import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,56 +21,51 @@ import yaml
 
 from script import Parser, UserError, replace_file, shown
 
-ROOT = Path(__file__).resolve().parent  # where backbones/ and config_file.yaml lie
+ROOT = Path(__file__).resolve().parent  # the folder of backbones/ and config_file.yaml
 CONFIG_FILE = ROOT / "config_file.yaml"
-
-
 LARGEST_YAML = 100_000  # bytes
 PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
 
 
 class Backbone(NamedTuple):
-    """Where one of the four short names leads: a folder of this repository, or a hub id."""
+    """What a short name stands for: a folder of this repository, or a model on the hub."""
 
     kind: str  # vision | encoder (BERT-like) | decoder (causal)
     tiny: str
+    trained_on: str  # the data of the tiny one
     hub: str
-    revision: str  # a commit, so that what is published later changes nothing
-    trained_on: str  # what --weights tiny has seen
+    revision: str  # a commit, so that later uploads change nothing
 
 
 BACKBONES = {
     "timesformer": Backbone(
-        "vision",
-        "backbones/timesformer-tiny",
-        "facebook/timesformer-base-finetuned-k400",
-        "8aaf40ea7d3d282dcb0a5dea01a198320d15d6c0",
-        "synthetic shapes",
+        "vision", "backbones/timesformer-tiny", "synthetic shapes",
+        "facebook/timesformer-base-finetuned-k400", "8aaf40ea7d3d282dcb0a5dea01a198320d15d6c0",
     ),
     "videomae": Backbone(
-        "vision",
-        "backbones/videomae-tiny",
-        "MCG-NJU/videomae-base-finetuned-kinetics",
-        "488eb9a0565f257b32866000305c8178965eb9f6",
-        "synthetic shapes",
+        "vision", "backbones/videomae-tiny", "synthetic shapes",
+        "MCG-NJU/videomae-base-finetuned-kinetics", "488eb9a0565f257b32866000305c8178965eb9f6",
     ),
     "bert": Backbone(
-        "encoder",
-        "backbones/bert-tiny",
-        "google-bert/bert-base-uncased",
-        "86b5e0934494bd15c9632b12f734a8a67f723594",
-        "captions of synthetic shapes",
+        "encoder", "backbones/bert-tiny", "captions of synthetic shapes",
+        "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594",
     ),
     "gpt2": Backbone(
-        "decoder",
-        "backbones/gpt2-tiny",
-        "openai-community/gpt2",
-        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
-        "captions of synthetic shapes",
+        "decoder", "backbones/gpt2-tiny", "captions of synthetic shapes",
+        "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     ),
+}  # fmt: skip
+
+# (weights, how a backbone is trained) -> (peak learning rate, factor for new layers). The least restricted backbone
+# decides; of two equally restricted ones the published, whose weights cost more to spoil.
+LEARNING_RATES = {
+    ("hub", "full"): (5e-5, 10.0),
+    ("tiny", "full"): (5e-4, 2.0),
+    ("hub", "lora"): (5e-4, 2.0),
+    ("tiny", "lora"): (3e-3, 1.0),
+    ("hub", "frozen"): (1e-3, 1.0),
+    ("tiny", "frozen"): (3e-3, 1.0),
 }
-HUB_TABLE = ", ".join(f"{name} = {b.hub}@{b.revision[:7]}" for name, b in BACKBONES.items())
-TEXT_EXAMPLE = "a note says: it goes sideways"  # a text of the dummy dataset (dummy_data.HINTS)
 
 
 # -- converters: str -> value, raising ValueError with what is allowed ------------------------------
@@ -87,7 +82,7 @@ def to_bool(text: str) -> bool:
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
-    """A converter that ignores case and takes yes, on and true (no, off and false) for one another."""
+    """A converter that ignores case and treats yes, on, 1 and true (no, off, 0 and false) alike."""
 
     def plain(text: str) -> str:
         return WORDS.get(text.lower(), text.lower())
@@ -140,7 +135,7 @@ def text_value(text: str) -> str:
 
 
 def path_value(text: str) -> str:
-    """A file, a folder or a hub id: anything that a file's name can hold."""
+    """A file, a folder or a hub id: anything that can be a file name."""
     try:
         os.fsencode(text)
     except ValueError:
@@ -152,105 +147,194 @@ def path_value(text: str) -> str:
 
 # -- the options ------------------------------------------------------------------------------------
 
-BOTH, TRAIN, INFER = "main inference", "main", "inference"
+TRAIN = "main doctor preview"  # scripts that build a new model
+USE = "inference score"  # scripts that load a run
+ALL = f"{TRAIN} {USE}"
+#: options that became scripts: what to type instead
+RETIRED = {
+    "doctor": "python doctor.py takes the same flags",
+    "evaluate": "python score.py --checkpoint <run> scores a run again",
+    "preview": "python preview.py --count <clips> takes the same flags",
+}
 
 
-def option(default: Any, convert: Callable[[str], Any], group: str, scripts: str, help: str) -> Any:
-    return field(default=default, metadata={"convert": convert, "group": group, "scripts": scripts, "help": help})
+def option(default: Any, convert: Callable[[str], Any], group: str, scripts: str, **facts: Any) -> Any:
+    """A field of Config; its help is the string below it. `scripts` are those that read it.
+
+    Facts that may be given:
+        names_run         part of what a run is: typed again for a checkpoint, it must agree
+        mark              what it adds to the default name of a run
+        needs_vlm         has no meaning without a language model
+        classifiers_only  has no meaning for a captioner
+        free_at_resume    may change when a run is resumed: no result depends on it
+        changes_answers   inference answers depend on it
+        in_feature_key    cached features depend on it
+    """
+    return field(default=default, metadata={"convert": convert, "group": group, "scripts": scripts.split()} | facts)
 
 
 @dataclass(frozen=True)
 class Config:
-    """All options of main.py and inference.py; `None` stands for 'not given'."""
+    """All options of all scripts; None means "not given"."""
 
-    # one option a line
-    # fmt: off
-    # model
-    vision_model: str = option("timesformer", path_value, "model", BOTH, "video backbone: timesformer, videomae, a local folder written by save_pretrained, or a hub id of either family")
-    language_model: str | None = option(None, path_value, "model", BOTH, "language backbone, with --use_vlm True: bert (classification) or gpt2 (captioning), or a folder or hub id of such a model")
-    use_vlm: bool = option(False, to_bool, "model", BOTH, "join a language model to the video backbone")
-    captioning: bool = option(False, to_bool, "model", BOTH, "write a caption instead of naming a class; needs --use_vlm True")
-    use_text: bool = option(False, to_bool, "model", BOTH, "classification: the clip's own text is an input beside its frames; captioning: captions are the targets either way")
-    weights: str = option("tiny", one_of("tiny", "hub"), "model", BOTH, f"where the short names lead: tiny = the folders in backbones/, which know synthetic shapes only; hub = {HUB_TABLE}. Take hub for real videos")
-    token_grid: int = option(2, number(int, 1, 32), "model", TRAIN, "language models read this many x this many pooled video tokens per time step; more keeps finer detail and costs memory")
-    max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN, "longest text or caption that is read, in tokens; the rest is cut, which is said. The language model's positions bound it too")
-    dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN, "before the new head, and inside the projector; raise it when val falls behind train")
-    # what is trained
-    freeze_visionbackbone: bool = option(False, to_bool, "what is trained", BOTH, "keep the video backbone as it is: fast, little memory, good for small sets")
-    freeze_llmbackbone: bool = option(False, to_bool, "what is trained", BOTH, "keep the language backbone as it is")
-    use_lora_vision: bool = option(False, to_bool, "what is trained", BOTH, "train low-rank adapters in the video backbone, its own weights frozen")
-    use_lora_llm: bool = option(False, to_bool, "what is trained", BOTH, "train low-rank adapters in the language backbone, its own weights frozen")
-    lora_r: int = option(16, number(int, 1, 1024), "what is trained", TRAIN, "rank of the adapters (alpha is twice this); 8 to 64, larger for larger sets")
-    # data
-    data_dir: str = option("synthetic_dataset", path_value, "data", TRAIN, "folder with train/, test/ and perhaps val/, each with one folder per class or a metadata.jsonl")
-    num_frames: int | str = option("auto", auto_or(number(int, 1, 1024)), "data", TRAIN, "frames taken from each video; auto = what the backbone was trained with. More frames see finer motion and cost time")
-    image_size: int | str = option("auto", auto_or(number(int, 8, 2048)), "data", TRAIN, "height and width in pixels that the backbone sees; auto = what it was trained with")
-    frame_stride: int = option(0, number(int, 0, 1000), "data", TRAIN, "0 spreads the frames over the whole video; S > 0 takes every S-th frame of one window, the middle one at evaluation")
-    cache_features: str = option("auto", one_of("auto", "True", "False"), "data", TRAIN, "compute what a frozen vision backbone says of each video once, and let every epoch and every later run read that. Frames are then the middle ones in training too, not jittered. auto: where the backbone is frozen and clips are not changed at random")
-    cache_dir: str = option("auto", path_value, "data", TRAIN, "folder of such features, which may be removed at any time; auto: .features in --output_dir")
-    skip_unreadable: bool = option(False, to_bool, "data", TRAIN, "leave out videos that cannot be read, counted and listed in metrics.json, instead of stopping with an error")
-    augment: str = option("none", one_of("none", "light", "strong"), "data", TRAIN, "random changes of training clips, the same for all frames of one: light = mild crop and erasing; strong = wider crop, RandAugment without rotation or flip, colour jitter and, for classifiers that read no text, mixup and cutmix (needs kornia: requirements-extra.txt). For small sets; strong hides colours that captions name")
-    flip: bool = option(False, to_bool, "data", TRAIN, "mirror half of the training clips; not where left and right matter, as in 'moving left'")
-    class_balance: bool = option(False, to_bool, "data", TRAIN, "draw equally many clips of every class in each epoch: small classes repeat theirs with other frames, large ones take turns")
-    # training
-    epochs: int = option(10, number(int, 1, 100_000), "training", TRAIN, "passes over the training videos; the best on val is kept")
-    batch_size: int | str = option("auto", auto_or(number(int, 1, 65_536)), "training", BOTH, "clips per step; lower it when memory runs out. auto: 16, at inference 8")
-    learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", TRAIN, "peak learning rate, reached after a tenth of the steps, cosine to zero after; auto: the table in README.md, by the weights and by what is trained. It is the rate of the backbone with the fewest restrictions; the other one and new layers follow in the table's proportions")
-    weight_decay: float = option(0.05, number(float, 0), "training", TRAIN, "AdamW's, on the weights of layers and words; not on adapters, biases, norms, CLS, position and time embeddings")
-    layer_decay: float = option(1.0, number(float, 0.1, 1), "training", TRAIN, "each layer of a backbone learns by this factor slower than the one above it; 0.65 to 0.9 keeps more of what a backbone knows when it is trained in full")
-    label_smoothing: float = option(0.0, number(float, 0, 0.9), "training", TRAIN, "share of each target that is spread over all classes (or words); 0.1 tempers overconfidence")
-    patience: int = option(0, number(int, 0), "training", TRAIN, "stop when val has not improved for this many epochs; 0: never")
-    gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", TRAIN, "batches per optimizer step: N with --batch_size B trains as N x B would, in the memory of B")
-    gradient_checkpointing: bool = option(False, to_bool, "training", TRAIN, "recompute activations in the backward pass: less memory, about a third slower")
-    compile: bool = option(False, to_bool, "training", TRAIN, "torch.compile the backbones: a slow first step, faster ones after it; for long trainings on a GPU. Needs a C++ compiler")
-    seed: int = option(0, number(int, 0, 2**31 - 1), "training", TRAIN, "of new layers, sampling, dropout and order; the val split does not depend on it")
-    # inference
-    video_dir: str | None = option(None, path_value, "inference", INFER, "what to answer for: a video file, a folder of frames, a .pt, or a folder of any of these")
-    text_input: str | None = option(None, text_value, "inference", INFER, f"the text of every clip, for a classifier trained with --use_text True, e.g. '{TEXT_EXAMPLE}'; or give each clip its text in a metadata.jsonl in --video_dir")
-    top_k: int = option(3, number(int, 1), "inference", INFER, "how many classes to print with their scores")
-    test_clips: int = option(1, number(int, 1, 100), "inference", BOTH, "classifiers: average the answers for this many clips of each test video, at other times")
-    test_crops: int = option(1, number(int, 1, 10), "inference", BOTH, "and for this many crops of each, along the longer side of the picture; papers take 3 clips or more x 3 crops")
-    max_new_tokens: int = option(40, number(int, 1, 4096), "inference", BOTH, "longest caption, in tokens")
-    num_beams: int = option(1, number(int, 1, 64), "inference", BOTH, "1 writes captions greedily; 3 to 5 searches wider and is slower")
-    timeline: float = option(0.0, number(float, 0), "inference", INFER, "answer for every SECONDS of a long video instead of once for all of it; 0: once")
-    output: str | None = option(None, path_value, "inference", INFER, "also write the answers to this file, one JSON object per line; a file begun by the same run is gone on with, videos that it answers are skipped")
-    export: str | None = option(None, path_value, "inference", INFER, "write the run to this folder for other programs: a classifier as a merged Hugging Face model, adapters as peft folders")
-    # run and machine
-    checkpoint: str | None = option(None, path_value, "run and machine", INFER, "folder of a run to load; it says itself what it is, no other flag is needed")
-    run_name: str | None = option(None, path_value, "run and machine", BOTH, "name of the run's folder; by default made of the flags above")
-    output_dir: str = option("checkpoints", path_value, "run and machine", BOTH, "folder of all runs")
-    overwrite: bool = option(False, to_bool, "run and machine", TRAIN, "replace an existing run of this name")
-    resume: bool = option(False, to_bool, "run and machine", TRAIN, "go on with a run that was stopped, from its last saved step, exactly as if it had not been; the run's own options are in force")
-    doctor: bool = option(False, to_bool, "run and machine", TRAIN, "check data, backbone, adapters, first loss and whether a batch can be learned by heart, print a table, train nothing; exit status 1 if a check fails")
-    evaluate: str | None = option(None, path_value, "run and machine", TRAIN, "folder of a run to score anew on val and test, with its own options, instead of training; its metrics.json, predictions and pictures are written anew. With another --data_dir they go to evaluation_<name of that> in it")
-    controls: bool = option(False, to_bool, "run and machine", TRAIN, "also score the model on frames repeated, shuffled and reversed, on blank video and on other texts, beside the majority class and the nearest neighbour, and say how much it uses motion and text")
-    tensorboard: bool = option(False, to_bool, "run and machine", TRAIN, "also write the log for TensorBoard, to the run's folder (needs tensorboardX: requirements-extra.txt)")
-    preview: int = option(0, number(int, 0, 200), "run and machine", TRAIN, "write a picture of what the model will see of this many training clips, with labels or captions, and train nothing")
-    save_every: int = option(0, number(int, 0), "run and machine", TRAIN, "save what --resume needs every N optimizer steps too; 0: after each epoch, and when the run is stopped with Ctrl-C or SIGTERM")
-    device: str = option("auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", BOTH, "auto: cuda, else mps, else cpu")
-    mixed_precision: str = option("auto", one_of("auto", "no", "bf16", "fp16"), "run and machine", BOTH, "auto: bf16 on a GPU that has it, else no")
-    num_workers: int = option(2, number(int, 0, 256), "run and machine", BOTH, "processes that decode videos beside the model; 0 decodes in turn")
-    # fmt: on
+    vision_model: str = option("timesformer", path_value, "model", ALL, names_run=True)
+    """video backbone: timesformer, videomae, a local folder written by save_pretrained, or a hub id of either family"""
+    language_model: str | None = option(None, path_value, "model", ALL, names_run=True, needs_vlm=True)
+    """language backbone, with --use_vlm True: bert (classification), gpt2 (captioning), or a folder or hub id of such a
+    model"""
+    use_vlm: bool = option(False, to_bool, "model", ALL, names_run=True)
+    """connect a language model to the video backbone"""
+    captioning: bool = option(False, to_bool, "model", ALL, names_run=True)
+    """write captions instead of predicting a class; needs --use_vlm True"""
+    use_text: bool = option(False, to_bool, "model", ALL, names_run=True, needs_vlm=True)
+    """classification: also read the clip's own text; captioning: no effect, captions are the targets either way"""
+    weights: str = option("tiny", one_of("tiny", "hub"), "model", ALL, names_run=True)
+    """which weights the short names load: tiny (backbones/, synthetic shapes only) or hub (published weights; use these
+    for real videos)"""
+    token_grid: int = option(2, number(int, 1, 32), "model", TRAIN, in_feature_key=True)
+    """video tokens per time step for a language model: pooled to N x N; more keeps finer detail and takes memory"""
+    max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN)
+    """longest text or caption, in tokens; longer ones are cut and counted. The language model's positions are a limit
+    too"""
+    dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
+    """dropout before the new head and in the projector; raise it when val falls behind train"""
+
+    freeze_visionbackbone: bool = option(False, to_bool, "what is trained", ALL, names_run=True, mark="fvbb")
+    """do not train the video backbone: fast, little memory, good for small data sets"""
+    freeze_llmbackbone: bool = option(
+        False, to_bool, "what is trained", ALL, names_run=True, mark="fllm", needs_vlm=True
+    )
+    """do not train the language backbone"""
+    use_lora_vision: bool = option(False, to_bool, "what is trained", ALL, names_run=True, mark="loravision")
+    """train low-rank adapters (LoRA) in the video backbone instead of its own weights"""
+    use_lora_llm: bool = option(False, to_bool, "what is trained", ALL, names_run=True, mark="lorallm", needs_vlm=True)
+    """train low-rank adapters (LoRA) in the language backbone instead of its own weights"""
+    lora_r: int = option(16, number(int, 1, 1024), "what is trained", TRAIN)
+    """rank of the adapters (alpha is twice the rank): 8 to 64, larger for larger data sets"""
+
+    data_dir: str = option("synthetic_dataset", path_value, "data", f"{TRAIN} score", free_at_resume=True)
+    """folder with train/, test/ and optionally val/, each with one folder per class or a metadata.jsonl"""
+    num_frames: int | str = option("auto", auto_or(number(int, 1, 1024)), "data", TRAIN, in_feature_key=True)
+    """frames per clip; auto: as many as the backbone was trained with. More frames show finer motion and take time"""
+    image_size: int | str = option("auto", auto_or(number(int, 8, 2048)), "data", TRAIN)
+    """height and width of the model's input in pixels; auto: the size the backbone was trained with"""
+    frame_stride: int = option(0, number(int, 0, 1000), "data", TRAIN, in_feature_key=True)
+    """0 spreads the frames over the whole video; S > 0 takes every S-th frame of one window, centred at evaluation"""
+    cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main score")
+    """compute a frozen backbone's features once per video and reuse them in every epoch and run; training then uses the
+    centre frames, without jitter. auto: on if the vision backbone is frozen and there is no augmentation"""
+    cache_dir: str = option("auto", path_value, "data", "main score", free_at_resume=True)
+    """folder of cached features, safe to delete; auto: .features in --output_dir"""
+    skip_unreadable: bool = option(False, to_bool, "data", "main preview score")
+    """skip videos that cannot be read, and list them in metrics.json, instead of stopping with an error"""
+    augment: str = option("none", one_of("none", "light", "strong"), "data", "main preview")
+    """random changes to training clips, the same for all frames of a clip. light: mild crop and erasing. strong: wider
+    crop, RandAugment without rotation or flip, colour jitter and, for classifiers without text, mixup and cutmix (needs
+    kornia: requirements-extra.txt). For small data sets; strong changes colours, which captions may name"""
+    flip: bool = option(False, to_bool, "data", "main preview")
+    """mirror half of the training clips; leave it off where left and right matter, as in "moving left\""""
+    class_balance: bool = option(False, to_bool, "data", "main preview", classifiers_only=True)
+    """draw equally many clips of every class in each epoch: small classes repeat clips with other frames"""
+
+    epochs: int = option(10, number(int, 1, 100_000), "training", "main")
+    """passes over the training videos; the epoch that is best on val is kept"""
+    batch_size: int | str = option("auto", auto_or(number(int, 1, 65_536)), "training", f"main preview {USE}")
+    """clips per batch, over all processes; lower it if memory runs out. auto: 16, for inference 8"""
+    learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", "main doctor")
+    """peak learning rate, reached after 10 % of the steps, then cosine decay to zero. auto: the table in README.md. It
+    applies to the least restricted backbone; other backbone and new layers keep the table's ratios"""
+    weight_decay: float = option(0.05, number(float, 0), "training", "main")
+    """AdamW weight decay, on weight matrices only: not on biases, norms, adapters, CLS, position or time embeddings"""
+    layer_decay: float = option(1.0, number(float, 0.1, 1), "training", "main")
+    """multiply the learning rate by this for every layer further from the output; 0.65 to 0.9 protects the early layers
+    of a backbone that is trained in full"""
+    label_smoothing: float = option(0.0, number(float, 0, 0.9), "training", "main")
+    """share of each target that is spread over all classes or words; 0.1 reduces overconfidence"""
+    patience: int = option(0, number(int, 0), "training", "main")
+    """stop when val has not improved for this many epochs; 0: never"""
+    gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", "main")
+    """batches per optimizer step: N steps of batch B train like one batch of N x B, with the memory of B"""
+    gradient_checkpointing: bool = option(False, to_bool, "training", "main doctor")
+    """recompute activations in the backward pass: less memory, about a third slower"""
+    compile: bool = option(False, to_bool, "training", "main")
+    """torch.compile the backbones: slow first step, faster afterwards; for long training on a GPU. Needs a C++ compiler"""
+    seed: int = option(0, number(int, 0, 2**31 - 1), "training", TRAIN)
+    """random seed for new layers, sampling, dropout and shuffling; the val split does not depend on it"""
+
+    video_dir: str | None = option(None, path_value, "inference", "inference")
+    """input: a video file, a folder of frames, a .pt file, or a folder of these"""
+    text_input: str | None = option(None, text_value, "inference", "inference", changes_answers=True)
+    """text for every clip, for a classifier trained with --use_text True; or give each clip its own text in a
+    metadata.jsonl in --video_dir"""
+    top_k: int = option(3, number(int, 1), "inference", "inference", changes_answers=True)
+    """number of classes to print with their scores"""
+    test_clips: int = option(1, number(int, 1, 100), "inference", USE, changes_answers=True, classifiers_only=True)
+    """average predictions over N clips per video, taken at different times"""
+    test_crops: int = option(1, number(int, 1, 10), "inference", USE, changes_answers=True, classifiers_only=True)
+    """average predictions over N crops per clip, along the longer side of the frame; papers use 3 or more clips x 3
+    crops"""
+    max_new_tokens: int = option(40, number(int, 1, 4096), "inference", USE, changes_answers=True)
+    """longest generated caption, in tokens"""
+    num_beams: int = option(1, number(int, 1, 64), "inference", USE, changes_answers=True)
+    """1: greedy decoding; 3 to 5: beam search, slower"""
+    timeline: float = option(0.0, number(float, 0), "inference", "inference", changes_answers=True)
+    """predict once per SECONDS of video instead of once per video; 0: once per video"""
+    output: str | None = option(None, path_value, "inference", "inference")
+    """also write the predictions to this file, one JSON object per line; an unfinished file of the same run is
+    continued"""
+    export: str | None = option(None, path_value, "inference", "inference")
+    """write the run to this folder for other programs: a classifier as a merged Hugging Face model, adapters as peft
+    folders"""
+    count: int = option(8, number(int, 1, 200), "inference", "preview")
+    """number of training clips to draw"""
+
+    checkpoint: str | None = option(None, path_value, "run and machine", USE)
+    """run folder to load; all model options are read from it"""
+    run_name: str | None = option(None, path_value, "run and machine", f"main preview {USE}", free_at_resume=True)
+    """name of the run's folder; by default derived from the model options"""
+    output_dir: str = option("checkpoints", path_value, "run and machine", f"main preview {USE}", free_at_resume=True)
+    """folder of all runs"""
+    overwrite: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
+    """replace an existing run of this name"""
+    resume: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
+    """continue a stopped run from its last saved step, bit for bit as if it had not stopped; keeps the run's original
+    options"""
+    save_every: int = option(0, number(int, 0), "run and machine", "main", free_at_resume=True)
+    """also save what --resume needs every N optimizer steps; it is always saved after each epoch, and on Ctrl-C or
+    SIGTERM"""
+    controls: bool = option(False, to_bool, "run and machine", "main score", free_at_resume=True)
+    """also score inputs on which the model should fail (repeated, shuffled, reversed frames, grey video, swapped texts)
+    and two baselines (majority class, nearest neighbour), and draw where the model looks"""
+    tensorboard: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
+    """also write the log for TensorBoard to the run's folder (needs tensorboardX: requirements-extra.txt)"""
+    device: str = option("auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", ALL, free_at_resume=True)
+    """auto: cuda if available, else mps, else cpu"""
+    mixed_precision: str = option("auto", one_of("auto", "no", "bf16", "fp16"), "run and machine", ALL)
+    """auto: bf16 on a GPU that supports it, else no"""
+    num_workers: int = option(2, number(int, 0, 256), "run and machine", ALL, free_at_resume=True)
+    """processes that decode videos; 0: decode in the main process"""
 
 
 FIELDS = {f.name: f for f in fields(Config)}
-#: the options that make a run's name, and that a checkpoint is checked against when they are typed
-NAMING = (
-    "vision_model",
-    "language_model",
-    "use_vlm",
-    "captioning",
-    "use_text",
-    "weights",
-    "freeze_visionbackbone",
-    "freeze_llmbackbone",
-    "use_lora_vision",
-    "use_lora_llm",
-)
+
+
+def options_with(fact: str) -> list[str]:
+    """The names of the options with this fact."""
+    return [name for name, f in FIELDS.items() if f.metadata.get(fact)]
+
+
+def help_texts() -> dict[str, str]:
+    """The string below each option in Config."""
+    (tree,) = ast.parse(inspect.getsource(Config)).body
+    pairs = [(a, b) for a, b in pairwise(tree.body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
+    return {a.target.id: " ".join(b.value.value.split()) for a, b in pairs}
+
+
+# -- reading values ---------------------------------------------------------------------------------
 
 
 def convert(name: str, text: str | None, where: str) -> Any:
-    """`text` (from a flag or yaml) through the option's converter; None is kept where it is the default."""
+    """`text` (from a flag or yaml) through the option's converter; None stays where it is the default."""
     if text is None and FIELDS[name].default is None:
         return None
     try:
@@ -268,18 +352,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A yaml file's options, converted. Raises UserError for a bad file, key or value."""
     values: dict[str, Any] = {}
     for key, value in yaml_pairs(path):
+        if key in RETIRED:  # runs of earlier versions have them
+            continue
         if key not in FIELDS:
             raise UserError(f"{path}: unknown key {shown(key)}; {closest(key, list(FIELDS))}")
         if key in values:
-            raise UserError(f"{path}: {key} stands twice")
+            raise UserError(f"{path}: {key} is given twice")
         values[key] = convert(key, value, f"{path}: ")
     return values
 
 
 def yaml_pairs(path: Path) -> Iterator[tuple[str, str | None]]:
-    """Each key and value of a yaml file as text; a value is None where it is null, ~ or nothing.
+    """Each key and value of a yaml file as text; a value is None where it is null, ~ or empty.
 
-    Nothing is constructed: a list, a map, or a tag that asks for more than plain values is refused as it stands.
+    Nothing is constructed: a list, a map, or a tag that asks for more than plain values is refused.
     """
     try:
         with path.open("rb") as file:
@@ -288,11 +374,12 @@ def yaml_pairs(path: Path) -> Iterator[tuple[str, str | None]]:
             raise ValueError(f"it is larger than {LARGEST_YAML:,} bytes")
         root = yaml.compose(data, Loader=yaml.BaseLoader)
     except RecursionError:
-        raise UserError(f"cannot read {path}: it is nested too deep") from None
+        raise UserError(f"cannot read {path}: it is nested too deeply") from None
     except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(root, yaml.MappingNode | None):
         raise UserError(f"{path}: expected lines of `key: value`")
+
     for key, value in root.value if root else []:
         where = f"{path}, line {key.start_mark.line + 1}"
         if not is_plain(key):
@@ -308,79 +395,125 @@ def is_plain(node: yaml.Node) -> bool:
     return isinstance(node, yaml.ScalarNode) and node.tag in PLAIN_TAGS
 
 
+def write_yaml(values: dict[str, Any], path: Path) -> None:
+    # escape non-ASCII letters: yaml would take U+0085 and U+2028 in a text for line breaks
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def config_file_text() -> str:
+    """config_file.yaml: every option with its default and its help; `python config.py` writes it."""
+    lines = ["# Every option with its default. A flag of the same name overrides its line here."]
+    group, texts = None, help_texts()
+    for name, f in FIELDS.items():
+        if f.metadata["group"] != group:
+            group = f.metadata["group"]
+            lines += ["", f"# {group}"]
+        lines.append(f"{name}: {yaml.safe_dump(f.default).splitlines()[0]}  # {texts[name]}")
+    return "\n".join(lines) + "\n"
+
+
+# -- the command line -------------------------------------------------------------------------------
+
+#: what each script does, for the first line of its --help
+ABOUT = {
+    "main": "Train a video classifier, a video + language classifier or a video captioner.",
+    "inference": "Classify or caption videos with a trained run.",
+    "score": "Score a trained run again on val and test, with its own options or on other videos.",
+    "doctor": "Check data, backbone and options before training: the same flags as main.py; nothing is kept.",
+    "preview": "Draw what the model will see of the first training clips: the same flags as main.py.",
+}
+
+
 def build_parser(script: str) -> Parser:
-    """The parser of main.py or inference.py. Both accept every flag, so that a run's flags can be typed
-    again at inference; --help shows the ones that the script reads."""
-    about = {
-        "main": "Train a video classifier, a video + language classifier or a video captioner.",
-        "inference": "Answer for videos with a trained run.",
-    }
+    """The parser of a script; its --help shows the options that the script reads, and the others are accepted too."""
+    names = "".join(f"\n  {name:<12} {b.tiny:<28} {b.hub}" for name, b in BACKBONES.items())
     parser = Parser(
         prog=f"{script}.py",
         usage="%(prog)s [--flag value ...]",
-        description=about[script],
+        description=ABOUT[script],
+        epilog=f"Flags override config_file.yaml. A bare --use_vlm means --use_vlm True.\n\n"
+        f"short name     --weights tiny               --weights hub{names}",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
-        epilog="Flags override config_file.yaml. A bare --use_vlm means --use_vlm True. Examples: README.md.",
     )
     parser.add_argument("--config", metavar="FILE", help=f"yaml file with defaults (default: {CONFIG_FILE.name})")
     groups: dict[str, Any] = {}
-    for name, option_field in FIELDS.items():
-        meta = option_field.metadata
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
-        listed = script in meta["scripts"].split()
-        text = f"{meta['help']} (default: {option_field.default})".replace("%", "%%")
-        bare = {"nargs": "?", "const": "True"} if meta["convert"] is to_bool else {}
-        groups[meta["group"]].add_argument(
-            f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text if listed else argparse.SUPPRESS, **bare
-        )
+    texts = help_texts()
+    for name, f in FIELDS.items():
+        group = f.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        bare = {"nargs": "?", "const": "True"} if f.metadata["convert"] is to_bool else {}
+        text = f"{texts[name]} (default: {f.default})".replace("%", "%%")
+        text = text if script in f.metadata["scripts"] else argparse.SUPPRESS
+        groups[group].add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text, **bare)
     return parser
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps help texts, but not the table at the end."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
-    """The options for `script` ("main" or "inference") and the names of those typed as flags.
+    """The options for a script and the names of those typed as flags.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, or an impossible combination.
     """
-    parser = build_parser(script)
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = build_parser(script).parse_known_args(argv)
     if unknown:
-        flag = unknown[0].split("=")[0]
-        known = ["--config", *(f"--{name}" for name in FIELDS)]
-        what = "unknown flag" if flag.startswith("-") else "unexpected word"
-        raise UserError(f"{what} {shown(flag)}; {closest(flag, known)}")
+        raise UserError(unknown_flag(unknown[0].split("=")[0]))
     given = vars(args)
     path = given.pop("config", None)
     file = CONFIG_FILE if path is None else Path(path)
     values = read_yaml(file) if path is not None or file.is_file() else {}
     typed = {name: convert(name, value, "--") for name, value in given.items()}
+    if script in TRAIN:
+        refuse_foreign(script, typed)
     config = Config(**(values | typed))
-    if config.checkpoint is None and config.evaluate is None:  # a checkpoint says itself what it is
-        config = complete(config)
+    if config.checkpoint is None:  # else the run's own options decide
+        config = check_options(config)
     if script == "inference" and config.video_dir is None and config.export is None:
-        raise UserError("say what to answer for: --video_dir <a video file, a folder of frames, or a folder of these>")
+        raise UserError("no input: add --video_dir <a video file, a folder of frames, or a folder of these>")
     return config, set(typed)
 
 
-def family(name: str) -> Backbone | None:
-    """The table's row of a short name; None for a folder or hub id."""
-    return BACKBONES.get(name)
+def unknown_flag(flag: str) -> str:
+    if flag.removeprefix("--") in RETIRED:
+        return f"{flag} is no longer an option: {RETIRED[flag.removeprefix('--')]}"
+    what = "unknown flag" if flag.startswith("-") else "unexpected word"
+    return f"{what} {shown(flag)}; {closest(flag, ['--config', *(f'--{name}' for name in FIELDS)])}"
 
 
-def complete(config: Config) -> Config:
+def refuse_foreign(script: str, typed: dict[str, Any]) -> None:
+    """Raises UserError for a flag that only scripts for trained runs, or another one, read."""
+    for name in typed:
+        readers = FIELDS[name].metadata["scripts"]
+        if script not in readers and "main" not in readers:
+            raise UserError(
+                f"--{name} is not an option of {script}.py but of {' and '.join(f'{r}.py' for r in readers)}"
+            )
+
+
+# -- checks and defaults that depend on several options ---------------------------------------------
+
+
+def check_options(config: Config) -> Config:
     """Fills in the language model and refuses impossible combinations, saying what to do."""
     if not config.use_vlm:
         if config.captioning:
             raise UserError("--captioning True needs a language model: add --use_vlm True")
-        for name in ("language_model", "use_text", "use_lora_llm", "freeze_llmbackbone"):
+        for name in options_with("needs_vlm"):
             if getattr(config, name):
                 raise UserError(f"--{name} needs --use_vlm True")
     elif config.language_model is None:
         config = replace(config, language_model="gpt2" if config.captioning else "bert")
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UserError("--tensorboard True needs tensorboardX: pip install -r requirements-extra.txt")
-    check_for_classifiers(config)
+    refuse_classifier_options(config)
     check_backbone("vision_model", config.vision_model, "vision")
     if config.use_vlm:
         check_backbone("language_model", config.language_model, "decoder" if config.captioning else "encoder")
@@ -388,39 +521,69 @@ def complete(config: Config) -> Config:
     return config
 
 
-def check_for_classifiers(config: Config) -> None:
-    """Raises UserError for options that say nothing to a captioner."""
-    for name in ("test_clips", "test_crops", "class_balance"):
+def refuse_classifier_options(config: Config) -> None:
+    """Raises UserError for options that mean nothing to a captioner."""
+    for name in options_with("classifiers_only"):
         if config.captioning and getattr(config, name) != FIELDS[name].default:
-            raise UserError(f"--{name} is for classifiers, not for captions")
+            raise UserError(f"--{name} is for classifiers, not for captioners")
 
 
-def check_backbone(option_name: str, name: str, wanted: str) -> None:
-    """A short name must be of the wanted kind; a word that is neither a name, a folder nor a hub id is refused."""
-    known = family(name)
+def check_backbone(option_name: str, name: str, kind: str) -> None:
+    """Raises UserError for a short name of another kind, and for a word that is no name, folder or hub id."""
+    known = BACKBONES.get(name)
     if known is None:
         if "/" not in name and not Path(name).is_dir():
-            names = [n for n, b in BACKBONES.items() if (b.kind == "vision") == (wanted == "vision")]
+            names = [n for n, b in BACKBONES.items() if (b.kind == "vision") == (kind == "vision")]
             raise UserError(
-                f"--{option_name} {shown(name)} is no short name ({', '.join(names)}), no folder and no hub id; {closest(name, names)}"
+                f"--{option_name} {shown(name)} is neither a short name ({', '.join(names)}), a folder nor a hub id; "
+                f"{closest(name, names)}"
             )
         return
-    if known.kind == wanted:
+    if known.kind == kind:
         return
-    advice = {
-        ("encoder", "decoder"): f"captioning needs a causal language model such as gpt2, not {name}",
-        (
-            "decoder",
-            "encoder",
-        ): f"{name} writes captions: add --captioning True, or take --language_model bert to classify",
+    if (known.kind, kind) == ("encoder", "decoder"):
+        raise UserError(f"captioning needs a causal language model such as gpt2, not {name}")
+    if (known.kind, kind) == ("decoder", "encoder"):
+        raise UserError(f"{name} writes captions: add --captioning True, or use --language_model bert to classify")
+    raise UserError(f"--{option_name} cannot be {name}, a {known.kind} backbone")
+
+
+def training_mode(config: Config) -> dict[str, str]:
+    """How each backbone is trained, "full", "lora" or "frozen": {"vision": ..., "language": ...}."""
+    modes = {"vision": "lora" if config.use_lora_vision else "frozen" if config.freeze_visionbackbone else "full"}
+    if config.use_vlm:
+        modes["language"] = "lora" if config.use_lora_llm else "frozen" if config.freeze_llmbackbone else "full"
+    return modes
+
+
+def default_rates(config: Config) -> tuple[float, dict[str, float]]:
+    """(the peak learning rate of the least restricted backbone, the rate of each part as a multiple of it: "vision",
+    "language" and "new layers")."""
+    kinds = {}
+    for part, mode in training_mode(config).items():
+        tiny = config.weights == "tiny" and getattr(config, f"{part}_model") in BACKBONES
+        kinds[part] = ("tiny" if tiny else "hub", mode)
+    rate, factor = LEARNING_RATES[min(kinds.values(), key=[*LEARNING_RATES].index)]
+    return rate, {part: LEARNING_RATES[kind][0] / rate for part, kind in kinds.items()} | {"new layers": factor}
+
+
+def fill_auto(config: Config, num_frames: int, image_size: int, batch_size: int = 16) -> Config:
+    """Replaces every `auto` whose value depends on the model; num_frames and image_size are the backbone's own.
+
+    What depends on the machine stays `auto` in a run's config.yaml: device, mixed_precision, cache_features, cache_dir.
+    """
+    values = {
+        "num_frames": num_frames,
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "learning_rate": default_rates(config)[0],
     }
-    message = advice.get((known.kind, wanted), f"--{option_name} cannot be {name}, a {known.kind} backbone")
-    raise UserError(message)
+    return replace(config, **{name: value for name, value in values.items() if getattr(config, name) == "auto"})
 
 
 def run_name(config: Config) -> str:
-    """The run's folder, by default made of vision model, language model, captioning, text, what is frozen, what has
-    LoRA, hub. Raises UserError for a name that cannot be a folder in --output_dir."""
+    """The name of the run's folder, by default made of the model options. Raises UserError if no folder in
+    --output_dir can have it."""
     name = default_run_name(config) if config.run_name is None else config.run_name
     if name in ("", ".", "..") or re.search(r"[/\\]", name) or CONTROL.search(name):
         problem = "cannot be the name of a folder"
@@ -440,40 +603,16 @@ def default_run_name(config: Config) -> str:
             parts.append("caption")
         elif config.use_text:
             parts.append("text")
-    marks = {
-        "freeze_visionbackbone": "fvbb",
-        "freeze_llmbackbone": "fllm",
-        "use_lora_vision": "loravision",
-        "use_lora_llm": "lorallm",
-    }
-    parts += [mark for name, mark in marks.items() if getattr(config, name)]
+    parts += [FIELDS[name].metadata["mark"] for name in options_with("mark") if getattr(config, name)]
     if config.weights == "hub" and (config.vision_model in BACKBONES or config.language_model in BACKBONES):
         parts.append("hub")
     return "_".join(parts)
 
 
 def as_flags(config: Config) -> str:
-    """The naming flags that differ from the defaults, as one would type them."""
-    pairs = ((name, getattr(config, name)) for name in NAMING)
+    """The flags that name the run and differ from the defaults, as one would type them."""
+    pairs = ((name, getattr(config, name)) for name in options_with("names_run"))
     return " ".join(f"--{name} {value}" for name, value in pairs if value not in (None, FIELDS[name].default))
-
-
-def write_yaml(values: dict[str, Any], path: Path) -> None:
-    # other letters than ASCII are escaped: yaml would take U+0085 and U+2028 in a text for line breaks
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-
-
-def config_file_text() -> str:
-    """config_file.yaml: every option with its default and its help; `python config.py` writes it."""
-    lines = ["# Every option with its default. A flag of the same name overrides a line here."]
-    group = None
-    for name, option_field in FIELDS.items():
-        if option_field.metadata["group"] != group:
-            group = option_field.metadata["group"]
-            lines += ["", f"# {group}"]
-        value = yaml.safe_dump(option_field.default).splitlines()[0]
-        lines.append(f"{name}: {value}  # {option_field.metadata['help']}")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import dummy_data
-from build_model import VideoModel, build_model, locate
+from build_model import VideoModel, build_model
 from config import Config
-from feature_cache import fill, open_store, video_ids
-from metrics import attribute_summary, caption_summary
+from feature_cache import compute_missing, open_store, video_ids
+from metrics import Lexicon, attribute_summary, attributes_in, caption_summary
+from pretrained import locate
 from train_code import build_loaders, caption_all, evaluate, loss_sum, to_device
 from transforms import Preprocessing
 from VLoader import Sample, Splits
@@ -74,7 +74,7 @@ class Changed:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor] | None]:
         for batch in self.loader:
             if batch is not None:
-                batch["pixel_values"] = self.change(batch["pixel_values"], batch["index"])
+                batch["video"] = self.change(batch["video"], batch["index"])
             yield batch
 
 
@@ -105,7 +105,7 @@ def nearest(splits: Splits, asked: list[Sample], config: Config, accelerator: An
     )
     encoder = build_model(plain, 1, locate(config.vision_model, config.weights))
     store = open_store(encoder, plain)
-    fill(store, encoder, replace(splits, val=[], test=asked), plain, accelerator)
+    compute_missing(store, encoder, replace(splits, val=[], test=asked), plain, accelerator)
 
     def pooled(samples: list[Sample]) -> torch.Tensor:
         return torch.stack([store.read(p)[0].float() for p in store.index.find(video_ids(samples))])  # (n, D)
@@ -139,14 +139,14 @@ def occlusion_maps(
             item["caption"] = row["caption"]
         else:
             item["label"] = names.index(row["label"])
-        covered = list(occluded(item["pixel_values"]))
+        covered = list(occluded(item["video"]))
         scores = torch.cat(
             [
-                answer_scores(model, [item | {"pixel_values": c} for c in chunk], accelerator)
-                for chunk in ([item["pixel_values"]], *(covered[i : i + 16] for i in range(0, len(covered), 16)))
+                answer_scores(model, [item | {"video": c} for c in chunk], accelerator)
+                for chunk in ([item["video"]], *(covered[i : i + 16] for i in range(0, len(covered), 16)))
             ]
         )
-        maps.append((item["pixel_values"], (scores[0] - scores[1:]).view(PARTS, CELLS, CELLS), row))
+        maps.append((item["video"], (scores[0] - scores[1:]).view(PARTS, CELLS, CELLS), row))
     return maps
 
 
@@ -207,14 +207,14 @@ def answer_scores(model: VideoModel, items: list[dict], accelerator: Any) -> tor
 # -- the table --------------------------------------------------------------------------------------
 
 
-def caption_row(captions: list[str], asked: list[Sample]) -> dict[str, float]:
-    """CIDEr, and on dummy data in how many captions the motion is right, and in how many everything."""
+def caption_row(captions: list[str], asked: list[Sample], lexicon: Lexicon | None) -> dict[str, float]:
+    """CIDEr and, where the data set has a lexicon, the share of captions that name each attribute, and all, rightly."""
     everything = np.arange(len(asked))
     row = {"CIDEr": caption_summary(captions, [s.captions for s in asked])(everything)["CIDEr"]}
-    if all(s.attributes for s in asked):
-        found = [dummy_data.attributes(c) for c in captions]
-        scores = attribute_summary(found, [s.attributes for s in asked])(everything)
-        row |= {"motion": scores["motion"], "all_attributes": scores["all"]}
+    if lexicon and all(s.attributes for s in asked):
+        named = [attributes_in(c, lexicon) for c in captions]
+        scores = attribute_summary(named, [s.attributes for s in asked])(everything)
+        row |= scores | {"all_attributes": scores.pop("all")}
     return row
 
 
@@ -230,12 +230,12 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
 
     def scores(loader: Any, name: str) -> dict[str, float]:
         if config.captioning:
-            return caption_row(caption_all(model, loader, accelerator, config), asked)
+            return caption_row(caption_all(model, loader, accelerator, config), asked, splits.lexicon)
         return {"accuracy": evaluate(model, loader, accelerator, desc=name)["accuracy"]}
 
     def rival(answers: list[str]) -> dict[str, float]:
         if config.captioning:
-            return caption_row(answers, asked)
+            return caption_row(answers, asked, splits.lexicon)
         return {"accuracy": float(np.mean([a == s.label for a, s in zip(answers, asked, strict=True)]))}
 
     loader = loader_of(asked)
@@ -252,7 +252,7 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
     for name, change in changes.items():
         table[name] = scores(Changed(loader, change), name)
     loader.close()
-    if model.text_source == "text":
+    if model.text_field == "text":
         table["text_only"] = table["blank_video"]
         loader = loader_of(with_texts_of_others(asked))
         table["text_shuffled"] = scores(loader, "text shuffled")
@@ -262,7 +262,7 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
 
 def control_line(table: dict[str, Any]) -> str:
     """How much the model uses motion, and text."""
-    name = next(n for n in ("motion", "accuracy", "CIDEr") if n in table["as_it_is"])
+    name = "CIDEr" if "CIDEr" in table["as_it_is"] else "accuracy"
     scale, unit_name = (1, "") if name == "CIDEr" else (100, " points")
     digits = 2 if name == "CIDEr" else 1
 

@@ -335,7 +335,7 @@ class VideoIndex:
     """All videos below a folder, by path and by name."""
 
     def __init__(self, folder: Path):
-        from VLoader import find_videos
+        from readers import find_videos
 
         self.folder = folder
         self.by_name: dict[str, list[tuple[tuple[str, ...], Path]]] = {}
@@ -347,7 +347,7 @@ class VideoIndex:
     @staticmethod
     def parts(name: str) -> tuple[str, ...]:
         """A path's parts, the last one without a video's suffix."""
-        from VLoader import VIDEO_SUFFIXES
+        from readers import VIDEO_SUFFIXES
 
         path = PurePosixPath(name.replace("\\", "/"))
         plain = path.with_suffix("") if path.suffix.lower() in {*VIDEO_SUFFIXES, ".pt"} else path
@@ -372,7 +372,7 @@ class VideoIndex:
 
 def images_between(folder: Path, frames: tuple[int, int]) -> tuple[list[Path], bool]:
     """(the images whose numbers lie between, whether these are all of the folder)."""
-    from VLoader import list_images
+    from readers import list_images
 
     def number(path: Path) -> int:
         digits = re.findall(r"\d+", path.stem)
@@ -488,7 +488,7 @@ def join_rows(group: list[Row], path: Path, outcome: Outcome) -> None:
 
 def drop_unreadable(outcomes: dict[str, Outcome], workers: int) -> None:
     """Opens every video and decodes its first and last frame, as main.py's scan does."""
-    from VLoader import scan_videos
+    from scan import scan_videos
 
     jobs = {path: 0 for outcome in outcomes.values() for path in outcome.samples}
     bad, _ = scan_videos(jobs, num_frames=8, stride=0, num_workers=workers, known={})
@@ -595,7 +595,7 @@ def next_command(outcomes: dict[str, Outcome], output: Path) -> str:
     return f"next: python main.py --data_dir {printable(output)} --weights hub{task}"
 
 
-def body(argv: list[str] | None) -> int:
+def run(argv: list[str] | None) -> int:
     args = parse_args(argv)
     if not 0 <= args.num_workers <= MOST_WORKERS:
         raise UserError(f"--num_workers must be from 0 to {MOST_WORKERS}, not {args.num_workers}")
@@ -661,7 +661,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script(body, argv)
+    return run_script(run, argv)
 
 
 if __name__ == "__main__":

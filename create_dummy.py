@@ -17,7 +17,7 @@ from script import Parser, UserError, make_folder, printable, run_script
 CHUNK = 32  # frames that are held at once
 
 
-def body(argv: list[str] | None) -> int:
+def run(argv: list[str] | None) -> int:
     parser = Parser(
         description="Write test videos as folders of PNG frames, with a metadata.jsonl of label, caption and text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -38,7 +38,8 @@ def body(argv: list[str] | None) -> int:
     from tqdm import tqdm
 
     from dummy_data import save_frames, whole_or_none
-    from VLoader import open_video, read_folder
+    from readers import open_video
+    from VLoader import read_folder
 
     samples = read_folder(args.data_dir / "test")
     by_class = [list(group)[: args.per_class] for _, group in groupby(samples, key=lambda s: s.label)]
@@ -55,6 +56,8 @@ def body(argv: list[str] | None) -> int:
             rows[name] = {k: v for k, v in row.items() if v not in (None, [])} | {"attributes": sample.attributes}
         lines = "".join(json.dumps(row) + "\n" for row in rows.values())
         (args.output / "metadata.jsonl").write_text(lines, encoding="utf-8")
+        if (args.data_dir / "lexicon.json").is_file():  # inference then knows which captions are right
+            shutil.copyfile(args.data_dir / "lexicon.json", args.output / "lexicon.json")
     print(f"wrote {len(rows)} folders of frames and metadata.jsonl to {printable(args.output)}/")
     return 0
 
@@ -68,7 +71,11 @@ def free_name(name: str, taken: Collection[str]) -> str:
 def clear_frames(folder: Path) -> None:
     """Empties a folder that this script made; refuses any other that is not empty."""
     if folder.is_dir() and any(folder.iterdir()):
-        others = [path for path in folder.iterdir() if path.name != "metadata.jsonl" and not is_frames(path)]
+        others = [
+            path
+            for path in folder.iterdir()
+            if path.name not in ("metadata.jsonl", "lexicon.json") and not is_frames(path)
+        ]
         if others or not (folder / "metadata.jsonl").is_file():
             raise UserError(f"{folder}/ is not empty and was not made by this script; choose another --output")
         shutil.rmtree(folder)
@@ -81,7 +88,7 @@ def is_frames(folder: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script(body, argv)
+    return run_script(run, argv)
 
 
 if __name__ == "__main__":

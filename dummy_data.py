@@ -13,7 +13,6 @@ Shapes: B videos, T frames, H W pixels; a video is RGB uint8 [T, C, H, W].
 import argparse
 import io
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -75,7 +74,7 @@ HINTS = {
     },
 }
 CAPTIONS_PER_VIDEO = 5
-CONTENT = ("train", "test", "classes.json")  # of a dataset's folder
+CONTENT = ("train", "test", "classes.json", "lexicon.json")  # of a dataset's folder
 #: (least, most) of each number on the command line
 LIMITS = {
     "classes": (2, len(CLASSES)),
@@ -90,32 +89,19 @@ LIMITS = {
 # -- words ------------------------------------------------------------------------------------------
 
 
-def _attribute_words() -> dict[str, tuple[str, str]]:
-    """Every word that says something: word -> (attribute, value)."""
-    words = {name: ("colour", name) for name in COLOURS}
-    for attribute, table in (("size", SIZE_WORDS), ("shape", SHAPE_WORDS)):
-        words |= {word: (attribute, value) for value, all_ in table.items() for word in all_}
-    motions = {
-        "right": "right rightwards",
-        "left": "left leftwards",
-        "down": "down downwards bottom",
-        "up": "up upwards top",
-        "still": "still place not rest",
-    }
-    return words | {w: ("motion", value) for value, all_ in motions.items() for w in all_.split()}
-
-
-WORDS = _attribute_words()
-
-
-def attributes(caption: str) -> dict[str, str | None]:
-    """Reads {size, colour, shape, motion} out of any caption; None where it names none, or two."""
-    found: dict[str, set[str]] = {"size": set(), "colour": set(), "shape": set(), "motion": set()}
-    for word in re.findall(r"[a-z]+", caption.lower()):
-        if word in WORDS:
-            attribute, value = WORDS[word]
-            found[attribute].add(value)
-    return {name: values.pop() if len(values) == 1 else None for name, values in found.items()}
+#: the words of each attribute's values, for anybody who reads a caption: metrics.Lexicon
+LEXICON = {
+    "size": {size: [*words] for size, words in SIZE_WORDS.items()},
+    "colour": {colour: [colour] for colour in COLOURS},
+    "shape": {shape: [*words] for shape, words in SHAPE_WORDS.items()},
+    "motion": {
+        "right": ["right", "rightwards"],
+        "left": ["left", "leftwards"],
+        "down": ["down", "downwards", "bottom"],
+        "up": ["up", "upwards", "top"],
+        "still": ["still", "place", "not", "rest"],
+    },
+}
 
 
 def write_caption(
@@ -279,7 +265,7 @@ def display_name(label: int) -> str:
     return f"{shape} standing still" if motion == "still" else f"{shape} moving {motion}"
 
 
-def body(argv: list[str] | None) -> None:
+def run(argv: list[str] | None) -> None:
     parser = Parser(
         description="Draw a synthetic video dataset: a shape on a plain ground that moves or stands still.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -310,7 +296,8 @@ def body(argv: list[str] | None) -> None:
     with whole_or_none(*(args.output / name for name in CONTENT)), tqdm(total=total, unit="video") as bar:
         write_split(args.output, "train", args.videos_per_class, args, bar)
         write_split(args.output, "test", args.test_per_class, args, bar)
-        (args.output / "classes.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
+        for name, content in (("classes.json", names), ("lexicon.json", LEXICON)):
+            (args.output / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {bar.n} videos of {args.classes} classes to {printable(args.output)}/")
 
 
@@ -353,7 +340,7 @@ def clear_dataset(folder: Path, overwrite: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script(body, argv)
+    return run_script(run, argv)
 
 
 if __name__ == "__main__":

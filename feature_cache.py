@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from build_model import VideoModel, VisionEncoder
-from config import Config
+from config import Config, options_with
 from script import UserError, make_folder, printable, remove_leftovers, replace_file
 from VLoader import ClipDataset, Sample, Splits, build_loader
 
@@ -196,11 +196,8 @@ def open_store(model: VideoModel, config: Config) -> FeatureStore:
         "backbone": model.sources["vision"].path,
         "fingerprint": model.sources["vision"].fingerprint,
         "preprocessing": asdict(model.vision_encoder.preprocessing),
-        "num_frames": config.num_frames,
-        "frame_stride": config.frame_stride,
-        "token_grid": config.token_grid,
         "format": 1,
-    }
+    } | {name: getattr(config, name) for name in options_with("in_feature_key")}
     told = {name: value for name, value in about.items() if name != "backbone"}  # the same weights may lie elsewhere
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.output_dir) / ".features" if config.cache_dir == "auto" else Path(config.cache_dir)
@@ -222,7 +219,9 @@ def read_features(store: FeatureStore, splits: Splits, config: Config) -> dict[s
     return {name: CachedFeatures(store, found) for name, found in places.items()}
 
 
-def fill(store: FeatureStore, model: VideoModel, splits: Splits, config: Config, accelerator: Any) -> dict[Path, str]:
+def compute_missing(
+    store: FeatureStore, model: VideoModel, splits: Splits, config: Config, accelerator: Any
+) -> dict[Path, str]:
     """Computes the features that the store lacks; returns what is wrong with each video that cannot be read.
 
     Raises UserError if a feature is too large for fp16. With several processes each computes its share.
@@ -242,7 +241,7 @@ def fill(store: FeatureStore, model: VideoModel, splits: Splits, config: Config,
         f"{rows} x {width} numbers each, {2 * rows * width * len(samples) / 1e6:.1f} MB in all"
     )
     mine = lacking[accelerator.process_index :: accelerator.num_processes]
-    bad = extract(encoder, [samples[i] for i in mine], ids[mine], store, config, accelerator)
+    bad = extract_features(encoder, [samples[i] for i in mine], ids[mine], store, config, accelerator)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
@@ -253,7 +252,7 @@ def fill(store: FeatureStore, model: VideoModel, splits: Splits, config: Config,
 
 
 @torch.no_grad()
-def extract(
+def extract_features(
     encoder: VisionEncoder,
     samples: list[Sample],
     ids: np.ndarray,
@@ -277,7 +276,7 @@ def extract(
         for batch, errors in loader.with_errors():
             bad |= {samples[index].path: cause for index, cause in errors.items()}
             if batch is not None:
-                features = features_of(encoder, batch["pixel_values"], config.token_grid, accelerator)
+                features = features_of(encoder, batch["video"], config.token_grid, accelerator)
                 shard += zip(batch["index"].tolist(), features, strict=True)
             bar.update(len(errors) + (len(batch["index"]) if batch is not None else 0))
             if len(shard) >= SHARD:
@@ -289,7 +288,7 @@ def extract(
 
 def stack_clips(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     indices = torch.tensor([item["index"] for item in items])
-    return {"pixel_values": torch.stack([item["pixel_values"] for item in items]), "index": indices}
+    return {"video": torch.stack([item["video"] for item in items]), "index": indices}
 
 
 def features_of(encoder: VisionEncoder, pixel_values: torch.Tensor, grid: int, accelerator: Any) -> torch.Tensor:

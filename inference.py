@@ -7,21 +7,19 @@ predictor = Predictor.from_checkpoint("checkpoints/timesformer")
 print(predictor.predict("clip.mp4"))
 """
 
-import hashlib
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import FIELDS, Config, check_for_classifiers, parse
-from script import FileLock, UserError, leave, printable, replace_file, run_script
+from answers import Job, fingerprint_answers, list_jobs, open_output
+from config import FIELDS, Config, parse, refuse_classifier_options
+from metrics import Lexicon, attributes_in
+from script import UserError, leave, printable, run_script
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -38,7 +36,7 @@ class Predictor:
         from build_model import merge_adapters
         from train_code import build_accelerator
 
-        check_for_classifiers(config)
+        refuse_classifier_options(config)
         self.config = config
         self.names: list[str] = metadata["class_names"]
         self.display: dict[str, str] = metadata["display_names"]
@@ -108,7 +106,7 @@ class Predictor:
 
     def answer(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         if self.config.captioning:
-            texts = self.model.generate(batch["pixel_values"], self.config.max_new_tokens, self.config.num_beams)
+            texts = self.model.generate(batch["video"], self.config.max_new_tokens, self.config.num_beams)
             return [{"caption": text} for text in texts]
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
         logits = self.model.scores(**inputs)
@@ -127,7 +125,7 @@ class Predictor:
     def check_texts(self, samples: list["Sample"]) -> None:
         """Raises UserError unless every sample has the text that the run reads."""
         lacking = [s for s in samples if s.text is None]
-        if self.model.text_source == "text" and lacking:
+        if self.model.text_field == "text" and lacking:
             raise UserError(
                 f"this run was trained with --use_text True and {len(lacking)} of {len(samples)} videos have no text, "
                 f"first {lacking[0].path}: give all of them one with --text_input '...', or each its own with "
@@ -142,64 +140,25 @@ def check_weights(model: Any) -> None:
             raise UserError(f"the weights are damaged: {name} holds numbers that are not finite; train the run anew")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One answer to give: for a video, or with --timeline for `times` (start, end) of it."""
-
-    sample: "Sample"
-    path: str  # see locate
-    times: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def key(self) -> tuple[str, float | None]:
-        return self.path, self.times.get("start")
-
-
-def locate(path: str | Path, folder: str | Path) -> str:
-    """A video's absolute path, the same from every working directory and by every name of `folder`, --video_dir.
-
-    Links below the folder are not followed: two links to one video are two videos.
-    """
-    root = folder if os.path.isdir(folder) else os.path.dirname(folder)
-    below = os.path.relpath(path, root or os.curdir)
-    if below.split(os.sep)[0] == os.pardir:  # metadata.jsonl may name any place
-        return os.path.abspath(path)
-    return os.path.normpath(os.path.join(os.path.realpath(root), below))
-
-
-def list_jobs(samples: list["Sample"], folder: str, seconds: float) -> tuple[list[Job], list[dict[str, Any]]]:
-    """(what is to be answered, rows of the videos that could not be cut into windows)."""
-    jobs = [Job(sample, locate(sample.path, folder)) for sample in samples]
-    if not seconds:
-        return jobs, []
-    from tqdm import tqdm
-
-    from VLoader import cut
-
-    parts, failed = [], []
-    for job in tqdm(jobs, desc="lengths", unit="video", leave=False):
-        try:
-            windows = cut(job.sample, seconds)
-            parts += [Job(part, job.path, {"start": start, "end": end}) for part, start, end in windows]
-        except UserError as error:
-            failed.append({"file": str(job.sample.path), "path": job.path, "error": str(error)})
-    return parts, failed
-
-
-def is_right(answer: dict[str, Any], sample: "Sample", display: dict[str, str]) -> bool | None:
+def is_right(answer: dict[str, Any], sample: "Sample", display: dict[str, str], lexicon: Lexicon | None) -> bool | None:
     """Whether an answer is right; None where the truth is not known (or, for captions, not decidable)."""
     if "caption" in answer:
-        import dummy_data
-
-        if not sample.attributes:
+        if lexicon is None or not sample.attributes:
             return None
-        found = dummy_data.attributes(answer["caption"])
-        return all(found.get(name) == value for name, value in sample.attributes.items())
+        named = attributes_in(answer["caption"], lexicon)
+        return all(named.get(name) == value for name, value in sample.attributes.items())
     if sample.label is None or "error" in answer:
         return None
     if sample.label in display:
         return sample.label == answer["label"]
     return sample.label == display[answer["label"]]  # a folder may be named like the display name
+
+
+def find_lexicon(video_dir: Path) -> Lexicon | None:
+    """The lexicon of the data set that --video_dir is, or is a split of."""
+    from VLoader import read_lexicon
+
+    return read_lexicon(video_dir) or read_lexicon(video_dir.absolute().parent)
 
 
 def answer_line(answer: dict[str, Any], width: int) -> str:
@@ -214,116 +173,9 @@ def answer_line(answer: dict[str, Any], width: int) -> str:
 # -- the file of answers ----------------------------------------------------------------------------
 
 
-def fingerprint_answers(run_dir: Path, config: Config) -> str:
-    """Of all that an answer depends on beside its video: the run's weights and the options in force."""
-    from checkpoint import WEIGHTS
-
-    names = ("top_k", "test_clips", "test_crops", "max_new_tokens", "num_beams", "timeline", "text_input")
-    digest = hashlib.sha256((run_dir / WEIGHTS).read_bytes())
-    digest.update(repr([getattr(config, name) for name in names]).encode())
-    return f"{run_dir.name} {digest.hexdigest()[:12]}"
-
-
-def begun(path: Path, run: str, folder: str) -> dict[tuple[str, float | None], dict[str, Any]]:
-    """The answers that a file of answers holds already, by Job.key; errors in it, answers that stand twice, and a last
-    line cut short are dropped. Rows without a `path` are resolved against the working directory.
-
-    Raises UserError if the file is not one of answers by the same run with the same options.
-    """
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = text.split("\n")  # not splitlines: captions may hold other ends of line
-    good: dict[tuple[str, float | None], dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            made_by = row["run"]
-            key = row["path"] if "path" in row else locate(row["file"], folder), row.get("start")
-            fresh = "error" not in row and key not in good
-        except (ValueError, KeyError, TypeError, RecursionError):
-            if number == len(lines) and is_torn(line, begun=number > 1):
-                break
-            raise UserError(
-                f"--output {path}, line {number} is no answer of this program; choose another file"
-            ) from None
-        if made_by != run:
-            raise UserError(
-                f"--output {path} holds answers of another run or with other options ({made_by}, this is {run}); "
-                "remove it or choose another file"
-            )
-        if fresh:
-            good[key] = row
-    kept = "".join(map(as_line, good.values()))
-    if kept != text:
-        replace_file(path, lambda p: p.write_text(kept, encoding="utf-8"))
-    return good
-
-
-def is_torn(line: str, begun: bool) -> bool:
-    """Whether a last line that is no row is what a killed run left behind the rows before it, or nothing at all."""
-    start = '{"file": '
-    return not line or (begun and (line.startswith(start) or start.startswith(line)))
-
-
-def as_line(row: dict[str, Any]) -> str:
-    # a file's name that is no text becomes JSON's own escape
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
-
-
-@contextmanager
-def open_output(
-    path: Path | None, run: str, folder: str
-) -> Generator[tuple[dict[tuple[str, float | None], dict[str, Any]], Callable[[dict[str, Any]], None]]]:
-    """(the answers that --output holds already, what appends a row to it).
-
-    A file is locked and goes on where it ended; a pipe or a device takes the rows as they come.
-    Raises UserError if it cannot be written, is in use by another process, or is no file of answers by this run.
-    """
-    if path is None:
-        yield {}, lambda row: None
-        return
-    done = {}
-    with ExitStack() as stack:
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(1)):  # opened anew, it would be written over
-            sys.stdout.flush()
-            file = os.dup(1)
-        elif path.exists() and not path.is_file():
-            file = open_rows(path, getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody reads is not waited for
-            os.set_blocking(file, True)
-        else:
-            path = Path(os.path.realpath(path))
-            if not path.parent.is_dir():
-                raise UserError(f"--output: cannot write {path}: there is no folder {path.parent}")
-            stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), f"--output {path}"))
-            done = begun(path, run, folder)
-            file = open_rows(path, os.O_CREAT | os.O_APPEND)
-        stack.callback(os.close, file)
-        yield done, partial(append_row, file, path)
-
-
-def open_rows(path: Path, flags: int) -> int:
-    try:
-        return os.open(path, os.O_WRONLY | flags, 0o666)
-    except OSError as error:
-        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
-
-
-def append_row(file: int, path: Path, row: dict[str, Any]) -> None:
-    """Writes a row at once and whole, or takes back what was written of it and raises UserError."""
-    data, written = as_line(row).encode("utf-8"), 0
-    try:
-        while written < len(data):
-            written += os.write(file, data[written:])
-    except BrokenPipeError:  # its reader has seen enough
-        raise
-    except OSError as error:
-        if path.is_file():
-            os.ftruncate(file, os.fstat(file).st_size - written)
-        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
-
-
 def note_unread(typed: set[str]) -> None:
     """One line on typed training flags: the checkpoint decides those."""
-    unread = [f"--{n}" for n in sorted(typed) if "inference" not in FIELDS[n].metadata["scripts"].split()]
+    unread = [f"--{n}" for n in sorted(typed) if "inference" not in FIELDS[n].metadata["scripts"]]
     if unread:
         print(f"note: {', '.join(unread)} belong to training; here the checkpoint decides")
 
@@ -348,7 +200,7 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
             total=len(jobs) + len(failed), initial=len(rows), unit="answer", disable=len(todo) <= FEW, leave=False
         )
         with bar:
-            for row in chain(failed, predict_jobs(predictor, todo)):
+            for row in chain(failed, predict_jobs(predictor, todo, find_lexicon(Path(config.video_dir)))):
                 rows.append(row)
                 bar.update()
                 if show:
@@ -358,11 +210,11 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
     return int(any("error" in row for row in rows))
 
 
-def predict_jobs(predictor: Predictor, jobs: list[Job]) -> Iterator[dict[str, Any]]:
+def predict_jobs(predictor: Predictor, jobs: list[Job], lexicon: Lexicon | None) -> Iterator[dict[str, Any]]:
     """A row for every job: file, path, times, the answer or error, and whether it is right where that is known."""
     answers = predictor.predict_many([job.sample for job in jobs]) if jobs else iter(())
     for job, answer in zip(jobs, answers, strict=True):
-        right = is_right(answer, job.sample, predictor.display)
+        right = is_right(answer, job.sample, predictor.display, lexicon)
         place = {"file": answer.pop("file"), "path": job.path}
         yield place | job.times | answer | ({} if right is None else {"right": right})
 
@@ -383,7 +235,7 @@ def print_summary(rows: list[dict[str, Any]], fresh: int, seconds: float, output
 
 
 def print_export(run_dir: Path, model: Any, config: Config, metadata: dict[str, Any]) -> None:
-    from checkpoint import export
+    from export import export
 
     check_weights(model)
     output = Path(os.path.abspath(config.export))
@@ -395,7 +247,7 @@ def print_export(run_dir: Path, model: Any, config: Config, metadata: dict[str, 
     print(printable(f"exported {run_dir} to {config.export}/: {', '.join(sorted(p.name for p in output.iterdir()))}"))
 
 
-def body(argv: list[str] | None) -> int:
+def run(argv: list[str] | None) -> int:
     config, typed = parse(argv, "inference")
     from checkpoint import find_run, load_run
     from VLoader import read_folder
@@ -405,7 +257,7 @@ def body(argv: list[str] | None) -> int:
     note_unread(typed)
     model, config, metadata = load_run(run_dir, config, typed)
     if config.text_input is not None:
-        if model.text_source != "text":
+        if model.text_field != "text":
             raise UserError(f"--text_input: {run_dir} was trained without a text input; leave the flag out")
         samples = [replace(s, text=config.text_input) for s in samples]
     status = 0
@@ -413,7 +265,7 @@ def body(argv: list[str] | None) -> int:
         predictor = Predictor(model, config, metadata)
         predictor.check_texts(samples)
         print(printable(f"{run_dir}: {metadata['task']}, {len(samples)} videos in {config.video_dir}"))
-        if not config.captioning and (note := model.cut_note(samples)):
+        if not config.captioning and (note := model.truncation_note(samples)):
             print(note)
         status = answer_all(predictor, samples, run_dir)
     if config.export is not None:
@@ -424,7 +276,7 @@ def body(argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script(body, argv)
+    return run_script(run, argv)
 
 
 if __name__ == "__main__":

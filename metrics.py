@@ -7,11 +7,9 @@ its truths itself, or an --output of inference.py. One JSON object is printed.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import re
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -273,20 +271,6 @@ def cider_d(captions: list[list[str]], references: list[list[list[str]]]) -> np.
     return np.array(scores)
 
 
-def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float | None:
-    """METEOR 1.5 by its own program; None where java or pycocoevalcap is not installed."""
-    if shutil.which("java") is None or importlib.util.find_spec("pycocoevalcap") is None:
-        return None
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    mine, theirs = tokenised(captions, references)
-    score, _ = Meteor().compute_score(
-        {i: [" ".join(w) for w in refs] for i, refs in enumerate(theirs)},
-        {i: [" ".join(tokens)] for i, tokens in enumerate(mine)},
-    )
-    return float(score)
-
-
 def exact_matches(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """Whether each caption equals one of its references, spaces aside. (n,)"""
     tidy = [" ".join(c.split()) for c in captions]
@@ -312,17 +296,24 @@ def caption_summary(captions: Sequence[str], references: Sequence[Sequence[str]]
 
 
 def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """caption_summary with intervals, and METEOR (null where its program is absent)."""
-    scores = with_intervals(caption_summary(captions, references), len(captions))
-    return scores | {"METEOR": meteor(captions, references)}
+    """caption_summary with intervals."""
+    return with_intervals(caption_summary(captions, references), len(captions))
+
+
+#: the words that name an attribute's values: {attribute: {value: [word, ...]}}
+Lexicon = dict[str, dict[str, list[str]]]
+
+
+def attributes_in(caption: str, lexicon: Lexicon) -> dict[str, str | None]:
+    """The value of each attribute that a caption names; None where it names none, or two."""
+    tokens = {*re.findall(r"[a-z]+", caption.lower())}
+    named = {a: [value for value, words in values.items() if tokens & {*words}] for a, values in lexicon.items()}
+    return {attribute: values[0] if len(values) == 1 else None for attribute, values in named.items()}
 
 
 def attribute_summary(found: Sequence[dict[str, str | None]], truth: Sequence[dict[str, str]]) -> Summary:
-    """For each attribute the share named rightly; `colour+shape+motion` and `all`: rightly together."""
+    """For each attribute the share of captions that name it rightly; `all`: every one of them."""
     right = {n: np.array([f.get(n) == t[n] for f, t in zip(found, truth, strict=True)]) for n in truth[0]}
-    joint = ("colour", "shape", "motion")
-    if right.keys() > set(joint):
-        right["+".join(joint)] = np.logical_and.reduce([right[n] for n in joint])
     right["all"] = np.logical_and.reduce([right[n] for n in truth[0]])
     return lambda places: {name: float(r[places].mean()) for name, r in right.items()}
 
@@ -415,7 +406,7 @@ def summary_of(rows: list[Any], truths: list[Any], path: Path) -> Summary:
     return lambda drawn: {name: value for name, value in summary(drawn).items() if name in kept}
 
 
-def body(argv: list[str] | None) -> None:
+def run(argv: list[str] | None) -> None:
     parser = Parser(
         prog="metrics.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -445,21 +436,18 @@ def body(argv: list[str] | None) -> None:
         raise UserError("there is nothing to score: no ids")
     summary = summary_of(rows, truths, args.predictions)
     result = {"count": len(truths)} | with_intervals(summary, len(truths))
-    captions = isinstance(truths[0], list)
-    if captions:
-        result["METEOR"] = meteor([said(row, args.predictions) for row in rows], truths)
     if args.compare:
         ids = [*(references or read_rows(args.predictions))]
         others, _ = paired(dict(zip(ids, truths, strict=True)), read_rows(args.compare), args.compare)
         result["compare"] = compared(summary, summary_of(others, truths, args.compare), len(truths))
-        if not captions:
+        if not isinstance(truths[0], list):
             right = [[said(r, args.predictions) == t for r, t in zip(x, truths, strict=True)] for x in (rows, others)]
             result["compare"]["mcnemar"] = mcnemar(*right)
     print(json.dumps(result, indent=1))
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script(body, argv)
+    return run_script(run, argv)
 
 
 if __name__ == "__main__":

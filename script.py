@@ -5,6 +5,7 @@ if __name__ == "__main__":
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -15,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,14 +67,27 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def run_script(body: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
-    """Runs a script's body; a UserError, or a file that cannot be read or written, becomes one line on stderr and
-    exit status 2."""
+def is_main() -> bool:
+    """Whether this is the only process, or the first that torchrun started."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def run_script(run: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
+    """Calls run(argv) and returns the exit status; a UserError, or a file that cannot be read or written, becomes one
+    line on stderr and exit status 2. Under torchrun only the first process prints."""
+    if is_main():
+        return run_and_catch(run, argv)
+    os.environ["TQDM_DISABLE"] = "1"
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        return run_and_catch(run, argv)
+
+
+def run_and_catch(run: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):  # names of files need not be text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = body(argv) or 0
+        status = run(argv) or 0
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -109,10 +123,6 @@ def discard_output() -> None:
 
 def leave(status: int) -> NoReturn:
     """Ends a script that was started as a program."""
-    if "RANK" in os.environ:  # torchrun: gloo's threads may still want an interpreter that is going, and would abort
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
     gc.freeze()  # else the collector looks through all of torch and transformers a last time
     sys.exit(status)
 
@@ -128,6 +138,23 @@ def collector_off() -> Generator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+# -- the machine ------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory of freed tensors below 16 MB. By default it gives it back to the system, which maps and
+    zeroes the same pages anew for the next step's: up to a fifth of a step on a CPU. Larger tensors come and go as
+    before, for kept they would leave holes. Other C libraries are left alone.
+
+    Source: mallopt(3).
+    """
+    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(mmap_threshold, 2**24)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 # -- files ------------------------------------------------------------------------------------------

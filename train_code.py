@@ -3,7 +3,6 @@
 val selects the best epoch; test is read once, at the end. Evaluation sums over what was really seen.
 """
 
-import ctypes
 import math
 import os
 import re
@@ -25,27 +24,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import dummy_data
 from augment import Augment
-from build_model import VideoModel, adapters, tower_body, trained_tensors
+from build_model import VideoModel, adapters, body_of, trained_tensors
 from checkpoint import STATE, load_state, load_weights, save_state, save_weights
-from config import BACKBONES, Config
-from metrics import attribute_summary, caption_scores, label_scores, with_intervals
-from script import UserError, make_folder, write_rows
+from config import Config, default_rates
+from metrics import attribute_summary, attributes_in, caption_scores, label_scores, with_intervals
+from script import UserError, keep_freed_memory, make_folder, write_rows
 from VLoader import ClipDataset, build_loader
 
 WARMUP = 0.1  # share of all steps
-# (weights, what is trained of a backbone) -> peak learning rate, and how much faster new layers learn; the freest
-# first, and of equally free ones the one whose weights have cost more
-LEARNING_RATES = {
-    ("hub", "full"): (5e-5, 10.0),
-    ("tiny", "full"): (5e-4, 2.0),
-    ("hub", "lora"): (5e-4, 2.0),
-    ("tiny", "lora"): (3e-3, 1.0),
-    ("hub", "frozen"): (1e-3, 1.0),
-    ("tiny", "frozen"): (3e-3, 1.0),
-}
-# what marks a place is no weight: decay would blur it
+# weight decay is for weight matrices: it would blur CLS, position and time embeddings
 NO_DECAY = re.compile(r"\.lora_|cls_token|position|time_embedding|rel_embeddings|\bwpe\b")
 
 
@@ -60,40 +48,13 @@ def lr_at(step: int, total: int, peak: float) -> float:
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def what_is_trained(tower: nn.Module) -> str:
-    """full, lora or frozen."""
-    names = trained_tensors(tower)
-    if any(".lora_" not in name for name in names):
-        return "full"
-    return "lora" if names else "frozen"
-
-
-def default_rates(model: VideoModel, config: Config) -> tuple[float, dict[str, float]]:
-    """(the table's peak learning rate of the freest backbone, the rates of the parts as multiples of that one:
-    "vision", "language" and "new layers")."""
-    kinds = {}
-    for part, tower in model.towers().items():
-        tiny = config.weights == "tiny" and getattr(config, f"{part}_model") in BACKBONES
-        kinds[part] = ("tiny" if tiny else "hub", what_is_trained(tower))
-    rate, factor = LEARNING_RATES[min(kinds.values(), key=[*LEARNING_RATES].index)]
-    return rate, {part: LEARNING_RATES[kind][0] / rate for part, kind in kinds.items()} | {"new layers": factor}
-
-
-def rates_line(model: VideoModel, config: Config) -> str:
-    """The peak learning rate of every part that is trained; `config` is resolved."""
-    _, scales = default_rates(model, config)
-    trained = [part for part, tower in model.towers().items() if trained_tensors(tower)]
-    rates = [f"{part} {config.learning_rate * scales[part]:g}" for part in (*trained, "new layers")]
-    return f"learning rate {config.learning_rate:g} ({', '.join(rates)})"
-
-
-def layers_above(tower: nn.Module) -> dict[str, int]:
+def layers_above(backbone: nn.Module) -> dict[str, int]:
     """For every tensor of a backbone how many layers lie above it, its own included: 1 in the last layer, one more
     than there are layers for what comes before them, 0 for what follows (BEiT, arXiv:2106.08254)."""
-    lists = [(name, module) for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)]
     prefix, layers = max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
     above = {}
-    for path, module in tower.named_modules():
+    for path, module in backbone.named_modules():
         for name, _ in module.named_parameters(path, recurse=False):
             place = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
             embeds = isinstance(module, nn.Embedding) or re.search(r"embed(?!_out)|project_in", name)
@@ -107,20 +68,19 @@ def build_optimizer(model: VideoModel, config: Config) -> torch.optim.AdamW:
 
     Every group carries `peak_lr`; `lr_at` of it is set before each step.
     """
-    rate, scales = default_rates(model, config)
-    rate = rate if config.learning_rate == "auto" else config.learning_rate
+    _, scales = default_rates(config)
     scale_of = {}
-    for part, tower in model.towers().items():
-        above = layers_above(tower)
-        scale_of |= {id(p): scales[part] * config.layer_decay ** above[n] for n, p in tower.named_parameters()}
+    for part, backbone in model.backbones().items():
+        above = layers_above(backbone)
+        scale_of |= {id(p): scales[part] * config.layer_decay ** above[n] for n, p in backbone.named_parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_tensors(model).items():
         decay = config.weight_decay if parameter.ndim >= 2 and not NO_DECAY.search(name) else 0.0
-        peak = rate * scale_of.get(id(parameter), scales["new layers"])
+        peak = config.learning_rate * scale_of.get(id(parameter), scales["new layers"])
         groups.setdefault((decay, peak), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": p, "weight_decay": decay, "peak_lr": peak} for (decay, peak), p in groups.items()],
-        lr=rate,
+        lr=config.learning_rate,
         betas=(0.9, 0.98),
         fused=True,
     )
@@ -169,20 +129,6 @@ class Engine:
     label_smoothing: float = 0.0
     augment: Callable[[dict], dict] = lambda batch: batch
     after_step: Callable[[], None] = lambda: None  # saves, and raises Stopped
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep the memory of freed tensors below 16 MB. By default it gives it back to the system, which maps and
-    zeroes the same pages anew for the next step's: up to a fifth of a step on a CPU. Larger tensors come and go as
-    before, for kept they would leave holes. Other C libraries are left alone.
-
-    Source: mallopt(3).
-    """
-    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(mmap_threshold, 2**24)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def build_accelerator(config: Config) -> Any:
@@ -289,8 +235,8 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
         unit="step",
     ) as bar:
         for group in bar:
-            for settings in optimizer.param_groups:
-                settings["lr"] = lr_at(progress.step, engine.total_steps, settings["peak_lr"])
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr_at(progress.step, engine.total_steps, param_group["peak_lr"])
             if accumulate_gradients(model, group, loader, engine):
                 optimizer_step(model, engine)
             progress.groups += 1
@@ -407,22 +353,19 @@ def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config:
             continue
         batch = to_device(batch, accelerator.device)
         with accelerator.autocast():
-            texts = model.generate(
-                batch.get("pixel_values"), config.max_new_tokens, config.num_beams, batch.get("features")
-            )
+            texts = model.generate(batch["video"], config.max_new_tokens, config.num_beams)
         captions |= dict(zip(batch["index"].tolist(), texts, strict=True))
     captions = dict(gathered(accelerator, list(captions.items())))
     return [captions[i] for i in range(len(loader.dataset))]
 
 
 def score_captions(captions: list[str], dataset: ClipDataset) -> dict[str, Any]:
-    """Bleu, ROUGE-L, CIDEr, METEOR, exact match and, on dummy data, what the captions get right about size, colour,
-    shape, motion."""
+    """Bleu, ROUGE-L, CIDEr, exact match and, where the data set has a lexicon, the share of captions that name each
+    attribute rightly."""
     scores: dict[str, Any] = caption_scores(captions, [s.captions for s in dataset.samples])
-    names = dummy_data.attributes("").keys()
-    if all(s.attributes.keys() == names for s in dataset.samples):
-        found = [dummy_data.attributes(c) for c in captions]
-        summary = attribute_summary(found, [s.attributes for s in dataset.samples])
+    if dataset.lexicon and all(s.attributes.keys() == dataset.lexicon.keys() for s in dataset.samples):
+        named = [attributes_in(caption, dataset.lexicon) for caption in captions]
+        summary = attribute_summary(named, [s.attributes for s in dataset.samples])
         scores["attributes"] = with_intervals(summary, len(captions))
     return scores
 
@@ -480,6 +423,7 @@ def build_loaders(
             config.num_frames,
             config.frame_stride,
             splits.class_names,
+            lexicon=splits.lexicon,
             train=train,
             seed=config.seed,
             views=(config.test_clips, config.test_crops) if name == "test" else (1, 1),
@@ -549,8 +493,8 @@ def train(
     started = time.perf_counter()
     model.to(accelerator.device)
     if config.compile:
-        for tower in model.towers().values():
-            tower_body(tower).compile()  # in place: names of tensors stay
+        for backbone in model.backbones().values():
+            body_of(backbone).compile()  # in place: names of tensors stay
     steps = config.epochs * -(-len(loaders["train"]) // config.gradient_accumulation_steps)
     optimizer = accelerator.prepare(build_optimizer(model, config))
     engine = Engine(

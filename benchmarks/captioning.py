@@ -21,9 +21,8 @@ import torch
 
 from benchmarks import alternate
 from build_model import build_model
-from config import parse
-from feature_cache import fill, open_store, read_features
-from main import resolve
+from config import fill_auto, parse
+from feature_cache import compute_missing, open_store, read_features
 from script import UserError
 from train_code import (
     Engine,
@@ -66,9 +65,9 @@ def compare(argv: list[str], cache: str) -> None:
     accelerator = build_accelerator(config)
     torch.manual_seed(0)
     model = build_model(config, len(splits.class_names)).to(accelerator.device)
-    config = resolve(config, model)
+    config = fill_auto(config, model.vision_encoder.config.num_frames, model.vision_encoder.preprocessing.image_size)
     store = open_store(model, config)
-    fill(store, model, splits, config, accelerator)
+    compute_missing(store, model, splits, config, accelerator)
     features = read_features(store, splits, config)
     loaders = {
         "pixels": build_loaders(model, config, splits)["train"],

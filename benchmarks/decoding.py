@@ -21,8 +21,8 @@ from statistics import geometric_mean, median
 
 import numpy as np
 
+from readers import ReadError, VideoFile, find_videos
 from transforms import sample_indices
-from VLoader import ReadError, VideoFile, find_videos
 
 LIBRARIES = {"vidtune": "av", "torchcodec": "torchcodec", "decord2": "decord", "opencv": "cv2"}
 REPEATS = 3  # reads of one clip in one round

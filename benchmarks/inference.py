@@ -61,7 +61,7 @@ def adapters(run: Path, batches: list[torch.Tensor], rounds: int) -> None:
     merged = Predictor(load_run(run)[0], config, metadata).model
 
     def answers(model: VideoModel) -> Callable[[], object]:
-        return lambda: [model.scores(pixel_values=batch) for batch in batches]
+        return lambda: [model.scores(video=batch) for batch in batches]
 
     clips = sum(map(len, batches))
     table(f"adapters, {clips} clips", {"merged": answers(merged), "as trained": answers(trained)}, rounds, clips)
@@ -97,7 +97,7 @@ def main() -> None:
     one_clip(args.classifier, args.captioner, splits.test[0].path, args.rounds)
     model, config, metadata = load_run(args.captioner)
     loader = build_loaders(model, config, splits)["test"]
-    batches = [batch["pixel_values"] for batch in loader if batch is not None][:4]
+    batches = [batch["video"] for batch in loader if batch is not None][:4]
     loader.close()
     with torch.inference_mode():
         adapters(args.classifier, batches, args.rounds)

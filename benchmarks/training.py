@@ -29,6 +29,9 @@ from typing import Any
 
 import torch
 
+from config import fill_auto
+from feature_cache import compute_missing
+
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("vidtune", "vidtune cold", "vidtune warm", "trainer_sample", "trainer_batch")
 FLAGS = {"full": [], "lora": ["--use_lora_vision", "True"], "frozen": ["--freeze_visionbackbone", "True"]}
@@ -46,8 +49,7 @@ def peak_memory() -> float:
 def run_vidtune(row: str, args: argparse.Namespace) -> dict[str, float]:
     from build_model import build_model
     from config import parse
-    from feature_cache import fill, open_store, read_features
-    from main import resolve
+    from feature_cache import open_store, read_features
     from train_code import Engine, Progress, build_accelerator, build_loaders, build_optimizer, train_one_epoch
     from VLoader import read_splits
 
@@ -66,11 +68,11 @@ def run_vidtune(row: str, args: argparse.Namespace) -> dict[str, float]:
     accelerator = build_accelerator(config)
     torch.manual_seed(0)
     model = build_model(config, len(splits.class_names)).to(accelerator.device)
-    config = resolve(config, model)
+    config = fill_auto(config, model.vision_encoder.config.num_frames, model.vision_encoder.preprocessing.image_size)
     start, features = time.perf_counter(), None
     if row != "vidtune":
         store = open_store(model, config)
-        fill(store, model, splits, config, accelerator)
+        compute_missing(store, model, splits, config, accelerator)
         features = read_features(store, splits, config)
     loader = build_loaders(model, config, splits, features)["train"]
     optimizer = accelerator.prepare(build_optimizer(model, config))
@@ -115,8 +117,9 @@ def run_trainer(row: str, args: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
     from config import BACKBONES
+    from readers import open_video
     from transforms import sample_indices
-    from VLoader import open_video, read_splits
+    from VLoader import read_splits
 
     folder = str(ROOT / BACKBONES[args.backbone].tiny) if args.backbone in BACKBONES else args.backbone
     splits = read_splits(Path(args.data_dir))

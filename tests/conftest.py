@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, settings
 
 import controls
 import dummy_data
+from config import fill_auto
+from readers import open_video
 from transforms import sample_indices
-from VLoader import open_video
 
 torch.set_num_threads(1)
 controls.SHOWN, controls.CELLS = 1, 2  # most tests train something, few look at where the model looks
@@ -68,3 +69,9 @@ def counting_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray
         frames[index] = 3 * index
         frames[index, : height // 2, : 1 + index * width // count] = 255
     return frames
+
+
+def resolved(config, model):
+    """The options without `auto`, as a run has them."""
+    vision = model.vision_encoder
+    return fill_auto(config, vision.config.num_frames, vision.preprocessing.image_size)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import augment
-import main
+import preview
 from augment import Augment
 from build_model import build_model
 from config import parse
@@ -23,7 +23,7 @@ def still_batch(count: int = 12, times: int = 4, size: int = 32) -> dict[str, to
     pictures = torch.randint(
         0, 256, (count, 1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
-    return {"pixel_values": pictures.expand(-1, times, -1, -1, -1).contiguous(), "labels": torch.arange(count)}
+    return {"video": pictures.expand(-1, times, -1, -1, -1).contiguous(), "labels": torch.arange(count)}
 
 
 @pytest.fixture(autouse=True)
@@ -34,24 +34,24 @@ def seeded():
 @pytest.mark.parametrize("level, flip", [("light", False), ("strong", False), ("none", True), ("strong", True)])
 def test_all_frames_of_a_clip_change_alike(level, flip):
     batch = still_batch()
-    changed = Augment(level, flip)(batch)["pixel_values"]
-    assert changed.dtype == torch.uint8 and changed.shape == batch["pixel_values"].shape
+    changed = Augment(level, flip)(batch)["video"]
+    assert changed.dtype == torch.uint8 and changed.shape == batch["video"].shape
     assert (changed == changed[:, :1]).all()
-    different = (changed != batch["pixel_values"]).flatten(1).any(1)
+    different = (changed != batch["video"]).flatten(1).any(1)
     assert different.float().mean() >= (0.25 if level == "none" else 0.9)
-    assert len({clip.numpy().tobytes() for clip in changed - batch["pixel_values"]}) > 4  # one draw per clip
+    assert len({clip.numpy().tobytes() for clip in changed - batch["video"]}) > 4  # one draw per clip
 
 
 def test_none_changes_nothing_and_draws_nothing():
     batch, state = still_batch(), torch.get_rng_state()
-    assert torch.equal(Augment("none", False)(batch)["pixel_values"], batch["pixel_values"])
+    assert torch.equal(Augment("none", False)(batch)["video"], batch["video"])
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_flip_mirrors_and_nothing_else_does():
     batch = still_batch(40)
-    video = batch["pixel_values"]
-    flipped = Augment("none", True)(batch)["pixel_values"]
+    video = batch["video"]
+    flipped = Augment("none", True)(batch)["video"]
     mirrored = (flipped == video.flip(-1)).flatten(1).all(1)
     same = (flipped == video).flatten(1).all(1)
     assert (mirrored ^ same).all() and 5 < mirrored.sum() < 35
@@ -65,9 +65,7 @@ def test_no_mirror_and_no_rotation_without_flip(level, monkeypatch):
     video = torch.full((200, 1, 3, 32, 32), 40, dtype=torch.uint8)
     video[:100, ..., :16] = 200
     video[100:, ..., :16, :] = 200
-    changed = Augment(level, False)({"pixel_values": video, "labels": torch.zeros(200, dtype=torch.long)})[
-        "pixel_values"
-    ].float()
+    changed = Augment(level, False)({"video": video, "labels": torch.zeros(200, dtype=torch.long)})["video"].float()
     contrast = torch.cat(
         [
             changed[:100, ..., :8].mean((1, 2, 3, 4)) - changed[:100, ..., -8:].mean((1, 2, 3, 4)),
@@ -79,7 +77,7 @@ def test_no_mirror_and_no_rotation_without_flip(level, monkeypatch):
 
 
 def test_crop_of_everything_is_the_picture_itself():
-    video = still_batch()["pixel_values"]
+    video = still_batch()["video"]
     assert torch.equal(augment.crop(video, least_area=1.0, aspect=1.0), video)
     ramp = torch.arange(64, dtype=torch.uint8).expand(50, 1, 3, 64, 64).contiguous()
     cropped = augment.crop(ramp, least_area=0.5, aspect=4 / 3).float()[:, 0, 0, 0]  # (B, W)
@@ -103,11 +101,11 @@ def test_mixed_labels_are_the_pixels_shares():
     ways = set()
     for _ in range(20):
         video = (20 * torch.arange(8, dtype=torch.uint8)).view(8, 1, 1, 1, 1).expand(8, 2, 3, 40, 40).contiguous()
-        mixed = augment.mix({"pixel_values": video, "labels": torch.arange(8)})
+        mixed = augment.mix({"video": video, "labels": torch.arange(8)})
         assert (mixed["mix"] >= 0.5).all() and (mixed["mix"] <= 1).all()
         expected = 20 * (mixed["mix"] * mixed["labels"] + (1 - mixed["mix"]) * mixed["mixed_labels"])
-        assert torch.allclose(mixed["pixel_values"].float().mean((1, 2, 3, 4)), expected, atol=0.5)
-        ways.add(max(len(clip.unique()) for clip in mixed["pixel_values"]))
+        assert torch.allclose(mixed["video"].float().mean((1, 2, 3, 4)), expected, atol=0.5)
+        ways.add(max(len(clip.unique()) for clip in mixed["video"]))
     assert ways == {1, 2}  # mixup gives one new value, cutmix both old ones
 
 
@@ -116,7 +114,7 @@ def test_only_classifiers_without_text_are_mixed():
     assert "mix" in Augment("strong", False)(batch)
     text = torch.ones(12, 3, dtype=torch.long)
     assert "mix" not in Augment("strong", False)(batch | {"input_ids": text})
-    assert "mix" not in Augment("strong", False)({"pixel_values": batch["pixel_values"], "input_ids": text})
+    assert "mix" not in Augment("strong", False)({"video": batch["video"], "input_ids": text})
 
 
 def test_the_same_seed_draws_the_same():
@@ -132,8 +130,8 @@ def test_strong_without_kornia_says_what_to_install(monkeypatch):
 
 def test_preview_shows_what_the_model_sees(dataset, tmp_path, capsys):
     flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--num_workers", "0", "--num_frames", "4"]
-    assert main.main([*flags, "--preview", "3"]) == 0
-    assert main.main([*flags, "--preview", "3", "--augment", "light", "--run_name", "other"]) == 0
+    assert preview.main([*flags, "--count", "3"]) == 0
+    assert preview.main([*flags, "--count", "3", "--augment", "light", "--run_name", "other"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["preview_other.png", "preview_timesformer.png"]  # no run
     plain, changed = (np.asarray(Image.open(tmp_path / f"preview_{n}.png")) for n in ("timesformer", "other"))
     assert plain.shape == changed.shape == (3 * (128 + 22), max(4 * 130, 640), 3)
@@ -142,8 +140,6 @@ def test_preview_shows_what_the_model_sees(dataset, tmp_path, capsys):
     model = build_model(config, 3)
     config = replace(config, num_frames=4, batch_size=16)
     batch = next(iter(build_loaders(model, config, read_splits(dataset))["train"]))
-    frame = Image.fromarray(batch["pixel_values"][0, 0].permute(1, 2, 0).numpy()).resize(
-        (128, 128), Image.Resampling.BICUBIC
-    )
+    frame = Image.fromarray(batch["video"][0, 0].permute(1, 2, 0).numpy()).resize((128, 128), Image.Resampling.BICUBIC)
     assert (plain[22:150, :128] == np.asarray(frame)).all() and (plain != changed).any()
     assert "3 training clips, 4 frames each" in capsys.readouterr().out

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import backbones.pretrain as world
 import dummy_data
 import main
-import pretrain_backbones as world
+import score
 from config import BACKBONES, ROOT
 from transforms import Preprocessing
 
@@ -264,7 +265,7 @@ def test_an_attention_that_is_a_program_of_the_hub_is_never_asked_for(dataset, c
     argv += ["--num_workers", "0", "--epochs", "1", "--freeze_visionbackbone", "True"]
     assert main.main([*argv, "--use_vlm", "True", "--language_model", str(language), "--run_name", "r"]) == 0
     assert (
-        main.main(["--evaluate", str(folder.parent / "runs" / "r"), "--num_workers", "0"]) == 0
+        score.main(["--checkpoint", str(folder.parent / "runs" / "r"), "--num_workers", "0"]) == 0
     )  # the run's own folders
     assert not asked
 

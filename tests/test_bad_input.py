@@ -21,10 +21,12 @@ import figures
 import inference
 import main
 import metrics
+import preview
 import train_code
 from config import ROOT
+from readers import open_video
 from script import UNSAFE, UserError
-from VLoader import open_video, read_folder, read_metadata
+from VLoader import read_folder, read_metadata
 
 
 def refused(capsys, status: int) -> str:
@@ -36,9 +38,9 @@ def refused(capsys, status: int) -> str:
     return err[0]
 
 
-def train(data: Path, runs: Path, *flags: str) -> int:
+def train(data: Path, runs: Path, *flags: str, script=main) -> int:
     fixed = ["--data_dir", str(data), "--output_dir", str(runs), "--epochs", "1", "--num_workers", "0"]
-    return main.main([*fixed, "--freeze_visionbackbone", "True", "--cache_features", "False", *flags])
+    return script.main([*fixed, "--freeze_visionbackbone", "True", "--cache_features", "False", *flags])
 
 
 def clip_file(path: Path, frames: int = 4) -> Path:
@@ -197,7 +199,7 @@ def test_a_preview_that_cannot_be_written_leaves_nothing(data, tmp_path, capsys,
         pytest.skip("root may write everywhere")
     else:
         runs.mkdir(mode=0o500)
-    assert "cannot" in refused(capsys, train(data, runs, "--preview", "2"))
+    assert "cannot" in refused(capsys, train(data, runs, "--count", "2", script=preview))
     assert not runs.is_dir() or not [*runs.iterdir()]
 
 

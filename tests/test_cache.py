@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 import feature_cache
 import main
 import train_code
-from build_model import build_model, fingerprint
+from build_model import build_model
 from checkpoint import load_run
 from config import ROOT, parse
-from feature_cache import FeatureIndex, FeatureStore, fill, open_store, read_features, video_ids
+from feature_cache import FeatureIndex, FeatureStore, compute_missing, open_store, read_features, video_ids
+from pretrained import fingerprint
 from script import read_rows
 from train_code import build_accelerator
 from VLoader import Sample, read_splits
@@ -117,7 +118,7 @@ def parts(dataset, tmp_path):
 
 def test_a_changed_video_is_computed_anew_and_never_read_stale(parts):
     store, model, splits, config, accelerator = parts
-    assert fill(store, model, splits, config, accelerator) == {}
+    assert compute_missing(store, model, splits, config, accelerator) == {}
     before = read_features(store, splits, config)["test"][0]
     sample = splits.test[0]
     info = sample.path.stat()
@@ -125,7 +126,7 @@ def test_a_changed_video_is_computed_anew_and_never_read_stale(parts):
     os.utime(sample.path, ns=(info.st_atime_ns, info.st_mtime_ns))
     assert store.index.find(video_ids([sample])).tolist() == [-1]
     fresh = open_store(model, config)
-    assert fill(fresh, model, splits, config, accelerator) == {}
+    assert compute_missing(fresh, model, splits, config, accelerator) == {}
     after = read_features(fresh, splits, config)["test"][0]
     assert not torch.allclose(before, after)
     with torch.no_grad():
@@ -172,13 +173,13 @@ def test_another_backbone_has_another_store(parts):
 
 def test_damaged_and_unfinished_shards_are_passed_over(parts):
     store, model, splits, config, accelerator = parts
-    fill(store, model, splits, config, accelerator)
+    compute_missing(store, model, splits, config, accelerator)
     shard = next(store.folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:100])
     (store.folder / "1-1.safetensors.tmp").write_bytes(b"half")
     again = open_store(model, config)
     assert len(again.shards) == 0
-    assert fill(again, model, splits, config, accelerator) == {}
+    assert compute_missing(again, model, splits, config, accelerator) == {}
     assert (again.index.find(video_ids(splits.train)) >= 0).all()
 
 
@@ -222,7 +223,7 @@ def test_what_is_no_shard_of_this_store_is_passed_over(tmp_path, case):
 def test_changed_shards_are_noticed_and_their_videos_computed_again(parts, capsys, damage):
     """The files are whole and well-formed, and what they say is wrong."""
     store, model, splits, config, accelerator = parts
-    fill(store, model, splits, config, accelerator)
+    compute_missing(store, model, splits, config, accelerator)
     expected = torch.stack([read_features(store, splits, config)["train"][i] for i in range(len(splits.train))])
     shard = next(store.folder.glob("*.safetensors"))
     with safe_open(shard, framework="pt") as stored:
@@ -236,7 +237,7 @@ def test_changed_shards_are_noticed_and_their_videos_computed_again(parts, capsy
         save_file(tensors | {name: tensors[name].flip(0).contiguous()}, shard, metadata=header)
     again = open_store(model, config)
     capsys.readouterr()
-    assert fill(again, model, splits, config, accelerator) == {}
+    assert compute_missing(again, model, splits, config, accelerator) == {}
     out = capsys.readouterr().out
     assert f"passed over 1 damaged or foreign files, first {shard}" in out and "0 of 18 videos are in" in out
     found = read_features(again, splits, config)["train"]

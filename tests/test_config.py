@@ -231,9 +231,7 @@ def test_a_default_run_name_is_a_folders_name(tmp_path, monkeypatch, capsys):
     assert "the run's name '' cannot be the name of a folder; add --run_name" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flag", ["data_dir", "output_dir", "cache_dir", "checkpoint", "evaluate", "output", "vision_model"]
-)
+@pytest.mark.parametrize("flag", ["data_dir", "output_dir", "cache_dir", "checkpoint", "output", "vision_model"])
 @pytest.mark.parametrize("path", ["", "a\0b", "\x1b\0", "\ud800"])
 def test_paths_that_cannot_be_are_refused(capsys, flag, path):
     assert main.main([f"--{flag}", path]) == 2
@@ -255,7 +253,7 @@ def test_help_shows_what_a_script_reads_and_is_quick_to_import():
             [sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
         for name, field in FIELDS.items():
-            assert (f"--{name} " in text) == (script in field.metadata["scripts"].split()), name
+            assert (f"--{name} " in text) == (script in field.metadata["scripts"]), name
     words = "".join(text.split())  # however the lines are broken
     assert "facebook/timesformer-base-finetuned-k400" in words and "anotesays:itgoessideways" in words
     code = "import sys, config, main, inference; sys.exit('torch' in sys.modules)"

@@ -1,4 +1,4 @@
-"""Controls against the same thing done by hand; --evaluate against the training that wrote the run."""
+"""Controls against the same thing done by hand; score.py against the training that wrote the run."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ import controls
 import figures
 import main
 import metrics
+import score
 from build_model import build_model
 from checkpoint import load_run
 from config import ROOT, Config
@@ -51,7 +52,7 @@ def accuracy_by_hand(run: Path, dataset: Path, change) -> float:
     right = 0
     for place, sample in enumerate(splits.test):
         item = data[(0, place)]
-        batch = model.collator()([item | {"pixel_values": change(item["pixel_values"])}])
+        batch = model.collator()([item | {"video": change(item["video"])}])
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
         with torch.no_grad():
             right += metadata["class_names"][int(model.scores(**inputs).argmax())] == sample.label
@@ -114,7 +115,7 @@ def test_the_nearest_neighbour_is_the_nearest(runs, dataset, tmp_path, job):
     def pooled(samples: list[Sample]) -> np.ndarray:
         only = replace(splits, train=[], val=[], test=samples)
         data = build_loaders(plain, config, only)["test"].dataset
-        clips = torch.stack([data[(0, i)]["pixel_values"] for i in range(len(samples))])
+        clips = torch.stack([data[(0, i)]["video"] for i in range(len(samples))])
         with torch.no_grad():
             encoder = plain.vision_encoder
             return encoder.pooled(encoder.tokens(clips)).double().numpy()
@@ -151,12 +152,12 @@ def test_an_occlusion_map_is_what_covering_costs(runs, dataset, monkeypatch, job
     rows = read_rows(runs[job] / "predictions_test.jsonl")
     clip, fall, row = controls.occlusion_maps(model, loader, rows, build_accelerator(config))[0]
     item = loader.dataset[(0, rows.index(row))]
-    assert torch.equal(clip, item["pixel_values"])
+    assert torch.equal(clip, item["video"])
     item |= {"caption": row["caption"]} if job == "captioner" else {"label": loader.dataset.class_index[row["label"]]}
     covered = clip.clone()
     covered[2:4, :, 21:32, 53:64] = controls.background(clip)[:, 21:32, 53:64]
     with torch.no_grad():
-        before, after = (score_by_hand(model, item | {"pixel_values": c}) for c in (clip, covered))
+        before, after = (score_by_hand(model, item | {"video": c}) for c in (clip, covered))
     assert fall[1, 2, 5] == pytest.approx(before - after, abs=2e-3)
 
 
@@ -219,7 +220,7 @@ def test_where_all_are_right_two_classes_are_mapped(monkeypatch):
     assert len(controls.chosen(rows[:1])) == 1
 
 
-# -- --evaluate -------------------------------------------------------------------------------------
+# -- score.py -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -229,7 +230,7 @@ def test_evaluating_gives_the_scores_of_the_training(runs, tmp_path, job):
     for name in ("metrics.json", "predictions_test.jsonl"):
         (copy / name).unlink()
     (copy / "metrics.json").write_text(json.dumps(before | {"test": {}, "controls": {}}))
-    assert main.main(["--evaluate", str(copy), "--controls", "True", "--num_workers", "0"]) == 0
+    assert score.main(["--checkpoint", str(copy), "--controls", "True", "--num_workers", "0"]) == 0
     assert read(copy) == before
     assert read_rows(copy / "predictions_test.jsonl") == read_rows(runs[job] / "predictions_test.jsonl")
 
@@ -263,7 +264,7 @@ def test_other_videos_are_scored_beside_the_run(runs, dataset, tmp_path):
     shutil.rmtree(other / "test" / "class_0")
     (other / "test" / "metadata.jsonl").unlink()
     shutil.rmtree(other / "train")
-    assert main.main(["--evaluate", str(copy), "--data_dir", str(other), "--num_workers", "0"]) == 0
+    assert score.main(["--checkpoint", str(copy), "--data_dir", str(other), "--num_workers", "0"]) == 0
     assert (copy / "metrics.json").read_bytes() == before
     scored = json.loads((copy / "evaluation_other" / "metrics.json").read_text())
     assert "val" not in scored
@@ -277,13 +278,13 @@ def test_other_videos_are_scored_beside_the_run(runs, dataset, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--epochs", "3"], "--epochs has no effect with --evaluate"),
+        (["--epochs", "3"], "--epochs has no effect with score.py"),
         (["--vision_model", "videomae"], "was trained with other flags"),
         (["--data_dir", "absent"], "absent"),
     ],
 )
 def test_evaluate_refuses_what_it_cannot_use(runs, capsys, flags, message):
-    assert main.main(["--evaluate", str(runs["classifier"]), *flags]) == 2
+    assert score.main(["--checkpoint", str(runs["classifier"]), *flags]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -291,13 +292,13 @@ def test_evaluate_refuses_other_classes_and_no_run(runs, dataset, tmp_path, caps
     other = Path(shutil.copytree(dataset, tmp_path / "other"))
     (other / "test" / "metadata.jsonl").unlink()
     (other / "test" / "class_0").rename(other / "test" / "class_9")
-    assert main.main(["--evaluate", str(runs["classifier"]), "--data_dir", str(other)]) == 2
+    assert score.main(["--checkpoint", str(runs["classifier"]), "--data_dir", str(other)]) == 2
     assert "a class that is not one of the training's (class_9)" in capsys.readouterr().err
-    assert main.main(["--evaluate", str(tmp_path)]) == 2
+    assert score.main(["--checkpoint", str(tmp_path)]) == 2
     assert "is no run of this program" in capsys.readouterr().err
     provided = sorted((ROOT / "checkpoints" / "provided").glob("*/metadata.json"))
     if provided:
-        assert main.main(["--evaluate", str(provided[0].parent), "--data_dir", str(dataset)]) == 2
+        assert score.main(["--checkpoint", str(provided[0].parent), "--data_dir", str(dataset)]) == 2
         assert "never written" in capsys.readouterr().err
 
 

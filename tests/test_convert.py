@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import convert_dataset
+from readers import open_video
 from script import UNSAFE
-from VLoader import open_video, read_folder, read_splits
+from VLoader import read_folder, read_splits
 
 
 def make_videos(folder: Path, *names: str) -> Path:

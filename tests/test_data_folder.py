@@ -16,21 +16,12 @@ from PIL import Image
 
 import inference
 import main
+import readers
 import VLoader
-from checkpoint import read_scan, write_scan
+from readers import ReadError, digest, find_videos, natural_key, stamp, survey
+from scan import read_records, scan_videos, write_records
 from script import UserError
-from VLoader import (
-    ReadError,
-    digest,
-    find_videos,
-    natural_key,
-    read_display_names,
-    read_folder,
-    read_metadata,
-    read_splits,
-    stamp,
-    survey,
-)
+from VLoader import read_display_names, read_folder, read_metadata, read_splits
 
 
 def clip(path: Path, shade: int = 0) -> Path:
@@ -263,18 +254,18 @@ def test_a_video_that_cannot_be_read_has_no_digest(tmp_path, case):
         path.symlink_to(path)
     with pytest.raises(ReadError, match=f"cannot read {path}"):
         digest(path)
-    bad, good = VLoader.scan_videos({path: 0}, 8, 0, 0, {})
+    bad, good = scan_videos({path: 0}, 8, 0, 0, {})
     assert list(bad) == [path] and not good
 
 
 def test_every_new_video_is_read_once_and_remembered(folder, tmp_path, monkeypatch):
     """By a run with the cache and by one without; another folder of runs starts anew; copies keep their digests."""
     read: list[Path] = []
-    original = VLoader.file_digest
+    original = readers.file_digest
     monkeypatch.setattr(VLoader, "file_digest", lambda file: read.append(file) or original(file))
     runs = tmp_path / "runs"
     assert train(folder.parent, runs, "--run_name", "cached") == 0 and len(read) == 4
-    remembered = read_scan(runs / ".videos.json")
+    remembered = read_records(runs / ".videos.json")
     assert {*remembered} == {str(folder / name) for name in REAL}
     assert all(record["digest"] == digest(Path(path)) for path, record in remembered.items())
     read.clear()
@@ -291,9 +282,9 @@ def test_what_is_remembered_is_added_to_what_others_wrote(tmp_path):
     file = tmp_path / "runs" / ".videos.json"
     first = {"/a": {"stamp": "0" * 32, "digest": "1" * 32, "decoded": ["two frames"]}}
     second = {os.fsdecode(b"/\xff"): {"stamp": "2" * 32, "digest": "3" * 32, "decoded": []}}
-    write_scan(file, first)
-    write_scan(file, second)
-    assert read_scan(file) == first | second
+    write_records(file, first)
+    write_records(file, second)
+    assert read_records(file) == first | second
 
 
 JUNK = [
@@ -314,7 +305,7 @@ JUNK = [
 def test_junk_in_the_remembered_file_is_passed_over(tmp_path, content):
     file = tmp_path / ".videos.json"
     file.write_text(content)
-    assert read_scan(file) == {}
+    assert read_records(file) == {}
 
 
 def test_resume_takes_moved_videos_and_refuses_changed_ones(folder, tmp_path, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import build_model
-import main
+import doctor
 
 HEALTHY = {
     "classifier": [],
@@ -20,9 +20,9 @@ HEALTHY = {
 
 
 def examine(data: Path, tmp_path: Path, *flags: str) -> int:
-    argv = ["--doctor", "True", "--data_dir", str(data), "--output_dir", str(tmp_path / "runs"), "--num_workers", "0"]
+    argv = ["--data_dir", str(data), "--output_dir", str(tmp_path / "runs"), "--num_workers", "0"]
     argv += ["--image_size", "32"]  # four times as fast
-    status = main.main([*argv, *flags])
+    status = doctor.main([*argv, *flags])
     assert not (tmp_path / "runs").exists()  # it keeps nothing
     return status
 
@@ -156,7 +156,7 @@ def test_a_first_loss_far_from_guessing_is_found(data, tmp_path, monkeypatch, ca
 
 
 def test_videos_without_captions_are_found(data, tmp_path, capsys):
-    from doctor import check_captions
+    from checks import check_captions
     from VLoader import read_splits
 
     splits = read_splits(data)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import dummy_data
-from dummy_data import CLASSES, HINTS, MOTION_PHRASES, MOTIONS, SHAPE_WORDS, SIZE_WORDS, TEMPLATES, attributes
+from dummy_data import CLASSES, HINTS, LEXICON, MOTION_PHRASES, MOTIONS, SHAPE_WORDS, SIZE_WORDS, TEMPLATES
+from metrics import attributes_in
 
 
 def hashes(folder):
@@ -43,8 +44,8 @@ def test_every_caption_says_its_attributes_and_every_text_is_no_label(dataset):
     rows = [json.loads(line) for line in (dataset / "train" / "metadata.jsonl").read_text().splitlines()]
     for row in rows:
         assert len(set(row["caption"])) == 5
-        assert all(attributes(caption) == row["attributes"] for caption in row["caption"])
-        named = attributes(row["text"])
+        assert all(attributes_in(caption, LEXICON) == row["attributes"] for caption in row["caption"])
+        named = attributes_in(row["text"], LEXICON)
         assert named["motion"] is None and named["shape"] is None
 
 
@@ -52,10 +53,15 @@ def test_attributes_of_all_wordings_and_of_other_texts():
     for template, (shape, motion) in itertools.product(TEMPLATES, CLASSES):
         for words in itertools.product(SIZE_WORDS["large"], ["cyan"], SHAPE_WORDS[shape], MOTION_PHRASES[motion]):
             caption = template.format(**dict(zip(("size", "colour", "shape", "motion"), words, strict=True)))
-            assert attributes(caption) == {"size": "large", "colour": "cyan", "shape": shape, "motion": motion}
-    assert attributes("") == dict.fromkeys(("size", "colour", "shape", "motion"))
-    assert attributes("A RED or blue circle")["colour"] is None  # two colours name none
-    assert attributes("A RED thing")["colour"] == "red"
+            assert attributes_in(caption, LEXICON) == {
+                "size": "large",
+                "colour": "cyan",
+                "shape": shape,
+                "motion": motion,
+            }
+    assert attributes_in("", LEXICON) == dict.fromkeys(("size", "colour", "shape", "motion"))
+    assert attributes_in("A RED or blue circle", LEXICON)["colour"] is None  # two colours name none
+    assert attributes_in("A RED thing", LEXICON)["colour"] == "red"
 
 
 def test_hints_are_true_missing_or_misleading():

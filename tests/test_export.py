@@ -19,8 +19,10 @@ import main
 from build_model import adapters
 from checkpoint import load_run
 from config import ROOT
+from export import native_model
+from readers import open_video
 from transforms import Preprocessing, sample_indices
-from VLoader import Sample, open_video
+from VLoader import Sample
 
 slow = pytest.mark.slow
 RUNS = {
@@ -99,7 +101,7 @@ def test_adapters_as_a_peft_folder(dataset, tmp_path, name, tower):
     body = model.vision_encoder.backbone if tower == "vision" else model.language_model.base_model
     base = AutoModel.from_pretrained(model.sources[tower].path).eval()
     inputs = (
-        {"pixel_values": model.vision_encoder.preprocessing.normalise(clips(model))}
+        {"video": model.vision_encoder.preprocessing.normalise(clips(model))}
         if tower == "vision"
         else {"input_ids": torch.arange(1, 9)[None]}
     )
@@ -246,7 +248,7 @@ def test_predict_as_a_program(plain, made):
 def test_predict_needs_nothing_of_this_repository(plain):
     _, out = plain
     source = (out / "predict.py").read_text(encoding="utf-8")
-    assert source == (ROOT / "export" / "predict.py").read_text(encoding="utf-8")
+    assert source == (ROOT / "exported" / "predict.py").read_text(encoding="utf-8")
     nodes = list(ast.walk(ast.parse(source)))
     modules = {n.module for n in nodes if isinstance(n, ast.ImportFrom)} | {
         a.name for n in nodes if isinstance(n, ast.Import) for a in n.names
@@ -296,4 +298,4 @@ def test_a_place_that_cannot_be_written_is_one_line(plain, tmp_path, capsys, pla
 def test_two_classes_of_one_display_name_stay_two(plain):
     model, _, metadata = load_run(plain[0])
     metadata["display_names"] = {name: "the same" for name in metadata["class_names"]}
-    assert set(checkpoint.native_model(model, metadata).config.label2id) == {"class_0", "class_1", "class_2"}
+    assert set(native_model(model, metadata).config.label2id) == {"class_0", "class_1", "class_2"}

@@ -18,13 +18,15 @@ import pytest
 import torch
 from conftest import counting_frames, write_video
 
+import answers
 import inference
 import main
 import VLoader
 from checkpoint import load_run
 from config import ROOT
+from readers import open_video
 from script import UserError, collector_off
-from VLoader import Sample, cut, open_video
+from VLoader import Sample, cut
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +116,9 @@ def test_answers_of_another_run_or_with_other_options_are_not_mixed(run, videos,
 def test_odd_captions_are_printed_and_read_again(tmp_path):
     row = {"file": "a.mp4", "caption": "one\u2028two\x85", "run": "r 1"}
     output = tmp_path / "out.jsonl"
-    output.write_text(inference.as_line(row) + '{"fi', encoding="utf-8")
-    assert list(inference.begun(output, "r 1", ".").values()) == [row]
-    assert output.read_text(encoding="utf-8") == inference.as_line(row)
+    output.write_text(answers.as_line(row) + '{"fi', encoding="utf-8")
+    assert list(answers.begun(output, "r 1", ".").values()) == [row]
+    assert output.read_text(encoding="utf-8") == answers.as_line(row)
     assert inference.answer_line({"file": "a.mp4", "caption": ""}, 8).strip() == "a.mp4"
 
 
@@ -302,7 +304,7 @@ def test_a_full_disk_leaves_whole_rows(run, videos, tmp_path, capsys, monkeypatc
         return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(inference.os, "write", limited)
+        patch.setattr(answers.os, "write", limited)
         assert answer(run, videos, output, "--num_workers", "0") == 2
     error = capsys.readouterr().err
     assert f"cannot write {output}: No space left on device" in error
@@ -343,7 +345,7 @@ def test_answers_that_stand_twice_or_have_no_path(run, videos, tmp_path, monkeyp
     assert answer(run, Path("videos"), output) == 0
     expected = rows(output)
     old = [{k: v for k, v in row.items() if k != "path"} for row in expected[:10]]
-    output.write_text("".join(map(inference.as_line, [*old, *expected[5:20], *expected[12:15]])))
+    output.write_text("".join(map(answers.as_line, [*old, *expected[5:20], *expected[12:15]])))
     capsys.readouterr()
     assert answer(run, Path("videos"), output) == 0
     assert "has 20 of the 23 answers already" in capsys.readouterr().out
@@ -369,7 +371,7 @@ def test_a_file_of_another_program_is_not_changed(tmp_path, text):
     output = tmp_path / "out.jsonl"
     output.write_text(text)
     with pytest.raises(UserError, match="choose another file"):
-        inference.begun(output, "r 1", ".")
+        answers.begun(output, "r 1", ".")
     assert output.read_text() == text
 
 

@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 import create_dummy
 import inference
 import main
+import readers
 from checkpoint import load_run
 from config import ROOT, Config
 from inference import Predictor
+from readers import find_videos
+from scan import clips_to_decode, scan_videos
 from script import UserError
-from VLoader import find_videos, read_folder
+from VLoader import read_folder
 
 FROZEN_BERT = ["--use_vlm", "--language_model", "bert", "--freeze_visionbackbone", "True"]
 CAPTIONER = ["--use_vlm", "--captioning", "--freeze_visionbackbone", "True", "--use_lora_llm", "True"]
@@ -119,7 +122,7 @@ def test_the_checkpoint_holds_exactly_what_is_trained_and_loads_to_the_same_outp
     assert again["loss"] == pytest.approx(metrics["test"]["loss"], abs=1e-6)
 
 
-def test_a_fully_trained_run_needs_no_backbone_folder(runs, monkeypatch, tmp_path, frames):
+def test_a_training_mode_run_needs_no_backbone_folder(runs, monkeypatch, tmp_path, frames):
     import build_model
 
     before = Predictor.from_checkpoint(runs["whole_captioner"]).predict(frames / "class_0_video_0")
@@ -389,25 +392,26 @@ def test_unreadable_videos_are_left_out_counted_and_listed(damaged, dataset, tmp
 
 
 def test_a_scan_is_remembered_until_a_file_changes(dataset, tmp_path, monkeypatch):
-    import VLoader
+    import scan
+    from VLoader import read_splits
 
     opened: list[Path] = []
-    original = VLoader.open_video
-    monkeypatch.setattr(VLoader, "open_video", lambda path: opened.append(path) or original(path))
+    original = scan.open_video
+    monkeypatch.setattr(scan, "open_video", lambda path: opened.append(path) or original(path))
     data = tmp_path / "data"
     shutil.copytree(dataset, data)
-    splits = VLoader.read_splits(data)
-    bad, good = VLoader.scan(splits, 8, 0, 1, 0, {})
+    splits = read_splits(data)
+    bad, good = scan_videos(clips_to_decode(splits, 1), 8, 0, 0, {})
     known = {str(path): record for path, record in good.items()}
     assert not bad and len(opened) == len(good) == 18
     opened.clear()
-    assert VLoader.scan(splits, 8, 0, 1, 0, known) == ({}, good) and not opened
+    assert scan_videos(clips_to_decode(splits, 1), 8, 0, 0, known) == ({}, good) and not opened
     changed = data / "test" / "class_1" / "video_1.pt"
     changed.write_bytes(b"0" * changed.stat().st_size)
-    bad, _ = VLoader.scan(splits, 8, 0, 1, 0, known)
+    bad, _ = scan_videos(clips_to_decode(splits, 1), 8, 0, 0, known)
     assert list(bad) == [changed] and opened == [changed]
     opened.clear()
-    VLoader.scan(splits, 8, 0, 3, 0, known)  # other frames of the test videos are to be decoded
+    scan_videos(clips_to_decode(splits, 3), 8, 0, 0, known)  # other frames of the test videos are to be decoded
     assert len(opened) == 6
 
 
@@ -423,7 +427,7 @@ def test_a_video_that_fails_during_training_is_named_or_skipped_never_replaced(
 
     def pixels(self, sample, rng):
         if sample.path == broken:
-            raise VLoader.ReadError(sample.path, "a bad frame")
+            raise readers.ReadError(sample.path, "a bad frame")
         return original(self, sample, rng)
 
     monkeypatch.setattr(VLoader.ClipDataset, "pixels", pixels)

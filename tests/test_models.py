@@ -11,26 +11,19 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import resolved
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import dummy_data
 import inference
 import main
-from build_model import (
-    Source,
-    adapters,
-    build_model,
-    fit_embeddings,
-    fused_attention,
-    load_vision,
-    locate,
-    token_grid,
-    trained_tensors,
-)
-from config import ROOT, Config, complete
+from build_model import adapters, build_model, fit_embeddings, fused_attention, load_vision, token_grid, trained_tensors
+from config import ROOT, Config, check_options, default_rates
+from pretrained import Source, locate
+from runs import rates_line
 from script import UserError
-from train_code import build_accelerator, build_optimizer, default_rates, first_steps_checked, loss_sum, rates_line
+from train_code import build_accelerator, build_optimizer, first_steps_checked, loss_sum
 from transforms import Preprocessing
 
 FAMILIES = ("timesformer", "videomae")
@@ -57,7 +50,7 @@ TEXTS = [
 
 
 def config_of(**options) -> Config:
-    return complete(Config(**({"dropout": 0.0} | options)))
+    return check_options(Config(**({"dropout": 0.0} | options)))
 
 
 def model_of(**options):
@@ -80,7 +73,7 @@ def batch_of(model, count: int = 8) -> dict[str, torch.Tensor]:
 def items_of(count: int = 8) -> list[dict]:
     videos = [dummy_data.draw_class(k, 1, 8, 64, np.random.default_rng(k))[0][0] for k in range(count)]
     return [
-        {"pixel_values": torch.from_numpy(v), "index": i, "label": i % 4, "caption": CAPTIONS[i], "text": TEXTS[i]}
+        {"video": torch.from_numpy(v), "index": i, "label": i % 4, "caption": CAPTIONS[i], "text": TEXTS[i]}
         for i, v in enumerate(videos)
     ]
 
@@ -290,7 +283,7 @@ def test_what_is_trained_is_what_the_flags_say_and_a_step_changes_only_that(fami
     config = config_of(vision_model=family, **options)
     torch.manual_seed(0)
     model = build_model(config, 4)
-    for name, tower in model.towers().items():
+    for name, tower in model.backbones().items():
         kinds = {(".lora_" in n, p.requires_grad) for n, p in tower.named_parameters()}
         assert (
             kinds
@@ -298,11 +291,11 @@ def test_what_is_trained_is_what_the_flags_say_and_a_step_changes_only_that(fami
                 expected[name]
             ]
         )
-        assert not (expected[name] == "none" and any(m.training for m in model.train().towers()[name].modules()))
-    tower_parameters = {id(p) for t in model.towers().values() for p in t.parameters()}
+        assert not (expected[name] == "none" and any(m.training for m in model.train().backbones()[name].modules()))
+    tower_parameters = {id(p) for t in model.backbones().values() for p in t.parameters()}
     assert all(p.requires_grad for p in model.parameters() if id(p) not in tower_parameters)  # head, projector
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, resolved(config, model))
     model.train()
     for step in range(2):
         loss_sum(model, batch_of(model))[0].backward()
@@ -325,7 +318,7 @@ def test_what_is_trained_is_what_the_flags_say_and_a_step_changes_only_that(fami
 def test_every_adapter_is_live_and_switching_one_off_changes_the_output(options):
     model = model_of(**options)
     found = dict(adapters(model))
-    layers = model.towers()["language" if options.get("use_vlm") else "vision"].config.num_hidden_layers
+    layers = model.backbones()["language" if options.get("use_vlm") else "vision"].config.num_hidden_layers
     per_layer = {"timesformer": 7, "videomae": 6, "bert": 6, "gpt2": 4}
     kind = "gpt2" if options.get("captioning") else "bert" if options.get("use_vlm") else options["vision_model"]
     assert len(found) == layers * per_layer[kind]
@@ -367,7 +360,7 @@ def test_gradients_reach_the_projector_through_a_frozen_language_model():
 def passes_through_layers(model, batch) -> tuple[dict[str, list[int]], dict[str, torch.Tensor]]:
     """(how often each layer of each backbone computes its first module in a training step, the gradients)."""
     counts = {}
-    for name, tower in model.towers().items():
+    for name, tower in model.backbones().items():
         counts[name] = []
         for layer in (m for m in tower.modules() if isinstance(m, GradientCheckpointingLayer)):
             leaf = next(m for m in layer.modules() if not [*m.children()] and [*m.parameters()])
@@ -402,8 +395,8 @@ def test_gradient_checkpointing_computes_each_layer_again_and_gives_the_same_gra
         grads.append(found)
         for name, times in again.items():
             assert counts[name] == [times if checkpointing else 1] * 4, name
-        frozen = [n for n, tower in model.towers().items() if not trained_tensors(tower)]
-        assert not any(m.training for n in frozen for m in model.towers()[n].modules())
+        frozen = [n for n, tower in model.backbones().items() if not trained_tensors(tower)]
+        assert not any(m.training for n in frozen for m in model.backbones()[n].modules())
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-5) for n in grads[0])
 
 
@@ -442,7 +435,7 @@ def test_the_classifiers_sequence_is_cls_video_sep_text_sep():
     model.language_model.register_forward_pre_hook(lambda m, a, kw: seen.update(kw), with_kwargs=True)
     batch = batch_of(model, 2)
     with torch.no_grad():
-        model(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
+        model(batch["video"], batch["input_ids"], batch["attention_mask"])
     video, tok = model.projector.num_tokens, model.tokenizer
     table = model.language_model.get_input_embeddings().weight
     embeds = seen["inputs_embeds"][1]
@@ -483,7 +476,7 @@ def test_a_batch_of_eight_is_overfitted(options):
         optimizer.zero_grad()
     assert mean < 0.1
     if options.get("captioning"):
-        assert model.eval().generate(batch["pixel_values"], max_new_tokens=40) == CAPTIONS  # each ends by itself
+        assert model.eval().generate(batch["video"], max_new_tokens=40) == CAPTIONS  # each ends by itself
 
 
 def test_generate_in_a_batch_equals_one_by_one_and_beams_run():
@@ -590,8 +583,8 @@ def test_two_steps_train_what_they_should_of_other_encoders(tmp_path, family, op
     config = config_of(use_vlm=True, use_text=True, language_model=str(folder), **options)
     model = build_model(config, 4).train()
     assert not [n for n in trained_tensors(model) if "pooler" in n]
-    items = [i | {"pixel_values": i["pixel_values"][:2, :, ::2, ::2]} for i in items_of()]
-    optimizer = build_optimizer(model, config)
+    items = [i | {"video": i["video"][:2, :, ::2, ::2]} for i in items_of()]
+    optimizer = build_optimizer(model, resolved(config, model))
     for step in range(2):
         loss_sum(model, model.collator()(items))[0].backward()
         with first_steps_checked(model, step):
@@ -665,7 +658,7 @@ def groups_of(model, config) -> dict[str, tuple[float, float]]:
     """name -> (peak learning rate, weight decay) of every trained tensor."""
     found = {
         id(p): (g["peak_lr"], g["weight_decay"])
-        for g in build_optimizer(model, config).param_groups
+        for g in build_optimizer(model, resolved(config, model)).param_groups
         for p in g["params"]
     }
     return {name: found[id(p)] for name, p in trained_tensors(model).items()}
@@ -766,13 +759,13 @@ def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, languag
             names[option] = str(shutil.copytree(ROOT / "backbones" / f"{names[option]}-tiny", tmp_path / option))
     config = config_of(use_vlm=True, captioning=True, **names, **options)
     model = build_model(config, 4)
-    resolved = main.resolve(config, model)
-    assert resolved.learning_rate == default_rates(model, config)[0]
-    found = groups_of(model, replace(resolved, learning_rate=typed * resolved.learning_rate))
+    filled = resolved(config, model)
+    assert filled.learning_rate == default_rates(config)[0]
+    found = groups_of(model, replace(filled, learning_rate=typed * filled.learning_rate))
     for part, rate in zip(("vision_encoder", "language_model", "projector"), rates, strict=True):
         peaks = {peak for name, (peak, _) in found.items() if name.startswith(part)}
         assert [*peaks] == ([] if rate is None else [pytest.approx(typed * rate)]), part
-    line = rates_line(model, resolved)
+    line = rates_line(filled)
     assert f"new layers {rates[2]:g}" in line and ("language" in line) == (rates[1] is not None)
 
 
@@ -823,9 +816,9 @@ def test_frames_at_evaluation_are_always_the_same(dataset):
     preprocessing = Preprocessing(64, None, "bilinear", 1 / 255, (0.0,) * 3, (1.0,) * 3)
     samples = read_folder(dataset / "test")
     fixed, jittered = (ClipDataset(samples, preprocessing, 8, 0, [], train=t, seed=3) for t in (False, True))
-    assert torch.equal(fixed[0, 1]["pixel_values"], fixed[5, 1]["pixel_values"])
-    assert torch.equal(jittered[2, 1]["pixel_values"], jittered[2, 1]["pixel_values"])
-    assert len({jittered[e, 1]["pixel_values"].numpy().tobytes() for e in range(6)}) > 3
+    assert torch.equal(fixed[0, 1]["video"], fixed[5, 1]["video"])
+    assert torch.equal(jittered[2, 1]["video"], jittered[2, 1]["video"])
+    assert len({jittered[e, 1]["video"].numpy().tobytes() for e in range(6)}) > 3
 
 
 def test_locate_names_lead_where_the_table_says(tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import counting_frames, read_clip, write_video
+from conftest import counting_frames, read_clip, resolved, write_video
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -54,7 +54,7 @@ def test_an_epoch_draws_every_class_equally_often(sizes, epoch):
 def test_a_repeated_clip_shows_other_frames(tmp_path):
     write_video(tmp_path / "v.mp4", counting_frames(60))
     dataset = ClipDataset([Sample(tmp_path / "v.mp4", "a")], SQUARE, 4, 0, ["a"], train=True)
-    clips = {dataset[draw, 0]["pixel_values"].numpy().tobytes() for draw in range(6)}
+    clips = {dataset[draw, 0]["video"].numpy().tobytes() for draw in range(6)}
     assert len(clips) == 6
 
 
@@ -93,7 +93,7 @@ def test_accumulated_batches_of_captions_need_less_padding(dataset):
     config = replace(config, batch_size=3, gradient_accumulation_steps=4)
     splits = read_splits(dataset)
     model = build_model(config, len(splits.class_names))
-    loader = build_loaders(model, main.resolve(config, model), splits)["train"]
+    loader = build_loaders(model, resolved(config, model), splits)["train"]
     batches, padding = loader.batch_sampler, []
     for length in (batches.length, None):
         batches.length = length
@@ -171,13 +171,13 @@ def classifier():
 def batch_of(count: int = 4) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     clips = torch.randint(0, 256, (count, 8, 3, 64, 64), dtype=torch.uint8, generator=generator)
-    return {"pixel_values": clips, "labels": torch.arange(count) % 5, "index": torch.arange(count)}
+    return {"video": clips, "labels": torch.arange(count) % 5, "index": torch.arange(count)}
 
 
 def test_label_smoothing_and_mixed_labels_are_soft_targets(classifier):
     batch = batch_of() | {"mixed_labels": torch.tensor([3, 3, 4, 0]), "mix": torch.tensor([0.9, 0.6, 1.0, 0.5])}
     with torch.no_grad():
-        logits = classifier(batch["pixel_values"])
+        logits = classifier(batch["video"])
         loss, _, _ = loss_sum(classifier, batch, smoothing=0.1)
         plain, _, _ = loss_sum(classifier, batch_of())
     first, second = F.one_hot(batch["labels"], 5), F.one_hot(batch["mixed_labels"], 5)
@@ -191,10 +191,14 @@ def test_label_smoothing_and_mixed_labels_are_soft_targets(classifier):
 def test_layer_decay_slows_lower_layers(name, layers):
     model = build_model(Config(vision_model=name), 3)
     base = {
-        id(p): g["peak_lr"] for g in build_optimizer(model, Config(vision_model=name)).param_groups for p in g["params"]
+        id(p): g["peak_lr"]
+        for g in build_optimizer(model, resolved(Config(vision_model=name), model)).param_groups
+        for p in g["params"]
     }
     config = Config(vision_model=name, layer_decay=0.5)
-    decayed = {id(p): g["peak_lr"] for g in build_optimizer(model, config).param_groups for p in g["params"]}
+    decayed = {
+        id(p): g["peak_lr"] for g in build_optimizer(model, resolved(config, model)).param_groups for p in g["params"]
+    }
     assert model.vision_encoder.config.num_hidden_layers == layers
     for parameter, power in (
         (model.head.weight, 0),
@@ -230,7 +234,7 @@ def test_clips_of_a_video_spread_around_the_one_that_evaluation_takes(available,
 def test_views_are_the_clips_and_crops_that_a_plain_loop_takes(tmp_path):
     path = write_video(tmp_path / "wide.mp4", counting_frames(40, height=32, width=80))
     dataset = ClipDataset([Sample(path, "a")], SQUARE, 4, 0, ["a"], views=(2, 3))
-    views = dataset[0, 0]["pixel_values"]  # [6, 4, 3, 16, 16]
+    views = dataset[0, 0]["video"]  # [6, 4, 3, 16, 16]
     assert views.shape[0] == 6
     reader_frames = read_clip(path, 40)
     row = 0

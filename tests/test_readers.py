@@ -24,25 +24,11 @@ from PIL import Image
 import dummy_data
 import main
 import VLoader
+from readers import ReadError, VideoFile, find_videos, natural_key, open_video, upright
+from scan import scan_videos
 from script import UserError
 from transforms import Preprocessing
-from VLoader import (
-    ClipDataset,
-    ReadError,
-    Sample,
-    VideoFile,
-    build_loader,
-    cut,
-    find_videos,
-    hold_out,
-    natural_key,
-    open_video,
-    read_folder,
-    read_splits,
-    scan_videos,
-    upright,
-    view_indices,
-)
+from VLoader import ClipDataset, Sample, build_loader, cut, hold_out, read_folder, read_splits, view_indices
 
 SMALL = Preprocessing(16, (16,), "bilinear", 1 / 255, (0.5,) * 3, (0.5,) * 3)
 
@@ -150,11 +136,11 @@ def test_workers_survive_videos_that_were_decoded_before_they_were_forked(tmp_pa
 
     def make_batch(items):
         gc.collect()  # in the worker
-        return [item["pixel_values"] for item in items]
+        return [item["video"] for item in items]
 
     gc.disable()
     try:
-        expected = [dataset[0, i]["pixel_values"] for i in range(12)]
+        expected = [dataset[0, i]["video"] for i in range(12)]
         clips = [clip for batch in build_loader(dataset, make_batch, 2, 2) for clip in batch]
     finally:
         gc.enable()
@@ -279,7 +265,7 @@ def test_pictures_and_clips_have_a_largest_size(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(VLoader, "LARGEST_CLIP", 10**5)
     with pytest.raises(ReadError, match=r"v\.mp4: 40 frames of shape \[3, 32, 48\] are 0.0 GiB"):
         read_clip(path, 40)
-    assert ClipDataset([Sample(path)], SMALL, 40, 0, [])[0, 0]["pixel_values"].shape == (40, 3, 16, 16)
+    assert ClipDataset([Sample(path)], SMALL, 40, 0, [])[0, 0]["video"].shape == (40, 3, 16, 16)
     assert scan_videos({path: 1}, 40, 0, 0, {})[0] == {}
     assert not recwarn.list
 
@@ -409,7 +395,7 @@ def test_clips_equal_those_resized_as_a_whole(wide, resize, mode, views):
     preprocessing = Preprocessing(20, resize, mode, 1 / 255, (0.5,) * 3, (0.5,) * 3)
     clips, crops = views
     for path in wide:
-        found = ClipDataset([Sample(path)], preprocessing, 10, 0, [], views=views)[0, 0]["pixel_values"]
+        found = ClipDataset([Sample(path)], preprocessing, 10, 0, [], views=views)[0, 0]["video"]
         frames = open_video(path).frames(view_indices(24, 10, 0, clips))  # with 30 of 24 frames, some twice
         places = [None] if crops == 1 else [0, 0.5, 1]
         expected = [preprocessing.pixels(clip, place) for clip in frames.split(10) for place in places]

@@ -192,7 +192,7 @@ def test_the_section_s_commands_work(use, tmp_path, monkeypatch, capsys):
 
 
 def test_the_table_of_learning_rates_is_the_code_s():
-    from train_code import LEARNING_RATES
+    from config import LEARNING_RATES
 
     cells = r"\| ([0-9.e-]+) \(× (\d+)\) " * 3
     for weights, title in (("tiny", "tiny"), ("hub", "hub, folders")):

@@ -9,10 +9,10 @@ import pytest
 
 import dummy_data
 import inference
-import main
-import make_report
+import score
 from checkpoint import PROVIDED, load_run, read_run
 from config import ROOT, as_flags, read_yaml, run_name
+from experiments import make_report
 
 ROWS = ("timesformer_fvbb", "videomae_gpt2_caption_fvbb_fllm")
 RUNS = sorted(PROVIDED.glob("*/metadata.json"))
@@ -103,7 +103,7 @@ def test_the_mean_of_seeds_and_its_interval(study, tmp_path):
 
 
 def test_a_card_tells_what_its_own_file_scores(study, dataset, tmp_path, capsys):
-    """By --evaluate of a copy; not what the run said of itself, which is changed here."""
+    """By score.py of a copy; not what the run said of itself, which is changed here."""
     row = make_report.Row(
         ROOT / "experiments" / f"{ROWS[0]}.yaml", Path(shutil.copytree(study / "runs", tmp_path / "runs")), 1
     )
@@ -115,7 +115,7 @@ def test_a_card_tells_what_its_own_file_scores(study, dataset, tmp_path, capsys)
     card = (tmp_path / "provided" / row.name / "CARD.md").read_text()
     copy = shutil.copytree(tmp_path / "provided" / row.name, tmp_path / "copy")
     argv = ["--data_dir", str(dataset), "--controls", "True", "--num_workers", "0", "--output_dir", str(tmp_path)]
-    assert main.main(["--evaluate", str(copy), *argv]) == 0
+    assert score.main(["--checkpoint", str(copy), *argv]) == 0
     (scored,) = [json.loads(p.read_text()) for p in tmp_path.rglob("metrics.json") if "copy" in str(p)]
     names = {
         "one_frame": "one frame",

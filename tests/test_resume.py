@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import resolved
 
 import checkpoint
 import main
+import readers
 import train_code
 from config import ROOT
 from script import UserError
@@ -104,7 +106,7 @@ def test_resuming_keeps_count_of_skipped_videos_and_of_empty_batches(dataset, tm
 
     def pixels(self, sample, rng):
         if sample.path in broken:
-            raise VLoader.ReadError(sample.path, "a bad frame")
+            raise readers.ReadError(sample.path, "a bad frame")
         return original(self, sample, rng)
 
     monkeypatch.setattr(VLoader.ClipDataset, "pixels", pixels)
@@ -283,7 +285,7 @@ def test_a_save_interrupted_at_each_operation_leaves_the_old_file_whole(
 
     config, _ = checkpoint.read_run(run)
     model = build_model(config, 3)
-    optimizer = train_code.build_optimizer(model, config)
+    optimizer = train_code.build_optimizer(model, resolved(config, model))
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
         for save in (

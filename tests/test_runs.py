@@ -13,6 +13,7 @@ import pytest
 
 import checkpoint
 import main
+import score
 from config import ROOT
 from script import FileLock, UserError
 
@@ -73,18 +74,18 @@ def whole(dataset, tmp_path_factory) -> Path:
 
 
 MOMENTS = [
-    ("main.readable", 1),
+    ("scan.prepare_data", 1),
     ("checkpoint.write_json", 1),
     ("train_code.save_weights", 1),
     ("train_code.save_state", 1),
     ("os.replace", 6),
     ("train_code.final_scores", 2),
-    ("main.draw_pictures", 1),
+    ("runs.draw_pictures", 1),
     ("checkpoint.finish_run", 1),
 ]
 SELDOM = [
-    ("checkpoint.start_run", 1),
-    ("checkpoint.describe_run", 1),
+    ("checkpoint.write_run_files", 1),
+    ("checkpoint.run_metadata", 1),
     ("checkpoint.write_yaml", 2),
     ("train_code.train", 1),
     ("os.fsync", 7),
@@ -307,21 +308,21 @@ def test_a_run_whose_backbone_files_changed_is_refused(dataset, tmp_path, capsys
 
 def test_a_run_is_scored_into_a_folder_of_its_own(dataset, tmp_path, whole, capsys):
     before = contents(whole)
-    argv = ["--evaluate", str(whole), "--data_dir", str(dataset), "--output_dir", str(tmp_path)]
-    assert main.main(argv) == 0
+    argv = ["--checkpoint", str(whole), "--data_dir", str(dataset), "--output_dir", str(tmp_path)]
+    assert score.main(argv) == 0
     assert contents(whole) == before
     scores = json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert scores["test"] == json.loads((whole / "metrics.json").read_text())["test"]
-    assert main.main(argv) == 0  # again
+    assert score.main(argv) == 0  # again
     shutil.copy(whole / "metadata.json", tmp_path / "r")
-    assert main.main(argv) == 2
-    assert "holds a run of its own" in capsys.readouterr().err
+    assert score.main(argv) == 2
+    assert "is another run" in capsys.readouterr().err
 
 
 def test_a_provided_run_is_scored_elsewhere(dataset, tmp_path, whole, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "PROVIDED", whole.parent)
     before = contents(whole)
-    assert main.main(["--evaluate", str(whole), "--data_dir", str(dataset)]) == 2
+    assert score.main(["--checkpoint", str(whole), "--data_dir", str(dataset)]) == 2
     assert "add --output_dir" in capsys.readouterr().err
-    assert main.main(["--evaluate", str(whole), "--data_dir", str(dataset), "--output_dir", str(tmp_path)]) == 0
+    assert score.main(["--checkpoint", str(whole), "--data_dir", str(dataset), "--output_dir", str(tmp_path)]) == 0
     assert contents(whole) == before and (tmp_path / "r" / "predictions_test.jsonl").exists()

@@ -108,14 +108,14 @@ def write_case(seeds: list[tuple[str, bytes]], rng: random.Random, folder: Path)
 def judge(seeds: list[tuple[str, bytes]], rng: random.Random) -> tuple[str, str]:
     import torch
 
-    import VLoader
+    from readers import ReadError, open_video
     from transforms import sample_indices
 
     path = write_case(seeds, rng, Path.cwd())
     try:
-        reader = VLoader.open_video(path)
+        reader = open_video(path)
         clip = reader.frames(sample_indices(len(reader), 4, 0))
-    except VLoader.ReadError as error:
+    except ReadError as error:
         return ("refused", "") if str(path) in str(error) else ("unnamed", str(error))
     good = clip.dtype == torch.uint8 and clip.ndim == 4 and clip.shape[:2] == (4, 3)
     return ("read", "") if good else ("odd frames", f"{clip.dtype} {list(clip.shape)} of {path.name}")

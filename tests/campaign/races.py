@@ -24,7 +24,7 @@ RACES = {
     "two resumes": ("stopped", "resume", "resume"),
     "start and resume": ("stopped", "resume", "start anew"),
     "overwrite and resume": ("stopped", "resume", "overwrite"),
-    "evaluate while training": ("done_0", "evaluate", "overwrite"),
+    "score while training": ("done_0", "score", "overwrite"),
 }
 
 
@@ -40,7 +40,7 @@ class World:
             "start anew": self.start(1),
             "overwrite": f"{self.start(1)} --overwrite True",
             "resume": f"--resume True {RUN}",
-            "evaluate": f"--evaluate out/r --num_workers {workers}",
+            "score": f"--checkpoint out/r --num_workers {workers}",
         }
         begin = time.monotonic()
         self.lone = []
@@ -61,11 +61,11 @@ class World:
         return f"{common.TINY} --data_dir {self.data} {RUN} --seed {seed} --num_workers {self.workers} --save_every 1 --epochs 3"
 
 
-def both(name: str, flags: list[str], folder: Path, delay: float) -> list[Process]:
-    """Two processes of a script, the second `delay` seconds behind the first, at their ends."""
-    processes = [Process(script(name, flags[0]), folder)]
+def both(commands: list[tuple[str, str]], folder: Path, delay: float) -> list[Process]:
+    """Two processes, each of a script with its flags, the second `delay` seconds behind the first, at their ends."""
+    processes = [Process(script(*commands[0]), folder)]
     time.sleep(delay)
-    processes.append(Process(script(name, flags[1]), folder))
+    processes.append(Process(script(*commands[1]), folder))
     for process in processes:
         process.wait()
     return processes
@@ -95,12 +95,13 @@ def train_twice(world: World, name: str, folder: Path, delay: float, order: int)
     begin, *jobs = RACES[name]
     if begin:
         shutil.copytree(world.work / begin, folder)
-    processes = both("main", [world.flags[job] for job in jobs[::order]], folder, delay)[::order]
+    commands = [("score" if job == "score" else "main", world.flags[job]) for job in jobs]
+    processes = both(commands[::order], folder, delay)[::order]
     outcomes = [world.lone[job in ("start anew", "overwrite")] for job in jobs]
-    if "evaluate" in jobs and processes[1].status == 0:
+    if "score" in jobs and processes[1].status == 0:
         outcomes[0] = outcomes[1]  # the run that it looked at is no more
     verdict, text = judge(processes, outcomes, folder)
-    exclusive = not {"overwrite", "evaluate"} & {*jobs}
+    exclusive = not {"overwrite", "score"} & {*jobs}
     return ("both went in" if verdict == "both" and exclusive else verdict), text
 
 
@@ -119,7 +120,7 @@ def orphans(world: World, folder: Path, delay: float, order: int) -> Result:
 def cache(world: World, folder: Path, delay: float, order: int) -> Result:
     """Two runs fill one cache: both succeed, and equal each other."""
     flags = [f"{world.start(0)} --freeze_visionbackbone True --run_name {name}" for name in "rs"]
-    processes = both("main", flags, folder, delay)
+    processes = both([("main", f) for f in flags], folder, delay)
     if not (folder / "out" / "r").is_dir():
         return "nobody", processes[0].err
     return judge(processes, 2 * [common.contents(folder / "out" / "r")], folder, "s")
@@ -127,7 +128,7 @@ def cache(world: World, folder: Path, delay: float, order: int) -> Result:
 
 def inferences(world: World, folder: Path, delay: float, order: int) -> Result:
     """Two inferences write one file of answers: every video stands in it once."""
-    processes = both("inference", 2 * [world.inference], folder, delay)
+    processes = both(2 * [("inference", world.inference)], folder, delay)
     for process in processes:
         bad = common.unwanted(process.status, process.out, process.err)
         if bad or (process.status == 2 and not REFUSALS.search(process.err)):

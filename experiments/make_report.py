@@ -1,7 +1,7 @@
-"""Trains what is missing of the grid in experiments/, and writes the study: report.pdf, RESULTS.md, README's tables.
+"""Trains what is missing of the grid in experiments/, and writes the study: report.pdf and RESULTS.md.
 
-python make_report.py                   all rows, three seeds; resumable
-python make_report.py --provide         then also writes checkpoints/provided/
+python -m experiments.make_report               all rows, three seeds; resumable
+python -m experiments.make_report --provide     then also writes checkpoints/provided/
 
 Every number in them comes from the runs' metrics.json and predictions; a run that is not there is "not run".
 """
@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from config import ROOT, Config, as_flags, read_yaml, run_name, write_yaml
-from metrics import Summary, attribute_summary, bounds, caption_summary, label_rows_summary, resampled
+from dummy_data import LEXICON
+from metrics import Summary, attribute_summary, attributes_in, bounds, caption_summary, label_rows_summary, resampled
 from script import UserError, make_folder, replace_file, run_script
 
 EXPERIMENTS = ROOT / "experiments"
@@ -39,6 +40,7 @@ CONTROLS = {
     "text_shuffled": "text shuffled",
 }
 NOT_RUN = "not run"
+JOINT = ("colour", "shape", "motion")  # scored together too: size is named least reliably
 
 
 class Row:
@@ -112,12 +114,15 @@ def train_one(row: Row, seed: int, data_dir: Path, environment: dict[str, str]) 
     """Starts a run, goes on with one that was stopped, or adds the controls of one that lacks them."""
     run_dir, start = row.dirs[seed], time.perf_counter()
     if (run_dir / "metrics.json").is_file():
-        flags = ["--evaluate", str(run_dir), "--controls", "True"]
+        script, flags = "score.py", ["--checkpoint", str(run_dir), "--controls", "True"]
     else:
-        flags = ["--config", str(row.file), "--seed", str(seed), "--data_dir", str(data_dir), "--controls", "True"]
+        script, flags = (
+            "main.py",
+            ["--config", str(row.file), "--seed", str(seed), "--data_dir", str(data_dir), "--controls", "True"],
+        )
         flags += ["--output_dir", str(run_dir.parent), "--run_name", run_dir.name]
         flags += ["--resume", "True"] if (run_dir / "state").is_dir() else ["--overwrite", "True"]
-    command = [sys.executable, str(ROOT / "main.py"), *flags]
+    command = [sys.executable, str(ROOT / script), *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise UserError(f"{run_dir.name} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -138,15 +143,15 @@ def summary_of_run(row: Row, run_dir: Path) -> Summary:
     rows = predictions(run_dir)
     if not row.config.captioning:
         return label_rows_summary(rows)
-    import dummy_data
-
     captions = [r["caption"] for r in rows]
     scores = caption_summary(captions, [r["references"] for r in rows])
-    truth = [dummy_data.attributes(r["references"][0]) for r in rows]
+    truth = [attributes_in(r["references"][0], LEXICON) for r in rows]
     if any(None in t.values() for t in truth):
         return scores
-    attributes = attribute_summary([dummy_data.attributes(c) for c in captions], truth)
-    return lambda places: scores(places) | attributes(places)
+    named = [attributes_in(c, LEXICON) for c in captions]
+    attributes = attribute_summary(named, truth)
+    joint = np.array([all(n[name] == t[name] for name in JOINT) for n, t in zip(named, truth, strict=True)])
+    return lambda indices: scores(indices) | attributes(indices) | {"+".join(JOINT): float(joint[indices].mean())}
 
 
 def row_scores(row: Row) -> dict[str, dict[str, Any]]:
@@ -330,7 +335,8 @@ def machine(rows: list[Row]) -> str:
 def draw(rows: list[Row], scores: dict[str, dict], data_dir: Path, folder: Path) -> dict[str, str]:
     """The report's pictures in `folder`: name -> file's name, where there is a run to draw it from."""
     from figures import plot_bars, plot_clips
-    from VLoader import open_video, read_display_names, read_splits
+    from readers import open_video
+    from VLoader import read_display_names, read_splits
 
     make_folder(folder)
     splits = read_splits(data_dir)
@@ -384,7 +390,7 @@ def results_text(data: dict[str, Any]) -> str:
 | video classification | `main.py`, `inference.py` | TimeSformer or VideoMAE and a head |
 | video + language classification | the same, `--use_vlm True` | the same encoders joined to BERT, with or without a text |
 | video captioning | the same, `--use_vlm True --captioning True` | the same encoders joined to GPT-2 |
-| this study | `make_report.py` | trains the grid in `experiments/`, writes report.pdf and these tables |
+| this study | `make report` | trains the grid in `experiments/`, writes report.pdf and these tables |
 
 The synthetic dataset ({sizes["train"]} training, {sizes["val"]} val and {sizes["test"]} test videos, {data["classes"]} classes), tiny backbones, defaults
 ({data["epochs"]} epochs), seeds {data["seeds"]}; means over the seeds, in brackets 95 % bootstrap intervals over the test videos. The language
@@ -411,14 +417,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_results(data: dict[str, Any], output: Path) -> None:
-    """RESULTS.md, and the same in README.md between <!-- results --> and <!-- end of results -->."""
-    text = results_text(data)
-    write_text(output / "RESULTS.md", "# Results\n\n" + text)
-    readme = output / "README.md"
-    if readme.is_file():
-        pattern = r"(<!-- results -->\n).*?(<!-- end of results -->)"
-        new = re.sub(pattern, lambda m: m[1] + text + m[2], readme.read_text(encoding="utf-8"), flags=re.S)
-        write_text(readme, new)
+    write_text(output / "RESULTS.md", "# Results\n\n" + results_text(data))
 
 
 def compile_pdf(data: dict[str, Any], folder: Path, output: Path) -> None:
@@ -439,7 +438,7 @@ def provide(row: Row, folder: Path, data_dir: Path) -> int:
     """Writes a row's first run as a provided checkpoint, in bf16 where that changes no score; returns its bytes."""
     import torch
 
-    from checkpoint import METADATA, SETTINGS, WEIGHTS, read_run, read_tensors, save_tensors
+    from checkpoint import CONFIG_YAML, METADATA, WEIGHTS, read_run, read_tensors, save_tensors
     from script import write_json
 
     run_dir, target = row.dirs[0], folder / row.name
@@ -451,7 +450,7 @@ def provide(row: Row, folder: Path, data_dir: Path) -> int:
             shutil.copytree(run_dir / name, target / name)
     config, metadata = read_run(run_dir)
     config = replace(config, run_name=None, output_dir=Config().output_dir, data_dir=Config().data_dir, controls=False)
-    write_yaml(asdict(config), target / SETTINGS)
+    write_yaml(asdict(config), target / CONFIG_YAML)
     write_json(metadata, target / METADATA)
     tensors, facts = read_tensors(run_dir / WEIGHTS)
     save_tensors({name: t.to(torch.bfloat16) for name, t in tensors.items()}, facts, target / WEIGHTS)
@@ -522,9 +521,9 @@ def control_table(run_dir: Path, data_dir: Path, runs: Path) -> dict[str, Any]:
 # -- the script -------------------------------------------------------------------------------------
 
 
-def body(argv: list[str] | None) -> None:
+def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
-        prog="make_report.py",
+        prog="python -m experiments.make_report",
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -565,7 +564,7 @@ def body(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script(body, argv)
+    return run_script(run, argv)
 
 
 if __name__ == "__main__":

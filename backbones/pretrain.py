@@ -1,7 +1,7 @@
 """Makes the four tiny backbones in backbones/ from a fixed seed, on a synthetic world. Resumable.
 
-    python pretrain_backbones.py                       # all four; hours on one core, nothing to download
-    python pretrain_backbones.py --models gpt2 bert    # some of them
+    python -m backbones.pretrain                       # all four; hours on one core, nothing to download
+    python -m backbones.pretrain --models gpt2 bert    # some of them
 
 The world is wider than the dummy dataset: 6 shapes, 12 colours, 9 motions, any size between the dummy
 set's extremes and beyond, gratings behind, a second object in a quarter of the clips. Two of the dummy
@@ -591,7 +591,7 @@ def held_out_perplexity(model: nn.Module, tokenizer, count: int = 2000) -> tuple
 
 CARD = """# {name}-tiny
 
-Made by `python pretrain_backbones.py --models {name}` (seed {seed}) on a synthetic world of coloured shapes.
+Made by `python -m backbones.pretrain --models {name}` (seed {seed}) on a synthetic world of coloured shapes.
 These weights test the pipeline; they are no {what} understanding. Licence: Apache-2.0, as the project.
 
 {how}

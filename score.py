@@ -1,0 +1,99 @@
+"""Scores a trained run again on val and test, with its own options or on other videos.
+
+python score.py --checkpoint checkpoints/timesformer --controls True
+python score.py --checkpoint checkpoints/timesformer --data_dir my_clips --output_dir scores
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from config import FIELDS, Config, parse
+from script import UserError, is_main, leave, run_script, write_json
+
+
+def run(argv: list[str] | None) -> int:
+    given, typed = parse(argv, "score")
+    if given.checkpoint is None:
+        raise UserError("which run? add --checkpoint <run folder>")
+    from checkpoint import lock_run, read_run
+
+    run_dir = Path(given.checkpoint)
+    saved, _ = read_run(run_dir)
+    config = scored_options(saved, given, typed)
+    folder = scores_folder(run_dir, saved, config, typed)
+    if not is_main():
+        return score_run(run_dir, given, typed, config, folder)
+    with lock_run(folder):
+        return score_run(run_dir, given, typed, config, folder)
+
+
+def scored_options(saved: Config, given: Config, typed: set[str]) -> Config:
+    """The run's own options with those of this script that were typed."""
+    read = {name for name, f in FIELDS.items() if "score" in f.metadata["scripts"]}
+    if foreign := sorted(name for name in typed - read if not FIELDS[name].metadata.get("names_run")):
+        raise UserError(f"--{foreign[0]} has no effect here: score.py uses the run's own options")
+    changed = {name for name in typed & read if not FIELDS[name].metadata.get("names_run")} - {"checkpoint"}
+    return replace(saved, **{name: getattr(given, name) for name in changed | {"controls"}})
+
+
+def scores_folder(run_dir: Path, saved: Config, config: Config, typed: set[str]) -> Path:
+    """The run's own folder, or with --output_dir one of the same name in there; for other videos a folder in it.
+
+    Raises UserError for one that must not be written: provided checkpoints, another run.
+    """
+    from checkpoint import METADATA, PROVIDED
+
+    folder = Path(config.output_dir) / run_dir.resolve().name if "output_dir" in typed else run_dir
+    if folder.resolve().is_relative_to(PROVIDED.resolve()):
+        raise UserError(f"{PROVIDED} is never written: add --output_dir <a folder for the scores>")
+    if folder.resolve() != run_dir.resolve() and (folder / METADATA).exists():
+        raise UserError(f"{folder} is another run; choose another --output_dir")
+    data_dir = Path(config.data_dir).resolve()
+    return folder if data_dir == Path(saved.data_dir).resolve() else folder / f"evaluation_{data_dir.name}"
+
+
+def score_run(run_dir: Path, given: Config, typed: set[str], config: Config, folder: Path) -> int:
+    """Scores the run with the options in `config`; metrics, predictions and pictures go to `folder`."""
+    from checkpoint import METRICS, load_run, load_weights, read_metrics
+    from runs import Run, memory_advice, only, report
+    from scan import prepare_data
+    from train_code import build_accelerator, score_splits
+    from VLoader import check_samples, read_splits
+
+    model, _, metadata = load_run(run_dir, given, typed)
+    splits = read_splits(Path(config.data_dir), metadata["class_names"])
+    check_samples(splits, config.captioning, config.use_text)
+    if config.controls and not splits.train:
+        raise UserError(f"--controls True needs the training videos too, and {config.data_dir} has no train/")
+    if not config.controls:  # nothing else reads the training videos
+        splits = only(splits, "val", "test")
+    accelerator = build_accelerator(config)
+    splits, features = prepare_data(splits, config, model, accelerator)
+    run = Run(config, model.to(accelerator.device), splits, metadata["display_names"], accelerator, folder, features)
+
+    # what training measured stays, except for the controls, which belong to the old scores
+    metrics: dict[str, Any] = read_metrics(folder) if folder == run_dir else {}
+    metrics.pop("controls", None)
+    metrics["best_epoch"] = load_weights(run_dir, model).get("epoch")
+    loaders = run.loaders("val", "test")
+    try:
+        with memory_advice():
+            metrics |= score_splits(model, loaders, config, accelerator, folder)
+            report(run, metrics)
+    finally:
+        for loader in loaders.values():
+            loader.close()
+        accelerator.end_training()
+    if accelerator.is_main_process:
+        write_json(metrics, folder / METRICS)
+    print(f"wrote {folder}/{METRICS} and {folder}/predictions_*.jsonl")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script(run, argv)
+
+
+if __name__ == "__main__":
+    leave(main())
