@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config import FIELDS, Config, parse
+from config import FIELDS, Config, parse, refuse_classifier_options
 from script import UserError, is_main, leave, run_script, write_json
 
 
@@ -34,7 +34,9 @@ def scored_options(saved: Config, given: Config, typed: set[str]) -> Config:
     if foreign := sorted(name for name in typed - read if not FIELDS[name].metadata.get("names_run")):
         raise UserError(f"--{foreign[0]} has no effect here: score.py uses the run's own options")
     changed = {name for name in typed & read if not FIELDS[name].metadata.get("names_run")} - {"checkpoint"}
-    return replace(saved, **{name: getattr(given, name) for name in changed | {"controls"}})
+    config = replace(saved, **{name: getattr(given, name) for name in changed | {"controls"}})
+    refuse_classifier_options(config)
+    return config
 
 
 def scores_folder(run_dir: Path, saved: Config, config: Config, typed: set[str]) -> Path:

@@ -17,7 +17,6 @@ from PIL import Image
 import inference
 import main
 import readers
-import VLoader
 from readers import ReadError, digest, find_videos, natural_key, stamp, survey
 from scan import read_records, scan_videos, write_records
 from script import UserError
@@ -262,7 +261,7 @@ def test_every_new_video_is_read_once_and_remembered(folder, tmp_path, monkeypat
     """By a run with the cache and by one without; another folder of runs starts anew; copies keep their digests."""
     read: list[Path] = []
     original = readers.file_digest
-    monkeypatch.setattr(VLoader, "file_digest", lambda file: read.append(file) or original(file))
+    monkeypatch.setattr(readers, "file_digest", lambda file: read.append(file) or original(file))
     runs = tmp_path / "runs"
     assert train(folder.parent, runs, "--run_name", "cached") == 0 and len(read) == 4
     remembered = read_records(runs / ".videos.json")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import counting_frames, write_video
 
-import checkpoint
+import export as export_module
 import inference
 import main
 from build_model import adapters
@@ -83,7 +83,7 @@ def test_a_classifier_as_a_hugging_face_folder(dataset, tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize(
-    "name, tower",
+    "name, part",
     [
         ("timesformer_lora", "vision"),
         ("videomae_lora", "vision"),
@@ -91,24 +91,24 @@ def test_a_classifier_as_a_hugging_face_folder(dataset, tmp_path, capsys, name):
         pytest.param("text", "vision", marks=slow),
     ],
 )
-def test_adapters_as_a_peft_folder(dataset, tmp_path, name, tower):
+def test_adapters_as_a_peft_folder(dataset, tmp_path, name, part):
     from peft import PeftModel
     from transformers import AutoModel
 
     run, out = train(dataset, tmp_path, name), tmp_path / "out"
     assert inference.main(["--checkpoint", str(run), "--export", str(out)]) == 0
     model, _, _ = load_run(run)
-    body = model.vision_encoder.backbone if tower == "vision" else model.language_model.base_model
-    base = AutoModel.from_pretrained(model.sources[tower].path).eval()
+    body = model.vision_encoder.backbone if part == "vision" else model.language_model.base_model
+    base = AutoModel.from_pretrained(model.sources[part].path).eval()
     inputs = (
-        {"video": model.vision_encoder.preprocessing.normalise(clips(model))}
-        if tower == "vision"
+        {"pixel_values": model.vision_encoder.preprocessing.normalise(clips(model))}
+        if part == "vision"
         else {"input_ids": torch.arange(1, 9)[None]}
     )
     with torch.no_grad():
         plain = base(**inputs).last_hidden_state
         expected = body(**inputs).last_hidden_state
-        found = PeftModel.from_pretrained(base, out / f"adapter_{tower}").eval()(**inputs).last_hidden_state
+        found = PeftModel.from_pretrained(base, out / f"adapter_{part}").eval()(**inputs).last_hidden_state
     if name == "videomae_lora":  # AutoModel puts its own norm behind; compare before it
         assert len(list(adapters(model))) == 24
     assert (found - expected).abs().max() < 1e-5
@@ -271,7 +271,7 @@ def test_an_export_is_whole_or_not_at_all(dataset, tmp_path, capsys, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_json", full)
+        patch.setattr(export_module, "write_json", full)
         capsys.readouterr()
         assert inference.main(["--checkpoint", str(run), "--export", str(out)]) == 2
     assert capsys.readouterr().err == f"error: --export: cannot write {out}: No space left on device\n"

@@ -243,7 +243,7 @@ def test_a_file_in_use_is_refused(run, videos, tmp_path, capsys):
     lines = output.read_text().splitlines(keepends=True)
     output.write_text("".join(lines[:5]) + lines[5][:20])  # what a process that is writing it has there
     (tmp_path / "link.jsonl").symlink_to(output)
-    code = "import sys; from inference import *; lock = FileLock(Path(sys.argv[1]), 'x'); print(flush=True); input()"
+    code = "import sys; from answers import *; lock = FileLock(Path(sys.argv[1]), 'x'); print(flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / ".out.jsonl.lock")],
         cwd=ROOT,
@@ -390,7 +390,7 @@ def test_right_means_the_same_label():
         (None, "a", None),
     ]
     for truth, label, expected in cases:
-        assert inference.is_right({"label": label}, Sample(Path("x"), label=truth), swapped) is expected
+        assert inference.is_right({"label": label}, Sample(Path("x"), label=truth), swapped, None) is expected
 
 
 def test_names_do_not_steer_the_terminal(run, videos, tmp_path, capsys):

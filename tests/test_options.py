@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+import inference
 import main
+import score
 from build_model import build_model
 from config import Config, parse
 from train_code import (
@@ -260,11 +262,10 @@ def test_scores_of_views_are_their_mean_probabilities(classifier):
 
 
 def test_a_run_tested_with_views_says_so_and_inference_agrees(dataset, tmp_path, capsys):
-    import inference
-
     flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--num_workers", "0", "--epochs", "1"]
     views = ["--test_clips", "2", "--test_crops", "3"]
-    assert main.main([*flags, *views, "--freeze_visionbackbone", "True", "--run_name", "r"]) == 0
+    assert main.main([*flags, "--freeze_visionbackbone", "True", "--run_name", "r"]) == 0
+    assert score.main(["--checkpoint", str(tmp_path / "r"), "--num_workers", "0", *views]) == 0
     assert "on 6 videos, 2 clips x 3 crops of each" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert metrics["test"]["views"] == {"clips": 2, "crops": 3} and metrics["test"]["count"] == 6
@@ -294,7 +295,11 @@ def test_evaluation_with_views_counts_every_video_once(classifier, tmp_path):
     assert result["count"] == 3 and result["ranked"].shape == (3, 5)
 
 
-@pytest.mark.parametrize("flags", [["--test_clips", "2"], ["--test_crops", "3"], ["--class_balance", "True"]])
-def test_captioners_refuse_what_is_for_classifiers(dataset, capsys, flags):
-    assert main.main(["--data_dir", str(dataset), "--use_vlm", "True", "--captioning", "True", *flags]) == 2
-    assert f"{flags[0]} is for classifiers" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "script, flag", [(inference, "test_clips"), (inference, "test_crops"), (main, "class_balance")]
+)
+def test_captioners_refuse_what_is_for_classifiers(dataset, capsys, script, flag):
+    argv = ["--use_vlm", "True", "--captioning", "True", "--video_dir", str(dataset / "test")]
+    argv = argv if script is inference else [*argv[:-2], "--data_dir", str(dataset)]
+    assert script.main([*argv, f"--{flag}", "True" if flag == "class_balance" else "2"]) == 2
+    assert f"--{flag} is for classifiers" in capsys.readouterr().err

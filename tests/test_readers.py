@@ -23,7 +23,8 @@ from PIL import Image
 
 import dummy_data
 import main
-import VLoader
+import readers
+import scan
 from readers import ReadError, VideoFile, find_videos, natural_key, open_video, upright
 from scan import scan_videos
 from script import UserError
@@ -130,7 +131,7 @@ def test_rotation_is_applied(tmp_path, rotation):
 
 def test_workers_survive_videos_that_were_decoded_before_they_were_forked(tmp_path, monkeypatch):
     """Decoding threads of the main process must be gone by then, even where the garbage collector never ran."""
-    monkeypatch.setattr(VLoader, "LARGE", 0)  # several threads for small pictures too
+    monkeypatch.setattr(readers, "LARGE", 0)  # several threads for small pictures too
     samples = [Sample(write_video(tmp_path / f"{i}.mp4", counting_frames(60, 64, 64)), "a") for i in range(12)]
     dataset = ClipDataset(samples, SMALL, 8, 0, ["a"])
 
@@ -191,7 +192,7 @@ def test_files_of_huge_tensors_are_refused_before_they_are_loaded(tmp_path, monk
         archive.writestr("archive/data/0", bytes(2 * 10**6))
     with (tmp_path / "long.pt").open("wb") as file:
         file.truncate(2 * 10**6)
-    monkeypatch.setattr(VLoader, "LARGEST_CLIP", 10**4)
+    monkeypatch.setattr(readers, "LARGEST_CLIP", 10**4)
     for name in ("packed.pt", "long.pt"):
         with pytest.raises(ReadError, match=rf"{name}: it holds 0\.0 GiB"):
             open_video(tmp_path / name)
@@ -211,7 +212,7 @@ def test_whatever_a_library_raises_names_the_file(tmp_path, monkeypatch, kind):
     dummy_data.save_frames(np.zeros((2, 3, 8, 8), np.uint8), folder)
     dataset = ClipDataset([Sample(file), Sample(folder)], SMALL, 2, 0, [])
     with monkeypatch.context() as patched:
-        patched.setattr(VLoader, "upright", fail)
+        patched.setattr(readers, "upright", fail)
         patched.setattr(Image, "open", fail)
         for place, name in enumerate(("v.mp4", "frame_000.png")):
             assert re.search(f"cannot read .*{name}.*something odd", dataset[0, place]["error"])
@@ -262,7 +263,7 @@ def test_pictures_and_clips_have_a_largest_size(tmp_path, monkeypatch, recwarn):
     )
     assert "100000x1 pixels would become 22400000x224" in large[0, 0]["error"]
     path = write_video(tmp_path / "v.mp4", counting_frames(40))
-    monkeypatch.setattr(VLoader, "LARGEST_CLIP", 10**5)
+    monkeypatch.setattr(readers, "LARGEST_CLIP", 10**5)
     with pytest.raises(ReadError, match=r"v\.mp4: 40 frames of shape \[3, 32, 48\] are 0.0 GiB"):
         read_clip(path, 40)
     assert ClipDataset([Sample(path)], SMALL, 40, 0, [])[0, 0]["video"].shape == (40, 3, 16, 16)
@@ -353,7 +354,7 @@ def test_a_killed_worker_is_one_error(dataset, tmp_path, monkeypatch, capsys):
     flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--image_size", "16", "--num_workers", "1"]
     assert main.main([*flags, "--cache_features", "False"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: a process that reads videos was killed")
-    monkeypatch.setattr(VLoader, "open_video", killed)
+    monkeypatch.setattr(scan, "open_video", killed)
     with pytest.raises(UserError, match="lower --num_workers, --batch_size"):
         scan_videos({write_tensor(tmp_path / f"{i}.pt"): 0 for i in range(65)}, 2, 0, 1, {})
 

@@ -74,24 +74,24 @@ def whole(dataset, tmp_path_factory) -> Path:
 
 
 MOMENTS = [
-    ("scan.prepare_data", 1),
+    ("runs.prepare_data", 1),
     ("checkpoint.write_json", 1),
     ("train_code.save_weights", 1),
     ("train_code.save_state", 1),
     ("os.replace", 6),
     ("train_code.final_scores", 2),
     ("runs.draw_pictures", 1),
-    ("checkpoint.finish_run", 1),
+    ("runs.finish_run", 1),
 ]
 SELDOM = [
-    ("checkpoint.write_run_files", 1),
-    ("checkpoint.run_metadata", 1),
+    ("runs.write_run_files", 1),
+    ("runs.run_metadata", 1),
     ("checkpoint.write_yaml", 2),
     ("train_code.train", 1),
     ("os.fsync", 7),
     ("train_code.test_best", 1),
     ("figures.plot_curves", 1),
-    ("controls.control_scores", 1),
+    ("runs.control_scores", 1),
     ("figures.plot_occlusion", 1),
 ]
 
