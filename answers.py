@@ -50,12 +50,12 @@ def list_jobs(samples: list["Sample"], folder: str, seconds: float) -> tuple[lis
         return jobs, []
     from tqdm import tqdm
 
-    from VLoader import cut
+    from VLoader import split_into_windows
 
     parts, failed = [], []
     for job in tqdm(jobs, desc="lengths", unit="video", leave=False):
         try:
-            windows = cut(job.sample, seconds)
+            windows = split_into_windows(job.sample, seconds)
             parts += [Job(part, job.path, {"start": start, "end": end}) for part, start, end in windows]
         except UserError as error:
             failed.append({"file": str(job.sample.path), "path": job.path, "error": str(error)})

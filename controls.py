@@ -222,11 +222,10 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
     """{"split": ..., "as_it_is": {score: value}, <control>: {score: value}, ...} on test, else on val."""
     split = "test" if splits.test else "val"
     asked = getattr(splits, split)
-    share = (accelerator.process_index, accelerator.num_processes)
     model.to(accelerator.device)
 
     def loader_of(samples: list[Sample]) -> DataLoader:
-        return build_loaders(model, config, replace(splits, train=[], val=[], test=samples), share=share)["test"]
+        return build_loaders(model, config, replace(splits, train=[], val=[], test=samples), accelerator=accelerator)["test"]
 
     def scores(loader: Any, name: str) -> dict[str, float]:
         if config.captioning:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from build_model import VideoModel, VisionEncoder
 from config import Config, options_with
 from script import UserError, make_folder, printable, remove_leftovers, replace_file
-from VLoader import ClipDataset, Sample, Splits, build_loader
+from VLoader import ClipDataset, EpochBatches, Sample, Splits, build_loader
 
 SHARD = 256  # videos a file
 
@@ -263,7 +263,8 @@ def extract_features(
     """Computes and stores features, shard by shard; returns what is wrong with the unreadable videos."""
     encoder.to(accelerator.device).eval()
     dataset = ClipDataset(samples, encoder.preprocessing, config.num_frames, config.frame_stride, [])
-    loader = build_loader(dataset, stack_clips, config.batch_size, config.num_workers if len(samples) > SHARD else 0)
+    workers = config.num_workers if len(samples) > SHARD else 0
+    loader = build_loader(dataset, stack_clips, workers, EpochBatches(dataset, config.batch_size))
     bad: dict[Path, str] = {}
     shard: list[tuple[int, torch.Tensor]] = []
 

@@ -74,7 +74,7 @@ class Predictor:
         """The answers for many videos, in order, batched; {"file", "error"} for one that cannot be read."""
         import torch
 
-        from VLoader import ClipDataset, build_loader
+        from VLoader import ClipDataset, EpochBatches, build_loader
 
         self.check_texts(samples)
         config = self.config
@@ -91,7 +91,7 @@ class Predictor:
             collator = replace(collator, codec=None)
         batch_size = 8 if config.batch_size == "auto" else config.batch_size
         workers = config.num_workers if len(samples) > FEW else 0
-        loader = build_loader(dataset, collator, batch_size, workers)
+        loader = build_loader(dataset, collator, workers, EpochBatches(dataset, batch_size))
         try:
             for batch, errors in loader.with_errors():
                 answers = {index: {"error": cause} for index, cause in errors.items()}

@@ -18,7 +18,7 @@ from controls import control_line, control_scores, occlusion_maps
 from scan import prepare_data
 from script import UserError, is_main, printable, read_rows
 from train_code import build_accelerator, build_loaders
-from VLoader import Splits, check_samples, fingerprint_data, read_display_names, read_splits
+from VLoader import SPLITS, Splits, check_samples, fingerprint_data, read_display_names, read_splits
 
 
 @dataclass
@@ -33,20 +33,15 @@ class Run:
     folder: Path  # where it writes
     features: dict[str, Any] | None = None  # of the splits that are read from the feature cache
 
-    @property
-    def share(self) -> tuple[int, int]:
-        """(rank, world size): which part of every batch this process takes."""
-        return self.accelerator.process_index, self.accelerator.num_processes
-
     def loaders(self, *names: str) -> dict[str, Any]:
         """The loaders of these splits, by default of all."""
         kept = self.splits if not names else only(self.splits, *names)
-        return build_loaders(self.model, self.config, kept, self.features, self.share)
+        return build_loaders(self.model, self.config, kept, self.features, self.accelerator)
 
 
 def only(splits: Splits, *names: str) -> Splits:
     """The splits with the others emptied."""
-    return replace(splits, **{name: [] for name in ("train", "val", "test") if name not in names})
+    return replace(splits, **{name: [] for name in SPLITS if name not in names})
 
 
 def prepare(config: Config, folder: Path) -> Run:

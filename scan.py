@@ -16,7 +16,8 @@ from config import Config
 from feature_cache import CachedFeatures, cached_splits, compute_missing, open_store, read_features, use_cache
 from readers import ReadError, corner, digest, open_video, stamp
 from script import UserError, is_main, make_folder, printable, remove_leftovers, write_json
-from VLoader import Splits, WorkerLoader, identified, view_indices
+from transforms import view_indices
+from VLoader import Splits, WorkerLoader, identified
 
 LISTED = 20  # unreadable videos that an error names
 

@@ -30,7 +30,7 @@ from checkpoint import STATE, load_state, load_weights, save_state, save_weights
 from config import Config, default_rates
 from metrics import attribute_summary, attributes_in, caption_scores, label_scores, with_intervals
 from script import UserError, keep_freed_memory, make_folder, write_rows
-from VLoader import ClipDataset, build_loader
+from VLoader import SPLITS, ClipDataset, EpochBatches, Splits, build_loader
 
 WARMUP = 0.1  # share of all steps
 # weight decay is for weight matrices: it would blur CLS, position and time embeddings
@@ -403,19 +403,12 @@ def final_scores(
 
 
 def build_loaders(
-    model: VideoModel,
-    config: Config,
-    splits: Any,
-    features: dict[str, Any] | None = None,
-    share: tuple[int, int] = (0, 1),
+    model: VideoModel, config: Config, splits: Splits, features: dict[str, Any] | None = None, accelerator: Any = None
 ) -> dict[str, DataLoader]:
-    """A loader for every split that has samples; `config` is resolved (no auto). Splits whose `features` are
-    given are read from these, without worker processes: they would cost more than they save. `share` is the
-    number of this process and how many there are."""
+    """A loader for every split that has samples; `config` has no auto. Splits in `features` are read from these. With an
+    `accelerator` of several processes, each takes its part of every batch."""
     loaders, features = {}, features or {}
-    for name in ("train", "val", "test"):
-        if not getattr(splits, name):
-            continue
+    for name in (n for n in SPLITS if getattr(splits, n)):
         train = name == "train"
         dataset = ClipDataset(
             getattr(splits, name),
@@ -423,30 +416,23 @@ def build_loaders(
             config.num_frames,
             config.frame_stride,
             splits.class_names,
-            lexicon=splits.lexicon,
-            train=train,
-            seed=config.seed,
+            splits.lexicon,
+            train,
+            config.seed,
             views=(config.test_clips, config.test_crops) if name == "test" else (1, 1),
             features=features.get(name),
         )
-        # the scan has read all that evaluation takes; the jitter of training may still hit a bad frame
-        more: dict[str, Any] = {"share": share}
+        batches = EpochBatches(dataset, config.batch_size)
+        if accelerator is not None:
+            batches.rank, batches.world_size = accelerator.process_index, accelerator.num_processes
+        skipping = {}
         if train:
-            more |= {
-                "balance": config.class_balance,
-                "group": config.gradient_accumulation_steps if config.captioning else 1,
-                "skip_unreadable": config.skip_unreadable,
-                "skipped": splits.unreadable,
-            }
-        pin_memory = torch.cuda.is_available()
-        loaders[name] = build_loader(
-            dataset,
-            model.collator(),
-            config.batch_size,
-            0 if name in features else config.num_workers,
-            pin_memory,
-            **more,
-        )
+            batches.balance = config.class_balance
+            batches.group = config.gradient_accumulation_steps if config.captioning else 1
+            # the scan has read all frames of evaluation; the jitter of training may still find a bad one
+            skipping = {"skip_unreadable": config.skip_unreadable, "skipped": splits.unreadable}
+        workers = 0 if name in features else config.num_workers  # for features, workers cost more than they save
+        loaders[name] = build_loader(dataset, model.collator(), workers, batches, **skipping)
     return loaders
 
 

@@ -18,13 +18,13 @@ INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's codes
 
 
 def sample_indices(
-    available: int, num_frames: int, stride: int = 0, rng: np.random.Generator | None = None, place: float = 0.5
+    available: int, num_frames: int, stride: int = 0, rng: np.random.Generator | None = None, position: float = 0.5
 ) -> np.ndarray:
     """Ascending indices of `num_frames` out of `available` frames.
 
     stride 0 cuts the whole video into `num_frames` segments (TSN, arXiv:1608.00859) and takes their
     centres, or with `rng` a random frame of each. stride S takes every S-th frame of one window, the
-    middle one, or with `rng` a random one. `place` takes another point than the centre: 0 is the first
+    middle one, or with `rng` a random one. `position` takes another point than the centre: 0 is the first
     frame of each segment, or the first window, 1 the last. A video that is too short repeats its last frame.
     """
     if available < 1 or num_frames < 1:
@@ -32,13 +32,20 @@ def sample_indices(
     if stride == 0 and available >= num_frames:
         edges = np.arange(num_frames + 1) * available / num_frames
         if rng is None:
-            return np.minimum(edges[:-1] + place * available / num_frames, available - 1).astype(int)
+            return np.minimum(edges[:-1] + position * available / num_frames, available - 1).astype(int)
         low, high = edges[:-1].astype(int), np.ceil(edges[1:]).astype(int)
         return np.maximum.accumulate(rng.integers(low, high))
     step = stride or 1
     slack = max(0, available - (num_frames - 1) * step - 1)
-    start = int(place * slack) if rng is None else int(rng.integers(slack + 1))
+    start = int(position * slack) if rng is None else int(rng.integers(slack + 1))
     return np.minimum(start + np.arange(num_frames) * step, available - 1)
+
+
+def view_indices(available: int, num_frames: int, stride: int, clips: int) -> np.ndarray:
+    """The frames of `clips` clips spread over one video, one after the other, [clips * num_frames]; a single clip is the
+    one used for evaluation."""
+    positions = (np.arange(clips) + 0.5) / clips
+    return np.concatenate([sample_indices(available, num_frames, stride, position=p) for p in positions])
 
 
 @dataclass(frozen=True)
@@ -102,22 +109,22 @@ class Preprocessing:
             "image_std": list(self.std),
         }
 
-    def pixels(self, clip: torch.Tensor, place: float | None = None) -> torch.Tensor:
+    def pixels(self, clip: torch.Tensor, position: float | None = None) -> torch.Tensor:
         """Resizes and crops uint8 [T, C, H, W] to [T, C, image_size, image_size].
 
-        The crop is the middle one; `place` from 0 to 1 moves it along the longer side of the picture, whose
+        The crop is the middle one; `position` from 0 to 1 moves it along the longer side of the picture, whose
         proportions are then kept even where the backbone's own preprocessing would squash them.
         """
-        resized = self._resized(clip, keep_proportions=place is not None)
-        return crop_square(resized, self.image_size, 0.5 if place is None else place)
+        resized = self._resized(clip, keep_proportions=position is not None)
+        return crop_square(resized, self.image_size, 0.5 if position is None else position)
 
     def crops(self, clip: torch.Tensor, count: int) -> torch.Tensor:
         """[T, count, C, image_size, image_size]: as many crops, spread over the longer side; one is that of pixels()."""
         if count == 1:
             return self.pixels(clip)[:, None]
         resized = self._resized(clip, keep_proportions=True)
-        places = np.linspace(0, 1, count).tolist()
-        return torch.stack([crop_square(resized, self.image_size, place) for place in places], dim=1)
+        positions = np.linspace(0, 1, count).tolist()
+        return torch.stack([crop_square(resized, self.image_size, position) for position in positions], dim=1)
 
     def _resized(self, clip: torch.Tensor, keep_proportions: bool) -> torch.Tensor:
         if self.resize is None:
@@ -174,14 +181,14 @@ def resize_frames(clip: torch.Tensor, size: tuple[int, int], mode: str = "biline
     return F.interpolate(clip, size=size, mode=mode, antialias=True).contiguous()
 
 
-def crop_square(clip: torch.Tensor, size: int, place: float = 0.5) -> torch.Tensor:
-    """size x size pixels of [T, C, H, W]: at `place` (0 to 1) along the longer side, in the middle of the
+def crop_square(clip: torch.Tensor, size: int, position: float = 0.5) -> torch.Tensor:
+    """size x size pixels of [T, C, H, W]: at `position` (0 to 1) along the longer side, in the middle of the
     shorter one; a smaller picture is padded with black."""
     height, width = clip.shape[-2:]
     if height < size or width < size:
         pad_h, pad_w = max(0, size - height), max(0, size - width)
         clip = F.pad(clip, (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2))
         height, width = clip.shape[-2:]
-    along_height, along_width = (place, 0.5) if height > width else (0.5, place)
+    along_height, along_width = (position, 0.5) if height > width else (0.5, position)
     top, left = int((height - size) * along_height), int((width - size) * along_width)
     return clip[..., top : top + size, left : left + size]

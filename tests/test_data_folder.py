@@ -151,7 +151,7 @@ def test_what_is_no_video_is_counted_and_named(folder, capsys):
     videos = [sample.path for sample in read_folder(folder)]
     assert names(videos, folder) == ["a/1.pt", "a/2.pt", "a/f", "b/1.pt", "b/2.pt"]
     out = capsys.readouterr().out
-    assert f"passed over 12 files or folders in {folder} that are not videos, first {folder}" in out
+    assert f"ignored 12 files or folders in {folder} that are not videos, first {folder}" in out
     assert out.count("\n") == 1
 
 

@@ -26,7 +26,7 @@ from checkpoint import load_run
 from config import ROOT
 from readers import open_video
 from script import UserError, collector_off
-from VLoader import Sample, cut
+from VLoader import Sample, split_into_windows
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_a_timeline_answers_for_every_window(run, tmp_path, capsys):
 def test_windows_cover_every_frame_once(tmp_path):
     path = write_video(tmp_path / "v.mp4", counting_frames(47))  # 10 frames a second
     for seconds in (0.7, 1.0, 2.5, 100.0):
-        windows = cut(Sample(path), seconds)
+        windows = split_into_windows(Sample(path), seconds)
         spans = [sample.span for sample, _, _ in windows]
         assert [i for first, last in spans for i in range(first, last + 1)] == list(range(47))
         assert windows[0][1] == 0 and windows[-1][2] == pytest.approx(4.7)
@@ -421,10 +421,10 @@ def test_weights_that_are_not_finite_give_no_answer(run, videos, tmp_path, value
 
 
 def test_any_error_of_a_timeline_is_a_row(run, tmp_path, monkeypatch):
-    def cut(sample, seconds):
+    def split_into_windows(sample, seconds):
         raise UserError("too many windows")
 
-    monkeypatch.setattr(VLoader, "cut", cut)
+    monkeypatch.setattr(VLoader, "split_into_windows", split_into_windows)
     write_video(tmp_path / "v.mp4", counting_frames(10))
     output = tmp_path / "out.jsonl"
     assert answer(run, tmp_path / "v.mp4", output, "--timeline", "1") == 1

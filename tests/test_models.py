@@ -365,7 +365,7 @@ def passes_through_layers(model, batch) -> tuple[dict[str, list[int]], dict[str,
         for layer in (m for m in tower.modules() if isinstance(m, GradientCheckpointingLayer)):
             leaf = next(m for m in layer.modules() if not [*m.children()] and [*m.parameters()])
             leaf.register_forward_pre_hook(
-                lambda *_, place=len(counts[name]), found=counts[name]: found.__setitem__(place, found[place] + 1)
+                lambda *_, index=len(counts[name]), row=counts[name]: row.__setitem__(index, row[index] + 1)
             )
             counts[name].append(0)
     loss_sum(model.train(), batch)[0].backward()

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,8 +28,8 @@ from train_code import (
     loss_sum,
     out_of_patience,
 )
-from transforms import Preprocessing, resize_frames, sample_indices
-from VLoader import ClipDataset, EpochBatches, Sample, build_loader, read_splits, view_indices
+from transforms import Preprocessing, resize_frames, sample_indices, view_indices
+from VLoader import ClipDataset, EpochBatches, Sample, build_loader, read_splits
 
 SQUARE = Preprocessing(16, (16,), "bilinear", 1 / 255, (0.5,) * 3, (0.5,) * 3)
 
@@ -39,7 +40,9 @@ SQUARE = Preprocessing(16, (16,), "bilinear", 1 / 255, (0.5,) * 3, (0.5,) * 3)
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.integers(0, 5))
 def test_an_epoch_draws_every_class_equally_often(sizes, epoch):
     classes = [k for k, size in enumerate(sizes) for _ in range(size)]
-    batches = EpochBatches(len(classes), 4, shuffle=True, seed=1, classes=classes)
+    samples = [Sample(Path("v"), str(k)) for k in classes]
+    dataset = ClipDataset(samples, SQUARE, 4, 0, [str(k) for k in range(len(sizes))], train=True, seed=1)
+    batches = EpochBatches(dataset, 4, balance=True)
     batches.epoch = epoch
     order = [item for batch in batches for item in batch]
     assert len(order) == len(classes) and len(set(order)) == len(order)  # a repeated clip is another draw
@@ -81,7 +84,9 @@ def test_clips_are_sorted_within_an_optimizer_step_and_no_further(lengths, size,
     def length(item):
         return lengths[item[1]]
 
-    plain, batches = (EpochBatches(len(lengths), size, True, 5, group=group, length=by) for by in (None, length))
+    samples = [Sample(Path("v"), captions=("word " * n,)) for n in lengths]
+    dataset = ClipDataset(samples, SQUARE, 4, 0, [], train=True, seed=5)
+    plain, batches = (EpochBatches(dataset, size, group=g) for g in (1, group))
     plain.epoch = batches.epoch = epoch
     assert [len(batch) for batch in batches] == [len(batch) for batch in plain]
     for k in range(0, len(plain), group):
@@ -97,8 +102,7 @@ def test_accumulated_batches_of_captions_need_less_padding(dataset):
     model = build_model(config, len(splits.class_names))
     loader = build_loaders(model, resolved(config, model), splits)["train"]
     batches, padding = loader.batch_sampler, []
-    for length in (batches.length, None):
-        batches.length = length
+    for batches.group in (4, 1):
         masks = []
         for batches.epoch in range(5):
             masks += [batch["attention_mask"] for batch in loader]
@@ -241,7 +245,7 @@ def test_views_are_the_clips_and_crops_that_a_plain_loop_takes(tmp_path):
     reader_frames = read_clip(path, 40)
     row = 0
     for clip in range(2):
-        indices = sample_indices(40, 4, place=(clip + 0.5) / 2)
+        indices = sample_indices(40, 4, position=(clip + 0.5) / 2)
         resized = SQUARE.pixels(reader_frames[indices], 0.5)
         for left in (0, 12, 24):  # a picture of 16 x 40
             expected = resize_frames(reader_frames[indices], (16, 40))[..., left : left + 16]
@@ -290,7 +294,7 @@ def test_evaluation_with_views_counts_every_video_once(classifier, tmp_path):
     samples = [Sample(path, "abcde"[i]) for i, path in enumerate(paths)]
     preprocessing = classifier.vision_encoder.preprocessing
     dataset = ClipDataset(samples, preprocessing, 8, 0, list("abcde"), views=(3, 2))
-    loader = build_loader(dataset, classifier.collator(), 2, 0)
+    loader = build_loader(dataset, classifier.collator(), 0, EpochBatches(dataset, 2))
     result = evaluate(classifier, loader, build_accelerator(Config(device="cpu")))
     assert result["count"] == 3 and result["ranked"].shape == (3, 5)
 

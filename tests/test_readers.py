@@ -28,8 +28,17 @@ import scan
 from readers import ReadError, VideoFile, find_videos, natural_key, open_video, upright
 from scan import scan_videos
 from script import UserError
-from transforms import Preprocessing
-from VLoader import ClipDataset, Sample, build_loader, cut, hold_out, read_folder, read_splits, view_indices
+from transforms import Preprocessing, view_indices
+from VLoader import (
+    ClipDataset,
+    EpochBatches,
+    Sample,
+    build_loader,
+    hold_out,
+    read_folder,
+    read_splits,
+    split_into_windows,
+)
 
 SMALL = Preprocessing(16, (16,), "bilinear", 1 / 255, (0.5,) * 3, (0.5,) * 3)
 
@@ -142,7 +151,7 @@ def test_workers_survive_videos_that_were_decoded_before_they_were_forked(tmp_pa
     gc.disable()
     try:
         expected = [dataset[0, i]["video"] for i in range(12)]
-        clips = [clip for batch in build_loader(dataset, make_batch, 2, 2) for clip in batch]
+        clips = [clip for batch in build_loader(dataset, make_batch, 2, EpochBatches(dataset, 2)) for clip in batch]
     finally:
         gc.enable()
     assert len(clips) == 12 and all(torch.equal(a, b) for a, b in zip(clips, expected, strict=True))
@@ -325,7 +334,7 @@ def test_a_video_has_at_most_so_many_windows(tmp_path):
     path = write_video(tmp_path / "v.mp4", counting_frames(8))
     for seconds in (1e-9, 1e-300):
         with pytest.raises(ReadError, match=r"v\.mp4: 0\.8 s are more than 100000 windows"):
-            cut(Sample(path), seconds)
+            split_into_windows(Sample(path), seconds)
     with av.open(str(path)) as source, av.open(str(tmp_path / "jump.mkv"), "w") as target:
         copy = target.add_stream_from_template(source.streams.video[0])
         packets = [p for p in source.demux(video=0) if p.size]
@@ -334,7 +343,7 @@ def test_a_video_has_at_most_so_many_windows(tmp_path):
             packet.stream = copy
             target.mux(packet)
     with pytest.raises(ReadError, match=r"jump\.mkv: .* s are more than 100000 windows of 1 s"):
-        cut(Sample(tmp_path / "jump.mkv"), 1)
+        split_into_windows(Sample(tmp_path / "jump.mkv"), 1)
 
 
 def killed(*_):
