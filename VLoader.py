@@ -286,7 +286,7 @@ def identified(splits: Splits, digests: dict[Path, str]) -> Splits:
 
 
 def fingerprint_data(splits: Splits, data_dir: Path) -> str:
-    """32 hex digits of the annotations (names below data_dir, labels, captions, texts), then 32 of the videos' contents."""
+    """32 hex digits of the annotations (names below data_dir, labels, captions, texts), then 32 of the contents."""
     annotations, contents = hashlib.sha256(), hashlib.sha256()
     for name in SPLITS:
         for s in getattr(splits, name):
@@ -467,7 +467,7 @@ class WorkerLoader(DataLoader):
 class ClipLoader(WorkerLoader):
     """Yields the batches of its collator, None for a batch without any readable video.
 
-    Raises UserError for a video that cannot be read, or with `skip_unreadable` skips it and adds its error to `skipped`.
+    A video that cannot be read raises UserError, or with `skip_unreadable` is skipped and its error added to `skipped`.
     """
 
     def __init__(self, *args, skip_unreadable: bool = False, skipped: Iterable[str] = (), **kwargs):

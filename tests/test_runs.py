@@ -89,7 +89,7 @@ SELDOM = [
     ("checkpoint.write_yaml", 2),
     ("train_code.train", 1),
     ("os.fsync", 7),
-    ("train_code.test_best", 1),
+    ("train_code.score_splits", 1),
     ("figures.plot_curves", 1),
     ("runs.control_scores", 1),
     ("figures.plot_occlusion", 1),
