@@ -1,12 +1,13 @@
-"""Backbones, the projector, the three models, and the one function that decides what is trained.
+"""The vision encoder, the projector, the three models, and the function that decides what is trained.
 
     video classifier                vision encoder -> pooled token -> head
     video + language classifier     [CLS] video tokens [SEP] text [SEP] -> BERT-like encoder -> head on [CLS]
     video captioner                 video tokens, BOS, caption, EOS -> causal language model
 
-Shapes: B batch, T frames, C channels, H W pixels, N video tokens, L text tokens, D width, V vocabulary,
-K classes; t h w count a clip's tokens over time, height and width.
-`pixel_values` are RGB uint8 (B, T, C, H, W): the vision encoder normalises them on the device.
+Shapes: B batch, T frames, C channels, H W pixels, N video tokens, L text tokens, D width, V vocabulary, K classes;
+t h w count a clip's tokens over time, height and width.
+A `video` is RGB uint8 (B, T, C, H, W), which the vision encoder normalises on the device, or the features
+(B, 1 + N, D) that a frozen vision encoder made of it.
 """
 
 import inspect
@@ -27,11 +28,11 @@ from pretrained import Source, fingerprint, from_source, load_backbone, load_pre
 from script import UserError, collector_off
 from transforms import Preprocessing
 
-# -- the vision encoder -----------------------------------------------------------------------------
+# -- families of video backbones --------------------------------------------------------------------
 
 
 def patch_side(config: Any) -> int:
-    """How many patches a frame has on each side."""
+    """Patches on each side of a frame."""
     return side_of(config.image_size) // side_of(config.patch_size)
 
 
@@ -44,11 +45,11 @@ def side_of(size: int | list[int] | tuple[int, int]) -> int:
 
 
 def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> None:
-    """Makes a backbone take another number of frames or another image size: interpolates its position and time
-    embeddings and updates its configuration, which TimeSformer's layers reshape by.
+    """Makes a backbone accept another number of frames or another image size: interpolates its position and time
+    embeddings, and updates its configuration, from which TimeSformer's layers take their shapes.
 
     Raises:
-        UserError: image_size is no multiple of the patch size, or num_frames of the tubelet size.
+        UserError: image_size is not a multiple of the patch size, or num_frames of the tubelet size.
     """
     config, embeddings = backbone.config, backbone.embeddings
     patch, tubelet = side_of(config.patch_size), getattr(config, "tubelet_size", 1)
@@ -59,6 +60,7 @@ def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> Non
     side, times = image_size // patch, num_frames // tubelet
     FAMILIES[config.model_type].fit(embeddings, config, times, side)
 
+    # without these, the patch embedding refuses the new size
     config.num_frames, config.image_size = num_frames, image_size
     patches = embeddings.patch_embeddings
     patches.image_size = (image_size, image_size)
@@ -66,7 +68,7 @@ def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> Non
 
 
 def fit_timesformer(embeddings: nn.Module, config: Any, times: int, side: int) -> None:
-    """Space and time have a table each; the CLS token's entry in the first stays."""
+    """Space and time have a table each; the CLS token's entry in the first one stays."""
     old_side = patch_side(config)
     space = embeddings.position_embeddings.data  # (1, 1 + h w, D)
     grid = resize_grid(space[:, 1:].unflatten(1, (1, old_side, old_side)), (1, side, side))
@@ -76,28 +78,10 @@ def fit_timesformer(embeddings: nn.Module, config: Any, times: int, side: int) -
 
 
 def fit_videomae(embeddings: nn.Module, config: Any, times: int, side: int) -> None:
-    """One table of sines for all tokens."""
+    """One table for all tokens."""
     shape = (config.num_frames // config.tubelet_size, patch_side(config), patch_side(config))
     table = embeddings.position_embeddings.unflatten(1, shape)  # (1, t, h, w, D)
     embeddings.position_embeddings = resize_grid(table, (times, side, side)).flatten(1, 3)
-
-
-def fuse_attention(backbone: nn.Module) -> None:
-    """Gives TimeSformer, which transformers computes step by step, torch's fused attention; same weights, same
-    values to rounding. Backbones that have it already stay as they are."""
-    from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention
-
-    for module in backbone.modules():
-        if isinstance(module, TimesformerSelfAttention):
-            module.forward = MethodType(fused_attention, module)
-
-
-def fused_attention(self: Any, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor]:
-    """Stands for TimesformerSelfAttention.forward: (B, N, D) -> ((B, N, D),)."""
-    query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    dropout = self.attn_drop.p if self.training else 0.0
-    context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
-    return (context.transpose(1, 2).flatten(2),)
 
 
 def resize_grid(grid: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
@@ -109,16 +93,18 @@ def resize_grid(grid: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
 
 
 class Family(NamedTuple):
-    """What differs between the families of video backbones."""
+    """How a family of video backbones differs from the others."""
 
-    has_cls: bool  # a CLS token leads the patch tokens and is the pooled token; else they are averaged and normed
+    has_cls: bool  # a CLS token leads the patch tokens and is the pooled token; else they are averaged and normalised
     token_order: str  # of the patch tokens: "hwt" or "thw"
     fit: Callable[[nn.Module, Any, int, int], None]  # interpolates the embeddings to (times, side)
+    overrides: tuple[tuple[str, Any], ...] = ()  # of its configuration
 
 
 FAMILIES = {
     "timesformer": Family(has_cls=True, token_order="hwt", fit=fit_timesformer),
-    "videomae": Family(has_cls=False, token_order="thw", fit=fit_videomae),
+    # self-supervised checkpoints lack the norm after pooling: it is a new layer
+    "videomae": Family(has_cls=False, token_order="thw", fit=fit_videomae, overrides=(("use_mean_pooling", True),)),
 }
 
 
@@ -131,8 +117,29 @@ def token_grid(tokens: torch.Tensor, config: Any) -> torch.Tensor:
     return patches.unflatten(1, (-1, side, side))
 
 
+def fuse_attention(backbone: nn.Module) -> None:
+    """Replaces TimeSformer's attention, which transformers computes step by step, by torch's fused one: same weights,
+    same values up to rounding. The other families use it already."""
+    from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention
+
+    for module in backbone.modules():
+        if isinstance(module, TimesformerSelfAttention):
+            module.forward = MethodType(fused_attention, module)
+
+
+def fused_attention(self: Any, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor]:
+    """Replaces TimesformerSelfAttention.forward: (B, N, D) -> ((B, N, D),)."""
+    query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    dropout = self.attn_drop.p if self.training else 0.0
+    context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
+    return (context.transpose(1, 2).flatten(2),)
+
+
+# -- the vision encoder -----------------------------------------------------------------------------
+
+
 class VisionEncoder(nn.Module):
-    """A video backbone with its own preprocessing and its own pooling rule (CLS, or mean + norm)."""
+    """A video backbone with its own preprocessing and its own pooling (CLS, or mean and norm)."""
 
     def __init__(self, backbone: nn.Module, fc_norm: nn.Module | None, preprocessing: Preprocessing):
         super().__init__()
@@ -155,17 +162,17 @@ class VisionEncoder(nn.Module):
         return self.config.num_frames // getattr(self.config, "tubelet_size", 1)
 
     def tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, T, C, H, W) -> the backbone's own tokens (B, N', D); no graph is kept if it is frozen."""
+        """uint8 (B, T, C, H, W) -> the backbone's own tokens (B, N', D), without gradients if it is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.backbone(self.preprocessing.normalise(pixel_values)).last_hidden_state
 
     def num_tokens(self, grid: int) -> int:
-        """How many tokens encode_video gives: [1 +] num_times grid^2."""
+        """The number of tokens from encode_video: [1 +] num_times grid^2."""
         return int(self.has_cls) + self.num_times * grid**2
 
     def features(self, pixel_values: torch.Tensor, grid: int) -> torch.Tensor:
-        """uint8 (B, T, C, H, W) -> (B, 1 + N, D): all that the models read of a frozen backbone, the pooled token
-        before its norm, then encode_video's tokens. Stands for `pixel_values` in forward and encode_video."""
+        """uint8 (B, T, C, H, W) -> (B, 1 + N, D), all that the models need from a frozen backbone: the pooled token
+        before its norm, then encode_video's tokens. forward and encode_video accept it in place of pixels."""
         tokens = self.tokens(pixel_values)
         return torch.cat([self.pooled(tokens)[:, None], self.grid_tokens(tokens, grid)], dim=1)
 
@@ -173,13 +180,13 @@ class VisionEncoder(nn.Module):
         return tokens[:, 0] if self.has_cls else tokens.mean(1)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, T, C, H, W), or features of it -> the pooled token (B, D), as the published classifier pools."""
+        """A video -> its pooled token (B, D), pooled as in the published classifier."""
         pooled = self.pooled(self.tokens(video)) if is_clip(video) else video[:, 0].float()
         return pooled if self.has_cls else self.fc_norm(pooled)
 
     def encode_video(self, video: torch.Tensor, grid: int) -> torch.Tensor:
-        """uint8 (B, T, C, H, W), or features of it -> (B, N, D): CLS if there is one, then grid x grid averaged tokens
-        per time step in (t, h, w) order; N = num_tokens(grid)."""
+        """A video -> (B, N, D): CLS if there is one, then grid x grid averaged tokens per time step in (t, h, w) order;
+        N = num_tokens(grid)."""
         return self.grid_tokens(self.tokens(video), grid) if is_clip(video) else video[:, 1:].float()
 
     def grid_tokens(self, tokens: torch.Tensor, grid: int) -> torch.Tensor:
@@ -191,29 +198,28 @@ class VisionEncoder(nn.Module):
 
 
 def is_clip(video: torch.Tensor) -> bool:
-    """Whether a batch is of pixels (B, T, C, H, W), not of features (B, 1 + N, D)."""
+    """Whether a video is pixels (B, T, C, H, W), not features (B, 1 + N, D)."""
     return video.ndim == 5
 
 
 def load_vision(source: Source, config: Config) -> VisionEncoder:
-    """The vision encoder of a source, at the number of frames and the size that `config` asks for."""
+    """The vision encoder of a source, for the frames and size in `config`. Raises UserError if it cannot be used."""
     from transformers import AutoModelForVideoClassification
 
-    settings = read_config(source)
-    if settings.model_type not in FAMILIES:
-        raise UserError(f"{source.path} is a {settings.model_type}; video backbones are {' and '.join(FAMILIES)}")
-    if settings.model_type == "videomae":
-        settings.use_mean_pooling = True  # self-supervised checkpoints lack the norm: it starts anew
-    classifier = load_backbone(
-        AutoModelForVideoClassification, source, settings, new_layers=("classifier.", "fc_norm.")
-    )
+    hf_config = read_config(source)
+    if hf_config.model_type not in FAMILIES:
+        raise UserError(f"{source.path} is a {hf_config.model_type}; video backbones are {' and '.join(FAMILIES)}")
+    hf_config.update(dict(FAMILIES[hf_config.model_type].overrides))
+    new_layers = ("classifier.", "fc_norm.")
+    classifier = load_backbone(AutoModelForVideoClassification, source, hf_config, new_layers)
     backbone = classifier.base_model
     source.fingerprint = fingerprint(backbone) if source.weights else source.fingerprint
-    num_frames = settings.num_frames if config.num_frames == "auto" else config.num_frames
-    image_size = side_of(settings.image_size) if config.image_size == "auto" else config.image_size
+
+    num_frames = hf_config.num_frames if config.num_frames == "auto" else config.num_frames
+    image_size = side_of(hf_config.image_size) if config.image_size == "auto" else config.image_size
     fit_embeddings(backbone, num_frames, image_size)
     fuse_attention(backbone)
-    values = load_preprocessor(source, settings.model_type)
+    values = load_preprocessor(source, hf_config.model_type)
     try:
         preprocessing = Preprocessing.from_dict(values, image_size)
     except ValueError as error:
@@ -221,61 +227,59 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
     return VisionEncoder(backbone, getattr(classifier, "fc_norm", None), preprocessing)
 
 
+# -- language models --------------------------------------------------------------------------------
+
+
 def load_language(source: Source, captioning: bool) -> tuple[nn.Module, Any]:
-    """(causal language model or BERT-like encoder, tokenizer). The encoder comes without its pooler, or with one
-    that is never trained.
+    """(causal language model or BERT-like encoder, tokenizer). The encoder has no pooler, or one that is never trained.
 
     Raises UserError for a model of another kind.
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    settings = read_config(source)
+    hf_config = read_config(source)
     if captioning:
-        if not is_decoder(settings):
+        if not is_decoder(hf_config):
             raise UserError(f"captioning needs a causal language model such as gpt2, not {source.path}")
-        model = load_backbone(AutoModelForCausalLM, source, settings, new_layers=("lm_head.",))
-        model.generation_config = (
-            GenerationConfig()
-        )  # captions depend on our options alone, not on a file of the folder
+        model = load_backbone(AutoModelForCausalLM, source, hf_config, new_layers=("lm_head.",))
+        model.generation_config = GenerationConfig()  # captions depend on our options, not on a file of the backbone
     else:
-        if not is_encoder(settings):
-            raise UserError(
-                f"{source.path} is a {settings.model_type}; to classify, take a BERT-like encoder, or add --captioning True"
-            )
-        can_leave_out = "add_pooling_layer" in inspect.signature(model_class(settings).__init__).parameters
-        pooler = {"add_pooling_layer": False} if can_leave_out else {}
-        model = load_backbone(AutoModel, source, settings, new_layers=("pooler.",), **pooler)
+        if not is_encoder(hf_config):
+            kind = f"{source.path} is a {hf_config.model_type}"
+            raise UserError(f"{kind}; classification needs a BERT-like encoder; for captions add --captioning True")
+        optional = "add_pooling_layer" in inspect.signature(model_class(hf_config).__init__).parameters
+        without_pooler = {"add_pooling_layer": False} if optional else {}
+        model = load_backbone(AutoModel, source, hf_config, new_layers=("pooler.",), **without_pooler)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("pooler" not in name)
     source.fingerprint = fingerprint(model) if source.weights else source.fingerprint
     return model, from_source(AutoTokenizer, source, "tokenizer")
 
 
-def model_class(settings: Any) -> type[nn.Module] | None:
-    """The class that AutoModel takes for a configuration."""
+def model_class(hf_config: Any) -> type[nn.Module] | None:
+    """The class that AutoModel uses for a configuration."""
     from transformers import MODEL_MAPPING
 
-    found = MODEL_MAPPING.get(type(settings), None)
-    return found[0] if isinstance(found, tuple) else found
+    classes = MODEL_MAPPING.get(type(hf_config), None)
+    return classes[0] if isinstance(classes, tuple) else classes
 
 
-def is_encoder(settings: Any) -> bool:
-    """Whether a configuration is that of a masked language model that takes embeddings in place of ids."""
+def is_encoder(hf_config: Any) -> bool:
+    """Whether a configuration is that of a masked language model that accepts embeddings in place of ids."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    if settings.model_type not in MASKED or settings.is_encoder_decoder:
-        return False
-    return takes(model_class(settings), "inputs_embeds")
+    masked = hf_config.model_type in MASKED and not hf_config.is_encoder_decoder
+    return masked and takes(model_class(hf_config), "inputs_embeds")
 
 
-def is_decoder(settings: Any) -> bool:
-    """Whether a configuration is that of a causal language model. transformers has causal versions of BERT and its
-    kin too, but those are not what was pretrained."""
+def is_decoder(hf_config: Any) -> bool:
+    """Whether a configuration is that of a causal language model. transformers has causal versions of BERT-like
+    encoders too, but these were not pretrained."""
     from transformers.models.auto import modeling_auto as tables
 
-    masked = settings.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    causal = settings.model_type in tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return causal and not masked and not settings.is_encoder_decoder
+    masked = hf_config.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = hf_config.model_type in tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return causal and not masked and not hf_config.is_encoder_decoder
 
 
 def takes(model: Any, argument: str) -> bool:
@@ -284,13 +288,13 @@ def takes(model: Any, argument: str) -> bool:
 
 
 def positions_of(language_model: nn.Module) -> int | None:
-    """How many tokens a language model can read; None where its positions have no end."""
+    """How many tokens a language model can read; None if there is no limit."""
     positions = getattr(language_model.config, "max_position_embeddings", None)
     if not positions or positions < 0:
         return None
     for name, module in language_model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return positions - module.padding_idx - 1  # as in RoBERTa, they start behind the padding's
+            return positions - module.padding_idx - 1  # RoBERTa's positions start after the padding's
     return positions
 
 
@@ -302,9 +306,9 @@ class TextCodec:
     """Texts to right-padded (input_ids, attention_mask), (B, L) each: bos + tokens, cut to length, + eos."""
 
     tokenizer: Any
-    bos: tuple[int, ...]  # what leads every text
+    bos: tuple[int, ...]  # leads every text
     eos: int
-    max_tokens: int  # of the text itself
+    max_tokens: int  # of the text alone
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -313,7 +317,7 @@ class TextCodec:
         rows = [[*self.bos, *ids[: self.max_tokens], self.eos] for ids in self.tokens(texts)]
         longest = max(map(len, rows))
         return {
-            # what stands in the padding is never read: the mask says so
+            # any id does as padding: the mask hides it
             "input_ids": torch.tensor([row + [self.eos] * (longest - len(row)) for row in rows]),  # (B, L)
             "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
         }
@@ -321,7 +325,7 @@ class TextCodec:
 
 @dataclass(frozen=True)
 class Collator:
-    """Items to a batch of the model's arguments, plus `index` (the samples' numbers)."""
+    """Items to a batch of the model's arguments, plus `index`, the numbers of the samples."""
 
     codec: TextCodec | None  # None: the model reads no text
     text_field: str  # which text the model reads: "caption" or "text"
@@ -347,19 +351,14 @@ class Projector(nn.Module):
     def __init__(self, vision: VisionEncoder, width: int, grid: int, dropout: float):
         super().__init__()
         if grid > patch_side(vision.config):
-            raise UserError(
-                f"--token_grid {grid}: this backbone has {patch_side(vision.config)} x {patch_side(vision.config)} patches at this size"
-            )
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(vision.config.hidden_size),
-            nn.Linear(vision.config.hidden_size, width),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(width, width),
-        )
+            side = patch_side(vision.config)
+            raise UserError(f"--token_grid {grid}: this backbone has {side} x {side} patches at this size")
+        hidden = vision.config.hidden_size
+        layers = nn.Linear(hidden, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(hidden), *layers)
         self.num_tokens = vision.num_tokens(grid)
         times = torch.arange(vision.num_times).repeat_interleave(grid**2) + int(vision.has_cls)
-        times = torch.cat([times.new_zeros(int(vision.has_cls)), times])  # CLS has an entry of its own
+        times = torch.cat([times.new_zeros(int(vision.has_cls)), times])  # CLS has its own entry
         self.register_buffer("times", times, persistent=False)  # (N,)
         self.time_embedding = nn.Embedding(int(times.max()) + 1, width)
         nn.init.normal_(self.time_embedding.weight, std=0.02)
@@ -369,10 +368,10 @@ class Projector(nn.Module):
 
 
 class VideoModel(nn.Module):
-    """What the three models share: a vision encoder, sources to reload from, frozen backbones in eval()."""
+    """What the three models have in common: a vision encoder, where it came from, frozen backbones in eval()."""
 
     task: str
-    text_field: str | None = None  # what the loader tokenises: "caption", "text" or nothing
+    text_field: str | None = None  # which text the model reads: "caption", "text" or none
 
     def __init__(self, vision_encoder: VisionEncoder):
         super().__init__()
@@ -386,7 +385,7 @@ class VideoModel(nn.Module):
         return {"vision": self.vision_encoder} | language
 
     def freeze(self, backbone: nn.Module) -> None:
-        """No gradients for the backbone's own weights, and no dropout in it, whatever train() says."""
+        """No gradients for the backbone's weights and no dropout in it, also in train()."""
         backbone.requires_grad_(False)
         self._frozen.append(backbone)
         if backbone is self.vision_encoder:
@@ -399,7 +398,7 @@ class VideoModel(nn.Module):
         return self
 
     def truncation_note(self, samples: list[Any]) -> str | None:
-        """A line on texts or captions of these samples that are cut because they are too long; None if none is."""
+        """A line on the samples whose texts or captions are too long and will be cut; None if there are none."""
         return None
 
     def collator(self) -> Collator:
@@ -414,8 +413,8 @@ class VideoModel(nn.Module):
         return batch["labels"]
 
     def scores(self, video: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """The logits of uint8 (B, T, C, H, W), or of features; of several views of each video, (B, V, T, C, H, W), the
-        log of the views' mean probabilities (B, K), one view at a time."""
+        """The logits of a video; for several views of each video, (B, V, T, C, H, W), the log of the mean probabilities
+        over the views (B, K). One view is computed at a time."""
         if video.ndim <= 5:
             return self(video=video, **inputs).float()
         views = [self(video=view, **inputs).float().log_softmax(-1) for view in video.unbind(1)]
@@ -423,7 +422,7 @@ class VideoModel(nn.Module):
 
 
 class VideoClassifier(VideoModel):
-    """Vision encoder, its own pooling, dropout, linear head."""
+    """Vision encoder, its pooled token, dropout, linear head."""
 
     task = "classification"
 
@@ -435,49 +434,39 @@ class VideoClassifier(VideoModel):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, T, C, H, W), or features of it -> logits (B, K)."""
+        """A video -> logits (B, K)."""
         return self.head(self.dropout(self.vision_encoder(video)))
 
 
 class VisionLanguageModel(VideoModel):
-    """A projector into a language model, and video tokens behind it."""
+    """A projector from video tokens into a language model's embeddings, and the language model."""
 
-    def __init__(
-        self,
-        vision_encoder: VisionEncoder,
-        language_model: nn.Module,
-        tokenizer: Any,
-        grid: int,
-        longest: int,
-        dropout: float,
-    ):
+    def __init__(self, vision_encoder: VisionEncoder, language_model: nn.Module, tokenizer: Any, config: Config):
         super().__init__(vision_encoder)
         vision_encoder.fc_norm = None  # it belongs to the pooled token, which is not used here
-        self.language_model = language_model
-        self.tokenizer = tokenizer
-        self.grid = grid
-        self.longest = longest  # tokens of a text or caption; a longer one is cut
-        width = language_model.get_input_embeddings().embedding_dim  # some models widen it behind the embeddings
-        self.projector = Projector(vision_encoder, width, grid, dropout)
+        self.language_model, self.tokenizer = language_model, tokenizer
+        self.grid, self.max_text_tokens = config.token_grid, config.max_text_tokens
+        width = language_model.get_input_embeddings().embedding_dim  # some models are wider after the embeddings
+        self.projector = Projector(vision_encoder, width, config.token_grid, config.dropout)
 
     def video_tokens(self, video: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, T, C, H, W), or features of it -> (B, N, D) in the width of the language model's embeddings."""
+        """A video -> (B, N, D) in the width of the language model's embeddings."""
         return self.projector(self.vision_encoder.encode_video(video, self.grid))
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.language_model.get_input_embeddings()(input_ids)
 
     def room_for_text(self, taken: int) -> int:
-        """Text tokens that fit behind `taken` other positions. Raises UserError if none do."""
+        """Text tokens that fit next to `taken` other positions. Raises UserError if none do."""
         positions = positions_of(self.language_model)
         if positions is None:
-            return self.longest
+            return self.max_text_tokens
         if positions - taken < 1:
             raise UserError(
                 f"{taken} positions for video and special tokens leave no room for text: the language model has "
                 f"{positions}; lower --token_grid or --num_frames"
             )
-        return min(self.longest, positions - taken)
+        return min(self.max_text_tokens, positions - taken)
 
     def truncation_note(self, samples: list[Any]) -> str | None:
         codec = self.codec() if self.text_field else None
@@ -488,13 +477,11 @@ class VisionLanguageModel(VideoModel):
         cut = sum(count for count, tokens in counts if len(tokens) > codec.max_tokens)
         if not cut:
             return None
-        way_out = "train with a larger --max_text_tokens to read them whole"
-        if codec.max_tokens < self.longest:
-            way_out = "the language model has no more room; train with a lower --token_grid or --num_frames"
-        return (
-            f"note: {cut} of {texts.total()} {self.text_field}s are longer than {codec.max_tokens} tokens and are cut; "
-            f"{way_out}"
-        )
+        advice = "train with a larger --max_text_tokens to keep them whole"
+        if codec.max_tokens < self.max_text_tokens:
+            advice = "the language model has no more positions; train with a lower --token_grid or --num_frames"
+        too_long = f"{cut} of {texts.total()} {self.text_field}s are longer than {codec.max_tokens} tokens"
+        return f"note: {too_long} and are cut; {advice}"
 
 
 class VisionLanguageClassifier(VisionLanguageModel):
@@ -502,25 +489,15 @@ class VisionLanguageClassifier(VisionLanguageModel):
 
     task = "vision-language classification"
 
-    def __init__(
-        self,
-        vision_encoder,
-        language_model,
-        tokenizer,
-        grid: int,
-        longest: int,
-        num_classes: int,
-        use_text: bool,
-        dropout: float,
-    ):
-        super().__init__(vision_encoder, language_model, tokenizer, grid, longest, dropout)
+    def __init__(self, vision_encoder, language_model, tokenizer, config: Config, num_classes: int):
+        super().__init__(vision_encoder, language_model, tokenizer, config)
         if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
             raise UserError("the language model's tokenizer has no [CLS] or [SEP] token")
-        self.text_field = "text" if use_text else None
+        self.text_field = "text" if config.use_text else None
         types = getattr(language_model.config, "type_vocab_size", None) or 0
         self.has_types = types > 1 and takes(language_model, "token_type_ids")
-        self.room_for_text(self.projector.num_tokens + 2 + int(use_text))
-        self.dropout = nn.Dropout(dropout)
+        self.room_for_text(self.projector.num_tokens + 2 + int(config.use_text))
+        self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(language_model.config.hidden_size, num_classes)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -532,7 +509,7 @@ class VisionLanguageClassifier(VisionLanguageModel):
     def forward(
         self, video: torch.Tensor, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """uint8 (B, T, C, H, W), or features of it, and text ids ending in [SEP], right-padded (B, L) -> logits (B, K)."""
+        """A video, and text ids that end in [SEP], right-padded (B, L) -> logits (B, K)."""
         video = self.video_tokens(video)  # (B, N, D)
         batch, device = len(video), video.device
         marks = torch.tensor([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id], device=device)
@@ -556,8 +533,8 @@ class VideoCaptioner(VisionLanguageModel):
     task = "captioning"
     text_field = "caption"
 
-    def __init__(self, vision_encoder, language_model, tokenizer, grid: int, longest: int, dropout: float):
-        super().__init__(vision_encoder, language_model, tokenizer, grid, longest, dropout)
+    def __init__(self, vision_encoder, language_model, tokenizer, config: Config):
+        super().__init__(vision_encoder, language_model, tokenizer, config)
         if tokenizer.eos_token_id is None:
             raise UserError("the language model's tokenizer has no end-of-text token")
         self.codec()
@@ -571,17 +548,16 @@ class VideoCaptioner(VisionLanguageModel):
         return TextCodec(self.tokenizer, bos=(self.bos,), eos=self.tokenizer.eos_token_id, max_tokens=room)
 
     def targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The ids behind BOS, EOS among them; padding by the mask, since EOS may be the padding id."""
+        """The ids after BOS, including EOS. The mask finds the padding, since EOS may be the padding id."""
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]  # (B, L - 1)
 
     def forward(self, video: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, T, C, H, W), or features of it, and BOS, caption, EOS, right-padded (B, L) -> logits of
-        `targets` (B, L - 1, V)."""
+        """A video, and BOS, caption, EOS, right-padded (B, L) -> logits of `targets` (B, L - 1, V)."""
         video = self.video_tokens(video)  # (B, N, D)
-        seen = torch.ones(video.shape[:2], dtype=attention_mask.dtype, device=video.device)
+        video_mask = torch.ones(video.shape[:2], dtype=attention_mask.dtype, device=video.device)
         logits = self.language_model(
             inputs_embeds=torch.cat([video, self.embed(input_ids)], dim=1),
-            attention_mask=torch.cat([seen, attention_mask], dim=1),
+            attention_mask=torch.cat([video_mask, attention_mask], dim=1),
             logits_to_keep=input_ids.shape[1],
             use_cache=False,
         ).logits  # (B, L, V)
@@ -589,31 +565,21 @@ class VideoCaptioner(VisionLanguageModel):
 
     @torch.no_grad()
     def generate(self, video: torch.Tensor, max_new_tokens: int, num_beams: int = 1) -> list[str]:
-        """One caption per clip of uint8 (B, T, C, H, W), or of features; greedy, or the best of `num_beams` beams.
-
-        Raises UserError if prefix and caption exceed the language model's positions.
-        """
+        """One caption per clip: greedy, or the best of `num_beams` beams. Raises UserError if video and caption exceed
+        the language model's positions."""
         from transformers import GenerationConfig
 
         video = self.video_tokens(video)  # (B, N, D)
-        positions = positions_of(self.language_model)
-        if positions and video.shape[1] + 1 + max_new_tokens > positions:
-            raise UserError(
-                f"--max_new_tokens {max_new_tokens}: at most {positions - video.shape[1] - 1} fit behind the video"
-            )
+        positions, taken = positions_of(self.language_model), video.shape[1] + 1
+        if positions and taken + max_new_tokens > positions:
+            raise UserError(f"--max_new_tokens {max_new_tokens}: at most {positions - taken} fit after the video")
         bos = self.embed(torch.full((len(video), 1), self.bos, device=video.device))
-        embeds = torch.cat([video, bos.to(video.dtype)], dim=1)
-        ids = self.language_model.generate(
-            inputs_embeds=embeds,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=video.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                num_beams=num_beams,
-                do_sample=False,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.eos_token_id,
-            ),
-        )
+        embeds = torch.cat([video, bos.to(video.dtype)], dim=1)  # (B, N + 1, D)
+        eos = self.tokenizer.eos_token_id
+        options = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False)
+        options.eos_token_id = options.pad_token_id = eos
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=video.device)
+        ids = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -621,26 +587,26 @@ class VideoCaptioner(VisionLanguageModel):
 
 
 def linear_layers(backbone: nn.Module) -> list[str]:
-    """Names of all linear layers of a backbone (attention and MLP), found in the model itself; adapters are seen through."""
+    """Names of all linear layers of a backbone, with or without adapters on them, found in the model itself."""
     from peft.tuners.lora import LoraLayer
     from transformers.pytorch_utils import Conv1D
 
     kinds = (nn.Linear, Conv1D, LoraLayer)
-    found = (n for n, m in backbone.named_modules() if isinstance(m, kinds) and "pooler" not in n)
-    return [n for n in found if "lora_" not in n and not n.endswith(".base_layer")]
+    names = (n for n, m in backbone.named_modules() if isinstance(m, kinds) and "pooler" not in n)
+    return [n for n in names if "lora_" not in n and not n.endswith(".base_layer")]
 
 
 def body_of(backbone: nn.Module) -> nn.Module:
-    """What AutoModel loads of a backbone: the backbone, without output head."""
+    """The part of a backbone that AutoModel loads: without output head."""
     return backbone.backbone if isinstance(backbone, VisionEncoder) else backbone.base_model
 
 
-def lora_settings(body: nn.Module, rank: int) -> Any:
+def lora_config(body: nn.Module, rank: int) -> Any:
     """LoRA, arXiv:2106.09685, on every linear layer; rank r, alpha 2 r, dropout 0.05."""
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
-    transposed = any(isinstance(module, Conv1D) for module in body.modules())  # GPT-2 stores weights so
+    transposed = any(isinstance(module, Conv1D) for module in body.modules())  # as GPT-2 stores its weights
     return LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=linear_layers(body), fan_in_fan_out=transposed
     )
@@ -651,11 +617,11 @@ def add_lora(backbone: nn.Module, rank: int) -> None:
     from peft import inject_adapter_in_model
 
     backbone.requires_grad_(False)
-    inject_adapter_in_model(lora_settings(body_of(backbone), rank), body_of(backbone))
+    inject_adapter_in_model(lora_config(body_of(backbone), rank), body_of(backbone))
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Adds every adapter to its layer's weights and takes the adapter away."""
+    """Adds every adapter to its layer's weights and removes it."""
     for name, adapter in list(adapters(model)):
         adapter.merge()
         parent, _, leaf = name.rpartition(".")
@@ -663,28 +629,28 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that carry a LoRA adapter, by name; a model without any is told without importing peft."""
+    """The layers with a LoRA adapter, by name; peft is not imported when there are none."""
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
 
 
 def choose_trained(model: VideoModel, config: Config) -> None:
-    """The one place that decides what is trained: LoRA, else frozen, else in full; new layers always."""
+    """Freezes backbones and adds adapters, as training_mode says; new layers are always trained."""
     modes = training_mode(config)
     for name, backbone in model.backbones().items():
         if modes[name] == "lora":
             add_lora(backbone, config.lora_r)
         elif modes[name] == "frozen":
             model.freeze(backbone)
-        # nothing has to be recomputed of a frozen vision backbone; through a frozen language model gradients flow
+        # gradients flow through a frozen language model, but not through a frozen vision backbone
         if config.gradient_checkpointing and (name == "language" or trained_tensors(backbone)):
             checkpoint_layers(backbone)
 
 
 def checkpoint_layers(backbone: nn.Module) -> None:
-    """Has each layer of a backbone recompute its activations in the backward pass (arXiv:1604.06174). transformers' own
-    switch works in layers in train() only, which those of a frozen backbone never are.
+    """Makes each layer of a backbone recompute its activations in the backward pass (arXiv:1604.06174). transformers'
+    own switch works for layers in train() only, and a frozen backbone is in eval().
 
-    Raises UserError if the backbone has no layers of which transformers knows that this can be done.
+    Raises UserError if transformers does not support this for the backbone's layers.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -696,7 +662,7 @@ def checkpoint_layers(backbone: nn.Module) -> None:
 
 
 def recomputed(self: nn.Module, *args: Any, **inputs: Any) -> Any:
-    """Stands for a layer's forward."""
+    """Replaces a layer's forward."""
     if not torch.is_grad_enabled():
         return type(self).forward(self, *args, **inputs)
     return checkpoint(type(self).forward, self, *args, use_reentrant=False, **inputs)
@@ -729,13 +695,11 @@ def build_model(
     vision_encoder = load_vision(vision, config)
     if not config.use_vlm:
         model: VideoModel = VideoClassifier(vision_encoder, num_classes, config.dropout)
+        model.sources = {"vision": vision}
     else:
         language = language or locate(config.language_model, config.weights)
-        parts = (vision_encoder, *load_language(language, config.captioning), config.token_grid, config.max_text_tokens)
-        if config.captioning:
-            model = VideoCaptioner(*parts, config.dropout)
-        else:
-            model = VisionLanguageClassifier(*parts, num_classes, config.use_text, config.dropout)
-    model.sources = {"vision": vision} | ({"language": language} if config.use_vlm else {})
+        parts = (vision_encoder, *load_language(language, config.captioning), config)
+        model = VideoCaptioner(*parts) if config.captioning else VisionLanguageClassifier(*parts, num_classes)
+        model.sources = {"vision": vision, "language": language}
     choose_trained(model, config)
     return model

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from build_model import VideoModel, adapters, body_of, lora_settings, merge_adapters
+from build_model import VideoModel, adapters, body_of, lora_config, merge_adapters
 from config import ROOT, Config
 from pretrained import read_config
 from readers import open_video
@@ -73,7 +73,7 @@ def save_adapters(model: VideoModel, name: str, config: Config, folder: Path) ->
     from peft import get_peft_model_state_dict
 
     body = body_of(model.backbones()[name])
-    settings = lora_settings(body, config.lora_r)
+    settings = lora_config(body, config.lora_r)
     settings.base_model_name_or_path = model.sources[name].path
     settings.save_pretrained(folder)
     tensors = get_peft_model_state_dict(body)
