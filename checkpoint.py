@@ -1,13 +1,13 @@
 """Saves a run, finds it again, and rebuilds its model from the folder alone.
 
-    checkpoints/<run>/model.safetensors   exactly the trained tensors (its header: epoch, step, val metrics)
-                      config.yaml         every option, resolved
+    checkpoints/<run>/model.safetensors   exactly the trained tensors; epoch, step and val loss in the header
+                      config.yaml         every option
                       metadata.json       task, classes, backbones with fingerprints, preprocessing, versions
                       vision/ language/   configuration and tokenizer of a backbone that was trained in full
                       log.jsonl metrics.json predictions_{val,test}.jsonl *.png
-                      state/                what --resume needs, until the run is finished
+                      state/              what --resume needs, until the run is finished
 
-Loading is strict both ways, and no pickle is ever read.
+Loading is strict: no tensor may be missing, none may be left over. No pickle is ever read.
 """
 
 import contextlib
@@ -47,19 +47,10 @@ WEIGHTS, CONFIG_YAML, METADATA = "model.safetensors", "config.yaml", "metadata.j
 METRICS, LOCK = "metrics.json", ".lock"
 STATE = Path("state") / "state.safetensors"
 PICTURES = ["curves", "confusion", "classes", "reliability", "worst", "captions", "attributes", "occlusion"]
-#: all that a run writes into its folder; --overwrite removes this and nothing else
+#: everything a run writes into its folder; --overwrite removes these and nothing else
 RUN_FILES = {WEIGHTS, CONFIG_YAML, METADATA, METRICS, "log.jsonl", "predictions_val.jsonl", "predictions_test.jsonl"}
 RUN_FILES |= {"state", "vision", "language", "tensorboard", "CARD.md", *(f"{name}.png" for name in PICTURES)}
 PROVIDED = ROOT / "checkpoints" / "provided"
-
-
-# -- saving -----------------------------------------------------------------------------------------
-
-
-def read_metrics(run_dir: Path) -> dict[str, Any]:
-    """A run's metrics.json; {} where its training is not finished."""
-    file = run_dir / METRICS
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 # -- a run's folder ---------------------------------------------------------------------------------
@@ -67,22 +58,23 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
 
 @contextmanager
 def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple[Path, Config]]:
-    """The folder of a new run, or with --resume of one to continue, and the options in force; this process alone has
-    it until the end of the block. Only the `first` of several processes takes the lock and writes.
+    """(folder, options) of a new run, or with --resume of the run to continue. The folder belongs to this process until
+    the end of the block. Of several processes, only the `first` takes the lock and writes.
 
     The options are written at once, so that a run can be resumed whenever it is killed. A new run that ends before
     write_run_files() leaves nothing behind.
 
-    Raises UserError if another process has the folder, or it does not hold what it should.
+    Raises UserError if another process has the folder, or if it holds something else.
     """
     run_dir = Path(config.output_dir) / run_name(config)
     if run_dir.resolve().is_relative_to(PROVIDED.resolve()):
         raise UserError(f"{PROVIDED} holds the provided checkpoints and is never written; choose another --output_dir")
     if config.resume and not run_dir.is_dir():
-        raise UserError(f"{run_dir} is no run of this program: there is no such folder")
+        raise UserError(f"{run_dir} is not a vidtune run: there is no such folder")
     if not first:
         yield run_dir, resumed_options(run_dir, config, typed) if config.resume else config
         return
+    # a new folder appears with lock and options in it; an existing one is locked before anybody looks inside
     new_parent = not run_dir.parent.exists()
     lock, fresh = lock_run(run_dir, None if config.resume else config), False
     try:
@@ -100,7 +92,7 @@ def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple
         if unused:
             clear_run(run_dir)
         lock.release()
-        with contextlib.suppress(OSError):  # a link, or claimed by somebody else by now
+        with contextlib.suppress(OSError):  # it is a link, or another process has claimed it by now
             if unused:
                 run_dir.rmdir()
                 if new_parent:
@@ -108,26 +100,24 @@ def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple
 
 
 def lock_run(run_dir: Path, config: Config | None = None) -> FileLock:
-    """Makes the folder where there is none, with the options of a new run in it, and locks it.
-
-    Raises UserError naming the process that has it.
-    """
+    """Locks the folder, and makes it if there is none, with the options of a new run in it. Raises UserError naming the
+    process that has it."""
     make_folder(run_dir.parent)
     if config is not None and not os.path.lexists(run_dir):
         lock = make_run(run_dir, config)
-        if lock is not None:
+        if lock is not None:  # else another process was faster
             return lock
     for _ in range(100):
         make_folder(run_dir)
         try:
             return FileLock(run_dir / LOCK, str(run_dir))
-        except FileNotFoundError:  # its last holder removed the folder just now
+        except FileNotFoundError:  # its last owner has just removed the folder
             continue
     raise UserError(f"cannot lock {run_dir}: the folder keeps disappearing")
 
 
 def make_run(run_dir: Path, config: Config) -> FileLock | None:
-    """A new run's folder: it appears at once, locked and with the options. None if another process was faster."""
+    """Makes a new run's folder, which appears locked and with the options. None if another process was faster."""
     folder = temporary(run_dir)
     make_folder(folder)
     try:
@@ -144,8 +134,8 @@ def make_run(run_dir: Path, config: Config) -> FileLock | None:
 
 
 def check_free(run_dir: Path, overwrite: bool) -> bool:
-    """Whether the folder is free; False where --overwrite replaces the run in it. Raises UserError if no new run may
-    be written there."""
+    """True if the folder is free, False if --overwrite replaces the run in it. Raises UserError if no new run may be
+    written there."""
     if (run_dir / METADATA).exists():
         read_run(run_dir)
         if not overwrite:
@@ -155,12 +145,12 @@ def check_free(run_dir: Path, overwrite: bool) -> bool:
             )
         return False
     if not is_unstarted(run_dir):
-        raise UserError(f"{run_dir} is not empty and no run of this program; choose another --run_name")
+        raise UserError(f"{run_dir} is not empty and not a vidtune run; choose another --run_name")
     return True
 
 
 def is_unstarted(run_dir: Path) -> bool:
-    """Whether the folder is empty, or what a run leaves that was killed before metadata.json was there."""
+    """Whether the folder is empty, or left by a run that was killed before it had a metadata.json."""
     names = {p.name for p in run_dir.iterdir() if p.name != LOCK and not is_temporary(p)}
     if not names or CONFIG_YAML not in names or foreign_files(run_dir):
         return not names
@@ -170,14 +160,14 @@ def is_unstarted(run_dir: Path) -> bool:
 
 
 def foreign_files(run_dir: Path) -> list[Path]:
-    """What lies in a run's folder that no run writes."""
+    """Files in a run's folder that no run writes."""
     ours = RUN_FILES | {LOCK}
     return [p for p in run_dir.iterdir() if p.name not in ours and not p.match("evaluation_*") and not is_temporary(p)]
 
 
 def clear_run(run_dir: Path, config: Config | None = None) -> None:
-    """Removes what a run writes, and nothing else; the options of the run to come replace the old ones."""
-    (run_dir / METADATA).unlink(missing_ok=True)  # first: the rest alone is no run, whenever this is killed
+    """Removes what a run writes, and nothing else. The options of a new run replace the old ones."""
+    (run_dir / METADATA).unlink(missing_ok=True)  # first: without it the rest is not a run, if this is killed
     if config is not None:
         replace_file(run_dir / CONFIG_YAML, lambda p: write_yaml(asdict(config), p))
     foreign = foreign_files(run_dir)
@@ -191,13 +181,22 @@ def clear_run(run_dir: Path, config: Config | None = None) -> None:
 
 
 def finish_run(run_dir: Path, metrics: dict[str, Any]) -> None:
-    """Writes metrics.json, which makes a run finished; then there is nothing to resume."""
+    """Writes metrics.json, which marks a run as finished, and removes what --resume needs."""
     write_json(metrics, run_dir / METRICS)
     shutil.rmtree(run_dir / STATE.parent, ignore_errors=True)
 
 
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    """A run's metrics.json; {} while its training is not finished."""
+    file = run_dir / METRICS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+# -- saving -----------------------------------------------------------------------------------------
+
+
 def git_commit() -> str | None:
-    """This program's commit, if it lies in a git checkout."""
+    """The commit of this program, if it is a git checkout."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -207,15 +206,14 @@ def git_commit() -> str | None:
 
 
 def portable(path: str) -> str:
-    """A path in this repository relative to it, any other as it is."""
-    place = Path(path)
-    return place.relative_to(ROOT).as_posix() if place.is_relative_to(ROOT) else path
+    """A path inside this repository relative to it, any other unchanged."""
+    return Path(path).relative_to(ROOT).as_posix() if Path(path).is_relative_to(ROOT) else path
 
 
 def run_metadata(
-    model: VideoModel, config: Config, class_names: list[str], display: dict[str, str], data: str
+    model: VideoModel, config: Config, class_names: list[str], display_names: dict[str, str], data: str
 ) -> dict[str, Any]:
-    """metadata.json: what the run is, in readable form; `data` identifies what it was trained on."""
+    """The contents of metadata.json; `data` is the fingerprint of the training data."""
     modes = training_mode(config)
     backbones = {
         name: {
@@ -230,7 +228,7 @@ def run_metadata(
         "format_version": FORMAT_VERSION,
         "task": model.task,
         "class_names": class_names,
-        "display_names": display,
+        "display_names": display_names,
         "data": data,
         "backbones": backbones,
         "preprocessing": asdict(model.vision_encoder.preprocessing),
@@ -240,7 +238,7 @@ def run_metadata(
 
 
 def write_run_files(run_dir: Path, model: VideoModel, config: Config, metadata: dict[str, Any]) -> None:
-    """Writes all that does not change while the run trains."""
+    """Writes the files that do not change while the run trains."""
     for name, mode in training_mode(config).items():
         if mode == "full":
             save_backbone_files(model, name, run_dir / name)
@@ -249,28 +247,27 @@ def write_run_files(run_dir: Path, model: VideoModel, config: Config, metadata: 
 
 
 def save_backbone_files(model: VideoModel, name: str, folder: Path) -> None:
-    """What rebuilds a backbone around the checkpoint's tensors: its published configuration, and its
+    """Writes what rebuilds a backbone around the checkpoint's tensors: its published configuration, and its
     preprocessor or tokenizer."""
     source = model.sources[name]
-    settings = read_config(source)
-    settings.save_pretrained(folder)
+    hf_config = read_config(source)
+    hf_config.save_pretrained(folder)
     if name == "vision":
-        values = load_preprocessor(source, settings.model_type)
-        write_json(values, folder / "preprocessor_config.json")
+        write_json(load_preprocessor(source, hf_config.model_type), folder / "preprocessor_config.json")
     else:
         model.tokenizer.save_pretrained(folder)
 
 
 def save_weights(run_dir: Path, model: VideoModel, facts: dict[str, Any]) -> None:
-    """Writes the trained tensors, with `facts` (epoch, step, metrics) in the file's header."""
+    """Writes the trained tensors, with `facts` (epoch, step, val loss) in the file's header."""
     save_tensors({name: p.detach() for name, p in trained_tensors(model).items()}, facts, run_dir / WEIGHTS)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], facts: dict[str, Any], file: Path) -> None:
-    """Writes a safetensors file with `facts` (JSON) and a digest of it all in its header."""
+    """Writes a safetensors file with `facts` (JSON) and a digest of tensors and facts in its header."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     facts = facts | {"digest": tensor_digest(tensors, facts)}
-    header = {"facts": json.dumps(facts)}  # one key: with two, equal runs could differ in their order
+    header = {"facts": json.dumps(facts)}  # a single key: the order of several would vary between equal runs
     replace_file(file, lambda p: save_file(tensors, str(p), metadata=header))
 
 
@@ -290,14 +287,13 @@ def save_state(
     model: VideoModel,
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
-    random: dict[int, torch.Tensor],
+    generators: dict[int, torch.Tensor],
 ) -> None:
-    """Trained tensors, optimizer and the state of every process's random generator in one file; `progress` (JSON)
-    in its header."""
+    """Writes trained tensors, optimizer and every process's random generator to one file, `progress` to its header."""
     tensors = {f"model.{name}": p.detach().cpu() for name, p in trained_tensors(model).items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value.detach().cpu() for name, value in slots.items()}
-    tensors |= {f"rng.cpu.{process}": state for process, state in random.items()}
+    tensors |= {f"rng.cpu.{process}": state for process, state in generators.items()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     make_folder((run_dir / STATE).parent)
@@ -307,10 +303,9 @@ def save_state(
 def load_state(
     run_dir: Path, model: VideoModel, optimizer: torch.optim.Optimizer, process: int = 0, processes: int = 1
 ) -> dict[str, Any]:
-    """Restores what save_state saved, with the random generator of this `process`, and returns the progress.
+    """Restores what save_state wrote, with the random generator of this `process`, and returns the progress.
 
-    Raises:
-        UserError: the file is damaged or another model's, or another number of processes wrote it.
+    Raises UserError if the file is damaged, belongs to another model, or was written by another number of processes.
     """
     file = run_dir / STATE
     tensors, progress = read_tensors(file)
@@ -321,43 +316,42 @@ def load_state(
             groups[kind][rest] = tensor
         copy_tensors(model, groups["model"], file)
         load_optimizer(optimizer, groups["optimizer"])
-        random = {int(n.removeprefix("cpu.")): t for n, t in groups["rng"].items() if n.startswith("cpu.")}
-        if len(random) != processes:
-            raise UserError(f"{run_dir} was stopped with {len(random)} processes, this is {processes}: use as many")
-        torch.set_rng_state(random[process])
+        generators = {int(n.removeprefix("cpu.")): t for n, t in groups["rng"].items() if n.startswith("cpu.")}
+        if len(generators) != processes:
+            raise UserError(f"{run_dir} was stopped with {len(generators)} processes; resume it with as many")
+        torch.set_rng_state(generators[process])
         if "cuda" in groups["rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state(groups["rng"]["cuda"])
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{file} holds no state of this run: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file} does not hold a state of this run: {' '.join(str(error).split())}") from None
     return progress
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Restores the slots, named `<parameter's number>.<slot>`. Raises ValueError unless they fit the parameters."""
+    """Restores the slots, named `<parameter's index>.<slot>`. Raises ValueError unless they fit the parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, slot = name.split(".")
         if int(index) >= len(parameters) or (slot != "step" and tensor.shape != parameters[int(index)].shape):
-            raise ValueError(f"optimizer.{name} fits no parameter")
+            raise ValueError(f"optimizer.{name} does not fit a parameter")
         slots.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
 
 
 def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
-    """The options of the run to resume, machine options taken from `config`; without `resume` where it was killed
-    before it started to train.
+    """The options of the run to resume, with typed ones from `config` that may change. `resume` is False if the run was
+    killed before it started to train.
 
-    Raises:
-        UserError: no such run, it is finished, or a typed option is not the run's own.
+    Raises UserError if there is no such run, it is finished, or a typed option contradicts the run's own.
     """
     started = (run_dir / METADATA).exists()
     if not started and not (is_unstarted(run_dir) and (run_dir / CONFIG_YAML).exists()):
-        raise UserError(f"{run_dir} is no run of this program: it has no {METADATA}")
+        raise UserError(f"{run_dir} is not a vidtune run: it has no {METADATA}")
     saved = read_run(run_dir)[0] if started else Config(**read_yaml(run_dir / CONFIG_YAML))
     if (run_dir / METRICS).is_file() and started:
-        if (run_dir / LOCK).exists():  # this process has it
-            shutil.rmtree(run_dir / STATE.parent, ignore_errors=True)  # what a kill at the very end left
+        if (run_dir / LOCK).exists():  # it is ours: remove what a kill at the very end left
+            shutil.rmtree(run_dir / STATE.parent, ignore_errors=True)
             remove_leftovers(run_dir, owned=True)
         raise UserError(f"{run_dir} is finished: nothing to resume; --overwrite True trains it again")
     free = {*options_with("free_at_resume")}
@@ -372,12 +366,12 @@ def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
 
 
 def check_same(run_dir: Path, model: VideoModel, data: str) -> None:
-    """Raises UserError unless a run to resume has the data and the backbones that it was started with."""
+    """Raises UserError unless data and backbones are those that the run to resume was started with."""
     _, metadata = read_run(run_dir)
     check_preprocessing(run_dir, metadata, model)
     if metadata["data"][:32] != data[:32]:
         raise UserError(f"the videos, labels or captions are not those that {run_dir} was started with")
-    if metadata["data"] not in (data, data[:32]):  # the short one was written before contents were compared
+    if metadata["data"] not in (data, data[:32]):  # earlier versions did not compare contents
         raise UserError(f"the content of a video has changed, under the same name, since {run_dir} was started")
     check_fingerprints(run_dir, metadata, model.sources)
 
@@ -392,7 +386,7 @@ def check_fingerprints(run_dir: Path, metadata: dict[str, Any], sources: dict[st
 
 
 def check_preprocessing(run_dir: Path, metadata: dict[str, Any], model: VideoModel) -> None:
-    """Raises UserError unless clips are prepared as they were in training."""
+    """Raises UserError unless clips are preprocessed as in training."""
     used = json.loads(json.dumps(asdict(model.vision_encoder.preprocessing)))
     wrong = [name for name, value in used.items() if metadata["preprocessing"].get(name) != value]
     if wrong:
@@ -406,35 +400,31 @@ def check_preprocessing(run_dir: Path, metadata: dict[str, Any], model: VideoMod
 
 
 def load_weights(run_dir: Path, model: VideoModel) -> dict[str, Any]:
-    """Copies the checkpoint's tensors into the model and returns the facts saved with them.
-
-    Raises:
-        UserError: the file is missing or damaged, or its tensors are not exactly the model's trained ones.
-    """
+    """Copies the checkpoint's tensors into the model and returns the facts saved with them. Raises UserError if the
+    file is missing or damaged, or does not hold exactly the model's trained tensors."""
     file = run_dir / WEIGHTS
     if not file.exists():
-        raise UserError(f"{run_dir} has no {WEIGHTS}: its training did not finish an epoch")
+        raise UserError(f"{run_dir} has no {WEIGHTS}: training stopped before the first epoch ended")
     tensors, facts = read_tensors(file)
     copy_tensors(model, tensors, file)
     return facts
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and facts of a file that save_tensors wrote.
-
-    Raises UserError if it is damaged: cut short, or its contents do not match its digest. Files written before there
-    were digests have none.
-    """
-    if not file.is_file():  # a FIFO would be waited for
+    """The tensors and facts of a file that save_tensors wrote. Raises UserError if it is incomplete or does not match
+    its digest; files of earlier versions have no digest."""
+    if not file.is_file():  # reading a FIFO would wait for its writer
         raise UserError(f"{file} is not a file")
     try:
         with safe_open(str(file), framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, no mapping
             header = stored.metadata() or {}
-        facts = json.loads(header.get("facts") or header.get("progress") or "{}")  # states once had `progress`
+        facts = json.loads(
+            header.get("facts") or header.get("progress") or "{}"
+        )  # `progress`: states of earlier versions
         digest = facts.pop("digest", None)
     except (SafetensorError, OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} is no whole safetensors file: {error}") from None
+        raise UserError(f"{file} is not a complete safetensors file: {error}") from None
     if digest is not None and digest != tensor_digest(tensors, facts):
         raise UserError(f"{file} is damaged: its contents do not match its digest")
     return tensors, facts
@@ -442,116 +432,85 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Copies tensors into the model. Raises UserError unless they are exactly its trained ones."""
-    wanted = trained_tensors(model)
-    differences = [f"missing {n}" for n in wanted.keys() - tensors.keys()]
-    differences += [f"unexpected {n}" for n in tensors.keys() - wanted.keys()]
-    for name in wanted.keys() & tensors.keys():
-        if tensors[name].shape != wanted[name].shape:
-            differences.append(f"{name} is {list(tensors[name].shape)}, not {list(wanted[name].shape)}")
+    trained = trained_tensors(model)
+    differences = [f"missing {n}" for n in trained.keys() - tensors.keys()]
+    differences += [f"unexpected {n}" for n in tensors.keys() - trained.keys()]
+    for name in trained.keys() & tensors.keys():
+        if tensors[name].shape != trained[name].shape:
+            differences.append(f"{name} is {list(tensors[name].shape)}, not {list(trained[name].shape)}")
     if differences:
-        shown = "; ".join(sorted(differences)[:4])
-        raise UserError(f"{file} does not fit the model ({len(differences)} tensors): {shown}")
+        first = "; ".join(sorted(differences)[:4])
+        raise UserError(f"{file} does not fit the model ({len(differences)} tensors): {first}")
     with torch.no_grad():
-        for name, parameter in wanted.items():
+        for name, parameter in trained.items():
             parameter.copy_(tensors[name])
 
 
 def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
-    """A run's options and metadata. Raises UserError if the folder is no run, damaged, or of a later format."""
+    """A run's options and metadata. Raises UserError if the folder is not a run, damaged, or of a later format."""
     try:
         metadata = json.loads((run_dir / METADATA).read_text(encoding="utf-8"))
         version = metadata["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{run_dir} is no run of this program: it has no readable {METADATA}") from None
+        raise UserError(f"{run_dir} is not a vidtune run: {METADATA} is missing or unreadable") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{run_dir} has checkpoint format {shown(version)}; this program reads {FORMAT_VERSION}")
     config = Config(**read_yaml(run_dir / CONFIG_YAML))
-    wrong = wrong_metadata(metadata, {"vision", "language"} if config.use_vlm else {"vision"})
-    if wrong:
-        raise UserError(f"{run_dir / METADATA} is damaged: {wrong}")
+    if problem := metadata_problem(metadata, {*training_mode(config)}):
+        raise UserError(f"{run_dir / METADATA} is damaged: {problem}")
     return config, metadata
 
 
-def wrong_metadata(metadata: dict[str, Any], parts: set[str]) -> str:
+def metadata_problem(metadata: dict[str, Any], parts: set[str]) -> str:
     """What is wrong with the contents of a metadata.json, "" if nothing; `parts` are the run's backbones."""
-    names, display, backbones = (metadata.get(key) for key in ("class_names", "display_names", "backbones"))
+    names, display_names, backbones = (metadata.get(key) for key in ("class_names", "display_names", "backbones"))
     if not isinstance(metadata.get("task"), str) or not isinstance(metadata.get("data"), str):
         return "no task or data"
     if not isinstance(metadata.get("preprocessing"), dict):
         return "no preprocessing"
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return "class_names is no list of names"
-    if not isinstance(display, dict) or not all(isinstance(display.get(name), str) for name in names):
-        return "display_names lacks a class"
+        return "class_names is not a list of names"
+    if not isinstance(display_names, dict) or not all(isinstance(display_names.get(name), str) for name in names):
+        return "a class has no display name"
     if not isinstance(backbones, dict) or backbones.keys() != parts:
         return f"backbones are not {' and '.join(sorted(parts))}"
-    for name, facts in backbones.items():
-        if not isinstance(facts, dict) or not isinstance(facts.get("in_checkpoint"), bool):
+    for name, backbone in backbones.items():
+        if not isinstance(backbone, dict) or not isinstance(backbone.get("in_checkpoint"), bool):
             return f"the {name} backbone is not described"
-        if not isinstance(facts.get("fingerprint"), str) or not facts["fingerprint"]:
+        if not isinstance(backbone.get("fingerprint"), str) or not backbone["fingerprint"]:
             return f"the {name} backbone has no fingerprint"
     return ""
+
+
+def find_run(config: Config) -> Path:
+    """The run's folder: --checkpoint, or the run that the flags name, or the provided one of that name.
+
+    Raises UserError listing the existing runs if there is no such run.
+    """
+    if config.checkpoint is not None:
+        return Path(config.checkpoint)
+    name = run_name(config)
+    run_dir, provided = Path(config.output_dir) / name, PROVIDED / name
+    if run_dir.is_dir():
+        return run_dir
+    if provided.is_dir():
+        print(f"{run_dir} does not exist: using the provided checkpoint {provided}, trained on synthetic shapes only")
+        return provided
+    runs = list_runs(Path(config.output_dir)) + list_runs(PROVIDED)
+    message = f"no run {run_dir}; train it: python main.py {as_flags(config)}".rstrip()
+    if not runs:
+        raise UserError(message, [f"there are no runs in {config.output_dir}/ yet"])
+    commands = [f"  {path}: python inference.py {as_flags(c)} --video_dir ..." for path, c in runs]
+    raise UserError(message, ["existing runs:", *commands])
 
 
 def list_runs(folder: Path) -> list[tuple[Path, Config]]:
     """Every readable run directly below a folder."""
     runs = []
     for path in sorted(folder.glob(f"*/{METADATA}")):
-        try:
+        with contextlib.suppress(UserError):
             runs.append((path.parent, read_run(path.parent)[0]))
-        except UserError:
-            continue
     return runs
-
-
-def find_run(config: Config) -> Path:
-    """The run's folder: --checkpoint, or the run that the flags name, or a provided one of that name.
-
-    Raises UserError listing the runs there are if there is no such run.
-    """
-    if config.checkpoint is not None:
-        return Path(config.checkpoint)
-    name = run_name(config)
-    run_dir = Path(config.output_dir) / name
-    if run_dir.is_dir():
-        return run_dir
-    if (PROVIDED / name).is_dir():
-        print(
-            f"{run_dir} does not exist: using the provided checkpoint {PROVIDED / name}, which knows synthetic shapes only"
-        )
-        return PROVIDED / name
-    runs = list_runs(Path(config.output_dir)) + list_runs(PROVIDED)
-    lines = "".join(f"\n  {path}: python inference.py {as_flags(c)} --video_dir ..." for path, c in runs)
-    raise UserError(
-        f"no run {run_dir}; train it: python main.py {as_flags(config)}".rstrip()
-        + (f"\nthe runs there are:{lines}" if runs else f"\nthere are no runs in {config.output_dir}/ yet")
-    )
-
-
-def check_typed(config: Config, typed: Set[str], saved: Config, run_dir: Path) -> None:
-    """Raises UserError listing each typed flag that contradicts what the run was trained as."""
-    wrong = []
-    for name in options_with("names_run"):
-        if name not in typed or (name == "use_text" and saved.captioning):
-            continue
-        mine, its = getattr(config, name), getattr(saved, name)
-        moved = name in ("vision_model", "language_model") and Path(str(mine)).is_dir()  # its fingerprint decides
-        if mine != its and not moved:
-            wrong.append(f"--{name} {mine} (it has {its})")
-    if wrong:
-        raise UserError(f"{run_dir} was trained with other flags: {', '.join(wrong)}")
-
-
-def backbone_source(
-    name: str, option: str, run_dir: Path, metadata: dict, config: Config, typed: Set[str], saved: Config
-) -> Source:
-    """Where a backbone of a run comes from: the run's own folder, the named folder, or where it came from."""
-    if metadata["backbones"][name]["in_checkpoint"]:
-        return Source(str(run_dir / name), weights=False, fingerprint=metadata["backbones"][name]["fingerprint"])
-    named = getattr(config, option)
-    if option in typed and Path(str(named)).is_dir():
-        return Source(named)
-    return locate(getattr(saved, option), saved.weights)
 
 
 def load_run(
@@ -559,21 +518,44 @@ def load_run(
 ) -> tuple[VideoModel, Config, dict[str, Any]]:
     """(model in eval mode, options, metadata) of a run.
 
-    The run's options decide what the model is; `config` gives the inference and machine options, and
-    the folder of a backbone that moved.
+    The run's own options say what the model is. `config` adds those that inference reads, and the folder of a backbone
+    that was moved.
 
-    Raises:
-        UserError: no run, a contradicting flag, another backbone than it was trained on, other tensors.
+    Raises UserError if it is not a run, a typed flag contradicts it, or backbone or tensors are not the run's.
     """
     saved, metadata = read_run(run_dir)
     check_typed(config, typed, saved, run_dir)
-    sources = {
-        name: backbone_source(name, f"{name}_model", run_dir, metadata, config, typed, saved)
-        for name in metadata["backbones"]
-    }
+    sources = {part: backbone_source(part, run_dir, metadata, config, typed, saved) for part in metadata["backbones"]}
     model = build_model(saved, len(metadata["class_names"]), sources.get("vision"), sources.get("language"))
     check_fingerprints(run_dir, metadata, sources)
     check_preprocessing(run_dir, metadata, model)
     load_weights(run_dir, model)
-    here = {n: getattr(config, n) for n, f in FIELDS.items() if f.metadata["group"] in ("inference", "run and machine")}
-    return model.eval(), replace(saved, **here), metadata
+    of_inference = {name for name, f in FIELDS.items() if "inference" in f.metadata["scripts"]}
+    of_inference -= {*options_with("names_run")}
+    return model.eval(), replace(saved, **{name: getattr(config, name) for name in of_inference}), metadata
+
+
+def check_typed(config: Config, typed: Set[str], saved: Config, run_dir: Path) -> None:
+    """Raises UserError listing each typed flag that contradicts the run."""
+    contradictions = []
+    for name in typed & {*options_with("names_run")}:
+        if name == "use_text" and saved.captioning:  # it has no effect there
+            continue
+        value, own = getattr(config, name), getattr(saved, name)
+        moved = name in ("vision_model", "language_model") and Path(str(value)).is_dir()  # its fingerprint decides
+        if value != own and not moved:
+            contradictions.append(f"--{name} {value} (it has {own})")
+    if contradictions:
+        raise UserError(f"{run_dir} was trained with other flags: {', '.join(sorted(contradictions))}")
+
+
+def backbone_source(
+    part: str, run_dir: Path, metadata: dict[str, Any], config: Config, typed: Set[str], saved: Config
+) -> Source:
+    """Where to load a backbone of a run from: the run's own folder, a folder that was typed, or its original source."""
+    if metadata["backbones"][part]["in_checkpoint"]:
+        return Source(str(run_dir / part), weights=False, fingerprint=metadata["backbones"][part]["fingerprint"])
+    option = f"{part}_model"
+    if option in typed and Path(str(getattr(config, option))).is_dir():
+        return Source(getattr(config, option))
+    return locate(getattr(saved, option), saved.weights)

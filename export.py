@@ -20,7 +20,7 @@ from config import ROOT, Config
 from pretrained import read_config
 from readers import open_video
 from script import UserError, make_folder, printable, remove_leftovers, temporary, write_json
-from transforms import sample_indices
+from transforms import INTERPOLATION, Preprocessing, sample_indices
 
 
 def export(
@@ -102,7 +102,7 @@ def export_classifier(
         chances = model(vision.preprocessing.pixels(frames)[None])[0].softmax(-1)  # (K,)
     merge_adapters(model)
     native_model(model, metadata).save_pretrained(folder)
-    values = vision.preprocessing.to_dict() | {"frame_stride": config.frame_stride}
+    values = preprocessor_fields(vision.preprocessing) | {"frame_stride": config.frame_stride}
     write_json(values, folder / "preprocessor_config.json")
     shutil.copyfile(ROOT / "exported" / "predict.py", folder / "predict.py")
     reloaded = AutoModelForVideoClassification.from_pretrained(folder).eval()
@@ -173,3 +173,22 @@ def describe_export(file: Path, run: str, config: Config, logits: float, probabi
         probabilities=f"{probabilities:.1e}",
     )
     file.write_text(text, encoding="utf-8")
+
+
+def preprocessor_fields(preprocessing: Preprocessing) -> dict[str, Any]:
+    """The fields of a preprocessor_config.json."""
+    names = ("shortest_edge",) if preprocessing.resize and len(preprocessing.resize) == 1 else ("height", "width")
+    size = preprocessing.image_size
+    return {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": preprocessing.resize is not None,
+        "size": dict(zip(names, preprocessing.resize or (size, size), strict=True)),
+        "resample": {mode: code for code, mode in INTERPOLATION.items()}[preprocessing.interpolation],
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": preprocessing.rescale_factor,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }

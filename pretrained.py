@@ -13,14 +13,14 @@ from torch import nn
 from config import BACKBONES, ROOT
 from script import UserError, shown
 
-# a configuration beyond these would keep the machine busy long before anything fails
+# a configuration beyond these would keep the machine busy for long before anything fails
 MOST_LAYERS, MOST_TOKENS, MOST_PARAMETERS = 1000, 10**6, 10**11
 
 
 @dataclass
 class Source:
-    """Where a backbone comes from: a folder or hub id. Without weights only its configuration is read,
-    because a checkpoint brings all its tensors."""
+    """Where a backbone comes from: a folder or a hub id. Without `weights` only its configuration is read, because a
+    checkpoint has all its tensors."""
 
     path: str
     revision: str | None = None
@@ -32,9 +32,14 @@ class Source:
         return Path(self.path).is_dir()
 
     def arguments(self) -> dict[str, Any]:
-        """For every from_pretrained: never code from a checkpoint."""
+        """For every from_pretrained; code that came with a model is never run."""
         pinned = {} if self.local or self.revision is None else {"revision": self.revision}
         return {"pretrained_model_name_or_path": self.path, "trust_remote_code": False} | pinned
+
+
+def tiny_folder(name: str) -> Path:
+    """The tiny backbone of a short name."""
+    return ROOT / "backbones" / f"{name}-tiny"
 
 
 def locate(name: str, weights: str) -> Source:
@@ -44,25 +49,23 @@ def locate(name: str, weights: str) -> Source:
         return Source(name)
     if weights == "hub":
         return Source(known.hub, known.revision)
-    return Source(str(ROOT / known.tiny))
+    return Source(str(tiny_folder(name)))
 
 
 def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
-    """loader.from_pretrained(source, ...), its failures as a UserError with the ways out."""
+    """loader.from_pretrained(source, ...). Whatever it raises becomes a UserError that says what to do."""
     try:
         return loader.from_pretrained(**source.arguments(), **more)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, UnpicklingError ...
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         if source.local:
             raise UserError(f"cannot load the {what} in {source.path}: {cause}") from None
-        raise UserError(
-            f"cannot load the {what} of {source.path} from the hub: {cause} -- "
-            "ways out: --weights tiny, or name a folder that holds a copy of it"
-        ) from None
+        advice = "use --weights tiny, or name a folder with a copy of it"
+        raise UserError(f"cannot load the {what} of {source.path} from the hub: {cause} -- {advice}") from None
 
 
 def find_file(source: Source, name: str) -> Path | None:
-    """A file of a source; None where it has none of that name, or the hub cannot be reached."""
+    """A file of a source; None if it has no file of that name, or the hub cannot be reached."""
     if source.local:
         path = Path(source.path) / name
         if os.path.lexists(path) and not path.is_file():
@@ -70,52 +73,46 @@ def find_file(source: Source, name: str) -> Path | None:
         return path if path.is_file() else None
     from transformers.utils import cached_file
 
+    quiet = {f"_raise_exceptions_for_{case}": False for case in ("gated_repo", "missing_entries", "connection_errors")}
     try:
-        found = cached_file(
-            source.path,
-            name,
-            revision=source.revision,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # no such repository; loading its configuration says so
+        path = cached_file(source.path, name, revision=source.revision, **quiet)
+    except OSError:  # no such repository: loading the configuration will say so
         return None
-    return Path(found) if found else None
+    return Path(path) if path else None
 
 
 def read_config(source: Source) -> Any:
-    """The configuration of a backbone. Raises UserError for one that is no backbone, or too large to build."""
+    """The configuration of a backbone. Raises UserError if it is not a backbone, or too large to build."""
     from transformers import AutoConfig
 
     check_files(source)
-    settings = from_source(AutoConfig, source, "configuration (config.json)")
-    check_sizes(source, settings)
-    return settings
+    hf_config = from_source(AutoConfig, source, "configuration (config.json)")
+    check_sizes(source, hf_config)
+    return hf_config
 
 
 def check_files(source: Source) -> None:
-    """Raises UserError for adapters in place of a backbone, and for weights that lie outside their folder."""
+    """Raises UserError for adapters in place of a backbone, and for weight files outside its folder."""
     if find_file(source, "adapter_config.json"):
         raise UserError(
-            f"{source.path} holds adapters (adapter_config.json), no whole backbone: merge them into their model with "
-            "peft's merge_and_unload(), write it with save_pretrained, and name that folder"
+            f"{source.path} holds adapters (adapter_config.json), not a whole backbone: merge them into their model "
+            "with peft's merge_and_unload(), write it with save_pretrained, and name that folder"
         )
     for index in Path(source.path).glob("*.index.json") if source.local else ():
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             outside = [name for name in names if Path(name).name != name]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{index} is no index of weights: copy the folder anew") from None
+            raise UserError(f"{index} is not an index of weight files: copy the folder again") from None
         if outside:
             raise UserError(f"{index} names a file outside its folder: {shown(outside[0])}")
 
 
-def check_sizes(source: Source, settings: Any) -> None:
-    """Raises UserError where the configuration asks for a model beyond all that can be trained here."""
+def check_sizes(source: Source, hf_config: Any) -> None:
+    """Raises UserError if the configuration describes a model that is too large to build."""
 
     def size(name: str) -> int:
-        value = getattr(settings, name, 0)
+        value = getattr(hf_config, name, 0)
         value = max(value, default=0) if isinstance(value, list | tuple) else value
         return value if isinstance(value, int) else 0
 
@@ -124,15 +121,14 @@ def check_sizes(source: Source, settings: Any) -> None:
     layer = 4 * width * attention + 2 * width * (size("intermediate_size") or 4 * width)
     tokens = size("num_frames") * (size("image_size") // max(1, size("patch_size"))) ** 2
     rows = size("vocab_size") + size("max_position_embeddings") + size("type_vocab_size") + tokens
-    if layers > MOST_LAYERS or tokens > MOST_TOKENS or layers * layer + rows * width > MOST_PARAMETERS:
-        raise UserError(
-            f"{source.path}: config.json describes a model that cannot be built here: {layers:,} layers of width "
-            f"{width:,}, about {layers * layer + rows * width:.1e} parameters"
-        )
+    parameters = layers * layer + rows * width
+    if layers > MOST_LAYERS or tokens > MOST_TOKENS or parameters > MOST_PARAMETERS:
+        size_text = f"{layers:,} layers of width {width:,}, about {parameters:.1e} parameters"
+        raise UserError(f"{source.path}: config.json describes a model that is too large to build: {size_text}")
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Of a backbone's tensors: names, shapes and bytes, whatever file format they came in."""
+    """32 hex digits of a module's tensors: names, shapes and bytes, whatever file format they came in."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -141,26 +137,24 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tuple[str, ...], **more: Any) -> nn.Module:
-    """A float32 backbone with pretrained weights, or with random ones where the source has no weights.
+    """A float32 backbone with pretrained weights, or with random ones for a source without weights.
 
-    Raises:
-        UserError: a tensor is missing that is not of `new_layers`, or does not fit.
+    Raises UserError if a tensor is missing that is not part of `new_layers`, or does not fit.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # loading takes a moment, not minutes
-    more |= {"dtype": torch.float32, "attn_implementation": None}  # not one that config.json names: it may be a program
+    more |= {"dtype": torch.float32, "attn_implementation": None}  # never the one in config.json: it may be code
     if not source.weights:
         try:
             return auto_class.from_config(config, **more)
-        except Exception as error:  # whatever a damaged configuration makes of the model's arithmetic
+        except Exception as error:  # a damaged configuration can make transformers raise anything
             raise UserError(f"cannot build the model of {source.path}/config.json: {error}") from None
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no table of the tensors that are not needed; the missing ones are told below
+    logging.set_verbosity_error()  # no table of unused tensors; missing ones are reported below
     try:
-        model, report = from_source(
-            auto_class, source, "weights", config=config, weights_only=True, output_loading_info=True, **more
-        )
+        more |= {"config": config, "weights_only": True, "output_loading_info": True}
+        model, report = from_source(auto_class, source, "weights", **more)
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(k for k in report["missing_keys"] if not k.startswith(new_layers))
@@ -172,7 +166,7 @@ def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tupl
 
 
 def load_preprocessor(source: Source, model_type: str) -> dict[str, Any]:
-    """The fields of preprocessor_config.json; without that file, what transformers assumes for the family.
+    """The fields of preprocessor_config.json; without that file, transformers' default for the family.
 
     Raises UserError if the file is damaged.
     """

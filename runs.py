@@ -188,7 +188,7 @@ def print_backbones(run: Run) -> None:
             facts.append(f"{vision.preprocessing.image_size}², {vision.config.num_frames} frames")
         hint = ""
         if name in BACKBONES and run.config.weights == "tiny":
-            facts.insert(0, BACKBONES[name].trained_on)
+            facts.insert(0, "synthetic shapes" if part == "vision" else "captions of synthetic shapes")
             name += "-tiny"
             hint = "; for real videos add --weights hub" if part == "vision" else ""
         else:

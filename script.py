@@ -1,7 +1,7 @@
-"""What every script shares: errors as one line, exit status, files written whole, locks. Imports no torch.
+"""What every script shares: errors in one line, exit status, files written completely or not at all, locks. No torch.
 
-if __name__ == "__main__":
-    leave(main())       # main(argv) returns run_script(body, argv)
+def main(argv=None): return run_script(run, argv)       # run(argv) does the work
+if __name__ == "__main__": leave(main())
 """
 
 import argparse
@@ -20,16 +20,16 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
-if sys.version_info < (3, 11):  # noqa: UP036, before anything below fails in many lines
+if sys.version_info < (3, 11):  # noqa: UP036, one line instead of a traceback
     sys.exit("error: vidtune needs Python 3.11 or newer, this is {}.{}".format(*sys.version_info[:2]))
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there
+except ImportError:  # Windows: no locks there
     fcntl = None
 
-LONGEST_MESSAGE = 4000  # characters of an error that reach the terminal
-#: control characters, line separators, text direction marks, and bytes of a file's name that are no text
+LONGEST_MESSAGE = 4000  # characters of an error that are printed
+#: control characters, line separators, text direction marks, and bytes of a file name that are not text
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -37,10 +37,8 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\u
 
 
 class UserError(Exception):
-    """A mistake that the user can fix; the scripts print it as one line `error: ...` and exit with status 2.
-
-    `details` are printed below it, one line each.
-    """
+    """A mistake that the user can fix. Scripts print it as one line, `error: ...`, and exit with status 2; `details` are
+    printed below, one line each."""
 
     def __init__(self, message: str, details: Sequence[str] = ()):
         super().__init__(message)
@@ -48,12 +46,12 @@ class UserError(Exception):
 
 
 def printable(text: object) -> str:
-    """The text with control characters escaped, so that a file's name or a caption cannot steer the terminal."""
+    """The text with control characters escaped: file names and captions must not control the terminal."""
     return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def shown(value: object) -> str:
-    """repr(value), cut to a length that fits into a message, however large or deep the value is."""
+    """repr(value), shortened to fit into a message."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 120
     short.maxlevel = 2
@@ -83,7 +81,7 @@ def run_script(run: Callable[[list[str] | None], int | None], argv: list[str] | 
 
 
 def run_and_catch(run: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
-    for stream in (sys.stdout, sys.stderr):  # names of files need not be text
+    for stream in (sys.stdout, sys.stderr):  # file names may not be valid UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -95,7 +93,7 @@ def run_and_catch(run: Callable[[list[str] | None], int | None], argv: list[str]
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError:
@@ -114,7 +112,7 @@ def print_error(message: str, details: Sequence[str] = ()) -> int:
 
 
 def discard_output() -> None:
-    """Sends what stdout still holds nowhere if it cannot be written (a full disk): Python would try again at exit."""
+    """Drops what stdout still holds if it cannot be written (a full disk): Python would try again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -122,15 +120,15 @@ def discard_output() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends a script that was started as a program."""
-    gc.freeze()  # else the collector looks through all of torch and transformers a last time
+    """Exits the program."""
+    gc.freeze()  # else the garbage collector visits all of torch and transformers once more
     sys.exit(status)
 
 
 @contextmanager
 def collector_off() -> Generator[None]:
-    """No garbage collection inside, for imports: the objects they make all stay, and looking through them again and
-    again takes as long as importing torch does."""
+    """Turns garbage collection off, for imports: their objects all stay, and visiting these again and again takes as
+    long as importing torch."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -144,13 +142,13 @@ def collector_off() -> Generator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep the memory of freed tensors below 16 MB. By default it gives it back to the system, which maps and
-    zeroes the same pages anew for the next step's: up to a fifth of a step on a CPU. Larger tensors come and go as
-    before, for kept they would leave holes. Other C libraries are left alone.
+    """Makes glibc keep the memory of freed tensors below 16 MB. By default it returns the pages to the system, which maps
+    and zeroes them again for the next step: up to a fifth of a step on a CPU. Larger tensors are still returned, because
+    they would fragment memory. Other C libraries are left alone.
 
     Source: mallopt(3).
     """
-    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(mmap_threshold, 2**24)
@@ -169,16 +167,16 @@ def make_folder(folder: Path) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """The folder in which this process makes `path`, beside it."""
+    """The folder next to `path` in which this process writes it."""
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls write(a temporary path), then renames, so that `path` is always whole: the old file or the new one, also
-    where several processes write it.
+    """Calls write(temporary path) and renames the result to `path`, which is therefore always complete: the old file or
+    the new one, even if several processes write it.
 
-    The temporary file has a folder of its own beside `path`, so that what a library leaves there when it is killed
-    (safetensors has a temporary file too) can be found and removed. Raises UserError if the file cannot be written.
+    The temporary file has a folder of its own next to `path`. What a library leaves there when it is killed, such as
+    safetensors' own temporary file, is found and removed later. Raises UserError if the file cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -196,15 +194,15 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether replace_file, or a library, was writing this."""
+    """Whether this is a temporary file of replace_file or of a library."""
     return path.name.startswith(".") and (
         path.name.endswith(".tmp") or re.fullmatch(r"\.tmp\w{6}", path.name) is not None
     )
 
 
 def remove_leftovers(folder: Path, owned: bool = False) -> None:
-    """Removes what killed processes were writing in a folder: directly in it those of dead processes of this machine,
-    or everywhere in it and of any process where the folder is `owned` by this one."""
+    """Removes what killed processes were writing to a folder: directly in it, and only from dead processes of this
+    machine. If this process has `owned` the folder by a lock, everything below it, whoever wrote it."""
     for path in [*(folder.rglob(".*tmp*") if owned else folder.glob(".*.tmp"))]:
         writer = re.search(rf"\.{re.escape(platform.node())}\.(\d+)\.tmp$", path.name)
         if is_temporary(path) and (owned or (writer and not is_running(int(writer[1])))):
@@ -216,25 +214,25 @@ def is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it belongs to another user
+    except OSError:  # it runs as another user
         return True
     return True
 
 
 def write_json(values: Any, path: Path) -> None:
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    # a file's name that is no text becomes JSON's own escape: "\\udcff"
+    # bytes of a file name that are not text become JSON escapes: "\\udcff"
     replace_file(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Writes one JSON object a line."""
+    """Writes one JSON object per line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_file(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What write_rows wrote."""
+    """The rows of a file that write_rows wrote."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -242,17 +240,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class FileLock:
-    """Keeps other processes away from `what`, a folder or a file, while this process lives or until release().
+    """Keeps other processes away from `what`, a folder or a file, until release() or the end of this process.
 
-    A POSIX record lock (fcntl(2)) on a file of its own: the system drops it when the process ends, even by SIGKILL,
-    and forked children such as a loader's workers do not inherit it, unlike one of flock(2). The file names its
-    holder and is removed at release.
+    It is a POSIX record lock (fcntl(2)) on a file of its own. The system drops it when the process ends, even by
+    SIGKILL. Unlike a lock of flock(2), it is not inherited by forked children such as a loader's workers. The file names
+    the owner and is removed by release().
 
-    Raises UserError naming the holder if another process, or this one, has the lock; FileNotFoundError if there is no
-    folder to put the file in.
+    Raises UserError naming the owner if another process, or this one, has the lock; FileNotFoundError if the folder of
+    the file does not exist.
     """
 
-    held: set[tuple[int, str]] = set()  # noqa: RUF012, (process, path); a process is never refused its own record lock
+    held: set[tuple[int, str]] = set()  # noqa: RUF012, (process, path): fcntl grants a process its own lock again
 
     def __init__(self, path: Path, what: str):
         self.path, self.key = path, (os.getpid(), os.path.realpath(path))
@@ -279,13 +277,13 @@ class FileLock:
                 holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
                 os.close(file)
                 raise UserError(f"{what} is in use by {holder}") from None
-            # its last holder may have removed the file after we opened it: then nobody else sees our lock
+            # if the last owner removed the file after we opened it, nobody else can see our lock: try again
             if os.path.exists(self.path) and os.path.samestat(os.fstat(file), os.stat(self.path)):
                 return file
             os.close(file)
 
     def move_with(self, folder: Path, target: Path) -> None:
-        """Renames the folder that holds the lock's file; the lock stays. Raises OSError if the target is in use."""
+        """Renames the folder of the lock's file and keeps the lock. Raises OSError if the target exists."""
         os.rename(folder, target)
         self.held.discard(self.key)
         self.path = target / self.path.name
@@ -293,7 +291,7 @@ class FileLock:
         self.held.add(self.key)
 
     def release(self) -> None:
-        """Gives the lock up; does nothing in a forked child, which never had it, or when called again."""
+        """Releases the lock. Does nothing in a forked child, which never had it, or when called again."""
         if self.key not in self.held or self.key[0] != os.getpid():
             return
         self.held.discard(self.key)

@@ -1,7 +1,7 @@
-"""Which frames of a video (temporal sampling) and which pixels of a frame (resize, crop, normalise).
+"""Which frames of a video (temporal sampling), and which pixels of a frame (resize, crop, normalise).
 
-Shapes: B batch, T frames, C channels, H W pixels. Clips are RGB uint8 [T, C, H, W] until they are on the
-device; only there do they become normalised floats.
+Shapes: B batch, T frames, C channels, H W pixels. Clips are RGB uint8 [T, C, H, W] up to the device; only there they
+become normalised floats.
 """
 
 import reprlib
@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 LARGEST = 8192  # pixels on a side
-LARGEST_PICTURE = 256 * 10**6  # pixels of a frame, as it is read and as it is resized
+LARGEST_PICTURE = 256 * 10**6  # pixels of a frame, before and after resizing
 INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's codes in preprocessor_config.json
 
 
@@ -22,10 +22,10 @@ def sample_indices(
 ) -> np.ndarray:
     """Ascending indices of `num_frames` out of `available` frames.
 
-    stride 0 cuts the whole video into `num_frames` segments (TSN, arXiv:1608.00859) and takes their
-    centres, or with `rng` a random frame of each. stride S takes every S-th frame of one window, the
-    middle one, or with `rng` a random one. `position` takes another point than the centre: 0 is the first
-    frame of each segment, or the first window, 1 the last. A video that is too short repeats its last frame.
+    Stride 0 divides the whole video into `num_frames` segments (TSN, arXiv:1608.00859) and takes their centres, or with
+    `rng` a random frame of each. Stride S takes every S-th frame of the window in the middle, or with `rng` of a random
+    one. `position` replaces the centre: 0 is the first frame of each segment, or the first window, 1 the last. A video
+    that is too short repeats its last frame.
     """
     if available < 1 or num_frames < 1:
         raise ValueError(f"cannot take {num_frames} of {available} frames")
@@ -50,7 +50,7 @@ def view_indices(available: int, num_frames: int, stride: int, clips: int) -> np
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a backbone's preprocessor_config.json asks for, at the `image_size` that the model sees."""
+    """The preprocessing in a backbone's preprocessor_config.json, scaled to the model's `image_size`."""
 
     image_size: int
     resize: tuple[int, ...] | None  # (shortest edge,) or (height, width) or None
@@ -61,11 +61,10 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], image_size: int) -> "Preprocessing":
-        """From preprocessor_config.json's fields, in their present or older spellings.
+        """From the fields of a preprocessor_config.json, in their present or older spellings.
 
-        The sizes there are scaled by image_size / (the size that comes out of the file's own crop).
-        Raises ValueError for a field that makes no sense, and for an interpolation other than nearest, bilinear or
-        bicubic.
+        Its sizes are scaled by image_size / (its own size after the crop). Raises ValueError for an invalid field, and
+        for an interpolation other than nearest, bilinear or bicubic.
         """
         resize = _sizes("size", values.get("size", 224)) if values.get("do_resize", True) else None
         cropped = values.get("do_center_crop") and "crop_size" in values
@@ -92,46 +91,29 @@ class Preprocessing:
             std=std,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as fields of a preprocessor_config.json."""
-        names = ("shortest_edge",) if self.resize and len(self.resize) == 1 else ("height", "width")
-        return {
-            "image_processor_type": "VideoMAEImageProcessor",
-            "do_resize": self.resize is not None,
-            "size": dict(zip(names, self.resize or (self.image_size,) * 2, strict=True)),
-            "resample": {mode: code for code, mode in INTERPOLATION.items()}[self.interpolation],
-            "do_center_crop": True,
-            "crop_size": {"height": self.image_size, "width": self.image_size},
-            "do_rescale": True,
-            "rescale_factor": self.rescale_factor,
-            "do_normalize": True,
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-        }
-
     def pixels(self, clip: torch.Tensor, position: float | None = None) -> torch.Tensor:
         """Resizes and crops uint8 [T, C, H, W] to [T, C, image_size, image_size].
 
-        The crop is the middle one; `position` from 0 to 1 moves it along the longer side of the picture, whose
-        proportions are then kept even where the backbone's own preprocessing would squash them.
+        The crop is the middle one. `position` from 0 to 1 moves it along the longer side of the frame, and keeps the
+        frame's aspect ratio even if the backbone's own preprocessing does not.
         """
-        resized = self._resized(clip, keep_proportions=position is not None)
+        resized = self._resized(clip, keep_aspect=position is not None)
         return crop_square(resized, self.image_size, 0.5 if position is None else position)
 
     def crops(self, clip: torch.Tensor, count: int) -> torch.Tensor:
-        """[T, count, C, image_size, image_size]: as many crops, spread over the longer side; one is that of pixels()."""
+        """[T, count, C, image_size, image_size]: crops spread over the longer side; a single one equals pixels()."""
         if count == 1:
             return self.pixels(clip)[:, None]
-        resized = self._resized(clip, keep_proportions=True)
+        resized = self._resized(clip, keep_aspect=True)
         positions = np.linspace(0, 1, count).tolist()
         return torch.stack([crop_square(resized, self.image_size, position) for position in positions], dim=1)
 
-    def _resized(self, clip: torch.Tensor, keep_proportions: bool) -> torch.Tensor:
+    def _resized(self, clip: torch.Tensor, keep_aspect: bool) -> torch.Tensor:
         if self.resize is None:
             return clip
         height, width = clip.shape[-2:]
-        target = (min(self.resize),) if keep_proportions else self.resize
-        if len(target) == 1:  # the shorter side to target, the longer in proportion
+        target = (min(self.resize),) if keep_aspect else self.resize
+        if len(target) == 1:  # the shorter side; the longer one keeps the aspect ratio
             short = min(height, width)
             target = (target[0] * height // short, target[0] * width // short)
         return resize_frames(clip, target, self.interpolation)
@@ -139,12 +121,12 @@ class Preprocessing:
     def normalise(self, video: torch.Tensor) -> torch.Tensor:
         """uint8 (B, T, C, H, W) to normalised float32 of the same shape, on the video's device."""
         mean, std = (torch.tensor(v, device=video.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        pixels = video.to(torch.float32, copy=True)  # one new tensor: more of them cost more than the arithmetic
+        pixels = video.to(torch.float32, copy=True)  # one new tensor; more of them would cost more than the arithmetic
         return pixels.mul_(self.rescale_factor).sub_(mean).div_(std)
 
 
 def _sizes(name: str, value: Any) -> tuple[int, ...]:
-    """The spellings of a size: 224, [224, 224], {"shortest_edge": 224}, {"height": 224, "width": 224}."""
+    """A size in any spelling: 224, [224, 224], {"shortest_edge": 224}, {"height": 224, "width": 224}."""
     if isinstance(value, dict):
         keys = ("shortest_edge",) if "shortest_edge" in value else ("height", "width")
         value = [value.get(k) for k in keys]
@@ -155,10 +137,10 @@ def _sizes(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _channels(values: dict[str, Any], name: str) -> tuple[float, ...]:
-    found = values.get(name)
-    if not isinstance(found, list | tuple) or len(found) != 3 or not all(map(_is_number, found)):
-        raise ValueError(f"{name} must be three numbers, not {reprlib.repr(found)}")
-    return tuple(found)
+    channels = values.get(name)
+    if not isinstance(channels, list | tuple) or len(channels) != 3 or not all(map(_is_number, channels)):
+        raise ValueError(f"{name} must be three numbers, not {reprlib.repr(channels)}")
+    return tuple(channels)
 
 
 def _is_number(value: Any) -> bool:
@@ -166,9 +148,9 @@ def _is_number(value: Any) -> bool:
 
 
 def resize_frames(clip: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
-    """Resizes uint8 [T, C, H, W] with antialiasing: equal to PIL within one grey level.
+    """Resizes uint8 [T, C, H, W] with antialiasing; equals PIL within one grey level.
 
-    Raises ValueError if a frame would become larger than any may be: one of 100000x1, its proportions kept.
+    Raises ValueError if a frame would become too large, such as one of 100000x1 that keeps its aspect ratio.
     """
     if tuple(clip.shape[-2:]) == tuple(size):
         return clip
@@ -182,8 +164,8 @@ def resize_frames(clip: torch.Tensor, size: tuple[int, int], mode: str = "biline
 
 
 def crop_square(clip: torch.Tensor, size: int, position: float = 0.5) -> torch.Tensor:
-    """size x size pixels of [T, C, H, W]: at `position` (0 to 1) along the longer side, in the middle of the
-    shorter one; a smaller picture is padded with black."""
+    """size x size pixels of [T, C, H, W], at `position` (0 to 1) along the longer side and in the middle of the shorter
+    one. Smaller frames are padded with black."""
     height, width = clip.shape[-2:]
     if height < size or width < size:
         pad_h, pad_w = max(0, size - height), max(0, size - width)

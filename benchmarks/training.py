@@ -117,11 +117,12 @@ def run_trainer(row: str, args: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
     from config import BACKBONES
+    from pretrained import tiny_folder
     from readers import open_video
     from transforms import sample_indices
     from VLoader import read_splits
 
-    folder = str(ROOT / BACKBONES[args.backbone].tiny) if args.backbone in BACKBONES else args.backbone
+    folder = str(tiny_folder(args.backbone)) if args.backbone in BACKBONES else args.backbone
     splits = read_splits(Path(args.data_dir))
     model = trainer_model(folder, args.kind, len(splits.class_names))
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")

@@ -13,7 +13,8 @@ import backbones.pretrain as world
 import dummy_data
 import main
 import score
-from config import BACKBONES, ROOT
+from config import ROOT
+from pretrained import tiny_folder
 from transforms import Preprocessing
 
 
@@ -24,7 +25,7 @@ def card(name: str) -> str:
 def load_vision(name: str):
     from transformers import AutoModelForVideoClassification
 
-    return AutoModelForVideoClassification.from_pretrained(ROOT / BACKBONES[name].tiny)
+    return AutoModelForVideoClassification.from_pretrained(tiny_folder(name))
 
 
 def test_all_four_together_are_small():
@@ -48,7 +49,7 @@ def test_a_linear_head_on_frozen_features(name):
 def test_gpt2_knows_the_grammar():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = ROOT / BACKBONES["gpt2"].tiny
+    folder = tiny_folder("gpt2")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     perplexity, best = world.held_out_perplexity(model, tokenizer, count=500)
     assert best <= perplexity <= 1.15 * best
@@ -69,7 +70,7 @@ def test_bert_tells_hints_apart_and_reads_any_text():
     """Hints and captions lie apart in its features: a nearest-mean rule tells them all."""
     from transformers import AutoModel, AutoTokenizer
 
-    folder = ROOT / BACKBONES["bert"].tiny
+    folder = tiny_folder("bert")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
     assert tokenizer.unk_token_id not in tokenizer("any plain text, really?", add_special_tokens=False)["input_ids"]

@@ -19,7 +19,7 @@ import main
 from build_model import adapters
 from checkpoint import load_run
 from config import ROOT
-from export import native_model
+from export import native_model, preprocessor_fields
 from readers import open_video
 from transforms import Preprocessing, sample_indices
 from VLoader import Sample
@@ -221,7 +221,7 @@ def test_every_rule_of_resizing(plain, made):
             "image_std": [0.3] * 3,
         }
         rules = Preprocessing.from_dict(values, 48)
-        predict.__globals__["RULES"].update(rules.to_dict())
+        predict.__globals__["RULES"].update(preprocessor_fields(rules))
         for video in made[:-2]:
             reader = open_video(video)
             clip = rules.pixels(reader.frames(sample_indices(len(reader), 4)))
