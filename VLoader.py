@@ -68,6 +68,7 @@ def split_into_windows(sample: Sample, seconds: float) -> list[tuple[Sample, flo
     if end > MOST_WINDOWS * seconds:
         raise ReadError(sample.path, f"{end:g} s are more than {MOST_WINDOWS} windows of {seconds:g} s")
 
+    # a window holds the frames whose time is in [start, start + seconds); an empty one is dropped
     windows = []
     for start in np.arange(0, end, seconds):
         first, after = np.searchsorted(times, [start, start + seconds - 1e-6])
@@ -110,6 +111,7 @@ def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
 
+    # every row is checked before any video is opened
     rows: dict[Path, dict[str, Any]] = {}
     missing: list[Path] = []
     for number, line in enumerate(lines, start=1):
@@ -126,6 +128,8 @@ def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
         rows[path] = row
         if not exists(path, where):
             missing.append(path)
+
+    # files are listed together: metadata is often copied from elsewhere with another folder layout
     if missing:
         raise UserError(f"{file} names {len(missing)} files that do not exist, first {missing[0]}")
     return rows
@@ -203,6 +207,8 @@ def read_splits(data_dir: Path, class_names: list[str] | None = None) -> Splits:
     splits = {name: read_folder(data_dir / name) for name in SPLITS if (data_dir / name).is_dir()}
     if "train" not in splits and (class_names is None or not splits):
         raise UserError(f"{data_dir} has no folder train/ (expected {data_dir}/train/<class>/<video>)")
+
+    # val selects the best epoch, so there must be one
     note = ""
     if "train" in splits and "val" not in splits:
         splits["train"], splits["val"] = hold_out(splits["train"], data_dir / "train")
@@ -222,6 +228,7 @@ def hold_out(samples: list[Sample], folder: Path) -> tuple[list[Sample], list[Sa
         name = Path(os.path.relpath(sample.path, folder)).as_posix()
         return hashlib.sha256(f"{VAL_SALT}/{name}".encode("utf-8", "surrogateescape")).hexdigest()
 
+    # class by class, so that small classes are in val too
     held: set[Path] = set()
     for label in {s.label for s in samples}:
         ranked = sorted((s for s in samples if s.label == label), key=rank)
@@ -336,6 +343,7 @@ class ClipDataset(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         draw, index = item
         sample = self.samples[index]
+        # a generator per item: results do not depend on which worker reads it, or when
         rng = np.random.default_rng([self.seed, draw, index]) if self.train else None
         try:
             if self.features is not None:
@@ -355,6 +363,7 @@ class ClipDataset(Dataset):
     def pixels(self, sample: Sample, rng: np.random.Generator | None) -> torch.Tensor:
         """uint8 [T, C, H, W], or [V, T, C, H, W] of several views. Raises ReadError."""
         reader = self.reader(sample)
+        # with a span, indices count from its first frame
         first, last = sample.span or (0, len(reader) - 1)
         available, (clips, crops) = last - first + 1, self.views
         if self.views == (1, 1):
@@ -428,6 +437,7 @@ class EpochBatches:
             order = [(self.epoch, int(index)) for index in rng.permutation(count)]
         if self.group == 1:
             return order
+        # sort inside each optimizer step only: a wider sort would change which clips are learned together
         step, length = self.group * self.batch_size, self.dataset.caption_length
         return [item for first in range(0, count, step) for item in sorted(order[first : first + step], key=length)]
 
@@ -439,6 +449,7 @@ def balanced_order(classes: np.ndarray, epoch: int, rng: np.random.Generator) ->
     quota, rest = divmod(len(classes), len(groups))
     draws = math.ceil((quota + 1) / min(map(len, groups)))  # of one clip in one epoch, at most
     extra = set(rng.permutation(len(groups))[:rest].tolist())  # classes that get one clip more
+    # every clip of a class once, then every clip a second time, and so on, until the quota is full
     order: list[tuple[int, int]] = []
     for number, group in enumerate(groups):
         items = [(epoch * draws + d, int(i)) for d in range(draws) for i in rng.permutation(group)]

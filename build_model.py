@@ -10,7 +10,6 @@ A `video` is RGB uint8 (B, T, C, H, W), which the vision encoder normalises on t
 (B, 1 + N, D) that a frozen vision encoder made of it.
 """
 
-import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import Config, training_mode
-from pretrained import Source, fingerprint, from_source, load_backbone, load_preprocessor, locate, read_config
+from pretrained import Source, fingerprint, load_backbone, load_language, load_preprocessor, locate, read_config, takes
 from script import UserError, collector_off
 from transforms import Preprocessing
 
@@ -51,12 +50,15 @@ def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> Non
     Raises:
         UserError: image_size is not a multiple of the patch size, or num_frames of the tubelet size.
     """
+    # every patch and every tubelet must be complete
     config, embeddings = backbone.config, backbone.embeddings
     patch, tubelet = side_of(config.patch_size), getattr(config, "tubelet_size", 1)
     if image_size % patch:
         raise UserError(f"--image_size {image_size}: this backbone needs a multiple of its patch size, {patch}")
     if num_frames % tubelet:
         raise UserError(f"--num_frames {num_frames}: this backbone needs a multiple of its tubelet size, {tubelet}")
+
+    # the families keep their positions in different tables
     side, times = image_size // patch, num_frames // tubelet
     FAMILIES[config.model_type].fit(embeddings, config, times, side)
 
@@ -190,6 +192,7 @@ class VisionEncoder(nn.Module):
         return self.grid_tokens(self.tokens(video), grid) if is_clip(video) else video[:, 1:].float()
 
     def grid_tokens(self, tokens: torch.Tensor, grid: int) -> torch.Tensor:
+        # adaptive pooling averages blocks of patches, whatever their number on a side
         patches = token_grid(tokens, self.config)  # (B, t, h, w, D)
         batch, times, *_ = patches.shape
         pooled = F.adaptive_avg_pool2d(patches.flatten(0, 1).permute(0, 3, 1, 2), grid)  # (B t, D, g, g)
@@ -206,6 +209,7 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
     """The vision encoder of a source, for the frames and size in `config`. Raises UserError if it cannot be used."""
     from transformers import AutoModelForVideoClassification
 
+    # transformers' classifier brings the backbone together with the norm that belongs to its pooling
     hf_config = read_config(source)
     if hf_config.model_type not in FAMILIES:
         raise UserError(f"{source.path} is a {hf_config.model_type}; video backbones are {' and '.join(FAMILIES)}")
@@ -215,87 +219,19 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
     backbone = classifier.base_model
     source.fingerprint = fingerprint(backbone) if source.weights else source.fingerprint
 
+    # the fingerprint is that of the published tensors: it must not depend on frames and size
     num_frames = hf_config.num_frames if config.num_frames == "auto" else config.num_frames
     image_size = side_of(hf_config.image_size) if config.image_size == "auto" else config.image_size
     fit_embeddings(backbone, num_frames, image_size)
     fuse_attention(backbone)
+
+    # mean, std and interpolation are the backbone's own, not ImageNet's by habit
     values = load_preprocessor(source, hf_config.model_type)
     try:
         preprocessing = Preprocessing.from_dict(values, image_size)
     except ValueError as error:
         raise UserError(f"{source.path}: preprocessor_config.json: {error}") from None
     return VisionEncoder(backbone, getattr(classifier, "fc_norm", None), preprocessing)
-
-
-# -- language models --------------------------------------------------------------------------------
-
-
-def load_language(source: Source, captioning: bool) -> tuple[nn.Module, Any]:
-    """(causal language model or BERT-like encoder, tokenizer). The encoder has no pooler, or one that is never trained.
-
-    Raises UserError for a model of another kind.
-    """
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    hf_config = read_config(source)
-    if captioning:
-        if not is_decoder(hf_config):
-            raise UserError(f"captioning needs a causal language model such as gpt2, not {source.path}")
-        model = load_backbone(AutoModelForCausalLM, source, hf_config, new_layers=("lm_head.",))
-        model.generation_config = GenerationConfig()  # captions depend on our options, not on a file of the backbone
-    else:
-        if not is_encoder(hf_config):
-            kind = f"{source.path} is a {hf_config.model_type}"
-            raise UserError(f"{kind}; classification needs a BERT-like encoder; for captions add --captioning True")
-        optional = "add_pooling_layer" in inspect.signature(model_class(hf_config).__init__).parameters
-        without_pooler = {"add_pooling_layer": False} if optional else {}
-        model = load_backbone(AutoModel, source, hf_config, new_layers=("pooler.",), **without_pooler)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("pooler" not in name)
-    source.fingerprint = fingerprint(model) if source.weights else source.fingerprint
-    return model, from_source(AutoTokenizer, source, "tokenizer")
-
-
-def model_class(hf_config: Any) -> type[nn.Module] | None:
-    """The class that AutoModel uses for a configuration."""
-    from transformers import MODEL_MAPPING
-
-    classes = MODEL_MAPPING.get(type(hf_config), None)
-    return classes[0] if isinstance(classes, tuple) else classes
-
-
-def is_encoder(hf_config: Any) -> bool:
-    """Whether a configuration is that of a masked language model that accepts embeddings in place of ids."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
-
-    masked = hf_config.model_type in MASKED and not hf_config.is_encoder_decoder
-    return masked and takes(model_class(hf_config), "inputs_embeds")
-
-
-def is_decoder(hf_config: Any) -> bool:
-    """Whether a configuration is that of a causal language model. transformers has causal versions of BERT-like
-    encoders too, but these were not pretrained."""
-    from transformers.models.auto import modeling_auto as tables
-
-    masked = hf_config.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    causal = hf_config.model_type in tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return causal and not masked and not hf_config.is_encoder_decoder
-
-
-def takes(model: Any, argument: str) -> bool:
-    """Whether a model's forward has an argument of this name."""
-    return model is not None and argument in inspect.signature(model.forward).parameters
-
-
-def positions_of(language_model: nn.Module) -> int | None:
-    """How many tokens a language model can read; None if there is no limit."""
-    positions = getattr(language_model.config, "max_position_embeddings", None)
-    if not positions or positions < 0:
-        return None
-    for name, module in language_model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return positions - module.padding_idx - 1  # RoBERTa's positions start after the padding's
-    return positions
 
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -469,6 +405,8 @@ class VisionLanguageModel(VideoModel):
         return min(self.max_text_tokens, positions - taken)
 
     def truncation_note(self, samples: list[Any]) -> str | None:
+        """See VideoModel."""
+        # each different text is tokenised once
         codec = self.codec() if self.text_field else None
         texts = Counter(t for s in samples for t in (s.captions if self.text_field == "caption" else [s.text or ""]))
         if codec is None or not texts:
@@ -482,6 +420,17 @@ class VisionLanguageModel(VideoModel):
             advice = "the language model has no more positions; train with a lower --token_grid or --num_frames"
         too_long = f"{cut} of {texts.total()} {self.text_field}s are longer than {codec.max_tokens} tokens"
         return f"note: {too_long} and are cut; {advice}"
+
+
+def positions_of(language_model: nn.Module) -> int | None:
+    """How many tokens a language model can read; None if there is no limit."""
+    positions = getattr(language_model.config, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return None
+    for name, module in language_model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return positions - module.padding_idx - 1  # RoBERTa's positions start after the padding's
+    return positions
 
 
 class VisionLanguageClassifier(VisionLanguageModel):
@@ -512,10 +461,12 @@ class VisionLanguageClassifier(VisionLanguageModel):
         """A video, and text ids that end in [SEP], right-padded (B, L) -> logits (B, K)."""
         video = self.video_tokens(video)  # (B, N, D)
         batch, device = len(video), video.device
+        # [CLS] video [SEP], all of type 0 and nothing masked
         marks = torch.tensor([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id], device=device)
         cls, sep = self.embed(marks).to(video.dtype).expand(batch, 2, -1).split(1, dim=1)
         embeds, mask = [cls, video, sep], torch.ones(batch, video.shape[1] + 2, dtype=torch.long, device=device)
         types = torch.zeros_like(mask)
+        # text [SEP], of type 1, padding last
         if input_ids is not None:
             embeds.append(self.embed(input_ids))
             types = torch.cat([types, torch.ones_like(input_ids)], dim=1)

@@ -77,6 +77,8 @@ def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple
     # a new folder appears with lock and options in it; an existing one is locked before anybody looks inside
     new_parent = not run_dir.parent.exists()
     lock, fresh = lock_run(run_dir, None if config.resume else config), False
+
+    # from here on nobody else writes: check what is in the folder
     try:
         if config.resume:
             config = resumed_options(run_dir, config, typed)
@@ -87,6 +89,8 @@ def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple
                 replace_file(run_dir / CONFIG_YAML, lambda p: write_yaml(asdict(config), p))
         remove_leftovers(run_dir.parent)
         yield run_dir, config
+
+    # a run that failed before it started, say for want of data, leaves no folder
     finally:
         unused = fresh and not (run_dir / METADATA).exists()
         if unused:
@@ -214,6 +218,7 @@ def run_metadata(
     model: VideoModel, config: Config, class_names: list[str], display_names: dict[str, str], data: str
 ) -> dict[str, Any]:
     """The contents of metadata.json; `data` is the fingerprint of the training data."""
+    # the fingerprint of each backbone, so that a checkpoint is never loaded onto other weights
     modes = training_mode(config)
     backbones = {
         name: {
@@ -224,6 +229,8 @@ def run_metadata(
         }
         for name, source in model.sources.items()
     }
+
+    # what inference needs to rebuild the model, and what a person wants to know
     return {
         "format_version": FORMAT_VERSION,
         "task": model.task,
@@ -307,6 +314,7 @@ def load_state(
 
     Raises UserError if the file is damaged, belongs to another model, or was written by another number of processes.
     """
+    # names are <kind>.<rest>: model.*, optimizer.<index>.<slot>, rng.cpu.<process>, rng.cuda
     file = run_dir / STATE
     tensors, progress = read_tensors(file)
     groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
@@ -316,6 +324,7 @@ def load_state(
             groups[kind][rest] = tensor
         copy_tensors(model, groups["model"], file)
         load_optimizer(optimizer, groups["optimizer"])
+        # each process continues its own stream of random numbers
         generators = {int(n.removeprefix("cpu.")): t for n, t in groups["rng"].items() if n.startswith("cpu.")}
         if len(generators) != processes:
             raise UserError(f"{run_dir} was stopped with {len(generators)} processes; resume it with as many")
@@ -345,6 +354,7 @@ def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
 
     Raises UserError if there is no such run, it is finished, or a typed option contradicts the run's own.
     """
+    # a run that was killed before metadata.json starts from the beginning, with its own options
     started = (run_dir / METADATA).exists()
     if not started and not (is_unstarted(run_dir) and (run_dir / CONFIG_YAML).exists()):
         raise UserError(f"{run_dir} is not a vidtune run: it has no {METADATA}")
@@ -354,6 +364,8 @@ def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
             shutil.rmtree(run_dir / STATE.parent, ignore_errors=True)
             remove_leftovers(run_dir, owned=True)
         raise UserError(f"{run_dir} is finished: nothing to resume; --overwrite True trains it again")
+
+    # what is computed must not change; machine and folders may
     free = {*options_with("free_at_resume")}
     wrong = [
         f"--{name} {getattr(config, name)} (it has {getattr(saved, name)})"
@@ -491,6 +503,7 @@ def find_run(config: Config) -> Path:
         return Path(config.checkpoint)
     name = run_name(config)
     run_dir, provided = Path(config.output_dir) / name, PROVIDED / name
+    # the user's own run comes first; a provided one is used only if there is none, and never silently
     if run_dir.is_dir():
         return run_dir
     if provided.is_dir():
@@ -523,10 +536,13 @@ def load_run(
 
     Raises UserError if it is not a run, a typed flag contradicts it, or backbone or tensors are not the run's.
     """
+    # rebuild the model from the folder alone
     saved, metadata = read_run(run_dir)
     check_typed(config, typed, saved, run_dir)
     sources = {part: backbone_source(part, run_dir, metadata, config, typed, saved) for part in metadata["backbones"]}
     model = build_model(saved, len(metadata["class_names"]), sources.get("vision"), sources.get("language"))
+
+    # make sure that it is the same model, then fill in what was trained
     check_fingerprints(run_dir, metadata, sources)
     check_preprocessing(run_dir, metadata, model)
     load_weights(run_dir, model)

@@ -247,7 +247,8 @@ class Config:
     gradient_checkpointing: bool = option(False, to_bool, "training", "main doctor")
     """recompute activations in the backward pass: less memory, about a third slower"""
     compile: bool = option(False, to_bool, "training", "main")
-    """torch.compile the backbones: slow first step, faster afterwards; for long training on a GPU. Needs a C++ compiler"""
+    """torch.compile the backbones: slow first step, faster afterwards; for long training on a GPU. Needs a C++
+    compiler"""
     seed: int = option(0, number(int, 0, 2**31 - 1), "training", TRAIN)
     """random seed for new layers, sampling, dropout and shuffling; the val split does not depend on it"""
 
@@ -357,6 +358,7 @@ def yaml_pairs(path: Path) -> Iterator[tuple[str, str | None]]:
 
     Nothing is constructed: a list, a map, or a tag that asks for more than plain values is refused.
     """
+    # compose() stops at the syntax tree: no object is made, no alias expanded
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_YAML + 1)
@@ -370,6 +372,7 @@ def yaml_pairs(path: Path) -> Iterator[tuple[str, str | None]]:
     if not isinstance(root, yaml.MappingNode | None):
         raise UserError(f"{path}: expected lines of `key: value`")
 
+    # scalars stay text; the converters of the options decide what `no` or `1e-3` means
     for key, value in root.value if root else []:
         where = f"{path}, line {key.start_mark.line + 1}"
         if not is_plain(key):
@@ -426,6 +429,7 @@ def build_parser(script: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # defaults are suppressed, so that the result holds exactly what was typed
     parser.add_argument("--config", metavar="FILE", help=f"yaml file with defaults (default: {CONFIG_FILE.name})")
     groups: dict[str, Any] = {}
     texts = help_texts()
@@ -449,6 +453,8 @@ def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
     args, unknown = build_parser(script).parse_known_args(argv)
     if unknown:
         raise UserError(unknown_flag(unknown[0].split("=")[0]))
+
+    # default < yaml file < flag
     given = vars(args)
     path = given.pop("config", None)
     file = CONFIG_FILE if path is None else Path(path)
@@ -457,6 +463,7 @@ def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
     if script in TRAIN:
         refuse_foreign(script, typed)
     config = Config(**(values | typed))
+
     if config.checkpoint is None:  # else the run's own options decide
         config = check_options(config)
     if script == "inference" and config.video_dir is None and config.export is None:
@@ -486,6 +493,7 @@ def refuse_foreign(script: str, typed: dict[str, Any]) -> None:
 
 def check_options(config: Config) -> Config:
     """Fills in the language model and refuses impossible combinations, saying what to do."""
+    # options of a language model without one would be ignored silently
     if not config.use_vlm:
         if config.captioning:
             raise UserError("--captioning True needs a language model: add --use_vlm True")
@@ -515,6 +523,7 @@ def check_backbone(option_name: str, name: str, kind: str) -> None:
     """Raises UserError for a short name of another kind, and for a word that is no name, folder or hub id."""
     known = BACKBONES.get(name)
     if known is None:
+        # a word without a slash cannot be a hub id: most likely a short name with a typo
         if "/" not in name and not Path(name).is_dir():
             names = [n for n, b in BACKBONES.items() if (b.kind == "vision") == (kind == "vision")]
             raise UserError(
@@ -542,6 +551,7 @@ def training_mode(config: Config) -> dict[str, str]:
 def default_rates(config: Config) -> tuple[float, dict[str, float]]:
     """(the peak learning rate of the least restricted backbone, the rate of each part as a multiple of it: "vision",
     "language" and "new layers")."""
+    # a folder or a hub id counts as published weights
     kinds = {}
     for part, mode in training_mode(config).items():
         tiny = config.weights == "tiny" and getattr(config, f"{part}_model") in BACKBONES
@@ -579,6 +589,7 @@ def run_name(config: Config) -> str:
 
 
 def default_run_name(config: Config) -> str:
+    """For example timesformer_bert_text_fvbb_lorallm: backbones, task, how they are trained, weights."""
     parts = [Path(os.path.abspath(config.vision_model)).name]
     if config.use_vlm:
         parts.append(Path(os.path.abspath(config.language_model)).name)

@@ -1,6 +1,7 @@
-"""Published and tiny backbones: where a name leads, and how its files are loaded and checked."""
+"""Pretrained backbones: where a name leads, and how files are loaded and checked."""
 
 import hashlib
+import inspect
 import json
 import os
 from dataclasses import dataclass, field
@@ -116,6 +117,7 @@ def check_sizes(source: Source, hf_config: Any) -> None:
         value = max(value, default=0) if isinstance(value, list | tuple) else value
         return value if isinstance(value, int) else 0
 
+    # a rough count: attention, MLP, embeddings
     layers, width = size("num_hidden_layers"), size("hidden_size")
     attention = max(width, size("num_attention_heads") * size("head_dim"))
     layer = 4 * width * attention + 2 * width * (size("intermediate_size") or 4 * width)
@@ -143,13 +145,16 @@ def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tupl
     """
     from transformers.utils import logging
 
+    # config.json may name an attention implementation that is code on the hub, and another dtype
     logging.disable_progress_bar()  # loading takes a moment, not minutes
-    more |= {"dtype": torch.float32, "attn_implementation": None}  # never the one in config.json: it may be code
+    more |= {"dtype": torch.float32, "attn_implementation": None}
     if not source.weights:
         try:
             return auto_class.from_config(config, **more)
         except Exception as error:  # a damaged configuration can make transformers raise anything
             raise UserError(f"cannot build the model of {source.path}/config.json: {error}") from None
+
+    # weights_only: a .bin file is a pickle, and must not run code
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no table of unused tensors; missing ones are reported below
     try:
@@ -157,6 +162,8 @@ def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tupl
         model, report = from_source(auto_class, source, "weights", **more)
     finally:
         logging.set_verbosity(verbosity)
+
+    # transformers would fill in random numbers for a missing tensor and only warn
     missing = sorted(k for k in report["missing_keys"] if not k.startswith(new_layers))
     misfits = sorted(str(k[0] if isinstance(k, tuple) else k) for k in report["mismatched_keys"])
     if missing or misfits:
@@ -181,3 +188,64 @@ def load_preprocessor(source: Source, model_type: str) -> dict[str, Any]:
         f"{model_type}: mean {values['image_mean']}, std {values['image_std']}"
     )
     return values
+
+
+# -- language models --------------------------------------------------------------------------------
+
+
+def load_language(source: Source, captioning: bool) -> tuple[nn.Module, Any]:
+    """(causal language model or BERT-like encoder, tokenizer). The encoder has no pooler, or one that is never trained.
+
+    Raises UserError for a model of another kind.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    hf_config = read_config(source)
+    if captioning:
+        if not is_decoder(hf_config):
+            raise UserError(f"captioning needs a causal language model such as gpt2, not {source.path}")
+        model = load_backbone(AutoModelForCausalLM, source, hf_config, new_layers=("lm_head.",))
+        model.generation_config = GenerationConfig()  # captions depend on our options, not on a file of the backbone
+    else:
+        if not is_encoder(hf_config):
+            kind = f"{source.path} is a {hf_config.model_type}"
+            raise UserError(f"{kind}; classification needs a BERT-like encoder; for captions add --captioning True")
+        # BERT's pooler reads [CLS] through a layer that published checkpoints often lack; the head reads [CLS] itself
+        optional = "add_pooling_layer" in inspect.signature(model_class(hf_config).__init__).parameters
+        without_pooler = {"add_pooling_layer": False} if optional else {}
+        model = load_backbone(AutoModel, source, hf_config, new_layers=("pooler.",), **without_pooler)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("pooler" not in name)
+    source.fingerprint = fingerprint(model) if source.weights else source.fingerprint
+    return model, from_source(AutoTokenizer, source, "tokenizer")
+
+
+def model_class(hf_config: Any) -> type[nn.Module] | None:
+    """The class that AutoModel uses for a configuration."""
+    from transformers import MODEL_MAPPING
+
+    classes = MODEL_MAPPING.get(type(hf_config), None)
+    return classes[0] if isinstance(classes, tuple) else classes
+
+
+def is_encoder(hf_config: Any) -> bool:
+    """Whether a configuration is that of a masked language model that accepts embeddings in place of ids."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    masked = hf_config.model_type in MASKED and not hf_config.is_encoder_decoder
+    return masked and takes(model_class(hf_config), "inputs_embeds")
+
+
+def is_decoder(hf_config: Any) -> bool:
+    """Whether a configuration is that of a causal language model. transformers has causal versions of BERT-like
+    encoders too, but these were not pretrained."""
+    from transformers.models.auto import modeling_auto as tables
+
+    masked = hf_config.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = hf_config.model_type in tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return causal and not masked and not hf_config.is_encoder_decoder
+
+
+def takes(model: Any, argument: str) -> bool:
+    """Whether a model's forward has an argument of this name."""
+    return model is not None and argument in inspect.signature(model.forward).parameters

@@ -46,9 +46,12 @@ def only(splits: Splits, *names: str) -> Splits:
 
 def prepare(config: Config, folder: Path) -> Run:
     """Reads what the data folder holds and builds the model. Raises UserError if either is not usable."""
+    # what is wrong with the data is found before the model is built, which takes longer
     data_dir = Path(config.data_dir)
     splits = read_splits(data_dir)
     check_samples(splits, config.captioning, config.use_text)
+
+    # the seed is set right before the new layers are drawn
     accelerator = build_accelerator(config)
     set_seed(config.seed)
     model = build_model(config, len(splits.class_names))
@@ -87,6 +90,7 @@ def write_or_compare(run: Run) -> None:
 
 def fit(run: Run) -> int:
     """Trains, reports, draws; metrics.json comes last and makes the run finished. Returns the exit status."""
+    # any of these may fail or be killed; --resume then continues, because metrics.json is not there yet
     loaders = run.loaders()
     try:
         with memory_advice():
@@ -97,6 +101,8 @@ def fit(run: Run) -> int:
             report(run, metrics)
             if run.accelerator.is_main_process:
                 finish_run(run.folder, metrics)
+
+    # Ctrl-C and SIGTERM: the exit status is the shell's own for that signal
     except train_code.Stopped as stopped:
         print(f"{stopped}; its state is saved. To continue: {resume_command(run.config)}")
         return 128 + stopped.number
@@ -137,6 +143,7 @@ def report(run: Run, metrics: dict[str, Any]) -> None:
 
 def draw_pictures(run: Run, metrics: dict[str, Any]) -> None:
     """The pictures of a scored run, of its test split or else of val."""
+    # pictures show single clips, also if the scores are averages over several views
     split = "test" if "test" in metrics else "val"
     rows = read_rows(run.folder / f"predictions_{split}.jsonl")
     one_view = replace(run.config, test_clips=1, test_crops=1)
@@ -197,6 +204,7 @@ def print_backbones(run: Run) -> None:
 
 
 def print_hints(run: Run) -> None:
+    """Advice on combinations that work but are rarely meant."""
     config = run.config
     if config.use_vlm and training_mode(config)["vision"] == "full":
         print(

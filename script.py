@@ -37,8 +37,8 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\u
 
 
 class UserError(Exception):
-    """A mistake that the user can fix. Scripts print it as one line, `error: ...`, and exit with status 2; `details` are
-    printed below, one line each."""
+    """A mistake that the user can fix. Scripts print it as one line, `error: ...`, and exit with status 2. `details`
+    are printed below, one line each."""
 
     def __init__(self, message: str, details: Sequence[str] = ()):
         super().__init__(message)
@@ -84,9 +84,10 @@ def run_and_catch(run: Callable[[list[str] | None], int | None], argv: list[str]
     for stream in (sys.stdout, sys.stderr):  # file names may not be valid UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    # every way a script can end, as an exit status: 0 and 1 are run()'s own, 2 is the user's mistake
     try:
         status = run(argv) or 0
-        sys.stdout.flush()
+        sys.stdout.flush()  # a full disk shows here, not at exit
         return status
     except UserError as error:
         return print_error(str(error), error.details)
@@ -142,9 +143,9 @@ def collector_off() -> Generator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep the memory of freed tensors below 16 MB. By default it returns the pages to the system, which maps
-    and zeroes them again for the next step: up to a fifth of a step on a CPU. Larger tensors are still returned, because
-    they would fragment memory. Other C libraries are left alone.
+    """Makes glibc keep the memory of freed tensors below 16 MB. By default it returns the pages to the system, which
+    maps and zeroes them again for the next step: up to a fifth of a step on a CPU. Larger tensors are still returned,
+    because they would fragment memory. Other C libraries are left alone.
 
     Source: mallopt(3).
     """
@@ -184,6 +185,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         folder.mkdir(exist_ok=True)
         write(folder / path.name)
+        # the contents must be on disk before the name points to them: a power cut may reorder the two
         with (folder / path.name).open("rb") as file:
             os.fsync(file.fileno())
         os.replace(folder / path.name, path)
@@ -203,6 +205,7 @@ def is_temporary(path: Path) -> bool:
 def remove_leftovers(folder: Path, owned: bool = False) -> None:
     """Removes what killed processes were writing to a folder: directly in it, and only from dead processes of this
     machine. If this process has `owned` the folder by a lock, everything below it, whoever wrote it."""
+    # the name says which process wrote it, and on which machine
     for path in [*(folder.rglob(".*tmp*") if owned else folder.glob(".*.tmp"))]:
         writer = re.search(rf"\.{re.escape(platform.node())}\.(\d+)\.tmp$", path.name)
         if is_temporary(path) and (owned or (writer and not is_running(int(writer[1])))):
@@ -243,8 +246,8 @@ class FileLock:
     """Keeps other processes away from `what`, a folder or a file, until release() or the end of this process.
 
     It is a POSIX record lock (fcntl(2)) on a file of its own. The system drops it when the process ends, even by
-    SIGKILL. Unlike a lock of flock(2), it is not inherited by forked children such as a loader's workers. The file names
-    the owner and is removed by release().
+    SIGKILL. Unlike a lock of flock(2), it is not inherited by forked children such as a loader's workers. The file
+    names the owner and is removed by release().
 
     Raises UserError naming the owner if another process, or this one, has the lock; FileNotFoundError if the folder of
     the file does not exist.
@@ -258,6 +261,7 @@ class FileLock:
             raise UserError(f"{what} is in use by this process")
         try:
             self.file = self._acquire(what)
+            # whoever is refused reads here whom to wait for
             os.ftruncate(self.file, 0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             os.pwrite(self.file, f"process {os.getpid()} on {platform.node()} since {since}".encode(), 0)

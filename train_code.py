@@ -68,11 +68,14 @@ def build_optimizer(model: VideoModel, config: Config) -> torch.optim.AdamW:
 
     Every parameter group has a `peak_lr`; lr_at of it is set before each step.
     """
+    # a backbone's rate, slower with every layer further from the output
     _, scales = default_rates(config)
     scale_of = {}
     for part, backbone in model.backbones().items():
         above = layers_above(backbone)
         scale_of |= {id(p): scales[part] * config.layer_decay ** above[n] for n, p in backbone.named_parameters()}
+
+    # as few groups as there are pairs of decay and rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_tensors(model).items():
         decay = config.weight_decay if parameter.ndim >= 2 and not NO_DECAY.search(name) else 0.0
@@ -89,6 +92,7 @@ def build_accelerator(config: Config) -> Any:
     """The accelerator for these options. Raises UserError if the device or precision is not available."""
     from accelerate import Accelerator
 
+    # accelerate would fall back to another device silently
     device = config.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable NVIDIA GPU; --device auto picks an available device")
@@ -206,6 +210,7 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
 
     Raises UserError for a loss that is not finite, naming step and files.
     """
+    # a resumed epoch starts behind the batches that it has seen
     model.train()
     progress, total = engine.progress, math.ceil(len(loader) / engine.accumulate)
     loader.batch_sampler.epoch = progress.epoch
@@ -214,6 +219,7 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
     groups = groups_of(loader, engine.accumulate)
     with tqdm(groups, f"epoch {progress.epoch + 1}", total, False, initial=progress.groups, unit="step") as bar:
         for group in bar:
+            # the schedule is a pure function of the step: nothing of it has to be saved
             for param_group in engine.optimizer.param_groups:
                 param_group["lr"] = lr_at(progress.step, engine.total_steps, param_group["peak_lr"])
             if accumulate_gradients(model, group, loader, engine):
@@ -238,9 +244,12 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
 
     The loss is the mean over all targets of the step, so accumulated batches equal one large batch.
     """
+    # the number of targets in the whole step, before the first backward pass needs it
     accelerator, progress = engine.accelerator, engine.progress
     group = [engine.augment(to_device(batch, accelerator.device)) for batch in group]
     (num_targets,) = summed(accelerator, sum(int((model.targets(batch) != -100).sum()) for batch in group))
+
+    # one backward pass per batch; gradients add up
     loss_total, count, correct = 0.0, 0, 0
     for batch in group:
         with accelerator.autocast():
@@ -253,6 +262,7 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
         count += int((targets != -100).sum())
         correct += int((logits.argmax(-1) == targets).sum())
 
+    # the log shows sums over all processes
     loss_total, count, correct = summed(accelerator, loss_total, count, correct)
     progress.loss += loss_total
     progress.count += count
@@ -301,6 +311,7 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
     if step >= 2:
         yield
         return
+    # before the step: everything that should learn can
     for name, parameter in trained_tensors(model).items():
         if parameter.grad is None:
             raise UserError(f"{name} should be trained but gets no gradient")
@@ -310,6 +321,7 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
             raise UserError(f"the adapter {name} is dead: no gradient reaches its {half}")
     versions = {n: p._version for n, p in model.named_parameters() if not p.requires_grad}  # counts changes in place
     yield
+    # after it: nothing else has moved
     for name, parameter in model.named_parameters():
         if name in versions and (parameter.grad is not None or parameter._version != versions[name]):
             raise UserError(f"{name} is frozen but was changed by the optimizer")
@@ -322,6 +334,7 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
 def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str = "val") -> dict[str, Any]:
     """Mean loss over all targets, and count. For classifiers also accuracy, and for every clip `truth` (n,), the most
     likely classes `ranked` (n, min(5, K)) and their `probabilities`, best first."""
+    # sums and rows of this process's part of every batch
     model.eval()
     total, count = 0.0, 0
     rows: list[tuple] = []  # index; for classifiers also true class, most likely classes, their probabilities
@@ -391,6 +404,7 @@ def final_scores(
             rows.append({"file": str(sample.path), "caption": caption, "references": list(sample.captions)})
         return result | score_captions(captions, loader.dataset), rows
 
+    # arrays become rows of predictions; metrics.json has the scores alone
     truth, ranked, probabilities = (result.pop(name) for name in ("truth", "ranked", "probabilities"))
     names = loader.dataset.class_names
     for sample, label, best, scores in zip(samples, truth, ranked.tolist(), probabilities.tolist(), strict=True):
@@ -437,6 +451,7 @@ def build_loaders(
             views=(config.test_clips, config.test_crops) if name == "test" else (1, 1),
             features=features.get(name),
         )
+        # every process takes every n-th clip of each batch, so that n changes no result
         batches = EpochBatches(dataset, config.batch_size)
         if accelerator is not None:
             batches.rank, batches.world_size = accelerator.process_index, accelerator.num_processes
@@ -484,18 +499,22 @@ def train(
         UserError: a loss that is not finite, a dead adapter, a video that cannot be read, a full disk.
         Stopped: SIGINT or SIGTERM came; the state is saved.
     """
+    # model and optimizer
     started = time.perf_counter()
     model.to(accelerator.device)
     if config.compile:
         for backbone in model.backbones().values():
             body_of(backbone).compile()  # in place: the names of tensors stay
     engine = build_engine(model, loaders["train"], config, accelerator)
+
+    # continue where a stopped run was
     if config.resume and (run_dir / STATE).exists():  # else it was stopped before anything was saved
         engine.progress = resumed_progress(model, engine, config.epochs, run_dir)
         loaders["train"].skipped.update(engine.progress.skipped)
         if accelerator.is_main_process:
             write_rows(engine.progress.log, run_dir / "log.jsonl")
 
+    # train, and save what --resume needs after each epoch, every `save_every` steps, and before stopping
     with stop_signals() as signals:
 
         def save_or_stop(due: bool) -> None:
@@ -539,6 +558,7 @@ def build_engine(model: VideoModel, loader: DataLoader, config: Config, accelera
 
 def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config, run_dir: Path) -> None:
     """Trains the current epoch to its end, evaluates on val, saves the weights if they are the best so far, logs."""
+    # ties in accuracy are broken by the loss; a captioner has the loss alone
     progress = engine.progress
     trained = train_one_epoch(model, loaders["train"], engine)
     seconds = progress.seconds
@@ -552,6 +572,7 @@ def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine,
     row["seconds"] = round(seconds, 2)
     row["clips_per_second"] = round(len(loaders["train"].dataset) / seconds, 1)
 
+    # only the best weights are kept
     if row["best"]:
         progress.best = rank
     progress.log.append(row)

@@ -29,12 +29,15 @@ def sample_indices(
     """
     if available < 1 or num_frames < 1:
         raise ValueError(f"cannot take {num_frames} of {available} frames")
+    # segments over the whole video
     if stride == 0 and available >= num_frames:
         edges = np.arange(num_frames + 1) * available / num_frames
         if rng is None:
             return np.minimum(edges[:-1] + position * available / num_frames, available - 1).astype(int)
         low, high = edges[:-1].astype(int), np.ceil(edges[1:]).astype(int)
         return np.maximum.accumulate(rng.integers(low, high))
+
+    # one window of every `stride`-th frame, or of all frames if there are fewer than num_frames
     step = stride or 1
     slack = max(0, available - (num_frames - 1) * step - 1)
     start = int(position * slack) if rng is None else int(rng.integers(slack + 1))
@@ -42,8 +45,8 @@ def sample_indices(
 
 
 def view_indices(available: int, num_frames: int, stride: int, clips: int) -> np.ndarray:
-    """The frames of `clips` clips spread over one video, one after the other, [clips * num_frames]; a single clip is the
-    one used for evaluation."""
+    """The frames of `clips` clips spread over one video, one after the other, [clips * num_frames]; a single clip is
+    the one used for evaluation."""
     positions = (np.arange(clips) + 0.5) / clips
     return np.concatenate([sample_indices(available, num_frames, stride, position=p) for p in positions])
 
@@ -66,15 +69,20 @@ class Preprocessing:
         Its sizes are scaled by image_size / (its own size after the crop). Raises ValueError for an invalid field, and
         for an interpolation other than nearest, bilinear or bicubic.
         """
+        # resize and crop keep the ratio that they have in the file
         resize = _sizes("size", values.get("size", 224)) if values.get("do_resize", True) else None
         cropped = values.get("do_center_crop") and "crop_size" in values
         crop = _sizes("crop_size", values["crop_size"]) if cropped else resize
         if resize is not None:
             scale = image_size / min(crop)
             resize = _sizes("size / crop_size", [round(s * scale) for s in resize])
+
+        # PIL's code of the interpolation
         code = values.get("resample", 2)
         if not isinstance(code, int) or code not in INTERPOLATION:
             raise ValueError(f"resample {reprlib.repr(code)} is not supported; 0, 2 and 3 are")
+
+        # pixels become (pixels * rescale - mean) / std
         rescale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
         if not _is_number(rescale) or rescale <= 0:
             raise ValueError(f"rescale_factor must be a number above 0, not {reprlib.repr(rescale)}")
@@ -166,6 +174,7 @@ def resize_frames(clip: torch.Tensor, size: tuple[int, int], mode: str = "biline
 def crop_square(clip: torch.Tensor, size: int, position: float = 0.5) -> torch.Tensor:
     """size x size pixels of [T, C, H, W], at `position` (0 to 1) along the longer side and in the middle of the shorter
     one. Smaller frames are padded with black."""
+    # pad first: a crop must not reach beyond the frame
     height, width = clip.shape[-2:]
     if height < size or width < size:
         pad_h, pad_w = max(0, size - height), max(0, size - width)
