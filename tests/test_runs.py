@@ -44,12 +44,19 @@ def contents(run: Path) -> dict[str, object]:
 # -- killed anywhere --------------------------------------------------------------------------------
 
 
-def killed_at(argv: list[str], monkeypatch, target: str, call: int = 1) -> None:
+def killed_at(argv: list[str], target: str, call: int = 1) -> None:
     """Runs main in a child process that is killed at the n-th call of a function."""
     child = os.fork()
     if child:
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         return
+    try:
+        run_until_killed(argv, target, call)
+    finally:  # whatever happens, the child must not return into pytest and run the other tests
+        os._exit(7)
+
+
+def run_until_killed(argv: list[str], target: str, call: int) -> None:
     calls = {"left": call}
     module, name = target.rsplit(".", 1)
     owner = sys.modules[module]
@@ -63,7 +70,6 @@ def killed_at(argv: list[str], monkeypatch, target: str, call: int = 1) -> None:
 
     setattr(owner, name, kill)
     main.main(argv)
-    os._exit(7)
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +103,16 @@ SELDOM = [
 
 
 @pytest.mark.parametrize("target, call", [*MOMENTS, *(pytest.param(*m, marks=pytest.mark.slow) for m in SELDOM)])
-def test_a_run_killed_anywhere_is_resumed_to_the_same_end(dataset, tmp_path, monkeypatch, whole, target, call):
+def test_a_run_killed_anywhere_is_resumed_to_the_same_end(dataset, tmp_path, whole, target, call):
     """Also before it has saved anything; nothing is missing or left over then."""
-    killed_at(flags(dataset, tmp_path, "--controls", "True"), monkeypatch, target, call)
+    killed_at(flags(dataset, tmp_path, "--controls", "True"), target, call)
     assert main.main(["--resume", "True", "--run_name", "r", "--output_dir", str(tmp_path)]) == 0
     assert contents(tmp_path / "r") == contents(whole)
     assert not [p for p in tmp_path.rglob("*") if "tmp" in p.name or p.name == ".lock"]
 
 
-def test_a_run_killed_before_it_started_can_be_started_again(dataset, tmp_path, monkeypatch, whole):
-    killed_at(flags(dataset, tmp_path), monkeypatch, "checkpoint.write_json")
+def test_a_run_killed_before_it_started_can_be_started_again(dataset, tmp_path, whole):
+    killed_at(flags(dataset, tmp_path), "checkpoint.write_json")
     assert (tmp_path / "r" / "config.yaml").exists() and not (tmp_path / "r" / "metadata.json").exists()
     assert main.main(flags(dataset, tmp_path, "--controls", "True")) == 0
     assert contents(tmp_path / "r") == contents(whole)
