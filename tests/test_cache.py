@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import resolved
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 
 import feature_cache
 import main
+import runs
+import score
 import train_code
 from build_model import build_model
 from checkpoint import load_run
@@ -69,13 +72,13 @@ def test_training_from_the_cache_equals_training_from_pixels(dataset, tmp_path, 
             loaders["train"].dataset.jitter = False
         return loaders
 
-    monkeypatch.setattr(train_code, "build_loaders", without_jitter)
+    monkeypatch.setattr(runs, "build_loaders", without_jitter)
     assert train(dataset, tmp_path, *flags, "--run_name", "pixels", "--cache_features", "False") == 0
     for a, b in zip(log_of(tmp_path, "cached"), log_of(tmp_path, "pixels"), strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
     model, config, _ = load_run(tmp_path / "runs" / "cached")  # the same weights, tested from pixels
-    accelerator = build_accelerator(config)
+    config, accelerator = resolved(config, model), build_accelerator(config)
     loader = original(model, config, read_splits(dataset))["test"]
     again, rows = train_code.final_scores(model, loader, accelerator, config, "test")
     scores = json.loads((tmp_path / "runs" / "cached" / "metrics.json").read_text())["test"]
@@ -359,7 +362,8 @@ def test_auto_caches_only_what_cannot_change(dataset, tmp_path):
 
 
 def test_several_test_views_are_read_from_pixels(dataset, tmp_path):
-    assert train(dataset, tmp_path, *FROZEN, "--test_clips", "2", "--run_name", "r") == 0
+    assert train(dataset, tmp_path, *FROZEN, "--run_name", "r") == 0
+    assert score.main(["--checkpoint", str(tmp_path / "runs" / "r"), "--test_clips", "2"]) == 0
     metrics = json.loads((tmp_path / "runs" / "r" / "metrics.json").read_text())
     assert metrics["test"]["views"] == {"clips": 2, "crops": 1} and metrics["test"]["count"] == 6
     assert (tmp_path / "cache").is_dir()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import resolved
 from PIL import Image
 
 import controls
@@ -27,7 +28,7 @@ FLAGS = ["--epochs", "2", "--num_workers", "0", "--freeze_visionbackbone", "True
 JOBS = {
     "classifier": [],
     "text": ["--use_vlm", "True", "--use_text", "True", "--freeze_llmbackbone", "True"],
-    "captioner": ["--use_vlm", "True", "--captioning", "True", "--vision_model", "videomae", "--max_new_tokens", "12"],
+    "captioner": ["--use_vlm", "True", "--captioning", "True", "--vision_model", "videomae"],
 }
 
 
@@ -48,7 +49,7 @@ def accuracy_by_hand(run: Path, dataset: Path, change) -> float:
     """One clip at a time, `change` applied to the clip that the loader reads."""
     model, config, metadata = load_run(run)
     splits = read_splits(dataset)
-    data = build_loaders(model, config, splits)["test"].dataset
+    data = build_loaders(model, resolved(config, model), splits)["test"].dataset
     right = 0
     for place, sample in enumerate(splits.test):
         item = data[(0, place)]
@@ -108,9 +109,9 @@ def test_every_clip_gets_the_text_of_another():
 def test_the_nearest_neighbour_is_the_nearest(runs, dataset, tmp_path, job):
     """By cosine of the pretrained backbone's pooled tokens about the training mean, in float64; the cache's are fp16."""
     _, config, _ = load_run(runs[job])
-    splits, config = read_splits(dataset), replace(config, cache_dir=str(tmp_path))
-    found = controls.nearest(splits, splits.test, config, build_accelerator(config))
     plain = build_model(Config(vision_model=config.vision_model, freeze_visionbackbone=True), 3).eval()
+    splits, config = read_splits(dataset), replace(resolved(config, plain), cache_dir=str(tmp_path))
+    found = controls.nearest(splits, splits.test, config, build_accelerator(config))
 
     def pooled(samples: list[Sample]) -> np.ndarray:
         only = replace(splits, train=[], val=[], test=samples)
@@ -148,7 +149,7 @@ def test_the_line_says_what_motion_and_text_are_worth():
 def test_an_occlusion_map_is_what_covering_costs(runs, dataset, monkeypatch, job):
     monkeypatch.setattr(controls, "CELLS", 6)
     model, config, _ = load_run(runs[job])
-    loader = build_loaders(model, config, read_splits(dataset))["test"]
+    loader = build_loaders(model, resolved(config, model), read_splits(dataset))["test"]
     rows = read_rows(runs[job] / "predictions_test.jsonl")
     clip, fall, row = controls.occlusion_maps(model, loader, rows, build_accelerator(config))[0]
     item = loader.dataset[(0, rows.index(row))]

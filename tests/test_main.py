@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import counting_frames, write_video
+from conftest import counting_frames, resolved, write_video
 from safetensors.torch import load_file, save_file
 
 import create_dummy
@@ -117,7 +117,7 @@ def test_the_checkpoint_holds_exactly_what_is_trained_and_loads_to_the_same_outp
     import train_code
     from VLoader import read_splits
 
-    loaders = train_code.build_loaders(one, config, read_splits(dataset))
+    loaders = train_code.build_loaders(one, resolved(config, one), read_splits(dataset))
     again = train_code.evaluate(one, loaders["test"], train_code.build_accelerator(config))
     assert again["loss"] == pytest.approx(metrics["test"]["loss"], abs=1e-6)
 
