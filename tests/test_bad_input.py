@@ -98,7 +98,7 @@ def test_bad_videos_and_lists(data, tmp_path, capsys, case):
 
 def test_an_output_dir_beneath_a_file(data, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
-    assert "cannot make the folder" in refused(capsys, train(data, tmp_path / "file" / "runs"))
+    assert "cannot create the folder" in refused(capsys, train(data, tmp_path / "file" / "runs"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -228,7 +228,7 @@ def test_half_a_dataset_is_none(dataset, tmp_path, capsys, monkeypatch, script, 
 def test_outputs_that_cannot_be_made(dataset, tmp_path, capsys, script, output):
     (tmp_path / "file").write_text("x")
     flags = ["--data_dir", str(dataset)] if script is create_dummy else []
-    assert "cannot make the folder" in refused(capsys, script.main([*flags, "--output", str(tmp_path / output)]))
+    assert "cannot create the folder" in refused(capsys, script.main([*flags, "--output", str(tmp_path / output)]))
 
 
 @pytest.mark.parametrize(

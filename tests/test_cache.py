@@ -341,7 +341,7 @@ def test_the_index_finds_what_was_added_and_nothing_else(names, shards, asked):
         (["--cache_features", "True"], "needs --freeze_visionbackbone True"),
         (["--cache_features", "True", *FROZEN, "--augment", "light"], "--augment none"),
         (["--cache_features", "True", *FROZEN, "--use_lora_vision", "True"], "without LoRA"),
-        ([*FROZEN, "--cache_dir", "/dev/null/x"], "cannot make the folder"),
+        ([*FROZEN, "--cache_dir", "/dev/null/x"], "cannot create the folder"),
     ],
 )
 def test_a_cache_that_cannot_be_is_an_error(dataset, tmp_path, capsys, flags, words):
