@@ -124,7 +124,7 @@ def print_error(message: str, details: Sequence[str] = ()) -> int:
 
 
 def discard_output() -> None:
-    """Drops buffered output that cannot be written (full disk, closed pipe). Python would try again at exit and fail."""
+    """Drops buffered output that cannot be written (full disk, closed pipe); Python would try again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
