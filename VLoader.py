@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
 from metrics import Lexicon
-from readers import VIDEO_SUFFIXES, Reader, ReadError, VideoFile, digest, naming, natural_key, open_video, survey
+from readers import VIDEO_SUFFIXES, Reader, ReadError, VideoFile, as_read_error, digest, natural_key, open_video, survey
 from script import UserError, printable, shown
 from transforms import Preprocessing, sample_indices, view_indices
 
@@ -61,7 +61,7 @@ def split_into_windows(sample: Sample, seconds: float) -> list[tuple[Sample, flo
     reader = open_video(sample.path)
     if not isinstance(reader, VideoFile):
         raise ReadError(sample.path, "it has no timestamps; a timeline needs a video file")
-    with naming(sample.path):
+    with as_read_error(sample.path):
         times = reader.seconds()
     # the last frame is shown for as long as a typical one
     end = max(1e-9, float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0)))

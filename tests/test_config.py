@@ -48,7 +48,7 @@ def test_precedence_and_converters(tmp_path):
         (["--epochs", "0"], "from 1 to 100000"),
         (["--dropout", "nan"], "from 0 to 0.9"),
         (["--use_vlm", "maybe"], "--use_vlm: expected True or False"),
-        (["--num_frames", "some"], "auto, or a whole number"),
+        (["--num_frames", "some"], "auto or a whole number"),
         (["--image_size", "4"], "from 8 to 2048"),
         (["--device", "tpu"], "one of auto, cpu, cuda, mps"),
         (["--captioning", "True"], "add --use_vlm True"),
