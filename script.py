@@ -209,9 +209,8 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 def is_temporary(path: Path) -> bool:
     """Whether replace_file() or a library made this as a temporary file or folder."""
-    return path.name.startswith(".") and (
-        path.name.endswith(".tmp") or re.fullmatch(r"\.tmp\w{6}", path.name) is not None
-    )
+    # .NAME.MACHINE.PROCESS.tmp of replace_file(), .tmp and six letters of safetensors
+    return re.fullmatch(r"(?s)\.(.*\.)?tmp|\.tmp\w{6}", path.name) is not None
 
 
 def remove_leftovers(folder: Path, owned: bool = False) -> None:

@@ -95,18 +95,12 @@ class Preprocessing:
         rescale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
         if not _is_number(rescale) or rescale <= 0:
             raise ValueError(f"rescale_factor must be a number above 0, not {reprlib.repr(rescale)}")
-        normalise = values.get("do_normalize", True)
-        std = _channels(values, "image_std") if normalise else (1.0, 1.0, 1.0)
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        if values.get("do_normalize", True):
+            mean, std = _channels(values, "image_mean"), _channels(values, "image_std")
         if min(std) <= 0:
             raise ValueError(f"image_std must be above 0, not {std}")
-        return cls(
-            image_size=image_size,
-            resize=resize,
-            interpolation=INTERPOLATION[code],
-            rescale_factor=float(rescale),
-            mean=_channels(values, "image_mean") if normalise else (0.0, 0.0, 0.0),
-            std=std,
-        )
+        return cls(image_size, resize, INTERPOLATION[code], float(rescale), mean, std)
 
     def pixels(self, clip: torch.Tensor, position: float | None = None) -> torch.Tensor:
         """Resizes and crops uint8 [T, C, H, W] to [T, C, image_size, image_size].

@@ -185,7 +185,7 @@ class Harmful:
         (torch.zeros(4, 3, 8, 8).to_sparse(), "expected a dense CPU tensor"),
         (torch.zeros(4, 3, 8, 8, device="meta"), "expected a dense CPU tensor"),
         (torch.zeros(1).expand(8, 3, 200_000, 200_000), "200000x200000 pixels"),
-        (torch.zeros(1).expand(10**6, 3, 100, 100), r"\[3, 100, 100\] are 111.8 GiB"),
+        (torch.zeros(1).expand(10**6, 3, 100, 100), r"\[3, 100, 100\] take 111.8 GiB"),
     ],
 )
 def test_bad_tensors_are_named(tmp_path, monkeypatch, content, cause):
@@ -236,7 +236,7 @@ def test_whatever_a_library_raises_names_the_file(tmp_path, monkeypatch, kind):
 def test_a_codec_that_ffmpeg_does_not_know(tmp_path):
     path = write_video(tmp_path / "v.avi", counting_frames(8), "mpeg4")
     path.write_bytes(path.read_bytes().replace(b"FMP4", b"ZZZZ"))
-    with pytest.raises(ReadError, match=r"v\.avi: its codec is unknown"):
+    with pytest.raises(ReadError, match=r"v\.avi: this FFmpeg does not know its codec"):
         open_video(path)
 
 
@@ -273,7 +273,7 @@ def test_pictures_and_clips_have_a_largest_size(tmp_path, monkeypatch, recwarn):
     assert "100000x1 pixels would become 22400000x224" in large[0, 0]["error"]
     path = write_video(tmp_path / "v.mp4", counting_frames(40))
     monkeypatch.setattr(readers, "LARGEST_CLIP", 10**5)
-    with pytest.raises(ReadError, match=r"v\.mp4: 40 frames of shape \[3, 32, 48\] are 0.0 GiB"):
+    with pytest.raises(ReadError, match=r"v\.mp4: 40 frames of shape \[3, 32, 48\] take 0.0 GiB"):
         read_clip(path, 40)
     assert ClipDataset([Sample(path)], SMALL, 40, 0, [])[0, 0]["video"].shape == (40, 3, 16, 16)
     assert scan_videos({path: 1}, 40, 0, 0, {})[0] == {}
@@ -488,7 +488,7 @@ def test_metadata_labels_need_no_class_folders(tmp_path):
         ('{"file_name": 3}', "line 2: expected"),
         ('{"file_name": "b.pt", "caption": ""}', "line 2: caption must be"),
         ('{"file_name": "b.pt", "text": 3}', "line 2: text must be"),
-        ('{"file_name": "a.pt"}', "line 2: file_name 'a.pt' stands twice"),
+        ('{"file_name": "a.pt"}', "line 2: file_name 'a.pt' appears twice"),
         ('{"file_name": "b.pt"}', "names 1 files that do not exist"),
     ],
 )
