@@ -29,8 +29,11 @@ from torch.utils.data import get_worker_info
 from script import UserError
 from transforms import LARGEST_PICTURE
 
-VIDEO_SUFFIXES = {f".{s}" for s in "mp4 avi mkv webm mov gif m4v mpg mpeg wmv flv ts 3gp ogv".split()}
-IMAGE_SUFFIXES = {f".{s}" for s in "png jpg jpeg bmp webp tif tiff ppm".split()}
+VIDEO_SUFFIXES = {
+    f".{name}"
+    for name in ["mp4", "avi", "mkv", "webm", "mov", "gif", "m4v", "mpg", "mpeg", "wmv", "flv", "ts", "3gp", "ogv"]
+}
+IMAGE_SUFFIXES = {f".{name}" for name in ["png", "jpg", "jpeg", "bmp", "webp", "tif", "tiff", "ppm"]}
 # folders that operating systems and NAS devices create among the user's own, in lower case
 SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
 REPEATED = "a link to a folder that was already read"

@@ -333,7 +333,7 @@ def test_a_title_need_not_be_text(tmp_path):
 def test_a_video_has_at_most_so_many_windows(tmp_path):
     path = write_video(tmp_path / "v.mp4", counting_frames(8))
     for seconds in (1e-9, 1e-300):
-        with pytest.raises(ReadError, match=r"v\.mp4: 0\.8 s are more than 100000 windows"):
+        with pytest.raises(ReadError, match=r"v\.mp4: 0\.8 s would make more than 100000 windows"):
             split_into_windows(Sample(path), seconds)
     with av.open(str(path)) as source, av.open(str(tmp_path / "jump.mkv"), "w") as target:
         copy = target.add_stream_from_template(source.streams.video[0])
@@ -342,7 +342,7 @@ def test_a_video_has_at_most_so_many_windows(tmp_path):
         for packet in packets:
             packet.stream = copy
             target.mux(packet)
-    with pytest.raises(ReadError, match=r"jump\.mkv: .* s are more than 100000 windows of 1 s"):
+    with pytest.raises(ReadError, match=r"jump\.mkv: .* s would make more than 100000 windows of 1 s"):
         split_into_windows(Sample(tmp_path / "jump.mkv"), 1)
 
 
@@ -362,7 +362,7 @@ def test_a_killed_worker_is_one_error(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ClipDataset, "pixels", killed)
     flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--image_size", "16", "--num_workers", "1"]
     assert main.main([*flags, "--cache_features", "False"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: a process that reads videos was killed")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: a worker process was killed")
     monkeypatch.setattr(scan, "open_video", killed)
     with pytest.raises(UserError, match="lower --num_workers, --batch_size"):
         scan_videos({write_tensor(tmp_path / f"{i}.pt"): 0 for i in range(65)}, 2, 0, 1, {})
