@@ -60,6 +60,7 @@ def split_into_windows(sample: Sample, seconds: float) -> list[tuple[Sample, flo
     The last window may be shorter. Raises ReadError for a video that cannot be read, and for frame folders and tensors,
     which have no timestamps.
     """
+    # only video files know when a frame is shown
     reader = open_video(sample.path)
     if not isinstance(reader, VideoFile):
         raise ReadError(sample.path, "no timestamps; --timeline needs a video file")
@@ -93,6 +94,7 @@ def read_folder(folder: Path) -> list[Sample]:
     """
     if not folder.exists():
         raise UserError(f"no such file or folder: {folder}")
+    # metadata may also list videos outside the folder
     rows = read_metadata(folder) if folder.is_dir() else {}
     videos, ignored = survey(folder)
     if ignored:
@@ -106,6 +108,7 @@ def read_folder(folder: Path) -> list[Sample]:
 
 def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
     """{path: row} of a folder's metadata.jsonl; {} without one. Raises UserError naming the line."""
+    # the file is optional; a byte order mark, as Windows programs write it, is ignored (utf-8-sig)
     file = folder / "metadata.jsonl"
     if not file.is_file():
         return {}
@@ -204,6 +207,7 @@ def read_splits(data_dir: Path, class_names: list[str] | None = None) -> Splits:
     The classes are those of train/, unless `class_names` lists them; then train/ is optional.
     Raises UserError if train/ is required and missing.
     """
+    # only train/ is required: a dataset without test/ can be trained on, and one without train/ can be scored
     if not data_dir.is_dir():
         hint = "; create it with python dummy_data.py" if data_dir.name == "synthetic_dataset" else ""
         raise UserError(f"no data folder {data_dir}{hint}")
@@ -299,6 +303,7 @@ def identified(splits: Splits, digests: dict[Path, str]) -> Splits:
 
 def fingerprint_data(splits: Splits, data_dir: Path) -> str:
     """64 hex digits: 32 identify the annotations (relative paths, labels, captions, texts), 32 the videos' contents."""
+    # two digests, so that a changed label can be told from a changed video
     annotations, contents = hashlib.sha256(), hashlib.sha256()
     for name in SPLITS:
         for s in getattr(splits, name):
@@ -427,6 +432,7 @@ class EpochBatches:
         count = len(self.dataset)
         if not self.dataset.train:
             return [(self.epoch, index) for index in range(count)]
+        # depends on seed and epoch only, so that a resumed run continues with the same order
         rng = np.random.default_rng([self.dataset.seed, self.epoch])
         if self.balance:
             order = balanced_order(np.array(self.dataset.labels), self.epoch, rng)

@@ -88,7 +88,7 @@ def crop(video: torch.Tensor, least_area: float, aspect: float) -> torch.Tensor:
 def erase(video: torch.Tensor) -> torch.Tensor:
     """Paints a rectangle of 2 to 25 % of the frame in a random colour, in a quarter of the clips."""
     height, width = video.shape[-2:]
-    video = video.clone()
+    video = video.clone()  # the caller may still use its own
     for clip in video:
         if torch.rand(()) >= ERASED_CLIPS:
             continue
@@ -117,6 +117,7 @@ def operations() -> list[Callable[[torch.Tensor, float], torch.Tensor]]:
     from kornia import enhance
     from kornia.geometry import transform
 
+    # shearing and shifting take one value per frame, here the same for all frames of the clip
     def sheared(frames: torch.Tensor, x: float, y: float) -> torch.Tensor:
         return transform.shear(frames, frames.new_tensor([[x, y]]).expand(len(frames), 2), padding_mode="border")
 
@@ -142,6 +143,7 @@ def operations() -> list[Callable[[torch.Tensor, float], torch.Tensor]]:
 
 def rand_augment(video: torch.Tensor) -> torch.Tensor:
     """Applies two random operations of random strength to every clip."""
+    # clip by clip, because each clip gets other operations
     choices = operations()
     clips = []
     for clip in video:
@@ -175,6 +177,7 @@ def mix(batch: dict[str, Any]) -> dict[str, Any]:
     `labels` becomes the label of the larger part, `mixed_labels` that of the smaller one, and `mix` (B,) the weight of
     the larger part, so that the loss is mix * loss(labels) + (1 - mix) * loss(mixed_labels).
     """
+    # a clip may be its own partner; it then stays as it is
     video, labels = batch["video"], batch["labels"]
     count = len(video)
     partners = torch.randperm(count)

@@ -1,8 +1,8 @@
 """Every option of every script: its type, default, help text and properties. A flag overrides config_file.yaml, which
 overrides the default. Imports no torch, so that --help is fast.
 
-    config, typed = parse(argv, "main")     the options of main.py, and which of them were typed as flags
-    python config.py                        rewrites config_file.yaml after an option has changed
+    config, typed_flags = parse(argv, "main")      reads the options of main.py; typed_flags are the names of the flags
+    python config.py                               rewrites config_file.yaml; run it after changing an option
 """
 
 import argparse
@@ -195,6 +195,7 @@ class Config:
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
     """dropout before the new head and in the projector; raise it if val falls behind train"""
 
+    # without these flags a backbone is trained in full; LoRA trains adapters only, with or without freezing
     freeze_visionbackbone: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="fvbb")
     """do not train the video backbone: fast, uses little memory, good for small datasets"""
     freeze_llmbackbone: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="fllm", needs_vlm=True)
@@ -208,6 +209,7 @@ class Config:
 
     data_dir: str = option("synthetic_dataset", path_value, "data", f"{TRAIN} score", free_at_resume=True)
     """dataset folder with train/, test/ and optionally val/; each has one folder per class or a metadata.jsonl"""
+    # "auto" means the backbone's own value; fill_auto() replaces it once the backbone is known
     num_frames: int | str = option("auto", auto_or(number(int, 1, 1024)), "data", TRAIN, in_feature_key=True)
     """frames per clip; more show finer motion but take longer. auto: as many as the backbone was trained with"""
     image_size: int | str = option("auto", auto_or(number(int, 8, 2048)), "data", TRAIN)
@@ -215,6 +217,7 @@ class Config:
     frame_stride: int = option(0, number(int, 0, 1000), "data", TRAIN, in_feature_key=True)
     """0: spread the frames over the whole video. S > 0: take every S-th frame of one window, random in training and
     centred in evaluation"""
+    # three values, because auto must not fail where True must: with augmentation or a trained backbone
     cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main score")
     """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
     uses centre frames without jitter. auto: True if the video backbone is frozen and clips are not augmented"""
@@ -321,6 +324,7 @@ def options_with(fact: str) -> list[str]:
 
 def help_texts() -> dict[str, str]:
     """{option: help text}, from the string below each option in Config. Only the source has these strings."""
+    # a string directly after an annotated field, with its line breaks removed
     (tree,) = ast.parse(inspect.getsource(Config)).body
     pairs = [(a, b) for a, b in pairwise(tree.body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
     return {a.target.id: " ".join(b.value.value.split()) for a, b in pairs}
@@ -406,6 +410,7 @@ def write_yaml(values: dict[str, Any], path: Path) -> None:
 def config_file_text() -> str:
     """The content of config_file.yaml: every option with its default and help text."""
     lines = ["# Every option with its default. Change a default here; a flag of the same name overrides it."]
+    # a comment above each group, and the help text behind each value
     group, texts = None, help_texts()
     for name, f in FIELDS.items():
         if f.metadata["group"] != group:
@@ -472,30 +477,31 @@ def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
     path = flags.pop("config", None)
     file = CONFIG_FILE if path is None else Path(path)
     values = read_yaml(file) if path is not None or file.is_file() else {}
-    typed = {name: convert(name, value, "--") for name, value in flags.items()}
+    typed_flags = {name: convert(name, value, "--") for name, value in flags.items()}
     if script in TRAIN:
-        refuse_foreign(script, typed)
-    config = Config(**(values | typed))
+        refuse_foreign(script, typed_flags)
+    config = Config(**(values | typed_flags))
 
     # with --checkpoint the run's own options are loaded and checked later
     if config.checkpoint is None:
         config = check_options(config)
     if script == "inference" and config.video_dir is None and config.export is None:
         raise UserError("no input: add --video_dir <a video file, a folder of frames, or a folder of videos>")
-    return config, set(typed)
+    return config, set(typed_flags)
 
 
 def unknown_flag(flag: str) -> str:
     """The error message for a flag that does not exist."""
+    # options of earlier versions get a hint of their own, others the closest name
     if flag.removeprefix("--") in RETIRED:
         return f"{flag} is no longer an option: {RETIRED[flag.removeprefix('--')]}"
     problem = "unknown flag" if flag.startswith("-") else "unexpected word"
     return f"{problem} {shown(flag)}; {closest(flag, ['--config', *(f'--{name}' for name in FIELDS)])}"
 
 
-def refuse_foreign(script: str, typed: dict[str, Any]) -> None:
+def refuse_foreign(script: str, typed_flags: dict[str, Any]) -> None:
     """Raises UserError for a typed flag that belongs to other scripts; flags of main.py are accepted by all."""
-    for name in typed:
+    for name in typed_flags:
         scripts = FIELDS[name].metadata["scripts"]
         if script not in scripts and "main" not in scripts:
             owners = " and ".join(f"{s}.py" for s in scripts)
@@ -557,6 +563,7 @@ def check_backbone(option_name: str, name: str, kind: str) -> None:
 
 def training_mode(config: Config) -> dict[str, str]:
     """How each backbone is trained: {"vision": "full", "lora" or "frozen"}, with a VLM also "language"."""
+    # LoRA wins over frozen: adapters on frozen weights
     modes = {"vision": "lora" if config.use_lora_vision else "frozen" if config.freeze_visionbackbone else "full"}
     if config.use_vlm:
         modes["language"] = "lora" if config.use_lora_llm else "frozen" if config.freeze_llmbackbone else "full"
@@ -571,6 +578,7 @@ def default_rates(config: Config) -> tuple[float, dict[str, float]]:
     for part, mode in training_mode(config).items():
         tiny = config.weights == "tiny" and getattr(config, f"{part}_model") in BACKBONES
         kinds[part] = ("tiny" if tiny else "hub", mode)
+    # the keys of LEARNING_RATES are ordered from least to most restricted
     rate, factor = LEARNING_RATES[min(kinds.values(), key=[*LEARNING_RATES].index)]
     return rate, {part: LEARNING_RATES[kind][0] / rate for part, kind in kinds.items()} | {"new layers": factor}
 
@@ -588,6 +596,7 @@ def fill_auto(config: Config, num_frames: int, image_size: int, batch_size: int 
 def run_name(config: Config) -> str:
     """The name of the run's folder: --run_name, or one made from the model options. Raises UserError if no folder can
     have this name."""
+    # backslashes are refused on every system, because on Windows they separate folders
     name = default_run_name(config) if config.run_name is None else config.run_name
     if name in ("", ".", "..") or re.search(r"[/\\]", name) or CONTROL.search(name):
         problem = "cannot be the name of a folder"
@@ -601,6 +610,7 @@ def run_name(config: Config) -> str:
 
 def default_run_name(config: Config) -> str:
     """For example timesformer_bert_text_fvbb_lorallm: backbones, task, how each is trained, weights."""
+    # abspath gives folders such as "." or "models/" a name
     parts = [Path(os.path.abspath(config.vision_model)).name]
     if config.use_vlm:
         parts.append(Path(os.path.abspath(config.language_model)).name)

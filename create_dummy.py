@@ -19,6 +19,7 @@ CHUNK = 32  # frames in memory at a time
 
 def run(argv: list[str] | None) -> int:
     """Writes the frame folders that the command line describes. Raises UserError for a bad flag or unusable folder."""
+    # the defaults match those of dummy_data.py and of the README
     parser = Parser(
         description="Save test videos as folders of PNG frames, with their labels, captions and texts.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -39,6 +40,7 @@ def run(argv: list[str] | None) -> int:
     # imported late, so that --help is fast
     from tqdm import tqdm
 
+    # these import torch
     from dummy_data import save_frames, whole_or_none
     from readers import open_video
     from VLoader import read_folder

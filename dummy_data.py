@@ -137,6 +137,7 @@ def write_hint(truth: dict[str, str], rng: np.random.Generator) -> str:
 
 def draw_backgrounds(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
     """Dark, nearly grey gradients, float32 in [0, 1]: (B, 1, C, H, W)."""
+    # brightness, a slight colour cast, and a slope along x and y
     level = rng.uniform(0.08, 0.45, (count, 1, 1, 1, 1))
     tint = rng.uniform(-0.05, 0.05, (count, 1, 3, 1, 1))
     slope = rng.uniform(-0.15, 0.15, (2, count, 1, 1, 1, 1))
@@ -273,6 +274,7 @@ def display_name(label: int) -> str:
 
 def run(argv: list[str] | None) -> None:
     """Draws the dataset that the command line describes. Raises UserError for a bad flag or an unusable folder."""
+    # all flags have defaults, and the defaults make the dataset of the README
     parser = Parser(
         description="Draw a synthetic video dataset: a shape that moves or stands still on a plain background.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -341,7 +343,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def clear_dataset(folder: Path, overwrite: bool) -> None:
     """Creates the folder. An earlier dataset is removed with `overwrite`; anything else in it raises UserError."""
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "classes.json").is_file():
+        if not (folder / "classes.json").is_file():  # not ours, so do not touch it
             raise UserError(f"{folder}/ is not empty and was not made by this script; choose another --output")
         if not overwrite:
             raise UserError(

@@ -85,12 +85,13 @@ class FeatureStore:
     Raises UserError if the folder cannot be created or a shard cannot be written.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], shape: tuple[int, int]):
+    def __init__(self, folder: Path, description: dict[str, Any], shape: tuple[int, int]):
+        # the folder may be new, or a killed run may have left temporary files in it
         self.folder, self.shape = folder, shape
         make_folder(folder)
         remove_leftovers(folder)
         if not (folder / "about.json").is_file():
-            self.describe(about)
+            self.write_description(description)
         self.index = FeatureIndex()
         self.shards: list[Path] = []
         self.checked: set[int] = set()  # shards whose digest was checked
@@ -98,9 +99,9 @@ class FeatureStore:
         self.handles: dict[int, Any] = {}  # opened on first use, so that each worker process has its own
         self.refresh()
 
-    def describe(self, about: dict[str, Any]) -> None:
-        """Writes about.json."""
-        text = json.dumps(about, indent=1) + "\n"
+    def write_description(self, description: dict[str, Any]) -> None:
+        """Writes about.json, for people who wonder what a folder is for."""
+        text = json.dumps(description, indent=1) + "\n"
         replace_file(self.folder / "about.json", lambda p: p.write_text(text, encoding="utf-8"))
 
     def refresh(self) -> None:
@@ -192,25 +193,27 @@ def use_cache(model: VideoModel, config: Config) -> bool:
     """Whether this run uses cached features. Raises UserError for --cache_features True if it cannot."""
     if config.cache_features == "True" and not cacheable(model, config):
         raise UserError(
-            "--cache_features True needs --freeze_visionbackbone True without LoRA in it, --augment none and --flip False"
+            "--cache_features True needs --freeze_visionbackbone True without LoRA, --augment none and --flip False"
         )
     return config.cache_features != "False" and cacheable(model, config)
 
 
 def open_store(model: VideoModel, config: Config) -> FeatureStore:
     """The store of a model's vision backbone. The options of `config` must be without `auto`."""
-    about = {
+    description = {
         "backbone": model.sources["vision"].path,
         "fingerprint": model.sources["vision"].fingerprint,
         "preprocessing": asdict(model.vision_encoder.preprocessing),
         "format": 1,
     } | {name: getattr(config, name) for name in options_with("in_feature_key")}
     # leave out the path: the same weights may be stored elsewhere
-    hashed = {name: value for name, value in about.items() if name != "backbone"}
+    hashed = {name: value for name, value in description.items() if name != "backbone"}
     key = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.output_dir) / ".features" if config.cache_dir == "auto" else Path(config.cache_dir)
     encoder = model.vision_encoder
-    return FeatureStore(folder / key, about, (1 + encoder.num_tokens(config.token_grid), encoder.config.hidden_size))
+    return FeatureStore(
+        folder / key, description, (1 + encoder.num_tokens(config.token_grid), encoder.config.hidden_size)
+    )
 
 
 def cached_splits(config: Config) -> tuple[str, ...]:
@@ -257,6 +260,7 @@ def compute_missing(
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
+        # each process knows only the unreadable videos of its part
         bad = dict(gather_object(list(bad.items())))
     accelerator.wait_for_everyone()
     store.refresh()
@@ -281,8 +285,9 @@ def extract_features(
     bad: dict[Path, str] = {}
     shard: list[tuple[int, torch.Tensor]] = []  # (index of the sample, its features)
 
+    # after every shard, so that a killed run loses little
     def flush() -> None:
-        """Writes what was computed since the last call; if the run is killed, that much is not lost."""
+        """Writes the features computed since the last call."""
         if shard:
             store.write(ids[[index for index, _ in shard]], [features for _, features in shard])
             shard.clear()
@@ -312,6 +317,7 @@ def features_of(encoder: VisionEncoder, pixel_values: torch.Tensor, grid: int, a
     """fp16 features (B, 1 + N, D) on the CPU, from uint8 clips (B, T, C, H, W). Raises UserError if they overflow."""
     with accelerator.autocast():
         features = encoder.features(pixel_values.to(accelerator.device, non_blocking=True), grid)
+    # fp16 halves the size of the cache; its largest number is 65504
     features = features.half().cpu()
     if not torch.isfinite(features).all():
         raise UserError("the features of this backbone are too large for 16 bits: add --cache_features False")

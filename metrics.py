@@ -33,6 +33,7 @@ def resampled(summaries: list[Summary], count: int, seed: int = 0) -> list[dict[
 
     All summaries get the same draws, which makes their differences paired.
     """
+    # a fixed seed, so that the same predictions always get the same intervals
     rng = np.random.default_rng(seed)
     rows: list[list[dict[str, float]]] = [[] for _ in summaries]
     for _ in range(RESAMPLES):
@@ -71,6 +72,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
     Counts the clips that only one of them has right. `p` is the two-sided binomial probability of a split at least as
     uneven if both are equally good.
     """
+    # clips that both get right, or both get wrong, say nothing about which one is better
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     n = only_first + only_second
@@ -80,7 +82,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
 
 def wilson(right: int, count: int) -> list[float]:
     """The 95 % interval of a proportion (Wilson 1927). Unlike the bootstrap's, it has a width at 0 and 1 too."""
-    z = 1.959964
+    z = 1.959964  # 97.5 % quantile of the normal distribution
     centre = (right + z * z / 2) / (count + z * z)
     half = z / (count + z * z) * math.sqrt(right * (count - right) / count + z * z / 4)
     return [max(0.0, centre - half), min(1.0, centre + half)]
@@ -120,6 +122,7 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> list[tuple[int, fl
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     """Expected calibration error (Naeini 2015): mean |confidence - accuracy| over the bins, weighted by clips."""
+    # (clips in bin / all clips) * |mean confidence - accuracy|, summed over the bins; the clips in a bin cancel out
     bins = bins_of(confidence)
     gaps = np.bincount(bins, weights=confidence - right, minlength=BINS)
     return float(np.abs(gaps).sum() / len(right))
@@ -133,6 +136,7 @@ def label_summary(truth: np.ndarray, ranked: np.ndarray, confidence: np.ndarray,
         ranked: the most likely classes, best first, (n, min(5, K)).
         confidence: the probability of the first of them, (n,).
     """
+    # computed once, so that the summary only indexes: the bootstrap calls it a thousand times
     hits = ranked == truth[:, None]  # (n, k)
     first, any_hit = hits[:, 0], hits.any(1)
 
@@ -251,10 +255,12 @@ def bleu_counts(tokens: list[str], references: list[list[str]]) -> list[int]:
 
 def bleu(counts: np.ndarray) -> dict[str, float]:
     """Bleu-1 to -4 of a corpus (Papineni 2002) from rows of bleu_counts(). The small constants are coco-caption's."""
+    # sums over the corpus first, then geometric means of the precisions: Bleu is not a mean over captions
     totals = counts.sum(0).astype(float)
     precisions = (totals[4:8] + 1e-15) / (totals[:4] + 1e-9)
     means = np.cumprod(precisions) ** (1 / np.arange(1, 5))
     ratio = (totals[8] + 1e-15) / (totals[9] + 1e-9)
+    # short captions would have a high precision, so they are penalised
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     return {f"Bleu_{n}": float(value * brevity) for n, value in enumerate(means, start=1)}
 
@@ -363,7 +369,7 @@ def attribute_summary(predicted: Sequence[dict[str, str | None]], truth: Sequenc
 # -- the script -------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> dict[str, Any]:
+def read_by_id(path: Path) -> dict[str, Any]:
     """{id: value} of a JSON object, or {file: row} of a JSON Lines file. Raises UserError if it is neither."""
     # a JSON object with a `file` is the only row of a jsonl
     try:
@@ -461,6 +467,7 @@ def summary_of(rows: list[Any], truths: list[Any], path: Path) -> Summary:
 
 def run(argv: list[str] | None) -> None:
     """Scores the files on the command line and prints the result as JSON."""
+    # the module's docstring explains the file formats, so it is the description
     parser = Parser(
         prog="metrics.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -487,8 +494,8 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
 
     # one file against its references
-    references = read_rows(args.references) if args.references else None
-    rows, truths = match_ids(references, read_rows(args.predictions), args.predictions)
+    references = read_by_id(args.references) if args.references else None
+    rows, truths = match_ids(references, read_by_id(args.predictions), args.predictions)
     if not truths:
         raise UserError("nothing to score: the file has no ids")
     summary = summary_of(rows, truths, args.predictions)
@@ -496,8 +503,8 @@ def run(argv: list[str] | None) -> None:
 
     # the other predictions against the same references, in the same order
     if args.compare:
-        ids = [*(references or read_rows(args.predictions))]
-        others, _ = match_ids(dict(zip(ids, truths, strict=True)), read_rows(args.compare), args.compare)
+        ids = [*(references or read_by_id(args.predictions))]
+        others, _ = match_ids(dict(zip(ids, truths, strict=True)), read_by_id(args.compare), args.compare)
         result["compare"] = compared(summary, summary_of(others, truths, args.compare), len(truths))
         if not isinstance(truths[0], list):
             right = [

@@ -64,6 +64,7 @@ def as_read_error(path: Path) -> Generator[None]:
     except ReadError:
         raise
     except Exception as error:
+        # name the exception's class only if its text alone may mean nothing to a user
         cause = getattr(error, "strerror", None)
         if not cause:
             kind = "" if isinstance(error, OSError | ValueError | UserError) else f"{type(error).__name__}: "
@@ -273,6 +274,7 @@ class VideoFile(Reader):
 
     def seconds(self) -> np.ndarray:
         """The time at which each frame is shown, in seconds after the first. (frames,)"""
+        # without reliable timestamps, assume a constant frame rate
         if self.times is not None:
             times = np.array(self.times, dtype=float) * float(self.stream.time_base)
             return times - times[0]
@@ -284,6 +286,7 @@ class VideoFile(Reader):
 
     def _seek(self, indices: list[int]) -> Generator[tuple[int, torch.Tensor], None, bool]:
         """Yields frames found by timestamp. Returns False if the decoder's timestamps differ from the packets'."""
+        # `position` is the timestamp of the last decoded frame
         decoded, position = iter(()), None
         targets = {self.times[index] for index in indices}
         use_cores(self.stream)
@@ -418,6 +421,7 @@ def digest(path: Path) -> str:
     with as_read_error(path):
         if not path.is_dir():
             return file_digest(path).hex()
+        # `person` and the length of each name keep different folders, or a file, from having the same digest
         whole = hashlib.blake2b(digest_size=16, person=b"frames")
         for image in FrameFolder(path).images:
             name = os.fsencode(image.name)
@@ -497,6 +501,7 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
     A video is a video file, a .pt file or a folder of frames. A folder of frames contains images, and no videos or
     folders. Every other folder is entered once, whatever links lead to it. Raises ReadError.
     """
+    # a single file is its own survey
     if not folder.is_dir():
         return [folder] * (folder.suffix.lower() in {*VIDEO_SUFFIXES, ".pt"}), []
 

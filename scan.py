@@ -58,6 +58,7 @@ def prepare_data(
 
 def scan(splits: Splits, config: Config, cached: Sequence[str] = ()) -> tuple[Splits, dict[Path, str]]:
     """Returns (the splits with the digest of every video, {path: error} of the unreadable videos)."""
+    # records of all runs in --output_dir are shared
     jobs = clips_to_decode(splits, config.test_clips, cached)
     file = Path(config.output_dir) / SCAN_CACHE
     known = read_records(file)
@@ -97,6 +98,7 @@ def drop_unreadable(splits: Splits, bad: dict[Path, str]) -> Splits:
     for name, samples in kept.items():
         if getattr(splits, name) and not samples:
             raise UserError(f"no video of {name} can be read; the first error: {next(iter(bad.values()))}")
+    # a class without training videos cannot be learned, so this is an error even with --skip_unreadable
     lost = set(splits.class_names) - {s.label for s in kept["train"]}
     if lost:
         raise UserError(f"no training video of class {min(lost)} can be read")
@@ -166,6 +168,7 @@ class ScanDataset(Dataset):
         return len(self.jobs)
 
     def __getitem__(self, index: int) -> tuple[str, str]:
+        # an exception in a worker process would arrive as a traceback, so return the error
         path, clips = self.jobs[index]
         try:
             content = digest(path)

@@ -160,6 +160,7 @@ def keep_freed_memory() -> None:
     takes up to a fifth of a step. Larger blocks are still returned, because keeping them would fragment memory. Does
     nothing with other C libraries. Source: mallopt(3).
     """
+    # both must be set: glibc returns memory at the end of the heap (trim), and blocks that it mapped one by one (mmap)
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -191,8 +192,10 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     everything in it, including the temporary files of libraries such as safetensors.
     Raises UserError if the file cannot be written.
     """
+    # safetensors raises an error class of its own for a full disk; only writers need it, so import it here
     from safetensors import SafetensorError
 
+    # write in the same file system, because only there a rename is atomic
     folder = temporary(path)
     try:
         folder.mkdir(exist_ok=True)
@@ -275,6 +278,7 @@ class FileLock:
 
     def __init__(self, path: Path, what: str):
         self.path, self.key = path, (os.getpid(), os.path.realpath(path))
+        # check our own locks first, because fcntl would not refuse
         if self.key in self.held:
             raise UserError(f"{what} is in use by this process")
         try:

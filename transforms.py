@@ -32,6 +32,7 @@ def sample_indices(
 
     Raises ValueError unless both counts are at least 1.
     """
+    # an empty video has no frame to repeat
     if available < 1 or num_frames < 1:
         raise ValueError(f"cannot take {num_frames} of {available} frames")
 
