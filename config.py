@@ -224,7 +224,7 @@ class Config:
     cache_dir: str = option("auto", path_value, "data", "main score", free_at_resume=True)
     """folder of cached features; safe to delete. auto: .features in --output_dir"""
     skip_unreadable: bool = option(False, to_bool, "data", "main preview score")
-    """skip videos that cannot be read and list them in metrics.json. Without it they are an error"""
+    """skip videos that cannot be read and list them in metrics.json; otherwise they are an error"""
     augment: str = option("none", one_of("none", "light", "strong"), "data", "main preview")
     """random changes to training clips, for small datasets; all frames of a clip change alike. light: mild cropping and
     erasing. strong: more cropping, erasing, RandAugment without rotation or flip, colour jitter and, for classifiers
@@ -297,10 +297,11 @@ class Config:
     overwrite: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
     """replace an existing run with the same name"""
     resume: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
-    """continue a stopped run from its last saved step with the run's original options; the result is the same, bit for
-    bit, as without the stop"""
+    """continue a stopped run from its last saved step, with its original options; the result is bit-for-bit the same as
+    without the interruption"""
     save_every: int = option(0, number(int, 0), "run and machine", "main", free_at_resume=True)
-    """save the state for --resume every N optimizer steps, in addition to every epoch, Ctrl-C and SIGTERM"""
+    """save the state that --resume needs every N optimizer steps. It is always saved after each epoch, and on Ctrl-C or
+    SIGTERM"""
     controls: bool = option(False, to_bool, "run and machine", "main score", free_at_resume=True)
     """also score inputs on which the model should fail (one repeated frame, shuffled or reversed frames, a grey video,
     swapped texts) and two baselines (majority class, nearest neighbour), and draw where the model looks"""

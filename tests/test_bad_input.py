@@ -316,7 +316,7 @@ def label_rows(*changes: dict) -> bytes:
         (label_rows({"score": "x"}), "a row needs `score`"),
         (label_rows({"score": float("nan")}), "a row needs `score`"),
         (label_rows({"score": -1}), "a row needs `score`"),
-        (label_rows({"label": {"a" * 9999: 1}}), "neither a text nor a row"),
+        (label_rows({"label": {"a" * 9999: 1}}), "neither a string nor a row"),
     ],
 )
 def test_predictions_that_cannot_be_scored(tmp_path, capsys, content, message):
