@@ -469,7 +469,7 @@ def visible_entries(folder: Path) -> list[os.DirEntry]:
 
 
 def kind_of(entry: os.DirEntry) -> str:
-    """ "folder", "video", "image" or "file", or else why the entry is ignored.
+    """The kind of an entry ("folder", "video", "image" or "file"), or else the reason why it is ignored.
 
     A broken link counts as what its name says: if that is a video, it must be reported as missing.
     """
