@@ -1,6 +1,8 @@
-"""Every option once, with all its facts; default < config_file.yaml < flag. Imports no torch, so that --help is fast.
+"""Every option of every script: its type, default, help text and properties. A flag overrides config_file.yaml, which
+overrides the default. Imports no torch, so that --help is fast.
 
-python config.py        writes config_file.yaml anew
+    config, typed_flags = parse(argv, "main")      reads the options of main.py; typed_flags are the names of the flags
+    python config.py                               rewrites config_file.yaml; run it after changing an option
 """
 
 import argparse
@@ -21,18 +23,18 @@ import yaml
 
 from script import Parser, UserError, replace_file, shown
 
-ROOT = Path(__file__).resolve().parent  # the folder of backbones/ and config_file.yaml
+ROOT = Path(__file__).resolve().parent  # contains backbones/ and config_file.yaml
 CONFIG_FILE = ROOT / "config_file.yaml"
 LARGEST_YAML = 100_000  # bytes
 PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
 
 
 class Backbone(NamedTuple):
-    """What a short name stands for: backbones/<name>-tiny, or a model on the hub."""
+    """What a short name stands for: backbones/<name>-tiny with --weights tiny, this hub model with --weights hub."""
 
     kind: str  # vision | encoder (BERT-like) | decoder (causal)
     hub: str
-    revision: str  # a commit, so that later uploads change nothing
+    revision: str  # a pinned commit: later uploads to the hub change nothing
 
 
 BACKBONES = {
@@ -46,8 +48,8 @@ BACKBONES = {
     "gpt2": Backbone("decoder", "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
 }
 
-# (weights, how a backbone is trained) -> (peak learning rate, factor for new layers). The least restricted backbone
-# decides; of two equally restricted ones the published, whose weights cost more to spoil.
+# (weights, training mode) -> (peak learning rate, factor for new layers). With two backbones the one listed first here
+# decides: full before lora before frozen, then published weights before tiny ones, because they have more to lose.
 LEARNING_RATES = {
     ("hub", "full"): (5e-5, 10.0),
     ("tiny", "full"): (5e-4, 2.0),
@@ -58,89 +60,92 @@ LEARNING_RATES = {
 }
 
 
-# -- converters: str -> value, raising ValueError with what is allowed ------------------------------
-
+# -- converters: str -> value; a ValueError says what is allowed ------------------------------------
 
 WORDS = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary file's name adds some
+LONGEST_NAME = 200  # bytes; file systems allow 255, and names of temporary files are longer
 
 
 def to_bool(text: str) -> bool:
-    """True or False, in any case; argparse's type=bool would read 'False' as True."""
+    """True or False in any case. (argparse's type=bool would read "False" as True.)"""
     return one_of("True", "False")(text) == "True"
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
-    """A converter that ignores case and treats yes, on, 1 and true (no, off, 0 and false) alike."""
+    """A converter to one of `choices`. It ignores case, and treats yes, on, 1 and true alike, and their opposites."""
 
-    def plain(text: str) -> str:
+    def normalised(text: str) -> str:
         return WORDS.get(text.lower(), text.lower())
 
-    known = {plain(choice): choice for choice in choices}
+    by_word = {normalised(choice): choice for choice in choices}
 
     def convert(text: str) -> str:
-        if plain(text) not in known:
+        if normalised(text) not in by_word:
             raise ValueError(" or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}")
-        return known[plain(text)]
+        return by_word[normalised(text)]
 
     return convert
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
-    """A converter to `kind` (int or float) that accepts finite low <= value <= high; with `above`, low < value."""
-    name = "a whole number" if kind is int else "a number"
-    span = f"above {low}" if above else f"at least {low}" if high == math.inf else f"from {low} to {high}"
+    """A converter to `kind`, int or float, for finite values with low <= value <= high; with `above`, low < value."""
+    bounds = f"above {low}" if above else f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+    expected = f"a whole number {bounds}" if kind is int else f"a number {bounds}"
 
     def convert(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
-            raise ValueError(f"{name}, {span}") from None
+            raise ValueError(expected) from None
         if not low <= value <= high or value == math.inf or (above and value == low):
-            raise ValueError(f"{name}, {span}")
+            raise ValueError(expected)
         return value
 
     return convert
 
 
 def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A converter that also accepts the word auto."""
+
     def convert_or_auto(text: str) -> Any:
         if text.lower() == "auto":
             return "auto"
         try:
             return convert(text)
         except ValueError as error:
-            raise ValueError(f"auto, or {error}") from None
+            raise ValueError(f"auto or {error}") from None
 
     return convert_or_auto
 
 
 def text_value(text: str) -> str:
+    """Any valid text."""
     try:
         text.encode()
-    except ValueError:  # an argument that is no text of this locale
-        raise ValueError("a text") from None
+    except ValueError:  # bytes that are not valid in this locale
+        raise ValueError("valid UTF-8 text") from None
     return text
 
 
 def path_value(text: str) -> str:
-    """A file, a folder or a hub id: anything that can be a file name."""
+    """A file, a folder or a hub id."""
     try:
         os.fsencode(text)
     except ValueError:
         raise ValueError("a path or name") from None
     if not text or "\0" in text:
-        raise ValueError("a path or name, not empty and without NUL")
+        raise ValueError("a path or name that is not empty and contains no NUL")
     return text
 
 
 # -- the options ------------------------------------------------------------------------------------
 
-TRAIN = "main doctor preview"  # scripts that build a new model
-USE = "inference score"  # scripts that load a run
+# scripts that read an option: those that build a new model, and those that load a run
+TRAIN = "main doctor preview"
+USE = "inference score"
 ALL = f"{TRAIN} {USE}"
-#: options that became scripts: what to type instead
+# options that are scripts now, and what to type instead
 RETIRED = {
     "doctor": "python doctor.py takes the same flags",
     "evaluate": "python score.py --checkpoint <run> scores a run again",
@@ -149,15 +154,15 @@ RETIRED = {
 
 
 def option(default: Any, convert: Callable[[str], Any], group: str, scripts: str, **facts: Any) -> Any:
-    """A field of Config; its help is the string below it. `scripts` are those that read it.
+    """A field of Config. The string below the field is its help text; `scripts` are the scripts that read it.
 
-    Facts that may be given:
-        names_run         part of what a run is: typed again for a checkpoint, it must agree
-        mark              what it adds to the default name of a run
-        needs_vlm         has no meaning without a language model
-        classifiers_only  has no meaning for a captioner
-        free_at_resume    may change when a run is resumed: no result depends on it
-        changes_answers   inference answers depend on it
+    All other properties of an option are kept here too, as `facts`:
+        names_run         identifies a run; a flag that contradicts a loaded run is an error
+        mark              added to the default name of a run if the option is True
+        needs_vlm         an error without a language model
+        classifiers_only  an error for a captioner
+        free_at_resume    may change when a run is resumed, because no result depends on it
+        changes_answers   answers of inference depend on it
         in_feature_key    cached features depend on it
     """
     return field(default=default, metadata={"convert": convert, "group": group, "scripts": scripts.split()} | facts)
@@ -165,157 +170,162 @@ def option(default: Any, convert: Callable[[str], Any], group: str, scripts: str
 
 @dataclass(frozen=True)
 class Config:
-    """All options of all scripts; None means "not given"."""
+    """All options of all scripts. None means "not set"."""
 
     vision_model: str = option("timesformer", path_value, "model", ALL, names_run=True)
-    """video backbone: timesformer, videomae, a local folder written by save_pretrained, or a hub id of either family"""
+    """video backbone: timesformer, videomae, or a folder (from save_pretrained) or hub id of either family"""
     language_model: str | None = option(None, path_value, "model", ALL, names_run=True, needs_vlm=True)
-    """language backbone, with --use_vlm True: bert (classification), gpt2 (captioning), or a folder or hub id of such a
-    model"""
+    """language backbone for --use_vlm True: bert for classification, gpt2 for captioning, or a folder or hub id of a
+    similar model"""
     use_vlm: bool = option(False, to_bool, "model", ALL, names_run=True)
     """connect a language model to the video backbone"""
     captioning: bool = option(False, to_bool, "model", ALL, names_run=True)
-    """write captions instead of predicting a class; needs --use_vlm True"""
+    """generate captions instead of predicting a class; needs --use_vlm True"""
     use_text: bool = option(False, to_bool, "model", ALL, names_run=True, needs_vlm=True)
-    """classification: also read the clip's own text; captioning: no effect, captions are the targets either way"""
+    """classification: also read the clip's text. Captioning: no effect, because captions are the targets either way"""
     weights: str = option("tiny", one_of("tiny", "hub"), "model", ALL, names_run=True)
-    """which weights the short names load: tiny (backbones/, synthetic shapes only) or hub (published weights; use these
-    for real videos)"""
+    """weights that the short names load: tiny (in backbones/, for the synthetic dataset only) or hub (published; use
+    these for real videos)"""
     token_grid: int = option(2, number(int, 1, 32), "model", TRAIN, in_feature_key=True)
-    """video tokens per time step for a language model: pooled to N x N; more keeps finer detail and takes memory"""
+    """pool the video tokens of each time step to N x N for the language model; a larger N keeps finer detail and takes
+    more memory"""
     max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN)
-    """longest text or caption, in tokens; longer ones are cut and counted. The language model's positions are a limit
-    too"""
+    """longest text or caption in tokens; longer ones are truncated and counted. The language model's own maximum also
+    applies"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
-    """dropout before the new head and in the projector; raise it when val falls behind train"""
+    """dropout before the new head and in the projector; raise it if val falls behind train"""
 
-    freeze_visionbackbone: bool = option(False, to_bool, "what is trained", ALL, names_run=True, mark="fvbb")
-    """do not train the video backbone: fast, little memory, good for small data sets"""
-    freeze_llmbackbone: bool = option(
-        False, to_bool, "what is trained", ALL, names_run=True, mark="fllm", needs_vlm=True
-    )
+    # without these flags a backbone is trained in full; LoRA trains adapters only, with or without freezing
+    freeze_visionbackbone: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="fvbb")
+    """do not train the video backbone: fast, uses little memory, good for small datasets"""
+    freeze_llmbackbone: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="fllm", needs_vlm=True)
     """do not train the language backbone"""
-    use_lora_vision: bool = option(False, to_bool, "what is trained", ALL, names_run=True, mark="loravision")
+    use_lora_vision: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="loravision")
     """train low-rank adapters (LoRA) in the video backbone instead of its own weights"""
-    use_lora_llm: bool = option(False, to_bool, "what is trained", ALL, names_run=True, mark="lorallm", needs_vlm=True)
+    use_lora_llm: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="lorallm", needs_vlm=True)
     """train low-rank adapters (LoRA) in the language backbone instead of its own weights"""
-    lora_r: int = option(16, number(int, 1, 1024), "what is trained", TRAIN)
-    """rank of the adapters (alpha is twice the rank): 8 to 64, larger for larger data sets"""
+    lora_r: int = option(16, number(int, 1, 1024), "training mode", TRAIN)
+    """LoRA rank, usually 8 to 64; higher for larger datasets. alpha is twice the rank"""
 
     data_dir: str = option("synthetic_dataset", path_value, "data", f"{TRAIN} score", free_at_resume=True)
-    """folder with train/, test/ and optionally val/, each with one folder per class or a metadata.jsonl"""
+    """dataset folder with train/, test/ and optionally val/; each has one folder per class or a metadata.jsonl"""
+    # "auto" means the backbone's own value; fill_auto() replaces it once the backbone is known
     num_frames: int | str = option("auto", auto_or(number(int, 1, 1024)), "data", TRAIN, in_feature_key=True)
-    """frames per clip; auto: as many as the backbone was trained with. More frames show finer motion and take time"""
+    """frames per clip; more show finer motion but take longer. auto: as many as the backbone was trained with"""
     image_size: int | str = option("auto", auto_or(number(int, 8, 2048)), "data", TRAIN)
-    """height and width of the model's input in pixels; auto: the size the backbone was trained with"""
+    """height and width of the model's input in pixels. auto: the size that the backbone was trained with"""
     frame_stride: int = option(0, number(int, 0, 1000), "data", TRAIN, in_feature_key=True)
-    """0 spreads the frames over the whole video; S > 0 takes every S-th frame of one window, centred at evaluation"""
+    """0: spread the frames over the whole video. S > 0: take every S-th frame of one window, random in training and
+    centred in evaluation"""
+    # three values, because auto must not fail where True must: with augmentation or a trained backbone
     cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main score")
-    """compute a frozen backbone's features once per video and reuse them in every epoch and run; training then uses the
-    centre frames, without jitter. auto: on if the vision backbone is frozen and there is no augmentation"""
+    """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
+    uses centre frames without jitter. auto: True if the video backbone is frozen and clips are not augmented"""
     cache_dir: str = option("auto", path_value, "data", "main score", free_at_resume=True)
-    """folder of cached features, safe to delete; auto: .features in --output_dir"""
+    """folder of cached features; safe to delete. auto: .features in --output_dir"""
     skip_unreadable: bool = option(False, to_bool, "data", "main preview score")
-    """skip videos that cannot be read, and list them in metrics.json, instead of stopping with an error"""
+    """skip videos that cannot be read and list them in metrics.json; otherwise they are an error"""
     augment: str = option("none", one_of("none", "light", "strong"), "data", "main preview")
-    """random changes to training clips, the same for all frames of a clip. light: mild crop and erasing. strong: wider
-    crop, RandAugment without rotation or flip, colour jitter and, for classifiers without text, mixup and cutmix (needs
-    kornia: requirements-extra.txt). For small data sets; strong changes colours, which captions may name"""
+    """random changes to training clips, for small datasets; all frames of a clip change alike. light: mild cropping and
+    erasing. strong: more cropping, erasing, RandAugment without rotation or flip, colour jitter and, for classifiers
+    without text, mixup or cutmix. strong needs kornia (requirements-extra.txt) and changes colours, which captions may
+    mention"""
     flip: bool = option(False, to_bool, "data", "main preview")
-    """mirror half of the training clips; leave it off where left and right matter, as in "moving left\""""
+    """mirror half of the training clips; leave it off if left and right matter, as in "moving left\""""
     class_balance: bool = option(False, to_bool, "data", "main preview", classifiers_only=True)
-    """draw equally many clips of every class in each epoch: small classes repeat clips with other frames"""
+    """draw equally many clips of every class in each epoch; small classes repeat clips with different frames"""
 
     epochs: int = option(10, number(int, 1, 100_000), "training", "main")
-    """passes over the training videos; the epoch that is best on val is kept"""
+    """passes over the training videos; the best epoch on val is kept"""
     batch_size: int | str = option("auto", auto_or(number(int, 1, 65_536)), "training", f"main preview {USE}")
-    """clips per batch, over all processes; lower it if memory runs out. auto: 16, for inference 8"""
+    """clips per batch, over all processes; lower it if you run out of memory. auto: 16, or 8 for inference"""
     learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", "main doctor")
-    """peak learning rate, reached after 10 % of the steps, then cosine decay to zero. auto: the table in README.md. It
-    applies to the least restricted backbone; other backbone and new layers keep the table's ratios"""
+    """peak learning rate: linear warmup over 10 % of the steps, then cosine decay to zero. auto: see the table in
+    README.md. It applies to the least restricted backbone; the other backbone and new layers keep the table's ratios"""
     weight_decay: float = option(0.05, number(float, 0), "training", "main")
     """AdamW weight decay, on weight matrices only: not on biases, norms, adapters, CLS, position or time embeddings"""
     layer_decay: float = option(1.0, number(float, 0.1, 1), "training", "main")
     """multiply the learning rate by this for every layer further from the output; 0.65 to 0.9 protects the early layers
-    of a backbone that is trained in full"""
+    of a fully trained backbone"""
     label_smoothing: float = option(0.0, number(float, 0, 0.9), "training", "main")
-    """share of each target that is spread over all classes or words; 0.1 reduces overconfidence"""
+    """fraction of each target that is spread over all classes or tokens; 0.1 reduces overconfidence"""
     patience: int = option(0, number(int, 0), "training", "main")
-    """stop when val has not improved for this many epochs; 0: never"""
+    """stop early if val has not improved for this many epochs. 0: never"""
     gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", "main")
-    """batches per optimizer step: N steps of batch B train like one batch of N x B, with the memory of B"""
+    """batches per optimizer step: N batches of size B train like one batch of N x B, with the memory of B"""
     gradient_checkpointing: bool = option(False, to_bool, "training", "main doctor")
-    """recompute activations in the backward pass: less memory, about a third slower"""
+    """recompute activations in the backward pass: uses less memory, about a third slower"""
     compile: bool = option(False, to_bool, "training", "main")
-    """torch.compile the backbones: slow first step, faster afterwards; for long training on a GPU. Needs a C++
-    compiler"""
+    """apply torch.compile to the backbones: the first step is slow, later ones are faster; for long runs on a GPU.
+    Needs a C++ compiler"""
     seed: int = option(0, number(int, 0, 2**31 - 1), "training", TRAIN)
-    """random seed for new layers, sampling, dropout and shuffling; the val split does not depend on it"""
+    """random seed for new layers, sampling, dropout and shuffling; does not affect the val split"""
 
     video_dir: str | None = option(None, path_value, "inference", "inference")
-    """input: a video file, a folder of frames, a .pt file, or a folder of these"""
+    """input: a video file, a folder of frames, a .pt file, or a folder that contains any of these"""
     text_input: str | None = option(None, text_value, "inference", "inference", changes_answers=True)
-    """text for every clip, for a classifier trained with --use_text True; or give each clip its own text in a
-    metadata.jsonl in --video_dir"""
+    """text for all clips, for a classifier trained with --use_text True. To give each clip its own text, put a
+    metadata.jsonl into --video_dir"""
     top_k: int = option(3, number(int, 1), "inference", "inference", changes_answers=True)
     """number of classes to print with their scores"""
     test_clips: int = option(1, number(int, 1, 100), "inference", USE, changes_answers=True, classifiers_only=True)
-    """average predictions over N clips per video, taken at different times"""
+    """average predictions over N clips per video, sampled at different times"""
     test_crops: int = option(1, number(int, 1, 10), "inference", USE, changes_answers=True, classifiers_only=True)
-    """average predictions over N crops per clip, along the longer side of the frame; papers use 3 or more clips x 3
-    crops"""
+    """average predictions over N crops per clip, along the longer side of the frame; papers often use 3 crops, with 3
+    or more clips"""
     max_new_tokens: int = option(40, number(int, 1, 4096), "inference", USE, changes_answers=True)
-    """longest generated caption, in tokens"""
+    """longest generated caption in tokens"""
     num_beams: int = option(1, number(int, 1, 64), "inference", USE, changes_answers=True)
-    """1: greedy decoding; 3 to 5: beam search, slower"""
+    """beam width. 1: greedy decoding. 3 to 5: beam search, slower"""
     timeline: float = option(0.0, number(float, 0), "inference", "inference", changes_answers=True)
-    """predict once per SECONDS of video instead of once per video; 0: once per video"""
+    """make one prediction for every window of this many seconds. 0: one prediction per video"""
     output: str | None = option(None, path_value, "inference", "inference")
     """also write the predictions to this file, one JSON object per line; an unfinished file of the same run is
-    continued"""
+    resumed"""
     export: str | None = option(None, path_value, "inference", "inference")
-    """write the run to this folder for other programs: a classifier as a merged Hugging Face model, adapters as peft
-    folders"""
+    """export the run to this folder for other programs: a classifier as a merged Hugging Face model, adapters in peft
+    format"""
     count: int = option(8, number(int, 1, 200), "inference", "preview")
     """number of training clips to draw"""
 
     checkpoint: str | None = option(None, path_value, "run and machine", USE)
     """run folder to load; all model options are read from it"""
     run_name: str | None = option(None, path_value, "run and machine", f"main preview {USE}", free_at_resume=True)
-    """name of the run's folder; by default derived from the model options"""
+    """name of the run's folder; derived from the model options by default"""
     output_dir: str = option("checkpoints", path_value, "run and machine", f"main preview {USE}", free_at_resume=True)
-    """folder of all runs"""
+    """folder that contains all runs"""
     overwrite: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
-    """replace an existing run of this name"""
+    """replace an existing run with the same name"""
     resume: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
-    """continue a stopped run from its last saved step, bit for bit as if it had not stopped; keeps the run's original
-    options"""
+    """continue a stopped run from its last saved step, with its original options; the result is bit-for-bit the same as
+    without the interruption"""
     save_every: int = option(0, number(int, 0), "run and machine", "main", free_at_resume=True)
-    """also save what --resume needs every N optimizer steps; it is always saved after each epoch, and on Ctrl-C or
+    """save the state that --resume needs every N optimizer steps. It is always saved after each epoch, and on Ctrl-C or
     SIGTERM"""
     controls: bool = option(False, to_bool, "run and machine", "main score", free_at_resume=True)
-    """also score inputs on which the model should fail (repeated, shuffled, reversed frames, grey video, swapped texts)
-    and two baselines (majority class, nearest neighbour), and draw where the model looks"""
+    """also score inputs on which the model should fail (one repeated frame, shuffled or reversed frames, a grey video,
+    swapped texts) and two baselines (majority class, nearest neighbour), and draw where the model looks"""
     tensorboard: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
-    """also write the log for TensorBoard to the run's folder (needs tensorboardX: requirements-extra.txt)"""
+    """also write TensorBoard logs to the run's folder; needs tensorboardX (requirements-extra.txt)"""
     device: str = option("auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", ALL, free_at_resume=True)
-    """auto: cuda if available, else mps, else cpu"""
+    """where to compute. auto: cuda if available, else mps, else cpu"""
     mixed_precision: str = option("auto", one_of("auto", "no", "bf16", "fp16"), "run and machine", ALL)
-    """auto: bf16 on a GPU that supports it, else no"""
+    """16-bit autocast. auto: bf16 on a GPU that supports it, else no"""
     num_workers: int = option(2, number(int, 0, 256), "run and machine", ALL, free_at_resume=True)
-    """processes that decode videos; 0: decode in the main process"""
+    """number of processes that decode videos. 0: decode in the main process"""
 
 
 FIELDS = {f.name: f for f in fields(Config)}
 
 
 def options_with(fact: str) -> list[str]:
-    """The names of the options with this fact."""
+    """The names of the options that have this property."""
     return [name for name, f in FIELDS.items() if f.metadata.get(fact)]
 
 
 def help_texts() -> dict[str, str]:
-    """The string below each option in Config."""
+    """{option: help text}, from the string below each option in Config. Only the source has these strings."""
+    # a string directly after an annotated field, with its line breaks removed
     (tree,) = ast.parse(inspect.getsource(Config)).body
     pairs = [(a, b) for a, b in pairwise(tree.body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
     return {a.target.id: " ".join(b.value.value.split()) for a, b in pairs}
@@ -325,7 +335,10 @@ def help_texts() -> dict[str, str]:
 
 
 def convert(name: str, text: str | None, where: str) -> Any:
-    """`text` (from a flag or yaml) through the option's converter; None stays where it is the default."""
+    """The value of an option from its text in a flag or yaml file. None stays None if that is the default.
+
+    Raises UserError with the text and what is allowed; `where` says where it was read.
+    """
     if text is None and FIELDS[name].default is None:
         return None
     try:
@@ -334,31 +347,32 @@ def convert(name: str, text: str | None, where: str) -> Any:
         raise UserError(f"{where}{name}: expected {error}, not {shown(text)}") from None
 
 
-def closest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+def closest(word: str, names: list[str]) -> str:
+    """The end of an error message about an unknown word: the most similar name, or all names."""
+    matches = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {matches[0]}?" if matches else f"choose from {', '.join(names)}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A yaml file's options, converted. Raises UserError for a bad file, key or value."""
+    """{option: converted value} of a yaml file. Raises UserError for a bad file, key or value."""
     values: dict[str, Any] = {}
     for key, value in yaml_pairs(path):
-        if key in RETIRED:  # runs of earlier versions have them
+        if key in RETIRED:  # in the config.yaml of runs of earlier versions
             continue
         if key not in FIELDS:
             raise UserError(f"{path}: unknown key {shown(key)}; {closest(key, list(FIELDS))}")
         if key in values:
-            raise UserError(f"{path}: {key} is given twice")
+            raise UserError(f"{path}: {key} appears twice; remove one")
         values[key] = convert(key, value, f"{path}: ")
     return values
 
 
 def yaml_pairs(path: Path) -> Iterator[tuple[str, str | None]]:
-    """Each key and value of a yaml file as text; a value is None where it is null, ~ or empty.
+    """Yields the keys and values of a yaml file as text. A value is None if it is null, ~ or empty.
 
-    Nothing is constructed: a list, a map, or a tag that asks for more than plain values is refused.
+    Raises UserError for a file that cannot be parsed, and for lists, maps and tags.
     """
-    # compose() stops at the syntax tree: no object is made, no alias expanded
+    # compose() stops at the syntax tree. It creates no objects and expands no aliases, so any file is safe to read
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_YAML + 1)
@@ -372,7 +386,7 @@ def yaml_pairs(path: Path) -> Iterator[tuple[str, str | None]]:
     if not isinstance(root, yaml.MappingNode | None):
         raise UserError(f"{path}: expected lines of `key: value`")
 
-    # scalars stay text; the converters of the options decide what `no` or `1e-3` means
+    # values stay text: yaml would read `no` as False and `1e-3` as text; the options' converters know better
     for key, value in root.value if root else []:
         where = f"{path}, line {key.start_mark.line + 1}"
         if not is_plain(key):
@@ -384,18 +398,20 @@ def yaml_pairs(path: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def is_plain(node: yaml.Node) -> bool:
-    """Whether a part of a yaml file is one number, word or text."""
+    """Whether a yaml node is a single number, word or text."""
     return isinstance(node, yaml.ScalarNode) and node.tag in PLAIN_TAGS
 
 
 def write_yaml(values: dict[str, Any], path: Path) -> None:
-    # escape non-ASCII letters: yaml would take U+0085 and U+2028 in a text for line breaks
+    """Writes options to a yaml file that read_yaml() can read."""
+    # safe_dump escapes non-ASCII letters by default; it must, because yaml treats U+0085 and U+2028 as line breaks
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def config_file_text() -> str:
-    """config_file.yaml: every option with its default and its help; `python config.py` writes it."""
-    lines = ["# Every option with its default. A flag of the same name overrides its line here."]
+    """The content of config_file.yaml: every option with its default and help text."""
+    lines = ["# Every option with its default. Change a default here; a flag of the same name overrides it."]
+    # a comment above each group, and the help text behind each value
     group, texts = None, help_texts()
     for name, f in FIELDS.items():
         if f.metadata["group"] != group:
@@ -407,18 +423,19 @@ def config_file_text() -> str:
 
 # -- the command line -------------------------------------------------------------------------------
 
-#: what each script does, for the first line of its --help
+# what each script does, for the first line of its --help
 ABOUT = {
     "main": "Train a video classifier, a video + language classifier or a video captioner.",
     "inference": "Classify or caption videos with a trained run.",
-    "score": "Score a trained run again on val and test, with its own options or on other videos.",
-    "doctor": "Check data, backbone and options before training: the same flags as main.py; nothing is kept.",
-    "preview": "Draw what the model will see of the first training clips: the same flags as main.py.",
+    "score": "Score a trained run again on val and test, on its own or other videos.",
+    "doctor": "Check data, backbone and options before training. Takes the flags of main.py and saves nothing.",
+    "preview": "Draw the first training clips as the model will see them. Takes the flags of main.py.",
 }
 
 
 def build_parser(script: str) -> Parser:
-    """The parser of a script; its --help shows the options that the script reads, and the others are accepted too."""
+    """The argument parser of a script. It accepts all options, but --help shows only those that the script reads."""
+    # the epilog is a table of the short names
     names = "".join(f"\n  {name:<12} backbones/{f'{name}-tiny':<18} {b.hub}" for name, b in BACKBONES.items())
     parser = Parser(
         prog=f"{script}.py",
@@ -429,7 +446,8 @@ def build_parser(script: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    # defaults are suppressed, so that the result holds exactly what was typed
+
+    # no defaults here: the result must contain only the flags that were typed, because these override the yaml file
     parser.add_argument("--config", metavar="FILE", help=f"yaml file with defaults (default: {CONFIG_FILE.name})")
     groups: dict[str, Any] = {}
     texts = help_texts()
@@ -445,55 +463,58 @@ def build_parser(script: str) -> Parser:
 
 
 def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
-    """The options for a script and the names of those typed as flags.
+    """The options of a script, and the names of those that were typed as flags.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, or an impossible combination.
     """
+    # unknown flags are an error here, not in argparse, to suggest the closest name
     args, unknown = build_parser(script).parse_known_args(argv)
     if unknown:
         raise UserError(unknown_flag(unknown[0].split("=")[0]))
 
     # default < yaml file < flag
-    given = vars(args)
-    path = given.pop("config", None)
+    flags = vars(args)
+    path = flags.pop("config", None)
     file = CONFIG_FILE if path is None else Path(path)
     values = read_yaml(file) if path is not None or file.is_file() else {}
-    typed = {name: convert(name, value, "--") for name, value in given.items()}
+    typed_flags = {name: convert(name, value, "--") for name, value in flags.items()}
     if script in TRAIN:
-        refuse_foreign(script, typed)
-    config = Config(**(values | typed))
+        refuse_foreign(script, typed_flags)
+    config = Config(**(values | typed_flags))
 
-    if config.checkpoint is None:  # else the run's own options decide
+    # with --checkpoint the run's own options are loaded and checked later
+    if config.checkpoint is None:
         config = check_options(config)
     if script == "inference" and config.video_dir is None and config.export is None:
-        raise UserError("no input: add --video_dir <a video file, a folder of frames, or a folder of these>")
-    return config, set(typed)
+        raise UserError("no input: add --video_dir <a video file, a folder of frames, or a folder of videos>")
+    return config, set(typed_flags)
 
 
 def unknown_flag(flag: str) -> str:
+    """The error message for a flag that does not exist."""
+    # options of earlier versions get a hint of their own, others the closest name
     if flag.removeprefix("--") in RETIRED:
         return f"{flag} is no longer an option: {RETIRED[flag.removeprefix('--')]}"
-    what = "unknown flag" if flag.startswith("-") else "unexpected word"
-    return f"{what} {shown(flag)}; {closest(flag, ['--config', *(f'--{name}' for name in FIELDS)])}"
+    problem = "unknown flag" if flag.startswith("-") else "unexpected word"
+    return f"{problem} {shown(flag)}; {closest(flag, ['--config', *(f'--{name}' for name in FIELDS)])}"
 
 
-def refuse_foreign(script: str, typed: dict[str, Any]) -> None:
-    """Raises UserError for a flag that only scripts for trained runs, or another one, read."""
-    for name in typed:
-        readers = FIELDS[name].metadata["scripts"]
-        if script not in readers and "main" not in readers:
-            raise UserError(
-                f"--{name} is not an option of {script}.py but of {' and '.join(f'{r}.py' for r in readers)}"
-            )
+def refuse_foreign(script: str, typed_flags: dict[str, Any]) -> None:
+    """Raises UserError for a typed flag that belongs to other scripts; flags of main.py are accepted by all."""
+    for name in typed_flags:
+        scripts = FIELDS[name].metadata["scripts"]
+        if script not in scripts and "main" not in scripts:
+            owners = " and ".join(f"{s}.py" for s in scripts)
+            raise UserError(f"--{name} is an option of {owners}, not of {script}.py")
 
 
 # -- checks and defaults that depend on several options ---------------------------------------------
 
 
 def check_options(config: Config) -> Config:
-    """Fills in the language model and refuses impossible combinations, saying what to do."""
-    # options of a language model without one would be ignored silently
+    """The options with the default language model filled in. Raises UserError for an impossible combination."""
+    # without a language model its options would have no effect, which nobody would notice
     if not config.use_vlm:
         if config.captioning:
             raise UserError("--captioning True needs a language model: add --use_vlm True")
@@ -502,46 +523,48 @@ def check_options(config: Config) -> Config:
                 raise UserError(f"--{name} needs --use_vlm True")
     elif config.language_model is None:
         config = replace(config, language_model="gpt2" if config.captioning else "bert")
+
+    # problems that would otherwise show only after data and weights are loaded
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UserError("--tensorboard True needs tensorboardX: pip install -r requirements-extra.txt")
     refuse_classifier_options(config)
     check_backbone("vision_model", config.vision_model, "vision")
     if config.use_vlm:
         check_backbone("language_model", config.language_model, "decoder" if config.captioning else "encoder")
-    run_name(config)  # before anything is read
+    run_name(config)  # called for its checks
     return config
 
 
 def refuse_classifier_options(config: Config) -> None:
-    """Raises UserError for options that mean nothing to a captioner."""
+    """Raises UserError for a captioner with an option that only classifiers have."""
     for name in options_with("classifiers_only"):
         if config.captioning and getattr(config, name) != FIELDS[name].default:
-            raise UserError(f"--{name} is for classifiers, not for captioners")
+            raise UserError(f"--{name} works with classifiers only; leave it out or set --captioning False")
 
 
 def check_backbone(option_name: str, name: str, kind: str) -> None:
-    """Raises UserError for a short name of another kind, and for a word that is no name, folder or hub id."""
-    known = BACKBONES.get(name)
-    if known is None:
-        # a word without a slash cannot be a hub id: most likely a short name with a typo
-        if "/" not in name and not Path(name).is_dir():
-            names = [n for n, b in BACKBONES.items() if (b.kind == "vision") == (kind == "vision")]
-            raise UserError(
-                f"--{option_name} {shown(name)} is neither a short name ({', '.join(names)}), a folder nor a hub id; "
-                f"{closest(name, names)}"
-            )
-        return
-    if known.kind == kind:
-        return
-    if (known.kind, kind) == ("encoder", "decoder"):
+    """Raises UserError unless `name` is a short name of this kind, a folder or a hub id."""
+    # hub ids contain a slash, so that any other unknown word is most likely a short name with a typo
+    if name not in BACKBONES:
+        if "/" in name or Path(name).is_dir():
+            return
+        names = [n for n, b in BACKBONES.items() if (b.kind == "vision") == (kind == "vision")]
+        reason = f"is neither a short name ({', '.join(names)}), a folder nor a hub id; {closest(name, names)}"
+        raise UserError(f"--{option_name} {shown(name)} {reason}")
+
+    # BERT and GPT-2 are easily confused, so say which one the task needs
+    actual = BACKBONES[name].kind
+    if (actual, kind) == ("encoder", "decoder"):
         raise UserError(f"captioning needs a causal language model such as gpt2, not {name}")
-    if (known.kind, kind) == ("decoder", "encoder"):
+    if (actual, kind) == ("decoder", "encoder"):
         raise UserError(f"{name} writes captions: add --captioning True, or use --language_model bert to classify")
-    raise UserError(f"--{option_name} cannot be {name}, a {known.kind} backbone")
+    if actual != kind:
+        raise UserError(f"--{option_name} cannot be {name}, a {actual} backbone")
 
 
 def training_mode(config: Config) -> dict[str, str]:
-    """How each backbone is trained, "full", "lora" or "frozen": {"vision": ..., "language": ...}."""
+    """How each backbone is trained: {"vision": "full", "lora" or "frozen"}, with a VLM also "language"."""
+    # LoRA wins over frozen: adapters on frozen weights
     modes = {"vision": "lora" if config.use_lora_vision else "frozen" if config.freeze_visionbackbone else "full"}
     if config.use_vlm:
         modes["language"] = "lora" if config.use_lora_llm else "frozen" if config.freeze_llmbackbone else "full"
@@ -549,34 +572,32 @@ def training_mode(config: Config) -> dict[str, str]:
 
 
 def default_rates(config: Config) -> tuple[float, dict[str, float]]:
-    """(the peak learning rate of the least restricted backbone, the rate of each part as a multiple of it: "vision",
-    "language" and "new layers")."""
-    # a folder or a hub id counts as published weights
+    """The default learning rates: (peak rate of the least restricted backbone, {part: its rate as a multiple of it}).
+    Parts are "vision", "language" and "new layers"."""
+    # folders and hub ids get the rates of published weights
     kinds = {}
     for part, mode in training_mode(config).items():
         tiny = config.weights == "tiny" and getattr(config, f"{part}_model") in BACKBONES
         kinds[part] = ("tiny" if tiny else "hub", mode)
+    # the keys of LEARNING_RATES are ordered from least to most restricted
     rate, factor = LEARNING_RATES[min(kinds.values(), key=[*LEARNING_RATES].index)]
     return rate, {part: LEARNING_RATES[kind][0] / rate for part, kind in kinds.items()} | {"new layers": factor}
 
 
 def fill_auto(config: Config, num_frames: int, image_size: int, batch_size: int = 16) -> Config:
-    """Replaces every `auto` whose value depends on the model; num_frames and image_size are the backbone's own.
+    """Replaces every `auto` that depends on the model. num_frames and image_size are those of the backbone.
 
-    What depends on the machine stays `auto` in a run's config.yaml: device, mixed_precision, cache_features, cache_dir.
+    Options that depend on the machine stay `auto`: device, mixed_precision, cache_features, cache_dir.
     """
-    values = {
-        "num_frames": num_frames,
-        "image_size": image_size,
-        "batch_size": batch_size,
-        "learning_rate": default_rates(config)[0],
-    }
+    values = {"num_frames": num_frames, "image_size": image_size, "batch_size": batch_size}
+    values["learning_rate"] = default_rates(config)[0]
     return replace(config, **{name: value for name, value in values.items() if getattr(config, name) == "auto"})
 
 
 def run_name(config: Config) -> str:
-    """The name of the run's folder, by default made of the model options. Raises UserError if no folder in
-    --output_dir can have it."""
+    """The name of the run's folder: --run_name, or one made from the model options. Raises UserError if no folder can
+    have this name."""
+    # backslashes are refused on every system, because on Windows they separate folders
     name = default_run_name(config) if config.run_name is None else config.run_name
     if name in ("", ".", "..") or re.search(r"[/\\]", name) or CONTROL.search(name):
         problem = "cannot be the name of a folder"
@@ -584,12 +605,13 @@ def run_name(config: Config) -> str:
         problem = f"is longer than {LONGEST_NAME} bytes"
     else:
         return name
-    advice = "add --run_name <a name>" if config.run_name is None else "choose another --run_name"
+    advice = "add --run_name NAME" if config.run_name is None else "choose another --run_name"
     raise UserError(f"the run's name {shown(name)} {problem}; {advice}")
 
 
 def default_run_name(config: Config) -> str:
-    """For example timesformer_bert_text_fvbb_lorallm: backbones, task, how they are trained, weights."""
+    """For example timesformer_bert_text_fvbb_lorallm: backbones, task, how each is trained, weights."""
+    # abspath gives folders such as "." or "models/" a name
     parts = [Path(os.path.abspath(config.vision_model)).name]
     if config.use_vlm:
         parts.append(Path(os.path.abspath(config.language_model)).name)
@@ -604,7 +626,7 @@ def default_run_name(config: Config) -> str:
 
 
 def as_flags(config: Config) -> str:
-    """The flags that name the run and differ from the defaults, as one would type them."""
+    """The flags that identify a run and differ from their defaults, as one would type them."""
     pairs = ((name, getattr(config, name)) for name in options_with("names_run"))
     return " ".join(f"--{name} {value}" for name, value in pairs if value not in (None, FIELDS[name].default))
 

@@ -1,6 +1,6 @@
-"""Turns test clips of the dummy dataset into folders of frames, for inference.
+"""Saves test videos of a dataset as folders of frames, to try inference.py on.
 
-python create_dummy.py             # frames_see/class_0_video_0/frame_000.png ..., frames_see/metadata.jsonl
+python create_dummy.py         # frames_see/class_0_video_0/frame_000.png ..., frames_see/metadata.jsonl
 """
 
 import argparse
@@ -14,12 +14,14 @@ from pathlib import Path
 
 from script import Parser, UserError, make_folder, printable, run_script
 
-CHUNK = 32  # frames that are held at once
+CHUNK = 32  # frames in memory at a time
 
 
 def run(argv: list[str] | None) -> int:
+    """Writes the frame folders that the command line describes. Raises UserError for a bad flag or unusable folder."""
+    # the defaults match those of dummy_data.py and of the README
     parser = Parser(
-        description="Write test videos as folders of PNG frames, with a metadata.jsonl of label, caption and text.",
+        description="Save test videos as folders of PNG frames, with their labels, captions and texts.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -28,22 +30,27 @@ def run(argv: list[str] | None) -> int:
         "--output",
         type=Path,
         default=Path("frames_see"),
-        help="folder to write; an earlier one made by this script is replaced",
+        help="folder to create; one made by this script earlier is replaced",
     )
-    parser.add_argument("--per_class", type=int, default=3, help="videos of each class; the first ones")
+    parser.add_argument("--per_class", type=int, default=3, help="number of videos per class")
     args = parser.parse_args(argv)
     if args.per_class < 1:
         raise UserError(f"--per_class must be at least 1, not {args.per_class}")
 
+    # imported late, so that --help is fast
     from tqdm import tqdm
 
+    # these import torch
     from dummy_data import save_frames, whole_or_none
     from readers import open_video
     from VLoader import read_folder
 
+    # the first videos of each class; read_folder() sorts by name, so classes follow each other
     samples = read_folder(args.data_dir / "test")
     by_class = [list(group)[: args.per_class] for _, group in groupby(samples, key=lambda s: s.label)]
     clear_frames(args.output)
+
+    # write frames in chunks, because a video may be too long for memory
     rows: dict[str, dict] = {}
     with whole_or_none(args.output):
         for sample in tqdm([s for group in by_class for s in group], unit="video"):
@@ -54,36 +61,34 @@ def run(argv: list[str] | None) -> int:
                 save_frames(frames.numpy(), args.output / name, start)
             row = {"file_name": name, "label": sample.label, "caption": list(sample.captions), "text": sample.text}
             rows[name] = {k: v for k, v in row.items() if v not in (None, [])} | {"attributes": sample.attributes}
+
+        # with labels, captions and lexicon, inference.py can say which of its answers are right
         lines = "".join(json.dumps(row) + "\n" for row in rows.values())
         (args.output / "metadata.jsonl").write_text(lines, encoding="utf-8")
-        if (args.data_dir / "lexicon.json").is_file():  # inference then knows which captions are right
+        if (args.data_dir / "lexicon.json").is_file():
             shutil.copyfile(args.data_dir / "lexicon.json", args.output / "lexicon.json")
-    print(f"wrote {len(rows)} folders of frames and metadata.jsonl to {printable(args.output)}/")
+    print(f"wrote {len(rows)} folders of frames and a metadata.jsonl to {printable(args.output)}/")
     return 0
 
 
 def free_name(name: str, taken: Collection[str]) -> str:
-    """A folder's name that is not taken; a label may hold anything."""
+    """A folder name that is not in `taken`. Replaces slashes and control characters, which a label may contain."""
     name = re.sub(r"[/\\\x00-\x1f]", "_", name)
     return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
 
 
 def clear_frames(folder: Path) -> None:
-    """Empties a folder that this script made; refuses any other that is not empty."""
+    """Empties a folder that this script made. Raises UserError if it contains anything else."""
     if folder.is_dir() and any(folder.iterdir()):
-        others = [
-            path
-            for path in folder.iterdir()
-            if path.name not in ("metadata.jsonl", "lexicon.json") and not is_frames(path)
-        ]
-        if others or not (folder / "metadata.jsonl").is_file():
+        entries = [path for path in folder.iterdir() if path.name not in ("metadata.jsonl", "lexicon.json")]
+        if not all(map(is_frames, entries)) or not (folder / "metadata.jsonl").is_file():
             raise UserError(f"{folder}/ is not empty and was not made by this script; choose another --output")
         shutil.rmtree(folder)
     make_folder(folder)
 
 
 def is_frames(folder: Path) -> bool:
-    """Whether this is a folder of frames that dummy_data.save_frames wrote, and nothing else."""
+    """Whether this is a folder that contains only frames written by dummy_data.save_frames()."""
     return folder.is_dir() and all(re.fullmatch(r"frame_\d+\.png", path.name) for path in folder.iterdir())
 
 

@@ -1,13 +1,12 @@
-"""Draws a synthetic video dataset in which the class can only be told from motion.
+"""Draws a synthetic video dataset whose classes differ in motion, so that one frame is not enough.
 
     python dummy_data.py                      # synthetic_dataset/{train,test}/class_k/video_i.pt
 
-Ten classes = {circle, square} x {moving right, left, down, up, standing still}. The shape moves on a
-torus: what leaves the picture on one side comes in on the other. So the position in a single frame is
-uniform whatever the motion is, and one frame tells the shape (a chance of 1 in 5) and nothing more.
-Colour, size, speed, start, background and noise are drawn anew for every video.
+Ten classes = {circle, square} x {moving right, left, down, up, standing still}. A shape that leaves the frame on one
+side enters on the other. So its position in a single frame is uniform for every motion, and one frame only shows the
+shape: the best guess is right 1 time in 5. Colour, size, speed, start, background and noise are random in every video.
 
-Shapes: B videos, T frames, H W pixels; a video is RGB uint8 [T, C, H, W].
+Shapes: B videos, T frames, H W pixels. A video is RGB uint8 [T, C, H, W].
 """
 
 import argparse
@@ -34,10 +33,11 @@ COLOURS = {
     "white": (0.97, 0.97, 0.97),
 }
 MOTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1), "still": (0, 0)}
-RADII = {"small": (0.105, 0.135), "large": (0.170, 0.205)}  # of the picture's side; area as of a circle
-SPEEDS = (1.2, 3.0)  # sides per 64 frames, i.e. pixels per frame at 64 x 64
+RADII = {"small": (0.105, 0.135), "large": (0.170, 0.205)}  # fraction of the frame's side
+SPEEDS = (1.2, 3.0)  # frame widths per 64 frames, which is pixels per frame at 64 x 64
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    # signed distance to the edge in pixels, negative inside; dx, dy, radius broadcast to (B, T, H, W)
+    # signed distance to the edge in pixels, negative inside; dx, dy and radius broadcast to (B, T, H, W)
+    # 0.886 = sqrt(pi) / 2 gives the square the area of the circle
     "circle": lambda dx, dy, radius: np.hypot(dx, dy) - radius,
     "square": lambda dx, dy, radius: np.maximum(np.abs(dx), np.abs(dy)) - 0.886 * radius,
 }
@@ -74,8 +74,8 @@ HINTS = {
     },
 }
 CAPTIONS_PER_VIDEO = 5
-CONTENT = ("train", "test", "classes.json", "lexicon.json")  # of a dataset's folder
-#: (least, most) of each number on the command line
+CONTENT = ("train", "test", "classes.json", "lexicon.json")  # what the dataset's folder contains
+# the range of each number on the command line
 LIMITS = {
     "classes": (2, len(CLASSES)),
     "videos_per_class": (1, 100_000),
@@ -88,8 +88,7 @@ LIMITS = {
 
 # -- words ------------------------------------------------------------------------------------------
 
-
-#: the words of each attribute's values, for anybody who reads a caption: metrics.Lexicon
+# the words for each value of an attribute, written to lexicon.json; see metrics.Lexicon
 LEXICON = {
     "size": {size: [*words] for size, words in SIZE_WORDS.items()},
     "colour": {colour: [colour] for colour in COLOURS},
@@ -111,7 +110,7 @@ def write_caption(
     shape_words: Mapping[str, Sequence[str]] = SHAPE_WORDS,
     motion_phrases: Mapping[str, Sequence[str]] = MOTION_PHRASES,
 ) -> str:
-    """One caption that names the four attributes of `truth`, each in words drawn at random."""
+    """A caption that names the four attributes of `truth`, each in a random wording."""
     return template.format(
         size=rng.choice(SIZE_WORDS[truth["size"]]),
         colour=truth["colour"],
@@ -121,13 +120,13 @@ def write_caption(
 
 
 def write_hint(truth: dict[str, str], rng: np.random.Generator) -> str:
-    """A note on one attribute: true (65 %), misleading (20 %) or missing (15 %, an empty string)."""
+    """The text of a clip, a hint about one attribute: true (65 %), misleading (20 %) or missing (15 %, "")."""
     attribute = rng.choice(list(HINTS))
     notes = HINTS[attribute]
-    fate = rng.random()
-    if fate < 0.15:
+    chance = rng.random()
+    if chance < 0.15:
         return ""
-    if fate < 0.35:
+    if chance < 0.35:
         others = sorted(set(notes.values()) - {notes[truth[attribute]]})
         return str(rng.choice(others))
     return notes[truth[attribute]]
@@ -137,7 +136,8 @@ def write_hint(truth: dict[str, str], rng: np.random.Generator) -> str:
 
 
 def draw_backgrounds(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-    """Dim, nearly grey gradients, float32 in [0, 1]: (B, 1, C, H, W)."""
+    """Dark, nearly grey gradients, float32 in [0, 1]: (B, 1, C, H, W)."""
+    # brightness, a slight colour cast, and a slope along x and y
     level = rng.uniform(0.08, 0.45, (count, 1, 1, 1, 1))
     tint = rng.uniform(-0.05, 0.05, (count, 1, 3, 1, 1))
     slope = rng.uniform(-0.15, 0.15, (2, count, 1, 1, 1, 1))
@@ -147,37 +147,39 @@ def draw_backgrounds(rng: np.random.Generator, count: int, size: int) -> np.ndar
 
 
 def trajectories(start: np.ndarray, velocity: np.ndarray, times: np.ndarray, size: int) -> np.ndarray:
-    """Pixel positions on the torus at times (T,) or (B, T), from start and velocity (B, 2): (B, T, 2)."""
+    """Positions in pixels at times (T,) or (B, T), from start and velocity (B, 2); wraps around: (B, T, 2)."""
     return (start[:, None] + velocity[:, None] * times[..., None]) % size
 
 
 def draw_masks(shape: str, positions: np.ndarray, radius: np.ndarray, size: int, shapes: dict = SHAPES) -> np.ndarray:
-    """How much of each pixel the shape covers, from positions (B, T, 2) and radius (B,): (B, T, H, W)."""
+    """The covered fraction of each pixel, for shapes at positions (B, T, 2) with radius (B,): (B, T, H, W)."""
     grid = np.arange(size, dtype=np.float32) + 0.5
     offset = grid - positions.astype(np.float32)[..., None]  # (B, T, 2, size)
-    offset = (offset + size / 2) % size - size / 2  # the nearest copy on the torus
+    offset = (offset + size / 2) % size - size / 2  # to the nearest copy, since the frame wraps around
     dx, dy = offset[:, :, 0, None, :], offset[:, :, 1, :, None]  # (B, T, 1, W), (B, T, H, 1)
     return np.clip(0.5 - shapes[shape](dx, dy, radius.astype(np.float32)[:, None, None, None]), 0, 1)
 
 
 def paint(frames: np.ndarray, masks: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Frames (B, 1 or T, C, H, W) with colours (B, 3) where masks (B, T, H, W) say: (B, T, C, H, W)."""
+    """Blends colours (B, 3) into frames (B, 1 or T, C, H, W) by masks (B, T, H, W): (B, T, C, H, W)."""
     return frames + masks[:, :, None] * (colours.astype(np.float32)[:, None, :, None, None] - frames)
 
 
 def to_uint8(frames: np.ndarray, rng: np.random.Generator, noise: float = 8) -> np.ndarray:
-    """Frames in [0, 1] with uniform noise of +-noise grey levels, as uint8 of the same shape."""
+    """Adds uniform noise of +-`noise` grey levels to frames in [0, 1]. Returns uint8 of the same shape."""
+    # in place, because these arrays hold all videos of a class
     grain = rng.random(frames.shape, dtype=np.float32)
     grain *= 2 * noise
     grain += frames * 255
-    grain -= noise - 0.5  # the half rounds: the cast below cuts
+    grain -= noise - 0.5  # adds 0.5, because the cast below truncates
     return np.clip(grain, 0, 255, out=grain).astype(np.uint8)
 
 
 def draw_class(
     label: int, count: int, num_frames: int, size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[dict[str, str]]]:
-    """`count` videos of one class, uint8 (B, T, C, H, W), and the true attributes of each."""
+    """Draws `count` videos of one class. Returns uint8 (B, T, C, H, W) and the true attributes of each video."""
+    # the class sets shape and motion; everything else is random
     shape, motion = CLASSES[label]
     colours = rng.choice(list(COLOURS), count)
     sizes = rng.choice(list(RADII), count)
@@ -185,9 +187,10 @@ def draw_class(
     speed = rng.uniform(*SPEEDS, (count, 1)) * size / 64
     positions = trajectories(rng.uniform(0, size, (count, 2)), speed * MOTIONS[motion], np.arange(num_frames), size)
     shades = np.array([COLOURS[c] for c in colours]) + rng.uniform(-0.04, 0.04, (count, 3))
-    frames = paint(
-        draw_backgrounds(rng, count, size), draw_masks(shape, positions, radius, size), np.clip(shades, 0, 1)
-    )
+
+    # the shape over its background
+    backgrounds, masks = draw_backgrounds(rng, count, size), draw_masks(shape, positions, radius, size)
+    frames = paint(backgrounds, masks, np.clip(shades, 0, 1))
     truths = [
         {"size": str(s), "colour": str(c), "shape": shape, "motion": motion}
         for s, c in zip(sizes, colours, strict=True)
@@ -199,11 +202,11 @@ def draw_class(
 
 
 def save_video(video: np.ndarray, path: Path, fps: int = 8) -> Path:
-    """Writes uint8 [T, C, H, W] as `path`.pt, `path`.mp4 or a folder of frames, by `path`'s suffix."""
+    """Saves uint8 [T, C, H, W] as a .pt file, an .mp4 file or, without a suffix, a folder of frames."""
     if path.suffix == ".pt":
         import torch
 
-        buffer = io.BytesIO()  # torch's own writer hides which error it was
+        buffer = io.BytesIO()  # torch would hide the cause of an error in writing, such as a full disk
         torch.save(torch.from_numpy(video), buffer)
         path.write_bytes(buffer.getbuffer())
     elif path.suffix == ".mp4":
@@ -214,7 +217,7 @@ def save_video(video: np.ndarray, path: Path, fps: int = 8) -> Path:
 
 
 def save_mp4(video: np.ndarray, path: Path, fps: int) -> None:
-    """H.264 in 4:4:4, nearly lossless, so that small coloured shapes keep their colour."""
+    """Saves uint8 [T, C, H, W] as H.264 in 4:4:4, nearly lossless, so that small shapes keep their colour."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -227,7 +230,7 @@ def save_mp4(video: np.ndarray, path: Path, fps: int) -> None:
 
 
 def save_frames(video: np.ndarray, folder: Path, first: int = 0) -> None:
-    """One PNG a frame: folder/frame_000.png ..., numbered from `first` on."""
+    """Saves uint8 [T, C, H, W] as folder/frame_000.png, frame_001.png, ..., starting at number `first`."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,7 +239,8 @@ def save_frames(video: np.ndarray, folder: Path, first: int = 0) -> None:
 
 
 def write_split(folder: Path, split: str, per_class: int, args: argparse.Namespace, bar) -> None:
-    """Draws one split, saves its videos and writes its metadata.jsonl."""
+    """Draws one split, saves its videos and writes its metadata.jsonl. `bar` is a tqdm progress bar."""
+    # every class has its own generator, so that its videos do not depend on --classes
     rows = []
     suffix = "" if args.format == "frames" else f".{args.format}"
     for label in range(args.classes):
@@ -244,6 +248,8 @@ def write_split(folder: Path, split: str, per_class: int, args: argparse.Namespa
         name = f"class_{label}"
         (folder / split / name).mkdir(parents=True)
         videos, truths = draw_class(label, per_class, args.frames, args.size, rng)
+
+        # every caption of a video uses another template
         for index, (video, truth) in enumerate(zip(videos, truths, strict=True)):
             save_video(video, folder / split / name / f"video_{index}{suffix}")
             chosen = rng.permutation(len(TEMPLATES))[:CAPTIONS_PER_VIDEO]
@@ -261,36 +267,41 @@ def write_split(folder: Path, split: str, per_class: int, args: argparse.Namespa
 
 
 def display_name(label: int) -> str:
+    """The name of a class for people, for example "circle moving left"."""
     shape, motion = CLASSES[label]
     return f"{shape} standing still" if motion == "still" else f"{shape} moving {motion}"
 
 
 def run(argv: list[str] | None) -> None:
+    """Draws the dataset that the command line describes. Raises UserError for a bad flag or an unusable folder."""
+    # all flags have defaults, and the defaults make the dataset of the README
     parser = Parser(
-        description="Draw a synthetic video dataset: a shape on a plain ground that moves or stands still.",
+        description="Draw a synthetic video dataset: a shape that moves or stands still on a plain background.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--classes", type=int, default=10, help="the first N of the ten classes (2 to 10)")
-    parser.add_argument("--videos_per_class", type=int, default=80, help="training videos of each class")
-    parser.add_argument("--test_per_class", type=int, default=20, help="test videos of each class")
-    parser.add_argument("--frames", type=int, default=16, help="frames of each video")
+    parser.add_argument("--classes", type=int, default=10, help="use the first N of the ten classes (2 to 10)")
+    parser.add_argument("--videos_per_class", type=int, default=80, help="training videos per class")
+    parser.add_argument("--test_per_class", type=int, default=20, help="test videos per class")
+    parser.add_argument("--frames", type=int, default=16, help="frames per video")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels, at least 16")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other videos")
-    parser.add_argument("--output", type=Path, default=Path("synthetic_dataset"), help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--output", type=Path, default=Path("synthetic_dataset"), help="folder to create")
     parser.add_argument(
         "--format",
         choices=("pt", "mp4", "frames"),
         default="pt",
-        help="what each video is saved as: a tensor, an H.264 file, or a folder of PNGs",
+        help="save each video as a tensor, an H.264 file, or a folder of PNGs",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the dataset that lies in --output")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset in --output")
     args = parser.parse_args(argv)
     check_flags(args)
     clear_dataset(args.output, args.overwrite)
 
+    # imported late, so that --help is fast
     from tqdm import tqdm
 
+    # a dataset that is not complete would be used as if it were, so remove it if anything fails
     total = args.classes * (args.videos_per_class + args.test_per_class)
     names = {f"class_{label}": display_name(label) for label in range(args.classes)}
     with whole_or_none(*(args.output / name for name in CONTENT)), tqdm(total=total, unit="video") as bar:
@@ -303,7 +314,7 @@ def run(argv: list[str] | None) -> None:
 
 @contextmanager
 def whole_or_none(*paths: Path) -> Generator[None]:
-    """Removes these files and folders if the block that writes them fails: a full disk, Ctrl-C."""
+    """Removes these files and folders if the block that writes them fails, for example on Ctrl-C or a full disk."""
     try:
         yield
     except BaseException:
@@ -313,6 +324,7 @@ def whole_or_none(*paths: Path) -> Generator[None]:
 
 
 def remove(path: Path) -> None:
+    """Removes a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -320,6 +332,7 @@ def remove(path: Path) -> None:
 
 
 def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for a number that is out of range."""
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
@@ -328,12 +341,14 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def clear_dataset(folder: Path, overwrite: bool) -> None:
-    """Makes the folder; removes an earlier dataset of ours if asked to, and leaves anything else alone."""
+    """Creates the folder. An earlier dataset is removed with `overwrite`; anything else in it raises UserError."""
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "classes.json").is_file():
-            raise UserError(f"{folder}/ is not empty and holds no dataset of this script; choose another --output")
+        if not (folder / "classes.json").is_file():  # not ours, so do not touch it
+            raise UserError(f"{folder}/ is not empty and was not made by this script; choose another --output")
         if not overwrite:
-            raise UserError(f"{folder}/ holds a dataset: add --overwrite to draw it anew, or choose another --output")
+            raise UserError(
+                f"{folder}/ already has a dataset: add --overwrite to replace it, or choose another --output"
+            )
         for name in CONTENT:
             remove(folder / name)
     make_folder(folder)

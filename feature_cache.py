@@ -1,13 +1,15 @@
-"""What a frozen vision backbone says of each video, computed once and read by every epoch and every later run.
+"""Computes the features of a frozen vision backbone once per video, for all epochs and all later runs.
 
-    <cache_dir>/<key>/<number>.safetensors     features (n, 1 + N, D) fp16 and the ids (n, 16) of n videos
+    <cache_dir>/<key>/<number>.safetensors     a shard: features (n, 1 + N, D) fp16 and ids (n, 16) of n videos
                       about.json               what the key stands for
 
-The key is made of the backbone's fingerprint, its preprocessing, the frames that are taken, and token_grid; an
-id is the digest of a video's content. So videos may be moved and copied, and a changed video, or another backbone,
-is never answered from here. Shards are written whole or not at all: an extraction that was killed goes on behind
-its last one. Each holds a digest of its ids and features, which is compared before a run uses them. Files are only
-ever added; two runs may write side by side, and the folder may be removed at any time.
+The key is a hash of the backbone's fingerprint, its preprocessing, how frames are sampled, and token_grid. The id of a
+video is the digest of its content. So moved or copied videos still hit the cache, and a changed video or another
+backbone never does. Shards are written atomically, so a killed extraction resumes after its last shard. Each contains a
+digest of its ids and features, which is checked before a run uses them. Files are only added: several runs may write at
+the same time, and the folder may be deleted at any time.
+
+A row number combines two numbers: shard * 2^32 + the row in that shard.
 """
 
 import hashlib
@@ -29,45 +31,46 @@ from config import Config, options_with
 from script import UserError, make_folder, printable, remove_leftovers, replace_file
 from VLoader import ClipDataset, EpochBatches, Sample, Splits, build_loader
 
-SHARD = 256  # videos a file
+SHARD = 256  # videos per file
 
 
 def video_ids(samples: list[Sample]) -> np.ndarray:
-    """The 16 bytes of each video's digest. (n, 16). Raises ReadError where one is computed now and cannot be."""
+    """The digests of videos, (n, 16) uint8. Raises ReadError if one has to be computed and the video is unreadable."""
     return np.frombuffer(bytearray.fromhex("".join(s.identity for s in samples)), np.uint8).reshape(-1, 16)
 
 
 def content_digest(ids: np.ndarray, features: np.ndarray) -> str:
-    """Of what a shard holds: ids (n, 16) uint8 and features (n, 1 + N, D) fp16."""
+    """The digest of a shard with ids (n, 16) uint8 and features (n, 1 + N, D) fp16."""
     digest = hashlib.blake2b(np.ascontiguousarray(ids), digest_size=16)
     digest.update(np.ascontiguousarray(features))
     return digest.hexdigest()
 
 
 class FeatureIndex:
-    """Which row of which shard holds a video's features: three sorted arrays, 24 bytes a video."""
+    """Maps ids to row numbers in three sorted arrays. They take 24 bytes per video; a dict would take six times that,
+    which matters for ten million videos."""
 
     def __init__(self) -> None:
-        self.low, self.high = np.empty(0, np.uint64), np.empty(0, np.uint64)  # halves of the ids
-        self.rows = np.empty(0, np.int64)  # shard * 2^32 + row
+        self.low, self.high = np.empty(0, np.uint64), np.empty(0, np.uint64)  # the halves of each id
+        self.rows = np.empty(0, np.int64)
 
     def add(self, shards: list[tuple[int, np.ndarray]]) -> None:
-        """Adds (shard's number, ids (n, 16) uint8) of several shards."""
+        """Adds several shards: (number of the shard, its ids (n, 16) uint8)."""
         halves = [np.ascontiguousarray(ids).view(np.uint64).reshape(-1, 2) for _, ids in shards]  # (n, 2)
         rows = [(number << 32) + np.arange(len(ids), dtype=np.int64) for number, ids in shards]
         low = np.concatenate([self.low, *(h[:, 0] for h in halves)])
         high = np.concatenate([self.high, *(h[:, 1] for h in halves)])
-        order = np.argsort(low, kind="stable")
+        order = np.argsort(low, kind="stable")  # ids are digests: two equal low halves do not occur in practice
         self.low, self.high = low[order], high[order]
         self.rows = np.concatenate([self.rows, *rows])[order]
 
     def drop(self, number: int) -> None:
-        """Forgets a shard's videos."""
+        """Removes the videos of a shard."""
         kept = self.rows >> 32 != number
         self.low, self.high, self.rows = self.low[kept], self.high[kept], self.rows[kept]
 
     def find(self, ids: np.ndarray) -> np.ndarray:
-        """The place of each id (n, 16) uint8, -1 where there is none. (n,) int64"""
+        """The row number of each id (n, 16) uint8, -1 if it is not there. (n,) int64"""
         if not len(self.low) or not len(ids):
             return np.full(len(ids), -1, np.int64)
         halves = np.ascontiguousarray(ids).view(np.uint64).reshape(-1, 2)
@@ -77,71 +80,76 @@ class FeatureIndex:
 
 
 class FeatureStore:
-    """The features of one backbone, with one way of taking frames, in one folder; `shape` (1 + N, D) is a video's.
+    """The folder of one key: features of one backbone with one way to sample frames, of `shape` (1 + N, D) per video.
 
-    Raises UserError if the folder cannot be made or a shard written.
+    Raises UserError if the folder cannot be created or a shard cannot be written.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], shape: tuple[int, int]):
+    def __init__(self, folder: Path, description: dict[str, Any], shape: tuple[int, int]):
+        # the folder may be new, or a killed run may have left temporary files in it
         self.folder, self.shape = folder, shape
         make_folder(folder)
         remove_leftovers(folder)
         if not (folder / "about.json").is_file():
-            self.describe(about)
+            self.write_description(description)
         self.index = FeatureIndex()
         self.shards: list[Path] = []
-        self.checked: set[int] = set()  # the shards whose content was compared with its digest
-        self.passed_over: dict[Path, None] = {}  # files that are not, or no longer, this store's; in order
-        self.handles: dict[int, Any] = {}  # opened where they are used: a worker opens its own
+        self.checked: set[int] = set()  # shards whose digest was checked
+        self.ignored: dict[Path, None] = {}  # files that are damaged or no shards of this store; a dict keeps the order
+        self.handles: dict[int, Any] = {}  # opened on first use, so that each worker process has its own
         self.refresh()
 
-    def describe(self, about: dict[str, Any]) -> None:
-        text = json.dumps(about, indent=1) + "\n"
+    def write_description(self, description: dict[str, Any]) -> None:
+        """Writes about.json, for people who wonder what a folder is for."""
+        text = json.dumps(description, indent=1) + "\n"
         replace_file(self.folder / "about.json", lambda p: p.write_text(text, encoding="utf-8"))
 
     def refresh(self) -> None:
-        """Reads the ids of shards that have come since. A file that is no shard of this store is passed over."""
-        known, fresh = {*self.shards, *self.passed_over}, []
-        for path in sorted(self.folder.glob("*.safetensors")):
-            ids = self.read_ids(path) if path not in known else None
-            if ids is not None:
-                fresh.append((len(self.shards), ids))
+        """Adds the ids of shards that were written since the last call. Files that are no shards are ignored."""
+        added = []
+        for path in sorted({*self.folder.glob("*.safetensors")} - {*self.shards, *self.ignored}):
+            ids = self.read_ids(path)
+            if ids is None:
+                self.ignored[path] = None
+            else:
+                added.append((len(self.shards), ids))
                 self.shards.append(path)
-            elif path not in known:
-                self.passed_over[path] = None
-        if fresh:
-            self.index.add(fresh)
+        if added:
+            self.index.add(added)
 
     def read_ids(self, path: Path) -> np.ndarray | None:
-        """A shard's ids (n, 16) uint8; None if the file is no shard of this store."""
-        if not path.is_file():  # a FIFO would be waited for
+        """The ids of a shard, (n, 16) uint8. None if the file is damaged or has tensors of other shapes."""
+        if not path.is_file():  # reading a FIFO would block
             return None
         try:
             with safe_open(str(path), framework="np") as shard:
-                parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118, no mapping
-                found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
-                count = found["ids"][1][:1] if "ids" in found else []
-                wanted = {"ids": ("U8", [*count, 16]), "features": ("F16", [*count, *self.shape])}
-                return shard.get_tensor("ids") if found == wanted else None
+                parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118, not a dict
+                actual = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+                count = actual["ids"][1][:1] if "ids" in actual else []
+                expected = {"ids": ("U8", [*count, 16]), "features": ("F16", [*count, *self.shape])}
+                return shard.get_tensor("ids") if actual == expected else None
         except (SafetensorError, OSError):
             return None
 
     def find(self, ids: np.ndarray) -> np.ndarray:
-        """The place of each id (n, 16) uint8, -1 where there is none. (n,) int64. Every shard that is asked for the
-        first time is compared with its digest, and passed over if it is not what was written."""
+        """The row number of each id (n, 16) uint8, -1 if it is not stored. (n,) int64
+
+        Checks the digest of every shard on first use. A damaged shard is ignored from then on.
+        """
+        # look up again after dropping a shard: another one may contain the same video
         while True:
-            places = self.index.find(ids)
-            fresh = {*(places[places >= 0] >> 32).tolist()} - self.checked
-            if not fresh:
-                return places
-            for number in tqdm(sorted(fresh), desc="check of the features", unit="file", leave=False):
+            rows = self.index.find(ids)
+            unchecked = {*(rows[rows >= 0] >> 32).tolist()} - self.checked
+            if not unchecked:
+                return rows
+            for number in tqdm(sorted(unchecked), desc="checking features", unit="file", leave=False):
                 self.checked.add(number)
-                if not self.is_sound(self.shards[number]):
-                    self.passed_over[self.shards[number]] = None
+                if not self.is_intact(self.shards[number]):
+                    self.ignored[self.shards[number]] = None
                     self.index.drop(number)
 
-    def is_sound(self, path: Path) -> bool:
-        """Whether a shard's content has the digest in its header; those of older versions have none."""
+    def is_intact(self, path: Path) -> bool:
+        """Whether the content of a shard matches the digest in its header. Shards of older versions have no digest."""
         try:
             with safe_open(str(path), framework="np") as shard:
                 digest = (shard.metadata() or {}).get("digest")
@@ -150,15 +158,15 @@ class FeatureStore:
             return False
         return digest is None or digest == content_digest(*tensors)
 
-    def read(self, place: int) -> torch.Tensor:
-        """The features at a place, fp16 [1 + N, D]."""
-        number, row = int(place) >> 32, int(place) & 0xFFFFFFFF
-        if number not in self.handles:
-            self.handles[number] = safe_open(str(self.shards[number]), framework="pt").get_slice("features")
-        return self.handles[number][row]
+    def read(self, number: int) -> torch.Tensor:
+        """The features with this row number, fp16 [1 + N, D]."""
+        shard, row = int(number) >> 32, int(number) & 0xFFFFFFFF
+        if shard not in self.handles:
+            self.handles[shard] = safe_open(str(self.shards[shard]), framework="pt").get_slice("features")
+        return self.handles[shard][row]
 
     def write(self, ids: np.ndarray, features: list[torch.Tensor]) -> None:
-        """One shard: ids (n, 16) uint8 and as many features."""
+        """Writes a new shard: ids (n, 16) uint8 and n features [1 + N, D]."""
         tensors = {"features": torch.stack(features).contiguous(), "ids": torch.from_numpy(ids)}
         path = self.folder / f"{time.time_ns()}-{os.getpid()}.safetensors"
         header = {"digest": content_digest(ids, tensors["features"].numpy())}
@@ -167,84 +175,92 @@ class FeatureStore:
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """The features of one split's samples, by their place in it."""
+    """The features of a split: item i belongs to sample i."""
 
     store: FeatureStore
-    places: np.ndarray  # (n,)
+    rows: np.ndarray  # (n,) row numbers
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.store.read(self.places[index])
+        return self.store.read(self.rows[index])
 
 
 def cacheable(model: VideoModel, config: Config) -> bool:
-    """Whether features can be computed once: the vision backbone is frozen, and clips are not changed at random."""
+    """Whether features stay the same in every epoch: the vision backbone is frozen and clips are not augmented."""
     return model.vision_encoder.frozen and config.augment == "none" and not config.flip
 
 
 def use_cache(model: VideoModel, config: Config) -> bool:
-    """Whether this run reads features. Raises UserError if that was asked for and cannot be."""
+    """Whether this run uses cached features. Raises UserError for --cache_features True if it cannot."""
     if config.cache_features == "True" and not cacheable(model, config):
         raise UserError(
-            "--cache_features True needs --freeze_visionbackbone True without LoRA in it, --augment none and --flip False"
+            "--cache_features True needs --freeze_visionbackbone True without LoRA, --augment none and --flip False"
         )
     return config.cache_features != "False" and cacheable(model, config)
 
 
 def open_store(model: VideoModel, config: Config) -> FeatureStore:
-    """The store for a model's vision backbone and a resolved config's frames."""
-    about = {
+    """The store of a model's vision backbone. The options of `config` must be without `auto`."""
+    description = {
         "backbone": model.sources["vision"].path,
         "fingerprint": model.sources["vision"].fingerprint,
         "preprocessing": asdict(model.vision_encoder.preprocessing),
         "format": 1,
     } | {name: getattr(config, name) for name in options_with("in_feature_key")}
-    told = {name: value for name, value in about.items() if name != "backbone"}  # the same weights may lie elsewhere
-    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    # leave out the path: the same weights may be stored elsewhere
+    hashed = {name: value for name, value in description.items() if name != "backbone"}
+    key = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.output_dir) / ".features" if config.cache_dir == "auto" else Path(config.cache_dir)
     encoder = model.vision_encoder
-    return FeatureStore(folder / key, about, (1 + encoder.num_tokens(config.token_grid), encoder.config.hidden_size))
+    return FeatureStore(
+        folder / key, description, (1 + encoder.num_tokens(config.token_grid), encoder.config.hidden_size)
+    )
 
 
 def cached_splits(config: Config) -> tuple[str, ...]:
-    """Which splits are read from features: not a test with several views."""
+    """The splits that use cached features. test does not if it averages several views, because one is cached."""
     return ("train", "val", "test") if (config.test_clips, config.test_crops) == (1, 1) else ("train", "val")
 
 
 def read_features(store: FeatureStore, splits: Splits, config: Config) -> dict[str, CachedFeatures]:
-    """The features of the splits that are read from them. Raises UserError unless all of them are in the store."""
+    """{split: its features}. Raises UserError if some are not in the store."""
     samples = {name: getattr(splits, name) for name in cached_splits(config)}
-    places = {name: store.find(video_ids(s)) for name, s in samples.items() if s}
-    if any((found < 0).any() for found in places.values()):
-        raise UserError(f"features in {store.folder} were removed or damaged while this run began; start it again")
-    return {name: CachedFeatures(store, found) for name, found in places.items()}
+    rows = {name: store.find(video_ids(s)) for name, s in samples.items() if s}
+    if any((numbers < 0).any() for numbers in rows.values()):
+        raise UserError(f"features in {store.folder} were removed or damaged while this run started; start it again")
+    return {name: CachedFeatures(store, numbers) for name, numbers in rows.items()}
 
 
 def compute_missing(
     store: FeatureStore, model: VideoModel, splits: Splits, config: Config, accelerator: Any
 ) -> dict[Path, str]:
-    """Computes the features that the store lacks; returns what is wrong with each video that cannot be read.
+    """Computes the features that are not in the store yet. Returns {path: error} of the unreadable videos.
 
-    Raises UserError if a feature is too large for fp16. With several processes each computes its share.
+    With several processes each computes a part. Raises UserError if a feature is too large for fp16.
     """
+    # a video may be in several splits
     samples = list({s.path: s for name in cached_splits(config) for s in getattr(splits, name)}.values())
     ids = video_ids(samples)
-    lacking = np.flatnonzero(store.find(ids) < 0)
-    encoder = model.vision_encoder
-    rows, width = store.shape
-    if store.passed_over:
+    missing = np.flatnonzero(store.find(ids) < 0)
+
+    # say what is reused and how much disk space the cache takes
+    tokens, width = store.shape
+    if store.ignored:
         print(
-            f"feature cache: passed over {len(store.passed_over)} damaged or foreign files, first "
-            f"{printable(next(iter(store.passed_over)))}; videos that only they hold are computed again"
+            f"feature cache: ignored {len(store.ignored)} damaged or foreign files, for example "
+            f"{printable(next(iter(store.ignored)))}; features that were only in them are computed again"
         )
     print(
-        f"feature cache: {len(samples) - len(lacking)} of {len(samples)} videos are in {store.folder}; "
-        f"{rows} x {width} numbers each, {2 * rows * width * len(samples) / 1e6:.1f} MB in all"
+        f"feature cache: {len(samples) - len(missing)} of {len(samples)} videos are in {store.folder}; "
+        f"{tokens} x {width} numbers each, {2 * tokens * width * len(samples) / 1e6:.1f} MB in total"
     )
-    mine = lacking[accelerator.process_index :: accelerator.num_processes]
-    bad = extract_features(encoder, [samples[i] for i in mine], ids[mine], store, config, accelerator)
+
+    # every process writes shards of its own, then reads those of the others
+    part = missing[accelerator.process_index :: accelerator.num_processes]
+    bad = extract_features(model.vision_encoder, [samples[i] for i in part], ids[part], store, config, accelerator)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
+        # each process knows only the unreadable videos of its part
         bad = dict(gather_object(list(bad.items())))
     accelerator.wait_for_everyone()
     store.refresh()
@@ -260,22 +276,26 @@ def extract_features(
     config: Config,
     accelerator: Any,
 ) -> dict[Path, str]:
-    """Computes and stores features, shard by shard; returns what is wrong with the unreadable videos."""
+    """Computes and stores features, shard by shard. Returns {path: error} of the unreadable videos."""
+    # for less than a shard of videos, starting worker processes takes longer than decoding
     encoder.to(accelerator.device).eval()
     dataset = ClipDataset(samples, encoder.preprocessing, config.num_frames, config.frame_stride, [])
     workers = config.num_workers if len(samples) > SHARD else 0
     loader = build_loader(dataset, stack_clips, workers, EpochBatches(dataset, config.batch_size))
     bad: dict[Path, str] = {}
-    shard: list[tuple[int, torch.Tensor]] = []
+    shard: list[tuple[int, torch.Tensor]] = []  # (index of the sample, its features)
 
+    # after every shard, so that a killed run loses little
     def flush() -> None:
+        """Writes the features computed since the last call."""
         if shard:
             store.write(ids[[index for index, _ in shard]], [features for _, features in shard])
             shard.clear()
 
+    # a batch without readable videos is None
     with tqdm(total=len(samples), desc="features", unit="video", leave=False, disable=not samples) as bar:
         for batch, errors in loader.with_errors():
-            bad |= {samples[index].path: cause for index, cause in errors.items()}
+            bad |= {samples[index].path: error for index, error in errors.items()}
             if batch is not None:
                 features = features_of(encoder, batch["video"], config.token_grid, accelerator)
                 shard += zip(batch["index"].tolist(), features, strict=True)
@@ -288,15 +308,17 @@ def extract_features(
 
 
 def stack_clips(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch: `video` uint8 (B, T, C, H, W) and `index` (B,) of the samples."""
     indices = torch.tensor([item["index"] for item in items])
     return {"video": torch.stack([item["video"] for item in items]), "index": indices}
 
 
 def features_of(encoder: VisionEncoder, pixel_values: torch.Tensor, grid: int, accelerator: Any) -> torch.Tensor:
-    """fp16 features (B, 1 + N, D) of uint8 (B, T, C, H, W), on the CPU."""
+    """fp16 features (B, 1 + N, D) on the CPU, from uint8 clips (B, T, C, H, W). Raises UserError if they overflow."""
     with accelerator.autocast():
         features = encoder.features(pixel_values.to(accelerator.device, non_blocking=True), grid)
+    # fp16 halves the size of the cache; its largest number is 65504
     features = features.half().cpu()
     if not torch.isfinite(features).all():
-        raise UserError("features of this backbone are too large for 16 bits: add --cache_features False")
+        raise UserError("the features of this backbone are too large for 16 bits: add --cache_features False")
     return features

@@ -1,9 +1,9 @@
-"""Scores of predictions against truths, each with a 95 % bootstrap interval. No torch.
+"""Scores predictions against references, each score with a 95 % bootstrap interval. Prints one JSON object.
 
 python metrics.py --references R.json --predictions P.json [--compare P2.json]
 
-R holds {id: [captions]}, or {id: label}. P holds {id: caption}, or is a predictions_test.jsonl of a run, which brings
-its truths itself, or an --output of inference.py. One JSON object is printed.
+R contains {id: [captions]} or {id: label}. P contains {id: caption} or {id: label}, or is an --output of inference.py,
+or a predictions_test.jsonl of a run, which contains its own references.
 """
 
 import argparse
@@ -21,40 +21,44 @@ import numpy as np
 from script import Parser, UserError, run_script, shown
 
 RESAMPLES = 1000
-BINS = 15  # of confidence, for the calibration error
-Summary = Callable[[np.ndarray], dict[str, float]]  # the scores of the clips at these places
+BINS = 15  # confidence bins of the calibration error
+Summary = Callable[[np.ndarray], dict[str, float]]  # indices of clips -> {name: score}
 
 
 # -- intervals --------------------------------------------------------------------------------------
 
 
 def resampled(summaries: list[Summary], count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """Each summary's scores over the same RESAMPLES draws of `count` clips with replacement: name -> (RESAMPLES,)."""
+    """Scores on RESAMPLES draws of `count` clips with replacement: {name: (RESAMPLES,)} for each summary.
+
+    All summaries get the same draws, which makes their differences paired.
+    """
+    # a fixed seed, so that the same predictions always get the same intervals
     rng = np.random.default_rng(seed)
     rows: list[list[dict[str, float]]] = [[] for _ in summaries]
     for _ in range(RESAMPLES):
-        places = rng.integers(0, count, count)
+        indices = rng.integers(0, count, count)
         for row, summary in zip(rows, summaries, strict=True):
-            row.append(summary(places))
+            row.append(summary(indices))
     return [{name: np.array([r[name] for r in row]) for name in row[0]} for row in rows]
 
 
 def bounds(draws: np.ndarray) -> list[float]:
-    """The 2.5 and 97.5 % quantiles."""
+    """The 95 % interval of draws: their 2.5 and 97.5 % quantiles."""
     return np.quantile(draws, [0.025, 0.975]).tolist()
 
 
 def with_intervals(summary: Summary, count: int) -> dict[str, Any]:
-    """The scores of all `count` clips, and `intervals`: name -> [low, high], percentile bootstrap over clips
+    """The scores of all `count` clips and their "intervals" {name: [low, high]}, by the percentile bootstrap over clips
     (Efron 1979)."""
     (draws,) = resampled([summary], count)
     return summary(np.arange(count)) | {"intervals": {name: bounds(values) for name, values in draws.items()}}
 
 
 def compared(first: Summary, second: Summary, count: int) -> dict[str, dict[str, float]]:
-    """second - first for every score, with the interval of the paired bootstrap: both on the same draws."""
-    draws, places = resampled([first, second], count), np.arange(count)
-    one, two = first(places), second(places)
+    """The difference second - first of every score, with its interval from the paired bootstrap."""
+    draws, everything = resampled([first, second], count), np.arange(count)
+    one, two = first(everything), second(everything)
     result = {}
     for name in (name for name in one if name in two):  # labels without probabilities have fewer scores
         low, high = bounds(draws[1][name] - draws[0][name])
@@ -63,8 +67,12 @@ def compared(first: Summary, second: Summary, count: int) -> dict[str, dict[str,
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
-    """McNemar's exact test of two classifiers on the same clips: how many only one of them has right, and how
-    likely so uneven a split is by chance (two-sided binomial)."""
+    """McNemar's exact test of two classifiers on the same clips. `first` and `second` say which answers are right.
+
+    Counts the clips that only one of them has right. `p` is the two-sided binomial probability of a split at least as
+    uneven if both are equally good.
+    """
+    # clips that both get right, or both get wrong, say nothing about which one is better
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     n = only_first + only_second
@@ -73,8 +81,8 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
 
 
 def wilson(right: int, count: int) -> list[float]:
-    """The 95 % interval of a share (Wilson 1927); it does not shrink to a point at 0 and 1, as the bootstrap's does."""
-    z = 1.959964
+    """The 95 % interval of a proportion (Wilson 1927). Unlike the bootstrap's, it has a width at 0 and 1 too."""
+    z = 1.959964  # 97.5 % quantile of the normal distribution
     centre = (right + z * z / 2) / (count + z * z)
     half = z / (count + z * z) * math.sqrt(right * (count - right) / count + z * z / 4)
     return [max(0.0, centre - half), min(1.0, centre + half)]
@@ -84,78 +92,89 @@ def wilson(right: int, count: int) -> list[float]:
 
 
 def class_counts(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> tuple[np.ndarray, ...]:
-    """Of each class: clips answered rightly, clips, clips answered with it. (K,) each"""
+    """Per class: true positives, clips, predictions. (K,) each"""
     groups = (truth[truth == predicted], truth, predicted)
     return tuple(np.bincount(group, minlength=num_classes) for group in groups)
 
 
 def mean_recall(right: np.ndarray, clips: np.ndarray) -> float:
-    """The mean recall of the classes that have clips."""
+    """The mean recall over the classes that have clips."""
     return float((right[clips > 0] / clips[clips > 0]).mean())
 
 
-def macro_f1(right: np.ndarray, clips: np.ndarray, answers: np.ndarray) -> float:
-    """The mean F1 of all classes that occur, as truth or as answer."""
-    seen = clips + answers > 0
-    return float((2 * right[seen] / (clips + answers)[seen]).mean())
+def macro_f1(right: np.ndarray, clips: np.ndarray, predictions: np.ndarray) -> float:
+    """The mean F1 over the classes that occur as truth or prediction."""
+    used = clips + predictions > 0
+    return float((2 * right[used] / (clips + predictions)[used]).mean())
 
 
 def bins_of(confidence: np.ndarray) -> np.ndarray:
-    """Which of BINS equal spans each confidence lies in. (n,)"""
+    """The bin of each confidence; BINS bins of equal width divide [0, 1]. (n,)"""
     return np.minimum((confidence * BINS).astype(int), BINS - 1)
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> list[tuple[int, float, float]]:
-    """For each of BINS equal spans of confidence that is not empty: (clips, mean confidence, accuracy)."""
+    """For each bin that is not empty: (clips, mean confidence, accuracy)."""
     bins = bins_of(confidence)
     masks = [bins == b for b in np.unique(bins)]
     return [(int(m.sum()), float(confidence[m].mean()), float(right[m].mean())) for m in masks]
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error (Naeini 2015): the mean distance of confidence and accuracy over the bins, by clips."""
+    """Expected calibration error (Naeini 2015): mean |confidence - accuracy| over the bins, weighted by clips."""
+    # (clips in bin / all clips) * |mean confidence - accuracy|, summed over the bins; the clips in a bin cancel out
     bins = bins_of(confidence)
     gaps = np.bincount(bins, weights=confidence - right, minlength=BINS)
     return float(np.abs(gaps).sum() / len(right))
 
 
 def label_summary(truth: np.ndarray, ranked: np.ndarray, confidence: np.ndarray, num_classes: int) -> Summary:
-    """Scores from the true classes (n,), the likeliest classes, best first (n, min(5, K)), and the probability of
-    the first of them (n,)."""
-    hits = ranked == truth[:, None]  # (n, k)
-    first, within = hits[:, 0], hits.any(1)
+    """Classification scores.
 
-    def summary(places: np.ndarray) -> dict[str, float]:
-        right, clips, answers = class_counts(truth[places], ranked[places, 0], num_classes)
+    Args:
+        truth: the true classes, (n,).
+        ranked: the most likely classes, best first, (n, min(5, K)).
+        confidence: the probability of the first of them, (n,).
+    """
+    # computed once, so that the summary only indexes: the bootstrap calls it a thousand times
+    hits = ranked == truth[:, None]  # (n, k)
+    first, any_hit = hits[:, 0], hits.any(1)
+
+    def summary(indices: np.ndarray) -> dict[str, float]:
+        right, clips, predictions = class_counts(truth[indices], ranked[indices, 0], num_classes)
         return {
-            "accuracy": float(first[places].mean()),
-            "top_5_accuracy": float(within[places].mean()),
+            "accuracy": float(first[indices].mean()),
+            "top_5_accuracy": float(any_hit[indices].mean()),
             "mean_class_recall": mean_recall(right, clips),
-            "macro_f1": macro_f1(right, clips, answers),
-            "calibration_error": calibration_error(confidence[places], first[places]),
+            "macro_f1": macro_f1(right, clips, predictions),
+            "calibration_error": calibration_error(confidence[indices], first[indices]),
         }
 
     return summary
 
 
 def label_rows_summary(rows: list[dict[str, Any]]) -> Summary:
-    """label_summary from the rows of a predictions_{val,test}.jsonl, which hold the five likeliest classes."""
+    """label_summary() of the rows of a predictions_{val,test}.jsonl, which have the five most likely classes."""
     names = sorted({row["truth"] for row in rows} | {best["label"] for row in rows for best in row["top_k"]})
-    places = {name: i for i, name in enumerate(names)}
-    truth = np.array([places[row["truth"]] for row in rows])
-    ranked = np.array([[places[best["label"]] for best in row["top_k"]] for row in rows])
+    index = {name: i for i, name in enumerate(names)}
+    truth = np.array([index[row["truth"]] for row in rows])  # (n,)
+    ranked = np.array([[index[best["label"]] for best in row["top_k"]] for row in rows])  # (n, k)
     return label_summary(truth, ranked, np.array([row["score"] for row in rows]), len(names))
 
 
 def label_scores(
     truth: np.ndarray, ranked: np.ndarray, confidence: np.ndarray, class_names: list[str]
 ) -> dict[str, Any]:
-    """label_summary with intervals, and by class: recall, its Wilson interval, and what it was taken for."""
+    """label_summary() with intervals, the calibration curve, and "classes": {class: its clips, recall with Wilson
+    interval, and how often each class was predicted for them}."""
+    # a row of the confusion matrix per class, without its zeros
     classes: dict[str, dict[str, Any]] = {name: {"count": 0, "recall": None, "predicted": {}} for name in class_names}
     for t, p in zip(truth, ranked[:, 0], strict=True):
         row = classes[class_names[t]]
         row["count"] += 1
         row["predicted"][class_names[p]] = row["predicted"].get(class_names[p], 0) + 1
+
+    # a class without clips has no recall
     for name, row in classes.items():
         if row["count"]:
             right = row["predicted"].get(name, 0)
@@ -170,31 +189,45 @@ ABBREVIATIONS = (
     "[a-z]|ave|blvd|bros|capt|co|corp|dr|etc|ft|gen|gov|inc|jr|lt|ltd|mr|mrs|ms|mt|prof|rd|rev|sen|sgt|sq|sr|st|vs"
 )
 WORD = re.compile(
-    rf"\b(?:[a-z]\.){{2,}}|\b(?:{ABBREVIATIONS})\.(?!\w)|o'clock|\b[dl]'\w+|n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-.,/&*:]\w+)*|\S"
+    rf"\b(?:[a-z]\.){{2,}}|\b(?:{ABBREVIATIONS})\.(?!\w)|o'clock|\b[dl]'\w+"
+    r"|n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-.,/&*:]\w+)*|\S"
 )
-BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}  # count as words there
+BRACKETS = {
+    "(": "-lrb-",
+    ")": "-rrb-",
+    "{": "-lcb-",
+    "}": "-rcb-",
+    "[": "-lsb-",
+    "]": "-rsb-",
+}  # coco-caption counts these as words
 PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
 
 
 def words(caption: str) -> list[str]:
-    """Lower-case words as coco-caption's tokenizer gives them: clitics split off (does n't, dog 's), punctuation
-    dropped, the full stop of an abbreviation kept."""
+    """Splits a caption into lower-case words, as coco-caption's PTB tokenizer does without its Java.
+
+    Clitics are split off (does n't, dog 's), punctuation is dropped, and abbreviations keep their full stop.
+    """
     text = re.sub(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b", r" \1", caption.lower().replace("’", "'"))
-    found = WORD.findall(re.sub(r"\bcannot\b", "can not", text))
-    return [BRACKETS.get(w, w) for w in found if w not in PUNCTUATION]
+    tokens = WORD.findall(re.sub(r"\bcannot\b", "can not", text))
+    return [BRACKETS.get(w, w) for w in tokens if w not in PUNCTUATION]
 
 
 def tokenised(
     captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """The words of all captions and references. Texts of which `words` would change fewer than one in a thousand have
-    been through a tokenizer already, and are split at their spaces."""
-    mine, theirs = [words(c) for c in captions], [[words(r) for r in refs] for refs in references]
-    texts = [*zip(captions, mine, strict=True)]
-    texts += [pair for refs, split in zip(references, theirs, strict=True) for pair in zip(refs, split, strict=True)]
+    """The words of all captions and of all references.
+
+    If words() would change fewer than one text in a thousand, the texts are already tokenized, and only split at their
+    spaces: tokenizing twice would change those few.
+    """
+    tokens, reference_tokens = [words(c) for c in captions], [[words(r) for r in refs] for refs in references]
+    texts = [*zip(captions, tokens, strict=True)]
+    for refs, split in zip(references, reference_tokens, strict=True):
+        texts += zip(refs, split, strict=True)
     if sum(text.split() != split for text, split in texts) * 1000 < len(texts):
         return [c.split() for c in captions], [[r.split() for r in refs] for refs in references]
-    return mine, theirs
+    return tokens, reference_tokens
 
 
 def ngrams(tokens: list[str]) -> list[Counter]:
@@ -203,42 +236,47 @@ def ngrams(tokens: list[str]) -> list[Counter]:
 
 
 def bleu_counts(tokens: list[str], references: list[list[str]]) -> list[int]:
-    """What a caption adds to Bleu: for n = 1 to 4 its n-grams, then those that a reference has too, then its
-    length and that of the reference closest in length. (10,)"""
-    wanted = [ngrams(r) for r in references]
+    """What one caption adds to the corpus counts of Bleu. (10,)
+
+    For n = 1 to 4 its number of n-grams, then the number of these that a reference has too, then its own length and the
+    length of the reference that is closest in length.
+    """
+    reference_counts = [ngrams(r) for r in references]
     total, matched = [], []
-    for n, mine in enumerate(ngrams(tokens)):
-        most = Counter()
-        for counts in wanted:
-            most |= counts[n]
-        total.append(sum(mine.values()))
-        matched.append(sum((mine & most).values()))
+    for n, counts in enumerate(ngrams(tokens)):
+        allowed = Counter()  # an n-gram counts as often as it is in one reference (clipped precision)
+        for reference in reference_counts:
+            allowed |= reference[n]
+        total.append(sum(counts.values()))
+        matched.append(sum((counts & allowed).values()))
     closest = min((abs(len(r) - len(tokens)), len(r)) for r in references)[1]
     return [*total, *matched, len(tokens), closest]
 
 
 def bleu(counts: np.ndarray) -> dict[str, float]:
-    """Bleu-1 to -4 of a corpus (Papineni 2002) from the rows of bleu_counts, with coco-caption's two small terms."""
+    """Bleu-1 to -4 of a corpus (Papineni 2002) from rows of bleu_counts(). The small constants are coco-caption's."""
+    # sums over the corpus first, then geometric means of the precisions: Bleu is not a mean over captions
     totals = counts.sum(0).astype(float)
     precisions = (totals[4:8] + 1e-15) / (totals[:4] + 1e-9)
     means = np.cumprod(precisions) ** (1 / np.arange(1, 5))
     ratio = (totals[8] + 1e-15) / (totals[9] + 1e-9)
+    # short captions would have a high precision, so they are penalised
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     return {f"Bleu_{n}": float(value * brevity) for n, value in enumerate(means, start=1)}
 
 
 def longest_common(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence."""
+    """The length of the longest common subsequence, by dynamic programming with one row."""
     row = [0] * (len(b) + 1)
     for word in a:
-        before = 0  # row[j - 1] of the word before
+        before = 0  # row[j - 1] of the previous word
         for j, other in enumerate(b, start=1):
             before, row[j] = row[j], before + 1 if word == other else max(row[j], row[j - 1])
     return row[-1]
 
 
 def rouge_l(tokens: list[str], references: list[list[str]]) -> float:
-    """ROUGE-L (Lin 2004) with beta 1.2, the best precision and the best recall over the references."""
+    """ROUGE-L (Lin 2004) with beta 1.2, from the best precision and the best recall over the references."""
     common = [longest_common(r, tokens) for r in references]
     precision = max(common) / max(1, len(tokens))
     recall = max(c / max(1, len(r)) for c, r in zip(common, references, strict=True))
@@ -247,82 +285,93 @@ def rouge_l(tokens: list[str], references: list[list[str]]) -> float:
 
 
 def cider_d(captions: list[list[str]], references: list[list[list[str]]]) -> np.ndarray:
-    """CIDEr-D of each caption (Vedantam 2015): sigma 6, clipped, times 10; document frequencies from these
-    references. (n,)"""
+    """CIDEr-D of each caption (Vedantam 2015), with sigma 6 and times 10. (n,)
+
+    Document frequencies are those of these references; each clip's references are one document.
+    """
+    # in how many documents each n-gram occurs
     grams = [[ngrams(r) for r in refs] for refs in references]
     documents = Counter(gram for refs in grams for gram in {g for r in refs for counts in r for g in counts})
     log_count = math.log(len(references))
 
+    # tf-idf vectors for n = 1 to 4, their norms, and the number of bigrams as a measure of length
     def vectors(counts: list[Counter]) -> tuple[list[dict[tuple, float]], list[float], int]:
         weighted = [{g: c * (log_count - math.log(max(1, documents[g]))) for g, c in n.items()} for n in counts]
         return weighted, [math.sqrt(sum(v * v for v in w.values())) for w in weighted], counts[1].total()
 
-    def similarity(mine: tuple, other: tuple) -> float:
+    # the "D": clipping and a length penalty, so that repeating words does not pay
+    def similarity(caption: tuple, reference: tuple) -> float:
         total = 0.0
-        for a, b, norm_a, norm_b in zip(mine[0], other[0], mine[1], other[1], strict=True):
+        for a, b, norm_a, norm_b in zip(caption[0], reference[0], caption[1], reference[1], strict=True):
             if norm_a and norm_b:
                 total += sum(min(v, b[g]) * b[g] for g, v in a.items() if g in b) / (norm_a * norm_b)
-        return total * math.exp(-((mine[2] - other[2]) ** 2) / (2 * 6**2))
+        return total * math.exp(-((caption[2] - reference[2]) ** 2) / (2 * 6**2))
 
+    # the mean over the four n and over the references
     scores = []
     for tokens, refs in zip(captions, grams, strict=True):
-        mine = vectors(ngrams(tokens))
-        scores.append(10 / 4 * sum(similarity(mine, vectors(r)) for r in refs) / len(refs))
+        caption = vectors(ngrams(tokens))
+        scores.append(10 / 4 * sum(similarity(caption, vectors(r)) for r in refs) / len(refs))
     return np.array(scores)
 
 
 def exact_matches(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """Whether each caption equals one of its references, spaces aside. (n,)"""
-    tidy = [" ".join(c.split()) for c in captions]
-    return np.array([c in {" ".join(r.split()) for r in refs} for c, refs in zip(tidy, references, strict=True)])
+    """Whether each caption equals one of its references, ignoring spacing. (n,)"""
+    plain = [" ".join(c.split()) for c in captions]
+    return np.array([c in {" ".join(r.split()) for r in refs} for c, refs in zip(plain, references, strict=True)])
 
 
 def caption_summary(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Summary:
-    """Bleu-1 to -4, ROUGE-L, CIDEr and the share of exact matches. CIDEr's document frequencies stay those of
-    all references, whichever clips are drawn."""
-    mine, theirs = tokenised(captions, references)
-    counts = np.array([bleu_counts(m, refs) for m, refs in zip(mine, theirs, strict=True)])
-    rouge = np.array([rouge_l(m, refs) for m, refs in zip(mine, theirs, strict=True)])
-    cider, exact = cider_d(mine, theirs), exact_matches(captions, references)
+    """Bleu-1 to -4, ROUGE-L, CIDEr and the fraction of exact matches.
 
-    def summary(places: np.ndarray) -> dict[str, float]:
-        return bleu(counts[places]) | {
-            "ROUGE_L": float(rouge[places].mean()),
-            "CIDEr": float(cider[places].mean()),
-            "exact_match": float(exact[places].mean()),
+    Everything that depends on one clip is computed once, because the bootstrap calls the summary a thousand times. So
+    CIDEr uses the document frequencies of all references, whichever clips are drawn. The metrics are written here, not
+    taken from pycocoevalcap, because that package needs Java and does not give the counts per clip.
+    """
+    tokens, reference_tokens = tokenised(captions, references)
+    counts = np.array([bleu_counts(c, refs) for c, refs in zip(tokens, reference_tokens, strict=True)])  # (n, 10)
+    rouge = np.array([rouge_l(c, refs) for c, refs in zip(tokens, reference_tokens, strict=True)])  # (n,)
+    cider, exact = cider_d(tokens, reference_tokens), exact_matches(captions, references)
+
+    def summary(indices: np.ndarray) -> dict[str, float]:
+        return bleu(counts[indices]) | {
+            "ROUGE_L": float(rouge[indices].mean()),
+            "CIDEr": float(cider[indices].mean()),
+            "exact_match": float(exact[indices].mean()),
         }
 
     return summary
 
 
 def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """caption_summary with intervals."""
+    """caption_summary() with intervals."""
     return with_intervals(caption_summary(captions, references), len(captions))
 
 
-#: the words that name an attribute's values: {attribute: {value: [word, ...]}}
+# the words for each value of an attribute: {attribute: {value: [word, ...]}}
 Lexicon = dict[str, dict[str, list[str]]]
 
 
 def attributes_in(caption: str, lexicon: Lexicon) -> dict[str, str | None]:
-    """The value of each attribute that a caption names; None where it names none, or two."""
+    """The value of each attribute in a caption: {attribute: value}, None if the caption names no value or several."""
     tokens = {*re.findall(r"[a-z]+", caption.lower())}
-    named = {a: [value for value, words in values.items() if tokens & {*words}] for a, values in lexicon.items()}
-    return {attribute: values[0] if len(values) == 1 else None for attribute, values in named.items()}
+    matches = {a: [value for value, words in values.items() if tokens & {*words}] for a, values in lexicon.items()}
+    return {attribute: values[0] if len(values) == 1 else None for attribute, values in matches.items()}
 
 
-def attribute_summary(found: Sequence[dict[str, str | None]], truth: Sequence[dict[str, str]]) -> Summary:
-    """For each attribute the share of captions that name it rightly; `all`: every one of them."""
-    right = {n: np.array([f.get(n) == t[n] for f, t in zip(found, truth, strict=True)]) for n in truth[0]}
+def attribute_summary(predicted: Sequence[dict[str, str | None]], truth: Sequence[dict[str, str]]) -> Summary:
+    """For each attribute, the fraction of captions that name it correctly; under "all", of those without any error."""
+    right = {n: np.array([p.get(n) == t[n] for p, t in zip(predicted, truth, strict=True)]) for n in truth[0]}
     right["all"] = np.logical_and.reduce([right[n] for n in truth[0]])
-    return lambda places: {name: float(r[places].mean()) for name, r in right.items()}
+    return lambda indices: {name: float(r[indices].mean()) for name, r in right.items()}
 
 
 # -- the script -------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> dict[str, Any]:
-    """id -> value of a JSON object, or file -> row of a jsonl. Raises UserError if it is neither."""
+def read_by_id(path: Path) -> dict[str, Any]:
+    """{id: value} of a JSON object, or {file: row} of a JSON Lines file. Raises UserError if it is neither."""
+    # a JSON object with a `file` is the only row of a jsonl
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -333,6 +382,8 @@ def read_rows(path: Path) -> dict[str, Any]:
             return values
     except (ValueError, RecursionError):
         pass
+
+    # predictions of a run or of inference.py
     try:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         files = [row["file"] for row in rows]
@@ -340,45 +391,49 @@ def read_rows(path: Path) -> dict[str, Any]:
         files = [None]
     if not all(isinstance(file, str) for file in files):
         raise UserError(f"{path} is neither a JSON object {{id: ...}} nor lines with a `file` each")
-    twice = [file for file, count in Counter(files).items() if count > 1]
-    if twice:
-        raise UserError(f"{path} has several rows for {shown(twice[0])}")
+    repeated = [file for file, count in Counter(files).items() if count > 1]
+    if repeated:
+        raise UserError(f"{path} has several rows for {shown(repeated[0])}")
     return dict(zip(files, rows, strict=True))
 
 
-def paired(references: dict[str, Any] | None, predictions: dict[str, Any], path: Path) -> tuple[list, list]:
-    """(predictions, truths) in the references' order; without these in the predictions' own, with the truths they
-    bring. The file a/b.mp4 stands for the id b too. Raises UserError for an id without prediction or a row without truth."""
+def match_ids(references: dict[str, Any] | None, predictions: dict[str, Any], path: Path) -> tuple[list, list]:
+    """(predictions, truths) in the same order.
+
+    `references` gives the truths and the order. Without it the predictions must contain their truths. If references
+    have ids and predictions have files, the prediction of a/b.mp4 belongs to the id b.
+    Raises UserError for an id without prediction, or a prediction without truth.
+    """
+    # predictions of a run contain the truth
     if references is None:
-        lacking = [
-            k for k, row in predictions.items() if not isinstance(row, dict) or not row.keys() & {"truth", "references"}
-        ]
-        if lacking:
-            raise UserError(f"{path} holds no truth for {shown(lacking[0])}: add --references R.json")
+        for key, row in predictions.items():
+            if not isinstance(row, dict) or not row.keys() & {"truth", "references"}:
+                raise UserError(f"{path} has no truth for {shown(key)}: add --references R.json")
         return [*predictions.values()], [row.get("truth", row.get("references")) for row in predictions.values()]
+
+    # match files to ids only if nothing matches otherwise, and no two files have the same name
     by_name = {Path(k).stem: row for k, row in predictions.items()}
     if not references.keys() & predictions.keys() and len(by_name) == len(predictions):
-        predictions = by_name  # files were answered for, ids are asked for
-    lacking = [k for k in references if k not in predictions]
-    if lacking:
-        raise UserError(
-            f"{path} has no prediction for {len(lacking)} of {len(references)} ids, first {shown(lacking[0])}"
-        )
+        predictions = by_name
+    missing = [k for k in references if k not in predictions]
+    if missing:
+        count, example = f"{len(missing)} of {len(references)}", shown(missing[0])
+        raise UserError(f"{path} has no prediction for {count} ids, for example {example}")
     return [predictions[k] for k in references], [*references.values()]
 
 
-def said(row: Any, path: Path) -> str:
-    """The caption or label of a prediction, be it a text or a row."""
+def answer_text(row: Any, path: Path) -> str:
+    """The caption or label of a prediction, which is a string or a row. Raises UserError if it is neither."""
     value = row.get("caption", row.get("label")) if isinstance(row, dict) else row
-    if isinstance(value, list) and len(value) == 1:  # coco-caption's own layout
+    if isinstance(value, list) and len(value) == 1:  # coco-caption's format
         (value,) = value
     if not isinstance(value, str):
-        raise UserError(f"{path}: a prediction is neither a text nor a row with `caption` or `label`: {shown(row)}")
+        raise UserError(f"{path}: a prediction is neither a string nor a row with `caption` or `label`: {shown(row)}")
     return value
 
 
 def check_label_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Raises UserError for rows that are not those of a run's predictions_{val,test}.jsonl."""
+    """Raises UserError for a row that cannot come from a run's predictions_{val,test}.jsonl."""
     for row in rows:
         score, best = row.get("score"), row.get("top_k")
         labels = [b.get("label") if isinstance(b, dict) else None for b in best] if isinstance(best, list) else [None]
@@ -390,23 +445,29 @@ def check_label_rows(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def summary_of(rows: list[Any], truths: list[Any], path: Path) -> Summary:
-    """The summary of captions (truths are lists of texts) or labels (truths are texts)."""
-    answers = [said(row, path) for row in rows]
+    """The summary of captions, if the truths are lists of strings, or of labels, if they are strings."""
+    answers = [answer_text(row, path) for row in rows]
     if all(isinstance(t, list) and t and all(isinstance(c, str) for c in t) for t in truths):
         return caption_summary(answers, truths)
     if not all(isinstance(t, str) for t in truths):
-        raise UserError("references are lists of captions for every id, or a label for every id")
+        raise UserError("references must be a list of captions for every id, or a label for every id")
+
+    # rows of a run contain confidences and the five most likely classes
     if all(isinstance(row, dict) and "truth" in row for row in rows):
         check_label_rows(rows, path)
         return label_rows_summary([row | {"truth": t} for row, t in zip(rows, truths, strict=True)])
-    places = {name: i for i, name in enumerate(sorted({*answers, *truths}))}
-    truth, first = np.array([places[t] for t in truths]), np.array([places[a] for a in answers])
-    summary = label_summary(truth, first[:, None], np.ones(len(first)), len(places))
-    kept = ("accuracy", "mean_class_recall", "macro_f1")  # the others need more than the first answer
-    return lambda drawn: {name: value for name, value in summary(drawn).items() if name in kept}
+
+    # of bare labels, keep the scores that need only the first answer
+    index = {name: i for i, name in enumerate(sorted({*answers, *truths}))}
+    truth, first = np.array([index[t] for t in truths]), np.array([index[a] for a in answers])
+    summary = label_summary(truth, first[:, None], np.ones(len(first)), len(index))
+    kept = ("accuracy", "mean_class_recall", "macro_f1")
+    return lambda indices: {name: value for name, value in summary(indices).items() if name in kept}
 
 
 def run(argv: list[str] | None) -> None:
+    """Scores the files on the command line and prints the result as JSON."""
+    # the module's docstring explains the file formats, so it is the description
     parser = Parser(
         prog="metrics.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -414,34 +475,41 @@ def run(argv: list[str] | None) -> None:
         "--references",
         metavar="R",
         type=Path,
-        help="{id: [captions]} or {id: label}; a run's own predictions bring theirs",
+        help="{id: [captions]} or {id: label}; not needed for a run's own predictions, which contain them",
     )
     parser.add_argument(
         "--predictions",
         metavar="P",
         type=Path,
         required=True,
-        help="{id: caption or label}, or a jsonl with a row per file",
+        help="{id: caption or label}, or a JSON Lines file with one row per video",
     )
     parser.add_argument(
         "--compare",
         metavar="P2",
         type=Path,
-        help="other predictions for the same ids: adds P2 - P with paired bootstrap intervals, for labels McNemar's test too",
+        help="other predictions for the same ids; adds the differences P2 - P with paired bootstrap intervals, and "
+        "McNemar's test for labels",
     )
     args = parser.parse_args(argv)
-    references = read_rows(args.references) if args.references else None
-    rows, truths = paired(references, read_rows(args.predictions), args.predictions)
+
+    # one file against its references
+    references = read_by_id(args.references) if args.references else None
+    rows, truths = match_ids(references, read_by_id(args.predictions), args.predictions)
     if not truths:
-        raise UserError("there is nothing to score: no ids")
+        raise UserError("nothing to score: the file has no ids")
     summary = summary_of(rows, truths, args.predictions)
     result = {"count": len(truths)} | with_intervals(summary, len(truths))
+
+    # the other predictions against the same references, in the same order
     if args.compare:
-        ids = [*(references or read_rows(args.predictions))]
-        others, _ = paired(dict(zip(ids, truths, strict=True)), read_rows(args.compare), args.compare)
+        ids = [*(references or read_by_id(args.predictions))]
+        others, _ = match_ids(dict(zip(ids, truths, strict=True)), read_by_id(args.compare), args.compare)
         result["compare"] = compared(summary, summary_of(others, truths, args.compare), len(truths))
         if not isinstance(truths[0], list):
-            right = [[said(r, args.predictions) == t for r, t in zip(x, truths, strict=True)] for x in (rows, others)]
+            right = [
+                [answer_text(r, args.predictions) == t for r, t in zip(x, truths, strict=True)] for x in (rows, others)
+            ]
             result["compare"]["mcnemar"] = mcnemar(*right)
     print(json.dumps(result, indent=1))
 

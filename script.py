@@ -1,7 +1,9 @@
-"""What every script shares: errors in one line, exit status, files written completely or not at all, locks. No torch.
+"""What all scripts share: one-line errors, exit status, atomic file writes, locks. Imports no torch.
 
-def main(argv=None): return run_script(run, argv)       # run(argv) does the work
-if __name__ == "__main__": leave(main())
+A script defines run(argv), which does the work, and ends with
+
+    def main(argv=None): return run_script(run, argv)
+    if __name__ == "__main__": leave(main())
 """
 
 import argparse
@@ -20,16 +22,17 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
-if sys.version_info < (3, 11):  # noqa: UP036, one line instead of a traceback
+# fail with one line here; an older Python would fail later with a traceback
+if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit("error: vidtune needs Python 3.11 or newer, this is {}.{}".format(*sys.version_info[:2]))
 
 try:
     import fcntl
-except ImportError:  # Windows: no locks there
+except ImportError:  # Windows has no fcntl, so runs are not locked there
     fcntl = None
 
 LONGEST_MESSAGE = 4000  # characters of an error that are printed
-#: control characters, line separators, text direction marks, and bytes of a file name that are not text
+# control characters, line separators, text direction marks, and surrogates (bytes of a file name that are not UTF-8)
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -37,8 +40,10 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\u
 
 
 class UserError(Exception):
-    """A mistake that the user can fix. Scripts print it as one line, `error: ...`, and exit with status 2. `details`
-    are printed below, one line each."""
+    """A mistake that the user can fix. Scripts print it as one line, `error: ...`, and exit with status 2.
+
+    Each of the `details` is printed on its own line below.
+    """
 
     def __init__(self, message: str, details: Sequence[str] = ()):
         super().__init__(message)
@@ -46,12 +51,12 @@ class UserError(Exception):
 
 
 def printable(text: object) -> str:
-    """The text with control characters escaped: file names and captions must not control the terminal."""
+    """The text with control characters escaped, so that file names and captions cannot control the terminal."""
     return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def shown(value: object) -> str:
-    """repr(value), shortened to fit into a message."""
+    """repr(value), shortened to fit in a message."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 120
     short.maxlevel = 2
@@ -59,53 +64,59 @@ def shown(value: object) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors as UserError."""
+    """An ArgumentParser that raises UserError instead of printing its usage and exiting."""
 
     def error(self, message: str):
         raise UserError(message)
 
 
 def is_main() -> bool:
-    """Whether this is the only process, or the first that torchrun started."""
+    """Whether this is the only process, or rank 0 under torchrun."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def run_script(run: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
-    """Calls run(argv) and returns the exit status; a UserError, or a file that cannot be read or written, becomes one
-    line on stderr and exit status 2. Under torchrun only the first process prints."""
+    """Calls run(argv) and returns the exit status.
+
+    A UserError, or a file that cannot be read or written, becomes one line on stderr and exit status 2. Under torchrun
+    only rank 0 prints to stdout.
+    """
     if is_main():
         return run_and_catch(run, argv)
     os.environ["TQDM_DISABLE"] = "1"
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as devnull, redirect_stdout(devnull):
         return run_and_catch(run, argv)
 
 
 def run_and_catch(run: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
-    for stream in (sys.stdout, sys.stderr):  # file names may not be valid UTF-8
+    """run_script() without its silencing: calls run(argv) and turns every way to end into an exit status."""
+    # file names may not be valid UTF-8; printing them must not fail
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    # every way a script can end, as an exit status: 0 and 1 are run()'s own, 2 is the user's mistake
+
+    # run() itself returns 0 or 1; 2 is a user's mistake, 130 is what shells report for Ctrl-C
     try:
         status = run(argv) or 0
-        sys.stdout.flush()  # a full disk shows here, not at exit
+        sys.stdout.flush()  # raises here, not at exit, if the disk is full
         return status
     except UserError as error:
         return print_error(str(error), error.details)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
+        discard_output()
         return 1
     except MemoryError:
         return print_error("out of memory")
     except OSError as error:
-        if sys.stdout.errors is not None:
-            discard_output()
+        discard_output()
         return print_error(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
 
 
 def print_error(message: str, details: Sequence[str] = ()) -> int:
+    """Prints the error to stderr. Returns 2, the exit status for it."""
     print(f"error: {printable(message)[:LONGEST_MESSAGE]}", file=sys.stderr)
     for line in details:
         print(printable(line), file=sys.stderr)
@@ -113,7 +124,7 @@ def print_error(message: str, details: Sequence[str] = ()) -> int:
 
 
 def discard_output() -> None:
-    """Drops what stdout still holds if it cannot be written (a full disk): Python would try again at exit."""
+    """Drops buffered output that cannot be written (full disk, closed pipe); Python would try again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -122,14 +133,14 @@ def discard_output() -> None:
 
 def leave(status: int) -> NoReturn:
     """Exits the program."""
-    gc.freeze()  # else the garbage collector visits all of torch and transformers once more
+    gc.freeze()  # otherwise the garbage collector walks through torch and transformers once more, which takes time
     sys.exit(status)
 
 
 @contextmanager
 def collector_off() -> Generator[None]:
-    """Turns garbage collection off, for imports: their objects all stay, and visiting these again and again takes as
-    long as importing torch."""
+    """Turns garbage collection off during imports. Imported objects all stay alive, and scanning them again and again
+    takes as long as importing torch."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -143,12 +154,13 @@ def collector_off() -> Generator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep the memory of freed tensors below 16 MB. By default it returns the pages to the system, which
-    maps and zeroes them again for the next step: up to a fifth of a step on a CPU. Larger tensors are still returned,
-    because they would fragment memory. Other C libraries are left alone.
+    """Makes glibc keep the memory of freed tensors smaller than 16 MB.
 
-    Source: mallopt(3).
+    By default glibc returns these pages to the system, which maps and zeroes them again in the next step. On a CPU that
+    takes up to a fifth of a step. Larger blocks are still returned, because keeping them would fragment memory. Does
+    nothing with other C libraries. Source: mallopt(3).
     """
+    # both must be set: glibc returns memory at the end of the heap (trim), and blocks that it mapped one by one (mmap)
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -160,32 +172,35 @@ def keep_freed_memory() -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder and its parents. Raises UserError if that fails."""
+    """Creates the folder and its parents. Raises UserError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"cannot make the folder {folder}: {getattr(error, 'strerror', None) or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: the name contains a NUL
+        raise UserError(f"cannot create the folder {folder}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def temporary(path: Path) -> Path:
-    """The folder next to `path` in which this process writes it."""
+    """The temporary folder next to `path` in which this process writes the file."""
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls write(temporary path) and renames the result to `path`, which is therefore always complete: the old file or
-    the new one, even if several processes write it.
+    """Calls write(temporary path), then renames the result to `path`.
 
-    The temporary file has a folder of its own next to `path`. What a library leaves there when it is killed, such as
-    safetensors' own temporary file, is found and removed later. Raises UserError if the file cannot be written.
+    So `path` is always complete, the old file or the new one, even if several processes write it. The file is written
+    in a temporary folder next to `path`: if the process is killed, remove_leftovers() later removes this folder with
+    everything in it, including the temporary files of libraries such as safetensors.
+    Raises UserError if the file cannot be written.
     """
+    # safetensors raises an error class of its own for a full disk; only writers need it, so import it here
     from safetensors import SafetensorError
 
+    # write in the same file system, because only there a rename is atomic
     folder = temporary(path)
     try:
         folder.mkdir(exist_ok=True)
         write(folder / path.name)
-        # the contents must be on disk before the name points to them: a power cut may reorder the two
+        # the contents must reach the disk before the rename does: a power cut could leave an empty file otherwise
         with (folder / path.name).open("rb") as file:
             os.fsync(file.fileno())
         os.replace(folder / path.name, path)
@@ -196,16 +211,18 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether this is a temporary file of replace_file or of a library."""
-    return path.name.startswith(".") and (
-        path.name.endswith(".tmp") or re.fullmatch(r"\.tmp\w{6}", path.name) is not None
-    )
+    """Whether replace_file() or a library made this as a temporary file or folder."""
+    # .NAME.MACHINE.PROCESS.tmp of replace_file(), .tmp and six letters of safetensors
+    return re.fullmatch(r"(?s)\.(.*\.)?tmp|\.tmp\w{6}", path.name) is not None
 
 
 def remove_leftovers(folder: Path, owned: bool = False) -> None:
-    """Removes what killed processes were writing to a folder: directly in it, and only from dead processes of this
-    machine. If this process has `owned` the folder by a lock, everything below it, whoever wrote it."""
-    # the name says which process wrote it, and on which machine
+    """Removes temporary files that killed processes left in a folder.
+
+    By default only those directly in the folder, of processes of this machine that have ended. With `owned`, which
+    means that this process holds the folder's lock, all of them at any depth.
+    """
+    # the name contains the machine and the process that wrote the file
     for path in [*(folder.rglob(".*tmp*") if owned else folder.glob(".*.tmp"))]:
         writer = re.search(rf"\.{re.escape(platform.node())}\.(\d+)\.tmp$", path.name)
         if is_temporary(path) and (owned or (writer and not is_running(int(writer[1])))):
@@ -213,29 +230,31 @@ def remove_leftovers(folder: Path, owned: bool = False) -> None:
 
 
 def is_running(process: int) -> bool:
+    """Whether a process with this id exists on this machine."""
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # signal 0 only checks
     except ProcessLookupError:
         return False
-    except OSError:  # it runs as another user
+    except OSError:  # it exists but belongs to another user
         return True
     return True
 
 
 def write_json(values: Any, path: Path) -> None:
+    """Writes a JSON file, indented. Raises UserError if it cannot be written."""
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    # bytes of a file name that are not text become JSON escapes: "\\udcff"
+    # bytes of a file name that are not UTF-8 become JSON escapes: "\\udcff"
     replace_file(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Writes one JSON object per line."""
+    """Writes a JSON Lines file, one object per line. Raises UserError if it cannot be written."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_file(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that write_rows wrote."""
+    """The rows of a file written by write_rows()."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -243,25 +262,28 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class FileLock:
-    """Keeps other processes away from `what`, a folder or a file, until release() or the end of this process.
+    """An exclusive lock until release() or the end of this process. `what` names the locked thing in error messages.
 
-    It is a POSIX record lock (fcntl(2)) on a file of its own. The system drops it when the process ends, even by
-    SIGKILL. Unlike a lock of flock(2), it is not inherited by forked children such as a loader's workers. The file
-    names the owner and is removed by release().
+    It is a POSIX record lock (fcntl(2)) on the file `path`. The system drops it when the process ends, even by SIGKILL.
+    Unlike a lock of flock(2), forked children such as a loader's workers do not inherit it. The file contains the name
+    of the owner; release() removes it.
 
-    Raises UserError naming the owner if another process, or this one, has the lock; FileNotFoundError if the folder of
-    the file does not exist.
+    Raises:
+        UserError: another process or this one holds the lock. The message names the owner.
+        FileNotFoundError: the folder of `path` does not exist.
     """
 
-    held: set[tuple[int, str]] = set()  # noqa: RUF012, (process, path): fcntl grants a process its own lock again
+    # (process, path) of the locks of this process: fcntl would grant a process its own lock a second time
+    held: set[tuple[int, str]] = set()  # noqa: RUF012
 
     def __init__(self, path: Path, what: str):
         self.path, self.key = path, (os.getpid(), os.path.realpath(path))
+        # check our own locks first, because fcntl would not refuse
         if self.key in self.held:
             raise UserError(f"{what} is in use by this process")
         try:
             self.file = self._acquire(what)
-            # whoever is refused reads here whom to wait for
+            # the error message of other processes quotes this line
             os.ftruncate(self.file, 0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             os.pwrite(self.file, f"process {os.getpid()} on {platform.node()} since {since}".encode(), 0)
@@ -272,6 +294,7 @@ class FileLock:
         self.held.add(self.key)
 
     def _acquire(self, what: str) -> int:
+        """Opens and locks the file; returns its descriptor."""
         while True:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -281,13 +304,13 @@ class FileLock:
                 holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
                 os.close(file)
                 raise UserError(f"{what} is in use by {holder}") from None
-            # if the last owner removed the file after we opened it, nobody else can see our lock: try again
+            # if the last owner removed the file after we opened it, no other process can see our lock: try again
             if os.path.exists(self.path) and os.path.samestat(os.fstat(file), os.stat(self.path)):
                 return file
             os.close(file)
 
     def move_with(self, folder: Path, target: Path) -> None:
-        """Renames the folder of the lock's file and keeps the lock. Raises OSError if the target exists."""
+        """Renames the folder that contains the lock file and keeps the lock. Raises OSError if the target exists."""
         os.rename(folder, target)
         self.held.discard(self.key)
         self.path = target / self.path.name
@@ -295,7 +318,7 @@ class FileLock:
         self.held.add(self.key)
 
     def release(self) -> None:
-        """Releases the lock. Does nothing in a forked child, which never had it, or when called again."""
+        """Releases the lock. Does nothing if it is already released, or in a forked child, which does not hold it."""
         if self.key not in self.held or self.key[0] != os.getpid():
             return
         self.held.discard(self.key)

@@ -98,7 +98,7 @@ def test_bad_videos_and_lists(data, tmp_path, capsys, case):
 
 def test_an_output_dir_beneath_a_file(data, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
-    assert "cannot make the folder" in refused(capsys, train(data, tmp_path / "file" / "runs"))
+    assert "cannot create the folder" in refused(capsys, train(data, tmp_path / "file" / "runs"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -228,7 +228,7 @@ def test_half_a_dataset_is_none(dataset, tmp_path, capsys, monkeypatch, script, 
 def test_outputs_that_cannot_be_made(dataset, tmp_path, capsys, script, output):
     (tmp_path / "file").write_text("x")
     flags = ["--data_dir", str(dataset)] if script is create_dummy else []
-    assert "cannot make the folder" in refused(capsys, script.main([*flags, "--output", str(tmp_path / output)]))
+    assert "cannot create the folder" in refused(capsys, script.main([*flags, "--output", str(tmp_path / output)]))
 
 
 @pytest.mark.parametrize(
@@ -304,11 +304,11 @@ def label_rows(*changes: dict) -> bytes:
         (b"[" * 100_000, "neither a JSON object"),
         (b'{"file": ' * 100_000, "neither a JSON object"),
         (b"\xff\xfe\x00", "cannot read"),
-        (b'{"file": ["a"]}', "holds no truth for 'file'"),
+        (b'{"file": ["a"]}', "has no truth for 'file'"),
         (b'["a"]', "neither a JSON object"),
         (b'{"file": "a"}\n{"file": 3}', "neither a JSON object"),
         (b'{"file": "a"}\n{"file": "a"}', "several rows for 'a'"),
-        (b'{"a\\u001b[2J": 1}', "holds no truth for"),
+        (b'{"a\\u001b[2J": 1}', "has no truth for"),
         (label_rows({"top_k": []}), "a row needs `score`"),
         (label_rows({"top_k": "x"}), "a row needs `score`"),
         (label_rows({"top_k": [{"label": 1}]}), "a row needs `score`"),
@@ -316,7 +316,7 @@ def label_rows(*changes: dict) -> bytes:
         (label_rows({"score": "x"}), "a row needs `score`"),
         (label_rows({"score": float("nan")}), "a row needs `score`"),
         (label_rows({"score": -1}), "a row needs `score`"),
-        (label_rows({"label": {"a" * 9999: 1}}), "neither a text nor a row"),
+        (label_rows({"label": {"a" * 9999: 1}}), "neither a string nor a row"),
     ],
 )
 def test_predictions_that_cannot_be_scored(tmp_path, capsys, content, message):

@@ -218,7 +218,7 @@ def test_what_is_no_shard_of_this_store_is_passed_over(tmp_path, case):
         path.symlink_to("nowhere")
     save_file(SHARD | {"ids": SHARD["ids"] + 1}, tmp_path / "2.safetensors")  # as older versions wrote them: no digest
     store = FeatureStore(tmp_path, {}, (3, 4))
-    assert [*store.passed_over] == [path]
+    assert [*store.ignored] == [path]
     assert (store.find(SHARD["ids"].numpy()) == -1).all() and (store.find(SHARD["ids"].numpy() + 1) >= 0).all()
 
 
@@ -242,7 +242,7 @@ def test_changed_shards_are_noticed_and_their_videos_computed_again(parts, capsy
     capsys.readouterr()
     assert compute_missing(again, model, splits, config, accelerator) == {}
     out = capsys.readouterr().out
-    assert f"passed over 1 damaged or foreign files, first {shard}" in out and "0 of 18 videos are in" in out
+    assert f"ignored 1 damaged or foreign files, for example {shard}" in out and "0 of 18 videos are in" in out
     found = read_features(again, splits, config)["train"]
     assert torch.equal(torch.stack([found[i] for i in range(len(splits.train))]), expected)
 
@@ -254,8 +254,8 @@ def test_only_shards_that_are_used_are_read(tmp_path, monkeypatch):
     for part in ids:
         store.write(part, [torch.ones(3, 4).half(), torch.zeros(3, 4).half()])
     checked: list[Path] = []
-    original = FeatureStore.is_sound
-    monkeypatch.setattr(FeatureStore, "is_sound", lambda s, path: checked.append(path) or original(s, path))
+    original = FeatureStore.is_intact
+    monkeypatch.setattr(FeatureStore, "is_intact", lambda s, path: checked.append(path) or original(s, path))
     store = FeatureStore(tmp_path, {}, (3, 4))
     for _ in range(2):
         assert (store.find(ids[1]) >= 0).all()
@@ -344,7 +344,7 @@ def test_the_index_finds_what_was_added_and_nothing_else(names, shards, asked):
         (["--cache_features", "True"], "needs --freeze_visionbackbone True"),
         (["--cache_features", "True", *FROZEN, "--augment", "light"], "--augment none"),
         (["--cache_features", "True", *FROZEN, "--use_lora_vision", "True"], "without LoRA"),
-        ([*FROZEN, "--cache_dir", "/dev/null/x"], "cannot make the folder"),
+        ([*FROZEN, "--cache_dir", "/dev/null/x"], "cannot create the folder"),
     ],
 )
 def test_a_cache_that_cannot_be_is_an_error(dataset, tmp_path, capsys, flags, words):

@@ -151,7 +151,7 @@ def test_what_is_no_video_is_counted_and_named(folder, capsys):
     videos = [sample.path for sample in read_folder(folder)]
     assert names(videos, folder) == ["a/1.pt", "a/2.pt", "a/f", "b/1.pt", "b/2.pt"]
     out = capsys.readouterr().out
-    assert f"ignored 12 files or folders in {folder} that are not videos, first {folder}" in out
+    assert f"ignored 12 entries in {folder} that are not videos, for example {folder}" in out
     assert out.count("\n") == 1
 
 
@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_read_is_one_line(folder, tmp_path, capsys, monk
 
 def test_half_a_letter_is_no_text(folder, tmp_path, capsys):
     (folder / "metadata.jsonl").write_text('{"file_name": "a/0.pt", "caption": "\\ud800"}\n')
-    assert "line 1: caption must be a text" in refused(capsys, train(folder.parent, tmp_path / "runs"))
+    assert "line 1: caption must be a string" in refused(capsys, train(folder.parent, tmp_path / "runs"))
 
 
 ODD = ["①", "1²", "$", "line\nbreak", "\x1b[31mred\x07", "-c", "a b", "C:"]

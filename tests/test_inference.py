@@ -181,7 +181,7 @@ def test_a_timeline_of_something_without_times_is_an_error_row(run, videos, tmp_
         )
         == 1
     )
-    assert "a timeline needs a video file" in rows(output)[0]["error"]
+    assert "--timeline needs a video file" in rows(output)[0]["error"]
 
 
 def test_captions_of_a_timeline(dataset, tmp_path):

@@ -232,10 +232,10 @@ def test_answers_of_inference_are_matched_by_their_files_names(tmp_path, capsys)
 @pytest.mark.parametrize(
     ("references", "answers", "message"),
     [
-        ({"a": ["x"]}, {"b": "x"}, "no prediction for 1 of 1 ids, first 'a'"),
-        ({"a": ["x"], "b": "y"}, {"a": "x", "b": "y"}, "lists of captions for every id, or a label for every id"),
-        ({"a": ["x"]}, {"a": 3}, "neither a text nor a row"),
-        ({"a": []}, {"a": "x"}, "lists of captions"),
+        ({"a": ["x"]}, {"b": "x"}, "no prediction for 1 of 1 ids, for example 'a'"),
+        ({"a": ["x"], "b": "y"}, {"a": "x", "b": "y"}, "a list of captions for every id, or a label for every id"),
+        ({"a": ["x"]}, {"a": 3}, "neither a string nor a row"),
+        ({"a": []}, {"a": "x"}, "a list of captions"),
         ({}, {"a": "x"}, "nothing to score"),
     ],
 )
@@ -258,7 +258,7 @@ def test_files_that_are_no_json_are_one_line(tmp_path, capsys):
     assert metrics.main(["--predictions", str(tmp_path / "absent.json")]) == 2
     assert "cannot read" in capsys.readouterr().err
     assert metrics.main(["--predictions", write(tmp_path / "p.json", {"a": "x"})]) == 2
-    assert "holds no truth for 'a': add --references" in capsys.readouterr().err
+    assert "has no truth for 'a': add --references" in capsys.readouterr().err
 
 
 def test_a_reader_that_stops_early_gets_no_traceback(tmp_path):

@@ -306,4 +306,4 @@ def test_captioners_refuse_what_is_for_classifiers(dataset, capsys, script, flag
     argv = ["--use_vlm", "True", "--captioning", "True", "--video_dir", str(dataset / "test")]
     argv = argv if script is inference else [*argv[:-2], "--data_dir", str(dataset)]
     assert script.main([*argv, f"--{flag}", "True" if flag == "class_balance" else "2"]) == 2
-    assert f"--{flag} is for classifiers" in capsys.readouterr().err
+    assert f"--{flag} works with classifiers only" in capsys.readouterr().err

@@ -182,10 +182,10 @@ class Harmful:
         (torch.full((4, 3, 8, 8), float("nan")), r"\[0, 1\]"),
         ({"video": 1}, "dict"),
         (Harmful(), "not a tensor"),
-        (torch.zeros(4, 3, 8, 8).to_sparse(), "expected a plain tensor"),
-        (torch.zeros(4, 3, 8, 8, device="meta"), "expected a plain tensor"),
+        (torch.zeros(4, 3, 8, 8).to_sparse(), "expected a dense CPU tensor"),
+        (torch.zeros(4, 3, 8, 8, device="meta"), "expected a dense CPU tensor"),
         (torch.zeros(1).expand(8, 3, 200_000, 200_000), "200000x200000 pixels"),
-        (torch.zeros(1).expand(10**6, 3, 100, 100), r"\[3, 100, 100\] are 111.8 GiB"),
+        (torch.zeros(1).expand(10**6, 3, 100, 100), r"\[3, 100, 100\] take 111.8 GiB"),
     ],
 )
 def test_bad_tensors_are_named(tmp_path, monkeypatch, content, cause):
@@ -236,7 +236,7 @@ def test_whatever_a_library_raises_names_the_file(tmp_path, monkeypatch, kind):
 def test_a_codec_that_ffmpeg_does_not_know(tmp_path):
     path = write_video(tmp_path / "v.avi", counting_frames(8), "mpeg4")
     path.write_bytes(path.read_bytes().replace(b"FMP4", b"ZZZZ"))
-    with pytest.raises(ReadError, match=r"v\.avi: its codec is unknown"):
+    with pytest.raises(ReadError, match=r"v\.avi: this FFmpeg does not know its codec"):
         open_video(path)
 
 
@@ -260,7 +260,7 @@ def big_png(path: Path, width: int, height: int) -> Path:
 
 def test_pictures_and_clips_have_a_largest_size(tmp_path, monkeypatch, recwarn):
     big_png(tmp_path / "big" / "0.png", 17_000, 16_000)
-    with pytest.raises(ReadError, match="17000x16000 pixels; a picture may have 256 million"):
+    with pytest.raises(ReadError, match="17000x16000 pixels; at most 256 million"):
         read_clip(tmp_path / "big", 1)
     big_png(tmp_path / "big" / "0.png", 30_000, 20_000)
     with pytest.raises(ReadError, match=r"0\.png: .*600000000 pixels"):
@@ -273,7 +273,7 @@ def test_pictures_and_clips_have_a_largest_size(tmp_path, monkeypatch, recwarn):
     assert "100000x1 pixels would become 22400000x224" in large[0, 0]["error"]
     path = write_video(tmp_path / "v.mp4", counting_frames(40))
     monkeypatch.setattr(readers, "LARGEST_CLIP", 10**5)
-    with pytest.raises(ReadError, match=r"v\.mp4: 40 frames of shape \[3, 32, 48\] are 0.0 GiB"):
+    with pytest.raises(ReadError, match=r"v\.mp4: 40 frames of shape \[3, 32, 48\] take 0.0 GiB"):
         read_clip(path, 40)
     assert ClipDataset([Sample(path)], SMALL, 40, 0, [])[0, 0]["video"].shape == (40, 3, 16, 16)
     assert scan_videos({path: 1}, 40, 0, 0, {})[0] == {}
@@ -333,7 +333,7 @@ def test_a_title_need_not_be_text(tmp_path):
 def test_a_video_has_at_most_so_many_windows(tmp_path):
     path = write_video(tmp_path / "v.mp4", counting_frames(8))
     for seconds in (1e-9, 1e-300):
-        with pytest.raises(ReadError, match=r"v\.mp4: 0\.8 s are more than 100000 windows"):
+        with pytest.raises(ReadError, match=r"v\.mp4: 0\.8 s would make more than 100000 windows"):
             split_into_windows(Sample(path), seconds)
     with av.open(str(path)) as source, av.open(str(tmp_path / "jump.mkv"), "w") as target:
         copy = target.add_stream_from_template(source.streams.video[0])
@@ -342,7 +342,7 @@ def test_a_video_has_at_most_so_many_windows(tmp_path):
         for packet in packets:
             packet.stream = copy
             target.mux(packet)
-    with pytest.raises(ReadError, match=r"jump\.mkv: .* s are more than 100000 windows of 1 s"):
+    with pytest.raises(ReadError, match=r"jump\.mkv: .* s would make more than 100000 windows of 1 s"):
         split_into_windows(Sample(tmp_path / "jump.mkv"), 1)
 
 
@@ -362,7 +362,7 @@ def test_a_killed_worker_is_one_error(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ClipDataset, "pixels", killed)
     flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--image_size", "16", "--num_workers", "1"]
     assert main.main([*flags, "--cache_features", "False"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: a process that reads videos was killed")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: a worker process was killed")
     monkeypatch.setattr(scan, "open_video", killed)
     with pytest.raises(UserError, match="lower --num_workers, --batch_size"):
         scan_videos({write_tensor(tmp_path / f"{i}.pt"): 0 for i in range(65)}, 2, 0, 1, {})
@@ -488,7 +488,7 @@ def test_metadata_labels_need_no_class_folders(tmp_path):
         ('{"file_name": 3}', "line 2: expected"),
         ('{"file_name": "b.pt", "caption": ""}', "line 2: caption must be"),
         ('{"file_name": "b.pt", "text": 3}', "line 2: text must be"),
-        ('{"file_name": "a.pt"}', "line 2: file_name 'a.pt' stands twice"),
+        ('{"file_name": "a.pt"}', "line 2: file_name 'a.pt' appears twice"),
         ('{"file_name": "b.pt"}', "names 1 files that do not exist"),
     ],
 )
