@@ -540,7 +540,7 @@ def load_run(
     saved, metadata = read_run(run_dir)
     check_typed(config, typed, saved, run_dir)
     sources = {part: backbone_source(part, run_dir, metadata, config, typed, saved) for part in metadata["backbones"]}
-    model = build_model(saved, len(metadata["class_names"]), sources.get("vision"), sources.get("language"))
+    model = build_model(saved, len(metadata["class_names"]), sources)
 
     # make sure that it is the same model, then fill in what was trained
     check_fingerprints(run_dir, metadata, sources)

@@ -24,7 +24,6 @@ from build_model import VideoModel, build_model
 from config import Config
 from feature_cache import compute_missing, open_store, video_ids
 from metrics import Lexicon, attribute_summary, attributes_in, caption_summary
-from pretrained import locate
 from train_code import build_loaders, caption_all, evaluate, loss_sum, to_device
 from transforms import Preprocessing
 from VLoader import Sample, Splits
@@ -103,7 +102,7 @@ def nearest(splits: Splits, asked: list[Sample], config: Config, accelerator: An
         augment="none",
         flip=False,
     )
-    encoder = build_model(plain, 1, locate(config.vision_model, config.weights))
+    encoder = build_model(plain, 1)
     store = open_store(encoder, plain)
     compute_missing(store, encoder, replace(splits, val=[], test=asked), plain, accelerator)
 
@@ -225,7 +224,9 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
     model.to(accelerator.device)
 
     def loader_of(samples: list[Sample]) -> DataLoader:
-        return build_loaders(model, config, replace(splits, train=[], val=[], test=samples), accelerator=accelerator)["test"]
+        return build_loaders(model, config, replace(splits, train=[], val=[], test=samples), accelerator=accelerator)[
+            "test"
+        ]
 
     def scores(loader: Any, name: str) -> dict[str, float]:
         if config.captioning:
