@@ -1,7 +1,10 @@
-"""Trains a run: a video classifier, a video + language classifier, or a video captioner.
+"""Trains a video classifier, a video + language classifier, or a video captioner.
 
 python main.py --vision_model timesformer
 python main.py --help
+
+To follow a run from here: runs.train_run -> train_code.train -> train_one_epoch -> accumulate_gradients, which calls a
+model's forward in build_model.py.
 """
 
 from config import parse
@@ -9,8 +12,9 @@ from script import leave, run_script
 
 
 def run(argv: list[str] | None) -> int:
+    """Parses the options and trains; returns the exit status."""
     config, typed = parse(argv, "main")
-    from runs import train_run
+    from runs import train_run  # imports torch; above, it would make --help slow
 
     return train_run(config, typed)
 
