@@ -336,7 +336,7 @@ def test_the_worst_clips_are_the_surest_wrong_ones_then_the_least_sure_right_one
     ]
     found = figures.worst_clips(rows, {"a": "running", "b": "jumping"})
     assert [place for place, _ in found] == [3, 1, 2, 0]
-    assert found[0][1] == "v/3.mp4: jumping 95 %, in truth running" and found[2][1] == "v/2.mp4: running 40 %, right"
+    assert found[0][1] == "v/3.mp4: jumping 95 %, wrong, truth: running" and found[2][1] == "v/2.mp4: running 40 %, right"
 
 
 def test_pictures_name_clips_by_folder_answer_and_truth(tmp_path, monkeypatch):
@@ -356,7 +356,7 @@ def test_pictures_name_clips_by_folder_answer_and_truth(tmp_path, monkeypatch):
     clip, fall = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 2, 2)
     labelled = {"file": "test/class_3/video_6.pt", "truth": "b", "label": "a", "score": 0.9}
     figures.plot_occlusion([(clip, fall, labelled), (clip, fall, rows[2])], {"a": "running", "b": "jumping"}, tmp_path)
-    assert titles[0] == "class_3/video_6.pt: running 90 %, in truth jumping"
+    assert titles[0] == "class_3/video_6.pt: running 90 %, wrong, truth: jumping"
     assert titles[2] == "class_2/video_6.pt: a 2  |  reference: a 0"
 
 
