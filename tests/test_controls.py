@@ -109,7 +109,7 @@ def test_the_nearest_neighbour_is_the_nearest(runs, dataset, tmp_path, job):
     """By cosine of the pretrained backbone's pooled tokens about the training mean, in float64; the cache's are fp16."""
     _, config, _ = load_run(runs[job])
     splits, config = read_splits(dataset), replace(config, cache_dir=str(tmp_path))
-    found = controls.nearest(splits, splits.test, config, build_accelerator(config))
+    found = controls.nearest_neighbours(splits, splits.test, config, build_accelerator(config))
     plain = build_model(Config(vision_model=config.vision_model, freeze_visionbackbone=True), 3).eval()
 
     def pooled(samples: list[Sample]) -> np.ndarray:
