@@ -322,7 +322,7 @@ def test_a_run_is_scored_into_a_folder_of_its_own(dataset, tmp_path, whole, caps
     assert score.main(argv) == 0  # again
     shutil.copy(whole / "metadata.json", tmp_path / "r")
     assert score.main(argv) == 2
-    assert "is another run" in capsys.readouterr().err
+    assert "holds another run" in capsys.readouterr().err
 
 
 def test_a_provided_run_is_scored_elsewhere(dataset, tmp_path, whole, monkeypatch, capsys):
