@@ -56,7 +56,7 @@ PROVIDED = ROOT / "checkpoints" / "provided"
 
 
 @contextmanager
-def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple[Path, Config]]:
+def claimed_run(config: Config, typed_flags: Set[str], first: bool) -> Generator[tuple[Path, Config]]:
     """Yields the folder and the options of a new run, or with --resume of the run to continue.
 
     Until the end of the block the folder is locked for this process; of several processes, the `first` holds the lock.
@@ -72,7 +72,7 @@ def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple
     if config.resume and not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a vidtune run: there is no such folder")
     if not first:
-        yield run_dir, resumed_options(run_dir, config, typed) if config.resume else config
+        yield run_dir, resumed_options(run_dir, config, typed_flags) if config.resume else config
         return
 
     # a new folder appears together with its lock and options; an existing one is locked before it is looked into
@@ -82,7 +82,7 @@ def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple
     # from here on no other process writes, so what is in the folder can be checked
     try:
         if config.resume:
-            config = resumed_options(run_dir, config, typed)
+            config = resumed_options(run_dir, config, typed_flags)
             remove_leftovers(run_dir, owned=True)
         else:
             fresh = check_free(run_dir, config.overwrite)
@@ -363,7 +363,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
 
 
-def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
+def resumed_options(run_dir: Path, config: Config, typed_flags: Set[str]) -> Config:
     """The options of the run to resume, with those typed ones that may change at resume. `resume` is False in them if
     the run was killed before it started to train.
 
@@ -382,9 +382,9 @@ def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
 
     # machine and folders may change, but nothing that changes what is computed
     may_change = {*options_with("free_at_resume")}
-    if wrong := contradictions(config, typed - may_change, saved):
+    if wrong := contradictions(config, typed_flags - may_change, saved):
         raise UserError(f"{run_dir} was started with other options: {wrong}; leave these flags out")
-    return replace(saved, **{n: getattr(config, n) for n in may_change & typed} | {"resume": started})
+    return replace(saved, **{n: getattr(config, n) for n in may_change & typed_flags} | {"resume": started})
 
 
 def contradictions(config: Config, names: Set[str], saved: Config) -> str:
@@ -553,7 +553,7 @@ def list_runs(folder: Path) -> list[tuple[Path, Config]]:
 
 
 def load_run(
-    run_dir: Path, config: Config = Config(), typed: Set[str] = frozenset()
+    run_dir: Path, config: Config = Config(), typed_flags: Set[str] = frozenset()
 ) -> tuple[VideoModel, Config, dict[str, Any]]:
     """Loads a run: the model in eval mode, its options, its metadata.
 
@@ -566,8 +566,8 @@ def load_run(
     saved, metadata = read_run(run_dir)
     own_options = {*options_with("names_run")}
     options = {part: f"{part}_model" for part in metadata["backbones"]}
-    moved = {option for option in options.values() if option in typed and Path(getattr(config, option)).is_dir()}
-    if wrong := contradictions(config, typed & own_options - moved, saved):
+    moved = {option for option in options.values() if option in typed_flags and Path(getattr(config, option)).is_dir()}
+    if wrong := contradictions(config, typed_flags & own_options - moved, saved):
         raise UserError(f"{run_dir} was trained with other flags: {wrong}; leave these flags out")
 
     # where each backbone is now: in the run's own folder if it was trained in full, else where its name leads

@@ -90,6 +90,8 @@ def check_copies(splits: "Splits") -> Iterator[Finding]:
         for sample in getattr(splits, name):
             with suppress(ReadError):  # check_readable reports it
                 copies[digest(sample.path)].append((name, sample))
+
+    # copies inflate the scores; one video with two labels cannot be learned
     leaked = [group for group in copies.values() if len({name for name, _ in group}) > 1]
     mixed = [group for group in copies.values() if len({sample.label for _, sample in group}) > 1]
     for check, groups, advice in (
@@ -190,6 +192,7 @@ def check_overfit(model: "VideoModel", batch: dict[str, Any], learning_rate: flo
     from build_model import trained_tensors
     from train_code import loss_sum
 
+    # no weight decay, no schedule, no validation: nothing here keeps the model from memorising
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=learning_rate, weight_decay=0)
     losses = []
     for _ in range(OVERFIT_STEPS):

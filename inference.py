@@ -150,9 +150,9 @@ def check_weights(model: Any) -> None:
 # -- the script -------------------------------------------------------------------------------------
 
 
-def note_ignored_flags(typed: set[str]) -> None:
+def note_ignored_flags(typed_flags: set[str]) -> None:
     """Prints one line if flags were typed that only training reads."""
-    ignored = [f"--{n}" for n in sorted(typed) if "inference" not in FIELDS[n].metadata["scripts"]]
+    ignored = [f"--{n}" for n in sorted(typed_flags) if "inference" not in FIELDS[n].metadata["scripts"]]
     if ignored:
         print(f"note: {', '.join(ignored)} have no effect here: the run's own options are used")
 
@@ -232,15 +232,15 @@ def print_export(run_dir: Path, model: Any, config: Config, metadata: dict[str, 
 
 def run(argv: list[str] | None) -> int:
     """Answers for the videos in --video_dir, or exports the run, or both. Returns 1 if a video could not be read."""
-    config, typed = parse(argv, "inference")
+    config, typed_flags = parse(argv, "inference")
     from checkpoint import find_run, load_run
     from VLoader import read_folder
 
     # the videos first: finding them takes less time than loading a model
     samples = read_folder(Path(config.video_dir)) if config.video_dir is not None else []
     run_dir = find_run(config)
-    note_ignored_flags(typed)
-    model, config, metadata = load_run(run_dir, config, typed)
+    note_ignored_flags(typed_flags)
+    model, config, metadata = load_run(run_dir, config, typed_flags)
     if config.text_input is not None:
         if model.text_field != "text":
             raise UserError(f"--text_input: {run_dir} was trained without a text input; leave this flag out")
@@ -259,7 +259,7 @@ def run(argv: list[str] | None) -> int:
     # export; the predictor has merged the adapters, which an export keeps apart
     if config.export is not None:
         if samples:
-            model, _, _ = load_run(run_dir, config, typed)
+            model, _, _ = load_run(run_dir, config, typed_flags)
         print_export(run_dir, model.cpu(), config, metadata)
     return status
 

@@ -13,10 +13,10 @@ from script import leave, run_script
 
 def run(argv: list[str] | None) -> int:
     """Parses the options and trains; returns the exit status."""
-    config, typed = parse(argv, "main")
+    config, typed_flags = parse(argv, "main")
     from runs import train_run  # imports torch; above, it would make --help slow
 
-    return train_run(config, typed)
+    return train_run(config, typed_flags)
 
 
 def main(argv: list[str] | None = None) -> int:

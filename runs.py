@@ -44,13 +44,13 @@ def only(splits: Splits, *names: str) -> Splits:
     return replace(splits, **{name: [] for name in SPLITS if name not in names})
 
 
-def train_run(config: Config, typed: set[str]) -> int:
-    """Trains a new run, or with --resume continues one. `typed` are the flags that were given on the command line.
+def train_run(config: Config, typed_flags: set[str]) -> int:
+    """Trains a new run, or with --resume continues one. `typed_flags` are the names of the flags on the command line.
 
     Returns the exit status. Raises UserError for anything that the user can fix.
     """
     # the folder comes first, and locked, so that two processes never write the same run
-    with claimed_run(config, typed, is_main()) as (folder, config):
+    with claimed_run(config, typed_flags, is_main()) as (folder, config):
         run = prepare(config, folder)
         print_backbones(run)
         print_hints(run)

@@ -14,7 +14,7 @@ from script import UserError, is_main, leave, run_script, write_json
 
 def run(argv: list[str] | None) -> int:
     """Scores a run again; metrics.json, predictions and pictures replace those in its folder, or go to another one."""
-    flags, typed = parse(argv, "score")
+    flags, typed_flags = parse(argv, "score")
     if flags.checkpoint is None:
         raise UserError("which run? add --checkpoint <run folder>")
     from checkpoint import lock_run, read_run
@@ -22,32 +22,32 @@ def run(argv: list[str] | None) -> int:
     # which options, which folder
     run_dir = Path(flags.checkpoint)
     saved, _ = read_run(run_dir)
-    config = scoring_options(saved, flags, typed)
-    folder = scores_folder(run_dir, saved, config, typed)
+    config = scoring_options(saved, flags, typed_flags)
+    folder = scores_folder(run_dir, saved, config, typed_flags)
 
     # only one process writes there; of several, the main one holds the lock
     if not is_main():
-        return score_run(run_dir, flags, typed, config, folder)
+        return score_run(run_dir, flags, typed_flags, config, folder)
     with lock_run(folder):
-        return score_run(run_dir, flags, typed, config, folder)
+        return score_run(run_dir, flags, typed_flags, config, folder)
 
 
-def scoring_options(saved: Config, flags: Config, typed: set[str]) -> Config:
+def scoring_options(saved: Config, flags: Config, typed_flags: set[str]) -> Config:
     """The run's own options, changed by the typed flags of this script.
 
     Raises UserError for a typed flag that this script does not read.
     """
     # flags that name the run only have to agree with it, which load_run checks
     read = {name for name, f in FIELDS.items() if "score" in f.metadata["scripts"]}
-    if ignored := sorted(name for name in typed - read if not FIELDS[name].metadata.get("names_run")):
+    if ignored := sorted(name for name in typed_flags - read if not FIELDS[name].metadata.get("names_run")):
         raise UserError(f"--{ignored[0]} has no effect here: score.py uses the run's own options")
-    changed = {name for name in typed & read if not FIELDS[name].metadata.get("names_run")} - {"checkpoint"}
+    changed = {name for name in typed_flags & read if not FIELDS[name].metadata.get("names_run")} - {"checkpoint"}
     config = replace(saved, **{name: getattr(flags, name) for name in changed | {"controls"}})
     refuse_classifier_options(config)
     return config
 
 
-def scores_folder(run_dir: Path, saved: Config, config: Config, typed: set[str]) -> Path:
+def scores_folder(run_dir: Path, saved: Config, config: Config, typed_flags: set[str]) -> Path:
     """The run's own folder, or with --output_dir a folder of the same name in there. Scores on other videos get a
     folder evaluation_<name> in it.
 
@@ -55,7 +55,7 @@ def scores_folder(run_dir: Path, saved: Config, config: Config, typed: set[str])
     """
     from checkpoint import METADATA, PROVIDED
 
-    folder = Path(config.output_dir) / run_dir.resolve().name if "output_dir" in typed else run_dir
+    folder = Path(config.output_dir) / run_dir.resolve().name if "output_dir" in typed_flags else run_dir
     if folder.resolve().is_relative_to(PROVIDED.resolve()):
         raise UserError(f"{PROVIDED} is never written: add --output_dir <a folder for the scores>")
     if folder.resolve() != run_dir.resolve() and (folder / METADATA).exists():
@@ -64,7 +64,7 @@ def scores_folder(run_dir: Path, saved: Config, config: Config, typed: set[str])
     return folder if data_dir == Path(saved.data_dir).resolve() else folder / f"evaluation_{data_dir.name}"
 
 
-def score_run(run_dir: Path, flags: Config, typed: set[str], config: Config, folder: Path) -> int:
+def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Config, folder: Path) -> int:
     """Scores the run with the options in `config`; metrics, predictions and pictures go to `folder`.
 
     `flags` are the options as typed, which may say where a backbone was moved to. Returns the exit status.
@@ -76,7 +76,7 @@ def score_run(run_dir: Path, flags: Config, typed: set[str], config: Config, fol
     from VLoader import check_samples, read_splits
 
     # the trained model, and data with the same classes
-    model, _, metadata = load_run(run_dir, flags, typed)
+    model, _, metadata = load_run(run_dir, flags, typed_flags)
     splits = read_splits(Path(config.data_dir), metadata["class_names"])
     check_samples(splits, config.captioning, config.use_text)
     if config.controls and not splits.train:
