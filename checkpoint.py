@@ -41,7 +41,7 @@ from script import (
     write_json,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of metadata.json; raise it when older programs could no longer load a run
 WEIGHTS, CONFIG_YAML, METADATA = "model.safetensors", "config.yaml", "metadata.json"
 METRICS, LOCK = "metrics.json", ".lock"
 STATE = Path("state") / "state.safetensors"
@@ -164,6 +164,7 @@ def check_free(run_dir: Path, overwrite: bool) -> bool:
 
 def is_unstarted(run_dir: Path) -> bool:
     """Whether the folder is empty, or was left by a run that was killed before it had written metadata.json."""
+    # config.yaml alone is not enough: it is a common name in other people's folders
     names = {p.name for p in run_dir.iterdir() if p.name != LOCK and not is_temporary(p)}
     if not names or CONFIG_YAML not in names or foreign_files(run_dir):
         return not names
@@ -196,6 +197,7 @@ def clear_run(run_dir: Path, config: Config | None = None) -> None:
 
 def finish_run(run_dir: Path, metrics: dict[str, Any]) -> None:
     """Writes metrics.json, which marks a run as finished, and removes what --resume needs."""
+    # in this order: a kill in between leaves a finished run with some files too many, which --resume removes
     write_json(metrics, run_dir / METRICS)
     shutil.rmtree(run_dir / STATE.parent, ignore_errors=True)
 
@@ -418,6 +420,7 @@ def check_fingerprints(run_dir: Path, metadata: dict[str, Any], sources: dict[st
 
 def check_preprocessing(run_dir: Path, metadata: dict[str, Any], model: VideoModel) -> None:
     """Raises UserError unless clips are preprocessed as in training."""
+    # through JSON and back, because metadata.json holds lists where the object has tuples
     used = json.loads(json.dumps(asdict(model.vision_encoder.preprocessing)))
     wrong = [name for name, value in used.items() if metadata["preprocessing"].get(name) != value]
     if wrong:
@@ -462,6 +465,7 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Copies tensors into the model. Raises UserError unless they are exactly the trained ones, each of its shape."""
+    # find all differences before anything is changed
     trained = trained_tensors(model)
     differences = [f"missing {n}" for n in trained.keys() - tensors.keys()]
     differences += [f"unexpected {n}" for n in tensors.keys() - trained.keys()]
@@ -469,7 +473,7 @@ def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path
         if tensors[name].shape != trained[name].shape:
             differences.append(f"{name} is {list(tensors[name].shape)}, not {list(trained[name].shape)}")
     if differences:
-        first = "; ".join(sorted(differences)[:4])
+        first = "; ".join(sorted(differences)[:4])  # there may be hundreds
         raise UserError(f"{file} does not fit the model ({len(differences)} tensors): {first}")
     with torch.no_grad():
         for name, parameter in trained.items():

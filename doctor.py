@@ -50,7 +50,7 @@ def check_readable(splits: "Splits") -> Finding:
     for sample in tqdm(samples, desc="decoding all", unit="video", leave=False):
         try:
             reader = open_video(sample.path)
-            reader.frames(range(len(reader)), corner)
+            reader.frames(range(len(reader)), corner)  # keeps one pixel of each frame, so that any video fits in memory
         except UserError as error:
             errors.append(str(error))
     if errors:
@@ -160,7 +160,7 @@ def check_first_loss(model: "VideoModel", batch: dict[str, Any], num_classes: in
         loss, _, targets = loss_sum(model.eval(), batch)
     mean, expected = loss.item() / len(targets), math.log(num_classes)
     result = f"{mean:.3f}, ln {num_classes} = {expected:.3f}"
-    if not abs(mean - expected) < 0.25 * expected:
+    if not abs(mean - expected) < 0.25 * expected:  # also true for NaN
         return Finding("the first loss is at chance level", result, "check the scale of the inputs: mean, std, weights")
     return Finding("the first loss is at chance level", result)
 

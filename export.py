@@ -60,6 +60,7 @@ def whole_folder(output: Path) -> Generator[Path]:
 
     Raises UserError if it cannot be written.
     """
+    # os.replace cannot put a folder in place of a link, so follow it
     output = Path(os.path.realpath(output))
     make_folder(output.parent)
     remove_leftovers(output.parent)
@@ -82,6 +83,8 @@ def save_adapters(model: VideoModel, name: str, config: Config, folder: Path) ->
     peft_config = lora_config(body, config.lora_r)
     peft_config.base_model_name_or_path = model.sources[name].path
     peft_config.save_pretrained(folder)
+
+    # we inject adapters without peft's wrapper, so its prefix is missing in the names
     tensors = get_peft_model_state_dict(body)
     tensors = {f"base_model.model.{n}": t.detach().cpu().contiguous() for n, t in tensors.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
@@ -131,6 +134,7 @@ def export_classifier(
 
 def check_position_table(model: VideoModel) -> None:
     """Raises UserError if transformers' class cannot hold the run's position embeddings."""
+    # TimeSformer's tables are parameters, so any length can be saved; VideoMAE's is computed from the configuration
     vision = model.vision_encoder
     native = read_config(model.sources["vision"])
     own_size = (native.num_frames, native.image_size) == (vision.config.num_frames, vision.config.image_size)
@@ -147,11 +151,14 @@ def native_model(model: VideoModel, metadata: dict[str, Any]) -> torch.nn.Module
     from transformers import AutoModelForVideoClassification
 
     vision = model.vision_encoder
+    # label2id cannot hold the same name twice
     names = [metadata["display_names"][name] for name in metadata["class_names"]]
     if len(set(names)) < len(names):
         names = metadata["class_names"]
     hf_config = copy.deepcopy(vision.config)
     hf_config.id2label, hf_config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+
+    # three parts: backbone, the norm that follows mean pooling (VideoMAE only), head
     native = AutoModelForVideoClassification.from_config(hf_config)
     native.base_model.load_state_dict(vision.backbone.state_dict())
     if vision.fc_norm is not None:
@@ -194,6 +201,7 @@ def write_readme(file: Path, run: str, config: Config, logits: float, probabilit
 
 def preprocessor_fields(preprocessing: Preprocessing) -> dict[str, Any]:
     """The fields of preprocessor_config.json: the inverse of Preprocessing.from_dict."""
+    # transformers keeps the proportions with shortest_edge, and stretches to height and width
     names = ("shortest_edge",) if preprocessing.resize and len(preprocessing.resize) == 1 else ("height", "width")
     size = preprocessing.image_size
     return {

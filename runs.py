@@ -165,6 +165,8 @@ def draw_pictures(run: Run, metrics: dict[str, Any]) -> None:
         pictures = figures.draw_captions(rows, metrics[split], clip, run.folder)
     else:
         pictures = figures.draw_labels(rows, metrics[split], run.display_names, clip, run.folder)
+
+    # 144 forward passes per clip, so only with the controls
     if run.config.controls:
         maps = occlusion_maps(run.model, loader, rows, run.accelerator)
         pictures.append(figures.plot_occlusion(maps, run.display_names, run.folder / "occlusion.png"))
@@ -276,6 +278,7 @@ def print_end(run: Run) -> None:
 
 def resume_command(config: Config) -> str:
     """The command that continues this run; all other options are read from its folder."""
+    # the shortest flags that lead to the same folder
     flags = as_flags(config) if config.run_name is None else f"--run_name {config.run_name}"
     folder = "" if config.output_dir == Config().output_dir else f"--output_dir {config.output_dir}"
     return " ".join(filter(None, ["python main.py --resume True", flags, folder]))
