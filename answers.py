@@ -87,7 +87,7 @@ def fingerprint_answers(run_dir: Path, config: Config) -> str:
 def is_right(
     answer: dict[str, Any], sample: "Sample", display_names: dict[str, str], lexicon: Lexicon | None
 ) -> bool | None:
-    """Whether an answer is right. None if the truth is not known; for captions, if there is no lexicon to compare by."""
+    """Whether an answer is right. None if the truth is not known; for captions, if there is no lexicon."""
     # a caption is right if it names all attributes of the video
     if "caption" in answer:
         if lexicon is None or not sample.attributes:
@@ -163,8 +163,8 @@ def read_answers(path: Path, run: str, folder: str) -> dict[tuple[str, float | N
 
 
 def is_cut_short(line: str, first: bool) -> bool:
-    """Whether a last line that cannot be parsed is empty, or the beginning of a row. A `first` line of this kind is more
-    likely to be somebody else's file."""
+    """Whether a last line that cannot be parsed is empty, or the beginning of a row. If it is the `first` line too, it
+    more likely belongs to somebody else's file."""
     start = '{"file": '
     return not line or (not first and (line.startswith(start) or start.startswith(line)))
 

@@ -178,7 +178,7 @@ class VisionEncoder(nn.Module):
         return int(self.has_cls) + self.num_times * grid**2
 
     def features(self, pixel_values: torch.Tensor, grid: int) -> torch.Tensor:
-        """uint8 (B, T, C, H, W) -> features (B, 1 + N, D): the pooled token before its norm, then encode_video's tokens.
+        """uint8 (B, T, C, H, W) -> features (B, 1 + N, D): pooled token before its norm, then encode_video's tokens.
 
         This is all that the three models need from a frozen backbone, so it can be computed once and cached. forward
         and encode_video accept it instead of pixels.
@@ -196,7 +196,7 @@ class VisionEncoder(nn.Module):
         return pooled if self.has_cls else self.fc_norm(pooled)
 
     def encode_video(self, video: torch.Tensor, grid: int) -> torch.Tensor:
-        """A video -> (B, N, D): CLS if there is one, then grid x grid averaged tokens per time step, in (t, h, w) order.
+        """A video -> (B, N, D): CLS if there is one, then grid x grid averaged tokens per time step in (t, h, w) order.
         N is num_tokens(grid)."""
         return self.grid_tokens(self.tokens(video), grid) if is_clip(video) else video[:, 1:].float()
 

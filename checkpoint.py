@@ -309,8 +309,8 @@ def save_state(
     progress: dict[str, Any],
     generators: dict[int, torch.Tensor],
 ) -> None:
-    """Writes what load_state restores: trained tensors, optimizer state and the random generators of all processes, with
-    `progress` in the file's header."""
+    """Writes what load_state restores: trained tensors, optimizer state, the random generators of all processes, and in
+    the file's header `progress`."""
     # flat names, <kind>.<rest>, because a safetensors file holds nothing but named tensors
     tensors = {f"model.{name}": p.detach().cpu() for name, p in trained_tensors(model).items()}
     for index, slots in optimizer.state_dict()["state"].items():

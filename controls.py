@@ -1,7 +1,7 @@
 """What a trained model really uses: the same test with inputs on which it should fail, and baselines without training.
 
 majority            the most frequent class (or caption) of the training videos, for every clip
-nearest_neighbour   the label or caption of the nearest training video, by the frozen backbone's features (cosine, centred)
+nearest_neighbour   the answer of the nearest training video, by the frozen backbone's features (cosine, centred)
 one_frame           every frame replaced by the middle one: no motion
 shuffled reversed   the same frames in another order
 blank_video         every pixel replaced by the backbone's mean grey; if the model reads text, it has only the text then

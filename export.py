@@ -55,7 +55,7 @@ def export(
 
 @contextmanager
 def whole_folder(output: Path) -> Generator[Path]:
-    """Yields a temporary folder next to `output`, which is renamed to `output` at the end, or removed after an error: an
+    """Yields a temporary folder next to `output`. At the end it is renamed to `output`, or removed after an error: an
     export is complete or does not exist.
 
     Raises UserError if it cannot be written.
@@ -140,8 +140,8 @@ def check_position_table(model: VideoModel) -> None:
     own_size = (native.num_frames, native.image_size) == (vision.config.num_frames, vision.config.image_size)
     if not vision.has_cls and not own_size:
         raise UserError(
-            "--export: transformers' VideoMAE computes its position embeddings and cannot load the interpolated ones of "
-            f"this run; to export, train with --num_frames {native.num_frames} --image_size {native.image_size}"
+            "--export: transformers' VideoMAE computes its position embeddings and cannot load the interpolated ones "
+            f"of this run; to export, train with --num_frames {native.num_frames} --image_size {native.image_size}"
         )
 
 

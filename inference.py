@@ -201,7 +201,7 @@ def predict_jobs(predictor: Predictor, jobs: list[Job], lexicon: Lexicon | None)
 
 
 def print_summary(rows: list[dict[str, Any]], computed: int, seconds: float, output: Path | None) -> None:
-    """How many answers are right, how fast they were computed, which videos could not be read, where the answers are."""
+    """How many answers are right, how fast they came, which videos could not be read, where the answers are."""
     judged = [row["right"] for row in rows if "right" in row]
     errors = [row["error"] for row in rows if "error" in row]
     if judged:

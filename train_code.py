@@ -249,7 +249,7 @@ def groups_of(loader: DataLoader, size: int) -> Iterator[list[dict[str, torch.Te
 
 
 def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoader, engine: Engine) -> bool:
-    """Runs the backward passes of one optimizer step and adds to the epoch's sums. Returns whether there was any target.
+    """Runs the backward passes of one optimizer step, adds to the epoch's sums, returns whether there was any target.
 
     The loss is the mean over all targets of the step, so accumulated batches equal one large batch.
     """
@@ -346,8 +346,8 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
 
 @torch.no_grad()
 def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str = "val") -> dict[str, Any]:
-    """The mean loss over all targets and the number of clips. For classifiers also accuracy and, for every clip, `truth`
-    (n,), the most likely classes `ranked` (n, min(5, K)) and their `probabilities`, best first."""
+    """The mean loss over all targets and the number of clips. For classifiers also accuracy and, for every clip,
+    `truth` (n,), the most likely classes `ranked` (n, min(5, K)) and their `probabilities`, best first."""
     # this process scores its part of every batch; the loss is summed, since a mean of means would weight small batches
     model.eval()
     total, count = 0.0, 0
@@ -487,8 +487,8 @@ def build_loaders(
 
 @contextmanager
 def stop_signals() -> Generator[list[int]]:
-    """Yields a list to which SIGINT and SIGTERM are appended instead of ending the process, so that the current step can
-    finish and be saved. The same signal a second time interrupts at once."""
+    """Yields a list to which SIGINT and SIGTERM are appended instead of ending the process: the current step can finish
+    and be saved. The same signal a second time interrupts at once."""
     signals: list[int] = []
 
     def on_signal(number: int, _: Any) -> None:
@@ -579,7 +579,7 @@ def build_engine(model: VideoModel, loader: DataLoader, config: Config, accelera
 
 
 def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config, run_dir: Path) -> None:
-    """Trains the current epoch to its end, evaluates on val, saves the weights if they are the best so far, and logs."""
+    """Trains the current epoch to its end, evaluates on val, keeps the weights if they are the best so far, logs."""
     progress = engine.progress
     trained = train_one_epoch(model, loaders["train"], engine)
     val = evaluate(model, loaders["val"], engine.accelerator)
