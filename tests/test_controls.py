@@ -336,7 +336,9 @@ def test_the_worst_clips_are_the_surest_wrong_ones_then_the_least_sure_right_one
     ]
     found = figures.worst_clips(rows, {"a": "running", "b": "jumping"})
     assert [place for place, _ in found] == [3, 1, 2, 0]
-    assert found[0][1] == "v/3.mp4: jumping 95 %, wrong, truth: running" and found[2][1] == "v/2.mp4: running 40 %, right"
+    assert (
+        found[0][1] == "v/3.mp4: jumping 95 %, wrong, truth: running" and found[2][1] == "v/2.mp4: running 40 %, right"
+    )
 
 
 def test_pictures_name_clips_by_folder_answer_and_truth(tmp_path, monkeypatch):
