@@ -3,8 +3,8 @@
 python main.py --vision_model timesformer
 python main.py --help
 
-To follow a run from here: runs.train_run -> train_code.train -> train_one_epoch -> accumulate_gradients, which calls a
-model's forward in build_model.py.
+To follow a run from here: train_run in runs.py -> train in train_code.py -> train_one_epoch -> accumulate_gradients ->
+loss_sum -> forward in build_model.py.
 """
 
 from config import parse
