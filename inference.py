@@ -154,11 +154,11 @@ def note_ignored_flags(typed_flags: set[str]) -> None:
     """Prints one line if flags were typed that only training reads."""
     ignored = [f"--{n}" for n in sorted(typed_flags) if "inference" not in FIELDS[n].metadata["scripts"]]
     if ignored:
-        print(f"note: {', '.join(ignored)} have no effect here: the run's own options are used")
+        print(f"note: ignoring {', '.join(ignored)}; the run's own options are used")
 
 
 def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> int:
-    """Answers for all videos that --output has no answer for yet; prints and writes the answers.
+    """Computes the answers that --output does not have yet; prints and writes them.
 
     Returns 1 if a video could not be read, else 0.
     """
@@ -231,7 +231,8 @@ def print_export(run_dir: Path, model: Any, config: Config, metadata: dict[str, 
 
 
 def run(argv: list[str] | None) -> int:
-    """Answers for the videos in --video_dir, or exports the run, or both. Returns 1 if a video could not be read."""
+    """Classifies or captions the videos in --video_dir, exports the run, or both. Returns 1 if a video could not be
+    read."""
     config, typed_flags = parse(argv, "inference")
     from checkpoint import find_run, load_run
     from VLoader import read_folder
