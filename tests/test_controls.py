@@ -295,7 +295,7 @@ def test_evaluate_refuses_other_classes_and_no_run(runs, dataset, tmp_path, caps
     assert score.main(["--checkpoint", str(runs["classifier"]), "--data_dir", str(other)]) == 2
     assert "a class that is not one of the training's (class_9)" in capsys.readouterr().err
     assert score.main(["--checkpoint", str(tmp_path)]) == 2
-    assert "is no run of this program" in capsys.readouterr().err
+    assert "is not a vidtune run" in capsys.readouterr().err
     provided = sorted((ROOT / "checkpoints" / "provided").glob("*/metadata.json"))
     if provided:
         assert score.main(["--checkpoint", str(provided[0].parent), "--data_dir", str(dataset)]) == 2

@@ -288,7 +288,7 @@ def damage(run: Path, how: str) -> None:
         ("another shape", "head.bias is [5], not [3]"),
         ("pickle", "no whole safetensors file"),
         ("no weights", "did not finish an epoch"),
-        ("no metadata", "is no run of this program"),
+        ("no metadata", "is not a vidtune run"),
         ("later format", "checkpoint format 99"),
         ("another backbone", "another vision backbone"),
     ],
