@@ -1,4 +1,7 @@
-"""The file of answers that inference writes: one JSON object a line, locked, continued where it ended."""
+"""The answers of inference: what is to be answered, whether it is right, and the file that --output names.
+
+That file has one JSON object per line. It is locked while it is written, and an unfinished one is continued.
+"""
 
 import hashlib
 import json
@@ -12,40 +15,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, options_with
-from script import FileLock, UserError, replace_file
+from metrics import Lexicon, attributes_in
+from script import FileLock, UserError, printable, replace_file
 
 if TYPE_CHECKING:
     from VLoader import Sample
 
+LONGEST_ANSWER = 1000  # characters of an answer that are printed; the file holds all of it
+
+# -- what is to be answered -------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to give: for a video, or with --timeline for `times` (start, end) of it."""
+    """One answer to compute: for a whole video, or with --timeline for one window of it."""
 
     sample: "Sample"
-    path: str  # see locate
-    times: dict[str, float] = field(default_factory=dict)
+    path: str  # identifies the video, see absolute_path
+    times: dict[str, float] = field(default_factory=dict)  # start and end of the window in seconds
 
     @property
     def key(self) -> tuple[str, float | None]:
+        """Identifies the answer in the file."""
         return self.path, self.times.get("start")
 
 
-def locate(path: str | Path, folder: str | Path) -> str:
-    """A video's absolute path, the same from every working directory and by every name of `folder`, --video_dir.
+def absolute_path(path: str | Path, folder: str | Path) -> str:
+    """A video's absolute path, the same from every working directory and for every way to write `folder`, --video_dir.
 
     Links below the folder are not followed: two links to one video are two videos.
     """
     root = folder if os.path.isdir(folder) else os.path.dirname(folder)
     below = os.path.relpath(path, root or os.curdir)
-    if below.split(os.sep)[0] == os.pardir:  # metadata.jsonl may name any place
+    if below.split(os.sep)[0] == os.pardir:  # metadata.jsonl may name files outside the folder
         return os.path.abspath(path)
     return os.path.normpath(os.path.join(os.path.realpath(root), below))
 
 
 def list_jobs(samples: list["Sample"], folder: str, seconds: float) -> tuple[list[Job], list[dict[str, Any]]]:
-    """(what is to be answered, rows of the videos that could not be cut into windows)."""
-    jobs = [Job(sample, locate(sample.path, folder)) for sample in samples]
+    """(the jobs, rows of the videos that could not be split into windows of `seconds`). 0 seconds: no windows."""
+    jobs = [Job(sample, absolute_path(sample.path, folder)) for sample in samples]
     if not seconds:
         return jobs, []
     from tqdm import tqdm
@@ -63,7 +72,7 @@ def list_jobs(samples: list["Sample"], folder: str, seconds: float) -> tuple[lis
 
 
 def fingerprint_answers(run_dir: Path, config: Config) -> str:
-    """Of all that an answer depends on beside its video: the run's weights and the options in force."""
+    """Identifies everything that an answer depends on besides its video: the run's weights and the options."""
     from checkpoint import WEIGHTS
 
     names = options_with("changes_answers")
@@ -72,48 +81,96 @@ def fingerprint_answers(run_dir: Path, config: Config) -> str:
     return f"{run_dir.name} {digest.hexdigest()[:12]}"
 
 
-def begun(path: Path, run: str, folder: str) -> dict[tuple[str, float | None], dict[str, Any]]:
-    """The answers that a file of answers holds already, by Job.key; errors in it, answers that stand twice, and a last
-    line cut short are dropped. Rows without a `path` are resolved against the working directory.
+# -- what an answer says ----------------------------------------------------------------------------
 
-    Raises UserError if the file is not one of answers by the same run with the same options.
+
+def is_right(
+    answer: dict[str, Any], sample: "Sample", display_names: dict[str, str], lexicon: Lexicon | None
+) -> bool | None:
+    """Whether an answer is right. None if the truth is not known; for captions, if there is no lexicon."""
+    # a caption is right if it names all attributes of the video
+    if "caption" in answer:
+        if lexicon is None or not sample.attributes:
+            return None
+        named = attributes_in(answer["caption"], lexicon)
+        return all(named.get(name) == value for name, value in sample.attributes.items())
+
+    # the folder of a video may have the label or its display name
+    if sample.label is None or "error" in answer:
+        return None
+    if sample.label in display_names:
+        return sample.label == answer["label"]
+    return sample.label == display_names[answer["label"]]
+
+
+def find_lexicon(video_dir: Path) -> Lexicon | None:
+    """The lexicon of the data set; --video_dir is the data set or one of its splits."""
+    from VLoader import read_lexicon
+
+    return read_lexicon(video_dir) or read_lexicon(video_dir.absolute().parent)
+
+
+def answer_line(answer: dict[str, Any], width: int) -> str:
+    """What is printed for an answer; `width` is the length of the longest file name."""
+    text = answer.get("caption", answer.get("error"))  # a caption may be empty
+    if text is None:
+        text = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer["top_k"])
+    times = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
+    mark = {None: "", True: "  right", False: "  WRONG"}[answer.get("right")]
+    return printable(f"{printable(Path(answer['file']).name):<{width}}  {times}{text[:LONGEST_ANSWER]}{mark}")
+
+
+# -- the file of answers ----------------------------------------------------------------------------
+
+
+def read_answers(path: Path, run: str, folder: str) -> dict[tuple[str, float | None], dict[str, Any]]:
+    """The answers in an unfinished file, by Job.key; {} if there is no such file.
+
+    Drops errors, duplicates, and a last line that was cut short, also from the file. The paths in files of earlier
+    versions, which have no `path`, are taken relative to the working directory.
+
+    Raises UserError if the file holds anything but answers of the same run with the same options.
     """
+    # parse row by row; only the last line may be broken, because a killed run may have left it so
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = text.split("\n")  # not splitlines: captions may hold other ends of line
-    good: dict[tuple[str, float | None], dict[str, Any]] = {}
+    lines = text.split("\n")  # not splitlines: captions may contain other line separators
+    answers: dict[tuple[str, float | None], dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            made_by = row["run"]
-            key = row["path"] if "path" in row else locate(row["file"], folder), row.get("start")
-            fresh = "error" not in row and key not in good
+            row_run = row["run"]
+            key = row["path"] if "path" in row else absolute_path(row["file"], folder), row.get("start")
+            usable = "error" not in row and key not in answers
         except (ValueError, KeyError, TypeError, RecursionError):
-            if number == len(lines) and is_torn(line, begun=number > 1):
+            if number == len(lines) and is_cut_short(line, first=number == 1):
                 break
+            raise UserError(f"--output {path}: line {number} is not an answer; choose another file") from None
+
+        # answers of different weights or options must not be mixed
+        if row_run != run:
             raise UserError(
-                f"--output {path}, line {number} is no answer of this program; choose another file"
-            ) from None
-        if made_by != run:
-            raise UserError(
-                f"--output {path} holds answers of another run or with other options ({made_by}, this is {run}); "
+                f"--output {path} holds answers of another run or with other options ({row_run}, this is {run}); "
                 "remove it or choose another file"
             )
-        if fresh:
-            good[key] = row
-    kept = "".join(map(as_line, good.values()))
+        if usable:
+            answers[key] = row
+
+    # a video that could not be read is tried again, so its row goes
+    kept = "".join(map(as_line, answers.values()))
     if kept != text:
         replace_file(path, lambda p: p.write_text(kept, encoding="utf-8"))
-    return good
+    return answers
 
 
-def is_torn(line: str, begun: bool) -> bool:
-    """Whether a last line that is no row is what a killed run left behind the rows before it, or nothing at all."""
+def is_cut_short(line: str, first: bool) -> bool:
+    """Whether a last line that cannot be parsed is empty, or the beginning of a row. If it is the `first` line too, it
+    more likely belongs to somebody else's file."""
     start = '{"file": '
-    return not line or (begun and (line.startswith(start) or start.startswith(line)))
+    return not line or (not first and (line.startswith(start) or start.startswith(line)))
 
 
 def as_line(row: dict[str, Any]) -> str:
-    # a file's name that is no text becomes JSON's own escape
+    """A row as JSON. Bytes of a file name that are not UTF-8 become JSON's own escapes."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
 
@@ -121,34 +178,41 @@ def as_line(row: dict[str, Any]) -> str:
 def open_output(
     path: Path | None, run: str, folder: str
 ) -> Generator[tuple[dict[tuple[str, float | None], dict[str, Any]], Callable[[dict[str, Any]], None]]]:
-    """(the answers that --output holds already, what appends a row to it).
+    """Yields (the answers that --output already has, a function that appends a row to it).
 
-    A file is locked and goes on where it ended; a pipe or a device takes the rows as they come.
-    Raises UserError if it cannot be written, is in use by another process, or is no file of answers by this run.
+    A file is locked and continued; a pipe or a device gets the rows as they come.
+    Raises UserError if it cannot be written, is in use by another process, or holds anything but answers of this run.
     """
+    # no --output: rows are dropped
     if path is None:
         yield {}, lambda row: None
         return
     done = {}
     with ExitStack() as stack:
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(1)):  # opened anew, it would be written over
+        # stdout was redirected to the same file: a second descriptor would overwrite what is printed
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(1)):
             sys.stdout.flush()
             file = os.dup(1)
+
+        # a pipe or a device: O_NONBLOCK raises an error instead of waiting for a reader that may never come
         elif path.exists() and not path.is_file():
-            file = open_rows(path, getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody reads is not waited for
+            file = open_rows(path, getattr(os, "O_NONBLOCK", 0))
             os.set_blocking(file, True)
+
+        # a file, new or unfinished
         else:
             path = Path(os.path.realpath(path))
             if not path.parent.is_dir():
                 raise UserError(f"--output: cannot write {path}: there is no folder {path.parent}")
             stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), f"--output {path}"))
-            done = begun(path, run, folder)
+            done = read_answers(path, run, folder)
             file = open_rows(path, os.O_CREAT | os.O_APPEND)
         stack.callback(os.close, file)
         yield done, partial(append_row, file, path)
 
 
 def open_rows(path: Path, flags: int) -> int:
+    """A file descriptor for writing."""
     try:
         return os.open(path, os.O_WRONLY | flags, 0o666)
     except OSError as error:
@@ -156,12 +220,12 @@ def open_rows(path: Path, flags: int) -> int:
 
 
 def append_row(file: int, path: Path, row: dict[str, Any]) -> None:
-    """Writes a row at once and whole, or takes back what was written of it and raises UserError."""
+    """Writes a whole row at once; if that fails, removes what was written of it and raises UserError."""
     data, written = as_line(row).encode("utf-8"), 0
     try:
         while written < len(data):
             written += os.write(file, data[written:])
-    except BrokenPipeError:  # its reader has seen enough
+    except BrokenPipeError:  # the reader closed the pipe: no error, run_script ends quietly
         raise
     except OSError as error:
         if path.is_file():

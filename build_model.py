@@ -4,10 +4,12 @@
     video + language classifier     [CLS] video tokens [SEP] text [SEP] -> BERT-like encoder -> head on [CLS]
     video captioner                 video tokens, BOS, caption, EOS -> causal language model
 
-Shapes: B batch, T frames, C channels, H W pixels, N video tokens, L text tokens, D width, V vocabulary, K classes;
-t h w count a clip's tokens over time, height and width.
-A `video` is RGB uint8 (B, T, C, H, W), which the vision encoder normalises on the device, or the features
-(B, 1 + N, D) that a frozen vision encoder made of it.
+Shapes: B batch, T frames, C channels, H W pixels, N video tokens, L text tokens, D width, V vocabulary, K classes.
+t, h and w are the numbers of tokens along time, height and width.
+A `video` argument is either RGB uint8 (B, T, C, H, W), which the vision encoder normalises on the device, or the
+features (B, 1 + N, D) that a frozen vision encoder has computed from it.
+
+Read build_model() at the end first: it puts the parts together.
 """
 
 import math
@@ -31,11 +33,12 @@ from transforms import Preprocessing
 
 
 def patch_side(config: Any) -> int:
-    """Patches on each side of a frame."""
+    """The number of patches along each side of a frame."""
     return side_of(config.image_size) // side_of(config.patch_size)
 
 
 def side_of(size: int | list[int] | tuple[int, int]) -> int:
+    """The side of a square, which a configuration gives as one number or as two."""
     if isinstance(size, int):
         return size
     if len(set(size)) != 1:
@@ -44,13 +47,14 @@ def side_of(size: int | list[int] | tuple[int, int]) -> int:
 
 
 def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> None:
-    """Makes a backbone accept another number of frames or another image size: interpolates its position and time
-    embeddings, and updates its configuration, from which TimeSformer's layers take their shapes.
+    """Makes a backbone accept another number of frames or another image size.
 
-    Raises:
-        UserError: image_size is not a multiple of the patch size, or num_frames of the tubelet size.
+    Interpolates its position and time embeddings, and updates its configuration, from which TimeSformer's layers take
+    their shapes.
+
+    Raises UserError if image_size is not a multiple of the patch size, or num_frames of the tubelet size.
     """
-    # every patch and every tubelet must be complete
+    # a convolution would silently drop the pixels of an incomplete patch, and the frames of an incomplete tubelet
     config, embeddings = backbone.config, backbone.embeddings
     patch, tubelet = side_of(config.patch_size), getattr(config, "tubelet_size", 1)
     if image_size % patch:
@@ -58,11 +62,11 @@ def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> Non
     if num_frames % tubelet:
         raise UserError(f"--num_frames {num_frames}: this backbone needs a multiple of its tubelet size, {tubelet}")
 
-    # the families keep their positions in different tables
+    # each family stores its position embeddings in its own way
     side, times = image_size // patch, num_frames // tubelet
     FAMILIES[config.model_type].fit(embeddings, config, times, side)
 
-    # without these, the patch embedding refuses the new size
+    # the patch embedding checks its input against these numbers
     config.num_frames, config.image_size = num_frames, image_size
     patches = embeddings.patch_embeddings
     patches.image_size = (image_size, image_size)
@@ -70,7 +74,7 @@ def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> Non
 
 
 def fit_timesformer(embeddings: nn.Module, config: Any, times: int, side: int) -> None:
-    """Space and time have a table each; the CLS token's entry in the first one stays."""
+    """TimeSformer has one table for space, which starts with the CLS token, and one for time."""
     old_side = patch_side(config)
     space = embeddings.position_embeddings.data  # (1, 1 + h w, D)
     grid = resize_grid(space[:, 1:].unflatten(1, (1, old_side, old_side)), (1, side, side))
@@ -80,14 +84,14 @@ def fit_timesformer(embeddings: nn.Module, config: Any, times: int, side: int) -
 
 
 def fit_videomae(embeddings: nn.Module, config: Any, times: int, side: int) -> None:
-    """One table for all tokens."""
+    """VideoMAE has one table for all tokens."""
     shape = (config.num_frames // config.tubelet_size, patch_side(config), patch_side(config))
     table = embeddings.position_embeddings.unflatten(1, shape)  # (1, t, h, w, D)
     embeddings.position_embeddings = resize_grid(table, (times, side, side)).flatten(1, 3)
 
 
 def resize_grid(grid: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
-    """Linear interpolation of embeddings (1, t, h, w, D) over t, h and w; the same tensor at its own size."""
+    """Interpolates embeddings (1, t, h, w, D) linearly over t, h and w. At the same size their values do not change."""
     if tuple(grid.shape[1:4]) == size:
         return grid.clone()
     grid = F.interpolate(grid.permute(0, 4, 1, 2, 3), size=size, mode="trilinear", align_corners=False)
@@ -97,21 +101,22 @@ def resize_grid(grid: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
 class Family(NamedTuple):
     """How a family of video backbones differs from the others."""
 
-    has_cls: bool  # a CLS token leads the patch tokens and is the pooled token; else they are averaged and normalised
-    token_order: str  # of the patch tokens: "hwt" or "thw"
+    has_cls: bool  # pools by taking the CLS token, which comes first; else by averaging the tokens, then a norm
+    token_order: str  # order of the patch tokens: "hwt" or "thw"
     fit: Callable[[nn.Module, Any, int, int], None]  # interpolates the embeddings to (times, side)
-    overrides: tuple[tuple[str, Any], ...] = ()  # of its configuration
+    overrides: tuple[tuple[str, Any], ...] = ()  # fields of the configuration to change before loading
 
 
+# the key is transformers' model_type; to add a family, add a line here and a function that fits its embeddings
 FAMILIES = {
     "timesformer": Family(has_cls=True, token_order="hwt", fit=fit_timesformer),
-    # self-supervised checkpoints lack the norm after pooling: it is a new layer
+    # self-supervised checkpoints come without the norm after mean pooling; it is then trained as a new layer
     "videomae": Family(has_cls=False, token_order="thw", fit=fit_videomae, overrides=(("use_mean_pooling", True),)),
 }
 
 
 def token_grid(tokens: torch.Tensor, config: Any) -> torch.Tensor:
-    """A backbone's patch tokens in one order, without the CLS token: (B, N, D) -> (B, t, h, w, D)."""
+    """Brings the patch tokens of any family into one order, without the CLS token: (B, N, D) -> (B, t, h, w, D)."""
     family, side = FAMILIES[config.model_type], patch_side(config)
     patches = tokens[:, int(family.has_cls) :]
     if family.token_order == "hwt":
@@ -120,8 +125,8 @@ def token_grid(tokens: torch.Tensor, config: Any) -> torch.Tensor:
 
 
 def fuse_attention(backbone: nn.Module) -> None:
-    """Replaces TimeSformer's attention, which transformers computes step by step, by torch's fused one: same weights,
-    same values up to rounding. The other families use it already."""
+    """Makes TimeSformer use torch's fused attention, which transformers does for the other families only. The weights
+    are the same, and the outputs equal up to rounding."""
     from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention
 
     for module in backbone.modules():
@@ -141,7 +146,7 @@ def fused_attention(self: Any, hidden_states: torch.Tensor, output_attentions: b
 
 
 class VisionEncoder(nn.Module):
-    """A video backbone with its own preprocessing and its own pooling (CLS, or mean and norm)."""
+    """A video backbone with its preprocessing and its pooling (CLS, or mean and norm)."""
 
     def __init__(self, backbone: nn.Module, fc_norm: nn.Module | None, preprocessing: Preprocessing):
         super().__init__()
@@ -160,39 +165,43 @@ class VisionEncoder(nn.Module):
 
     @property
     def num_times(self) -> int:
-        """Time steps of the tokens: frames / tubelet size."""
+        """Time steps of the tokens: one per tubelet, that is, frames / tubelet size."""
         return self.config.num_frames // getattr(self.config, "tubelet_size", 1)
 
     def tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, T, C, H, W) -> the backbone's own tokens (B, N', D), without gradients if it is frozen."""
+        """uint8 (B, T, C, H, W) -> all tokens of the backbone (B, N', D), without gradients if it is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.backbone(self.preprocessing.normalise(pixel_values)).last_hidden_state
 
     def num_tokens(self, grid: int) -> int:
-        """The number of tokens from encode_video: [1 +] num_times grid^2."""
+        """The number of tokens that encode_video returns: num_times * grid^2, and 1 for CLS."""
         return int(self.has_cls) + self.num_times * grid**2
 
     def features(self, pixel_values: torch.Tensor, grid: int) -> torch.Tensor:
-        """uint8 (B, T, C, H, W) -> (B, 1 + N, D), all that the models need from a frozen backbone: the pooled token
-        before its norm, then encode_video's tokens. forward and encode_video accept it in place of pixels."""
+        """uint8 (B, T, C, H, W) -> features (B, 1 + N, D): pooled token before its norm, then encode_video's tokens.
+
+        This is all that the three models need from a frozen backbone, so it can be computed once and cached. forward
+        and encode_video accept it instead of pixels.
+        """
         tokens = self.tokens(pixel_values)
         return torch.cat([self.pooled(tokens)[:, None], self.grid_tokens(tokens, grid)], dim=1)
 
     def pooled(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N', D) -> (B, D), before the norm that follows mean pooling."""
         return tokens[:, 0] if self.has_cls else tokens.mean(1)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
-        """A video -> its pooled token (B, D), pooled as in the published classifier."""
+        """A video -> (B, D), pooled as in the published classifier."""
         pooled = self.pooled(self.tokens(video)) if is_clip(video) else video[:, 0].float()
         return pooled if self.has_cls else self.fc_norm(pooled)
 
     def encode_video(self, video: torch.Tensor, grid: int) -> torch.Tensor:
-        """A video -> (B, N, D): CLS if there is one, then grid x grid averaged tokens per time step in (t, h, w) order;
-        N = num_tokens(grid)."""
+        """A video -> (B, N, D): CLS if there is one, then grid x grid averaged tokens per time step in (t, h, w) order.
+        N is num_tokens(grid)."""
         return self.grid_tokens(self.tokens(video), grid) if is_clip(video) else video[:, 1:].float()
 
     def grid_tokens(self, tokens: torch.Tensor, grid: int) -> torch.Tensor:
-        # adaptive pooling averages blocks of patches, whatever their number on a side
+        # a language model's time grows with its tokens: average blocks of patches to a coarser grid
         patches = token_grid(tokens, self.config)  # (B, t, h, w, D)
         batch, times, *_ = patches.shape
         pooled = F.adaptive_avg_pool2d(patches.flatten(0, 1).permute(0, 3, 1, 2), grid)  # (B t, D, g, g)
@@ -201,15 +210,18 @@ class VisionEncoder(nn.Module):
 
 
 def is_clip(video: torch.Tensor) -> bool:
-    """Whether a video is pixels (B, T, C, H, W), not features (B, 1 + N, D)."""
+    """Whether a `video` argument is pixels (B, T, C, H, W) rather than features (B, 1 + N, D)."""
     return video.ndim == 5
 
 
 def load_vision(source: Source, config: Config) -> VisionEncoder:
-    """The vision encoder of a source, for the frames and size in `config`. Raises UserError if it cannot be used."""
+    """Loads the vision encoder of a source and fits it to the frames and image size in `config`.
+
+    Raises UserError if it cannot be loaded, or is not a video backbone of one of FAMILIES.
+    """
     from transformers import AutoModelForVideoClassification
 
-    # transformers' classifier brings the backbone together with the norm that belongs to its pooling
+    # load the classifier, not the bare backbone: only the classifier has the norm that follows mean pooling
     hf_config = read_config(source)
     if hf_config.model_type not in FAMILIES:
         raise UserError(f"{source.path} is a {hf_config.model_type}; video backbones are {' and '.join(FAMILIES)}")
@@ -219,13 +231,13 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
     backbone = classifier.base_model
     source.fingerprint = fingerprint(backbone) if source.weights else source.fingerprint
 
-    # the fingerprint is that of the published tensors: it must not depend on frames and size
+    # the fingerprint above was taken first: it must not depend on the frames and size of this run
     num_frames = hf_config.num_frames if config.num_frames == "auto" else config.num_frames
     image_size = side_of(hf_config.image_size) if config.image_size == "auto" else config.image_size
     fit_embeddings(backbone, num_frames, image_size)
     fuse_attention(backbone)
 
-    # mean, std and interpolation are the backbone's own, not ImageNet's by habit
+    # backbones differ in mean, std and interpolation; a wrong mean costs accuracy without any error
     values = load_preprocessor(source, hf_config.model_type)
     try:
         preprocessing = Preprocessing.from_dict(values, image_size)
@@ -239,12 +251,12 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
 
 @dataclass(frozen=True)
 class TextCodec:
-    """Texts to right-padded (input_ids, attention_mask), (B, L) each: bos + tokens, cut to length, + eos."""
+    """Turns texts into right-padded input_ids and attention_mask, (B, L) each. A row is bos, tokens, eos."""
 
     tokenizer: Any
-    bos: tuple[int, ...]  # leads every text
+    bos: tuple[int, ...]  # ids before every text
     eos: int
-    max_tokens: int  # of the text alone
+    max_tokens: int  # longer texts are cut; bos and eos do not count
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -253,7 +265,7 @@ class TextCodec:
         rows = [[*self.bos, *ids[: self.max_tokens], self.eos] for ids in self.tokens(texts)]
         longest = max(map(len, rows))
         return {
-            # any id does as padding: the mask hides it
+            # any id will do as padding, because the mask hides it; GPT-2 has no padding id
             "input_ids": torch.tensor([row + [self.eos] * (longest - len(row)) for row in rows]),  # (B, L)
             "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
         }
@@ -261,17 +273,17 @@ class TextCodec:
 
 @dataclass(frozen=True)
 class Collator:
-    """Items to a batch of the model's arguments, plus `index`, the numbers of the samples."""
+    """Turns dataset items into a batch: the model's arguments and targets, and `index`, the numbers of the samples."""
 
     codec: TextCodec | None  # None: the model reads no text
-    text_field: str  # which text the model reads: "caption" or "text"
+    text_field: str | None  # which text the model reads: "caption", "text" or none
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {
             "video": torch.stack([item["video"] for item in items]),  # (B, T, C, H, W) uint8 or (B, 1 + N, D) fp16
-            "index": torch.tensor([item["index"] for item in items]),
+            "index": torch.tensor([item["index"] for item in items]),  # (B,)
         }
-        if self.text_field != "caption":
+        if self.text_field != "caption":  # a captioner's targets are its captions
             batch["labels"] = torch.tensor([item["label"] for item in items])
         if self.codec is not None:
             batch |= self.codec([item[self.text_field] for item in items])
@@ -282,7 +294,10 @@ class Collator:
 
 
 class Projector(nn.Module):
-    """Video tokens into a language model's width: norm, 2-layer MLP, plus a learned time embedding."""
+    """Maps video tokens to a language model's width: norm, 2-layer MLP, plus a learned time embedding.
+
+    A language model gets the tokens as one flat sequence, so the embedding has to tell it which time step each is from.
+    """
 
     def __init__(self, vision: VisionEncoder, width: int, grid: int, dropout: float):
         super().__init__()
@@ -294,7 +309,7 @@ class Projector(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(hidden), *layers)
         self.num_tokens = vision.num_tokens(grid)
         times = torch.arange(vision.num_times).repeat_interleave(grid**2) + int(vision.has_cls)
-        times = torch.cat([times.new_zeros(int(vision.has_cls)), times])  # CLS has its own entry
+        times = torch.cat([times.new_zeros(int(vision.has_cls)), times])  # CLS belongs to no time step: entry 0
         self.register_buffer("times", times, persistent=False)  # (N,)
         self.time_embedding = nn.Embedding(int(times.max()) + 1, width)
         nn.init.normal_(self.time_embedding.weight, std=0.02)
@@ -304,9 +319,9 @@ class Projector(nn.Module):
 
 
 class VideoModel(nn.Module):
-    """What the three models have in common: a vision encoder, where it came from, frozen backbones in eval()."""
+    """What the three models have in common: a vision encoder, the sources of its backbones, and how they are frozen."""
 
-    task: str
+    task: str  # in words, for people
     text_field: str | None = None  # which text the model reads: "caption", "text" or none
 
     def __init__(self, vision_encoder: VisionEncoder):
@@ -317,11 +332,12 @@ class VideoModel(nn.Module):
         self._frozen: list[nn.Module] = []
 
     def backbones(self) -> dict[str, nn.Module]:
+        """The pretrained parts, {"vision": ..., "language": ...}; a classifier without text has the first only."""
         language = {"language": self.language_model} if hasattr(self, "language_model") else {}
         return {"vision": self.vision_encoder} | language
 
     def freeze(self, backbone: nn.Module) -> None:
-        """No gradients for the backbone's weights and no dropout in it, also in train()."""
+        """Stops gradients to the backbone's weights, and keeps it in eval(): dropout would blur what it has learned."""
         backbone.requires_grad_(False)
         self._frozen.append(backbone)
         if backbone is self.vision_encoder:
@@ -334,31 +350,33 @@ class VideoModel(nn.Module):
         return self
 
     def truncation_note(self, samples: list[Any]) -> str | None:
-        """A line on the samples whose texts or captions are too long and will be cut; None if there are none."""
+        """One line on how many texts or captions of the samples are too long and will be cut; None if none are."""
+        return None
+
+    def codec(self) -> TextCodec | None:
+        """How this model encodes the texts that it reads; None if it reads none."""
         return None
 
     def collator(self) -> Collator:
-        """Makes batches of this model's arguments."""
-        return Collator(self.codec() if self.text_field else None, self.text_field or "text")
-
-    def codec(self) -> TextCodec:
-        raise NotImplementedError
+        """What makes batches for this model."""
+        return Collator(self.codec(), self.text_field)
 
     def targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the logits are scored against: (B,) or (B, L); -100 does not count."""
+        """What the logits are compared with: (B,) or (B, L); -100 is ignored."""
         return batch["labels"]
 
     def scores(self, video: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """The logits of a video; for several views of each video, (B, V, T, C, H, W), the log of the mean probabilities
-        over the views (B, K). One view is computed at a time."""
+        """The logits of a video. For several views of each video, (B, V, T, C, H, W), the log of the mean probabilities
+        over the views, (B, K)."""
         if video.ndim <= 5:
             return self(video=video, **inputs).float()
+        # one view at a time: all at once would multiply the memory by their number
         views = [self(video=view, **inputs).float().log_softmax(-1) for view in video.unbind(1)]
         return torch.stack(views).logsumexp(0) - math.log(len(views))
 
 
 class VideoClassifier(VideoModel):
-    """Vision encoder, its pooled token, dropout, linear head."""
+    """Vision encoder, dropout, linear head on the pooled token."""
 
     task = "classification"
 
@@ -375,14 +393,14 @@ class VideoClassifier(VideoModel):
 
 
 class VisionLanguageModel(VideoModel):
-    """A projector from video tokens into a language model's embeddings, and the language model."""
+    """A vision encoder, a language model, and a projector that turns video tokens into the latter's embeddings."""
 
     def __init__(self, vision_encoder: VisionEncoder, language_model: nn.Module, tokenizer: Any, config: Config):
         super().__init__(vision_encoder)
-        vision_encoder.fc_norm = None  # it belongs to the pooled token, which is not used here
+        vision_encoder.fc_norm = None  # only the pooled token passes it, and that is not used here
         self.language_model, self.tokenizer = language_model, tokenizer
         self.grid, self.max_text_tokens = config.token_grid, config.max_text_tokens
-        width = language_model.get_input_embeddings().embedding_dim  # some models are wider after the embeddings
+        width = language_model.get_input_embeddings().embedding_dim  # in ELECTRA and OPT not the hidden size
         self.projector = Projector(vision_encoder, width, config.token_grid, config.dropout)
 
     def video_tokens(self, video: torch.Tensor) -> torch.Tensor:
@@ -393,7 +411,7 @@ class VisionLanguageModel(VideoModel):
         return self.language_model.get_input_embeddings()(input_ids)
 
     def room_for_text(self, taken: int) -> int:
-        """Text tokens that fit next to `taken` other positions. Raises UserError if none do."""
+        """How many text tokens fit next to `taken` other positions. Raises UserError if none do."""
         positions = positions_of(self.language_model)
         if positions is None:
             return self.max_text_tokens
@@ -405,9 +423,9 @@ class VisionLanguageModel(VideoModel):
         return min(self.max_text_tokens, positions - taken)
 
     def truncation_note(self, samples: list[Any]) -> str | None:
-        """See VideoModel."""
-        # each different text is tokenised once
-        codec = self.codec() if self.text_field else None
+        """Counts texts, not samples: a video may have several captions. See VideoModel."""
+        # captions repeat: tokenise each different one once
+        codec = self.codec()
         texts = Counter(t for s in samples for t in (s.captions if self.text_field == "caption" else [s.text or ""]))
         if codec is None or not texts:
             return None
@@ -415,6 +433,8 @@ class VisionLanguageModel(VideoModel):
         cut = sum(count for count, tokens in counts if len(tokens) > codec.max_tokens)
         if not cut:
             return None
+
+        # either the option is the limit, or what the language model has left after the video
         advice = "train with a larger --max_text_tokens to keep them whole"
         if codec.max_tokens < self.max_text_tokens:
             advice = "the language model has no more positions; train with a lower --token_grid or --num_frames"
@@ -429,7 +449,7 @@ def positions_of(language_model: nn.Module) -> int | None:
         return None
     for name, module in language_model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return positions - module.padding_idx - 1  # RoBERTa's positions start after the padding's
+            return positions - module.padding_idx - 1  # RoBERTa counts positions from padding_idx + 1
     return positions
 
 
@@ -451,26 +471,31 @@ class VisionLanguageClassifier(VisionLanguageModel):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def codec(self) -> TextCodec:
-        room = self.room_for_text(self.projector.num_tokens + 3)
+    def codec(self) -> TextCodec | None:
+        if self.text_field is None:
+            return None
+        room = self.room_for_text(self.projector.num_tokens + 3)  # [CLS] and two [SEP]
         return TextCodec(self.tokenizer, bos=(), eos=self.tokenizer.sep_token_id, max_tokens=room)
 
     def forward(
         self, video: torch.Tensor, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """A video, and text ids that end in [SEP], right-padded (B, L) -> logits (B, K)."""
+        # [CLS] video [SEP]: token type 0, nothing masked
         video = self.video_tokens(video)  # (B, N, D)
         batch, device = len(video), video.device
-        # [CLS] video [SEP], all of type 0 and nothing masked
         marks = torch.tensor([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id], device=device)
         cls, sep = self.embed(marks).to(video.dtype).expand(batch, 2, -1).split(1, dim=1)
         embeds, mask = [cls, video, sep], torch.ones(batch, video.shape[1] + 2, dtype=torch.long, device=device)
         types = torch.zeros_like(mask)
-        # text [SEP], of type 1, padding last
+
+        # text [SEP]: token type 1, as the second sentence in BERT's pretraining; padding comes last
         if input_ids is not None:
             embeds.append(self.embed(input_ids))
             types = torch.cat([types, torch.ones_like(input_ids)], dim=1)
             mask = torch.cat([mask, attention_mask], dim=1)
+
+        # not every encoder has token types: DistilBERT and ModernBERT have none
         inputs = {"inputs_embeds": torch.cat(embeds, dim=1), "attention_mask": mask}  # (B, N + 2 + L, D)
         if self.has_types:
             inputs["token_type_ids"] = types
@@ -479,7 +504,7 @@ class VisionLanguageClassifier(VisionLanguageModel):
 
 
 class VideoCaptioner(VisionLanguageModel):
-    """video tokens, BOS, caption, EOS through a causal language model."""
+    """Video tokens, BOS, caption, EOS through a causal language model."""
 
     task = "captioning"
     text_field = "caption"
@@ -488,22 +513,24 @@ class VideoCaptioner(VisionLanguageModel):
         super().__init__(vision_encoder, language_model, tokenizer, config)
         if tokenizer.eos_token_id is None:
             raise UserError("the language model's tokenizer has no end-of-text token")
-        self.codec()
+        self.codec()  # raises UserError at once if no caption fits
 
     @property
     def bos(self) -> int:
+        """The id before every caption. GPT-2 has one token for both ends; some tokenizers name it as EOS only."""
         return self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def codec(self) -> TextCodec:
-        room = self.room_for_text(self.projector.num_tokens + 2)
+        room = self.room_for_text(self.projector.num_tokens + 2)  # BOS and EOS
         return TextCodec(self.tokenizer, bos=(self.bos,), eos=self.tokenizer.eos_token_id, max_tokens=room)
 
     def targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The ids after BOS, including EOS. The mask finds the padding, since EOS may be the padding id."""
+        """The ids after BOS, including EOS. Padding is found by the mask, not by its id, which may equal EOS."""
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]  # (B, L - 1)
 
     def forward(self, video: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """A video, and BOS, caption, EOS, right-padded (B, L) -> logits of `targets` (B, L - 1, V)."""
+        """A video, and BOS, caption, EOS, right-padded (B, L) -> logits for `targets` (B, L - 1, V)."""
+        # the logits of the video tokens are not needed, and each has the size of the vocabulary
         video = self.video_tokens(video)  # (B, N, D)
         video_mask = torch.ones(video.shape[:2], dtype=attention_mask.dtype, device=video.device)
         logits = self.language_model(
@@ -512,20 +539,23 @@ class VideoCaptioner(VisionLanguageModel):
             logits_to_keep=input_ids.shape[1],
             use_cache=False,
         ).logits  # (B, L, V)
-        return logits[:, :-1]
+        return logits[:, :-1]  # what follows EOS is not a target
 
     @torch.no_grad()
     def generate(self, video: torch.Tensor, max_new_tokens: int, num_beams: int = 1) -> list[str]:
-        """One caption per clip: greedy, or the best of `num_beams` beams. Raises UserError if video and caption exceed
-        the language model's positions."""
+        """Writes one caption per clip: greedy, or the best of `num_beams` beams. Raises UserError if video and caption
+        exceed the language model's positions."""
         from transformers import GenerationConfig
 
+        # the prompt is the video and BOS
         video = self.video_tokens(video)  # (B, N, D)
         positions, taken = positions_of(self.language_model), video.shape[1] + 1
         if positions and taken + max_new_tokens > positions:
             raise UserError(f"--max_new_tokens {max_new_tokens}: at most {positions - taken} fit after the video")
         bos = self.embed(torch.full((len(video), 1), self.bos, device=video.device))
         embeds = torch.cat([video, bos.to(video.dtype)], dim=1)  # (B, N + 1, D)
+
+        # a GenerationConfig of our own: generate() would fill gaps from the backbone's, such as sampling
         eos = self.tokenizer.eos_token_id
         options = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False)
         options.eos_token_id = options.pad_token_id = eos
@@ -538,7 +568,8 @@ class VideoCaptioner(VisionLanguageModel):
 
 
 def linear_layers(backbone: nn.Module) -> list[str]:
-    """Names of all linear layers of a backbone, with or without adapters on them, found in the model itself."""
+    """The names of all linear layers of a backbone, with or without adapters on them. They are read from the model, so
+    that every family works."""
     from peft.tuners.lora import LoraLayer
     from transformers.pytorch_utils import Conv1D
 
@@ -548,23 +579,23 @@ def linear_layers(backbone: nn.Module) -> list[str]:
 
 
 def body_of(backbone: nn.Module) -> nn.Module:
-    """The part of a backbone that AutoModel loads: without output head."""
+    """The part of a backbone that AutoModel would load: without the output head."""
     return backbone.backbone if isinstance(backbone, VisionEncoder) else backbone.base_model
 
 
 def lora_config(body: nn.Module, rank: int) -> Any:
-    """LoRA, arXiv:2106.09685, on every linear layer; rank r, alpha 2 r, dropout 0.05."""
+    """LoRA (arXiv:2106.09685) on every linear layer: rank r, alpha 2 r, dropout 0.05."""
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
-    transposed = any(isinstance(module, Conv1D) for module in body.modules())  # as GPT-2 stores its weights
+    transposed = any(isinstance(module, Conv1D) for module in body.modules())  # GPT-2 stores its weights transposed
     return LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=linear_layers(body), fan_in_fan_out=transposed
     )
 
 
 def add_lora(backbone: nn.Module, rank: int) -> None:
-    """Adapters on every linear layer of a backbone, in place; the backbone's own weights are frozen."""
+    """Adds an adapter to every linear layer of a backbone, in place, and freezes the backbone's own weights."""
     from peft import inject_adapter_in_model
 
     backbone.requires_grad_(False)
@@ -572,7 +603,7 @@ def add_lora(backbone: nn.Module, rank: int) -> None:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Adds every adapter to its layer's weights and removes it."""
+    """Adds every adapter to its layer's weights and removes it: same outputs, without the cost of the adapters."""
     for name, adapter in list(adapters(model)):
         adapter.merge()
         parent, _, leaf = name.rpartition(".")
@@ -580,12 +611,12 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers with a LoRA adapter, by name; peft is not imported when there are none."""
+    """(name, layer) of every layer with a LoRA adapter. Does not import peft, which is slow and rarely needed."""
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
 
 
 def choose_trained(model: VideoModel, config: Config) -> None:
-    """Freezes backbones and adds adapters, as training_mode says; new layers are always trained."""
+    """Freezes backbones and adds adapters as training_mode says. New layers are always trained."""
     modes = training_mode(config)
     for name, backbone in model.backbones().items():
         if modes[name] == "lora":
@@ -598,10 +629,10 @@ def choose_trained(model: VideoModel, config: Config) -> None:
 
 
 def checkpoint_layers(backbone: nn.Module) -> None:
-    """Makes each layer of a backbone recompute its activations in the backward pass (arXiv:1604.06174). transformers'
-    own switch works for layers in train() only, and a frozen backbone is in eval().
+    """Makes each layer of a backbone recompute its activations in the backward pass (arXiv:1604.06174).
 
-    Raises UserError if transformers does not support this for the backbone's layers.
+    transformers can do this too, but only for layers in train(), and a frozen backbone is in eval().
+    Raises UserError if transformers does not support it for the backbone's layers.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -609,22 +640,23 @@ def checkpoint_layers(backbone: nn.Module) -> None:
     if not layers:
         raise UserError("--gradient_checkpointing True: one of these backbones cannot recompute its activations")
     for layer in layers:
-        layer.forward = MethodType(recomputed, layer)
+        layer.forward = MethodType(recomputing_forward, layer)
 
 
-def recomputed(self: nn.Module, *args: Any, **inputs: Any) -> Any:
-    """Replaces a layer's forward."""
+def recomputing_forward(self: nn.Module, *args: Any, **inputs: Any) -> Any:
+    """Replaces a layer's forward. Without gradients there is nothing to recompute."""
     if not torch.is_grad_enabled():
         return type(self).forward(self, *args, **inputs)
     return checkpoint(type(self).forward, self, *args, use_reentrant=False, **inputs)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The tensors that are trained, by name: what a checkpoint holds and what the optimizer gets."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
-    """(part, trained, total) parameters of every part of the model, and of all of it."""
+    """(name, trained parameters, all parameters) of every part of the model, and last of the whole model."""
     rows = []
     for name, part in [*model.named_children(), ("all", model)]:
         sizes = [(p.numel(), p.requires_grad) for p in part.parameters()]
@@ -633,24 +665,26 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
     return rows
 
 
-@collector_off()  # it imports transformers' models
-def build_model(
-    config: Config, num_classes: int, vision: Source | None = None, language: Source | None = None
-) -> VideoModel:
-    """The model that `config` describes, on the CPU, with what is trained decided.
+@collector_off()  # importing transformers' models makes many objects, and the collector would visit them all
+def build_model(config: Config, num_classes: int, sources: dict[str, Source] | None = None) -> VideoModel:
+    """Builds the model that `config` describes, on the CPU, and decides which of its tensors are trained.
 
-    `vision` and `language` replace the sources that the config's names lead to.
-    Raises UserError where a backbone cannot be loaded or an option does not fit it.
+    `sources` says where to load the backbones from ("vision" and, with a language model, "language"); by default their
+    names in `config` decide. Raises UserError if a backbone cannot be loaded or an option does not fit it.
     """
-    vision = vision or locate(config.vision_model, config.weights)
-    vision_encoder = load_vision(vision, config)
-    if not config.use_vlm:
-        model: VideoModel = VideoClassifier(vision_encoder, num_classes, config.dropout)
-        model.sources = {"vision": vision}
-    else:
-        language = language or locate(config.language_model, config.weights)
-        parts = (vision_encoder, *load_language(language, config.captioning), config)
+    # names -> sources
+    if sources is None:
+        sources = {part: locate(getattr(config, f"{part}_model"), config.weights) for part in training_mode(config)}
+
+    # sources -> pretrained backbones -> model with new layers
+    vision_encoder = load_vision(sources["vision"], config)
+    if config.use_vlm:
+        parts = (vision_encoder, *load_language(sources["language"], config.captioning), config)
         model = VideoCaptioner(*parts) if config.captioning else VisionLanguageClassifier(*parts, num_classes)
-        model.sources = {"vision": vision, "language": language}
+    else:
+        model = VideoClassifier(vision_encoder, num_classes, config.dropout)
+    model.sources = sources
+
+    # full, frozen or LoRA
     choose_trained(model, config)
     return model

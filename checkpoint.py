@@ -7,17 +7,16 @@
                       log.jsonl metrics.json predictions_{val,test}.jsonl *.png
                       state/              what --resume needs, until the run is finished
 
-Loading is strict: no tensor may be missing, none may be left over. No pickle is ever read.
+Loading is strict: a missing tensor is an error, and so is a surplus one. No pickle is ever read.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Generator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +41,7 @@ from script import (
     write_json,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of metadata.json; raise it when older programs could no longer load a run
 WEIGHTS, CONFIG_YAML, METADATA = "model.safetensors", "config.yaml", "metadata.json"
 METRICS, LOCK = "metrics.json", ".lock"
 STATE = Path("state") / "state.safetensors"
@@ -57,31 +56,33 @@ PROVIDED = ROOT / "checkpoints" / "provided"
 
 
 @contextmanager
-def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple[Path, Config]]:
-    """(folder, options) of a new run, or with --resume of the run to continue. The folder belongs to this process until
-    the end of the block. Of several processes, only the `first` takes the lock and writes.
+def claimed_run(config: Config, typed_flags: Set[str], first: bool) -> Generator[tuple[Path, Config]]:
+    """Yields the folder and the options of a new run, or with --resume of the run to continue.
 
+    Until the end of the block the folder is locked for this process; of several processes, the `first` holds the lock.
     The options are written at once, so that a run can be resumed whenever it is killed. A new run that ends before
     write_run_files() leaves nothing behind.
 
-    Raises UserError if another process has the folder, or if it holds something else.
+    Raises UserError if another process uses the folder, or if it holds anything but a run.
     """
+    # refuse folders in which no run may be written
     run_dir = Path(config.output_dir) / run_name(config)
     if run_dir.resolve().is_relative_to(PROVIDED.resolve()):
         raise UserError(f"{PROVIDED} holds the provided checkpoints and is never written; choose another --output_dir")
     if config.resume and not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a vidtune run: there is no such folder")
     if not first:
-        yield run_dir, resumed_options(run_dir, config, typed) if config.resume else config
+        yield run_dir, resumed_options(run_dir, config, typed_flags) if config.resume else config
         return
-    # a new folder appears with lock and options in it; an existing one is locked before anybody looks inside
+
+    # a new folder appears together with its lock and options; an existing one is locked before it is looked into
     new_parent = not run_dir.parent.exists()
     lock, fresh = lock_run(run_dir, None if config.resume else config), False
 
-    # from here on nobody else writes: check what is in the folder
+    # from here on no other process writes, so what is in the folder can be checked
     try:
         if config.resume:
-            config = resumed_options(run_dir, config, typed)
+            config = resumed_options(run_dir, config, typed_flags)
             remove_leftovers(run_dir, owned=True)
         else:
             fresh = check_free(run_dir, config.overwrite)
@@ -90,13 +91,13 @@ def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple
         remove_leftovers(run_dir.parent)
         yield run_dir, config
 
-    # a run that failed before it started, say for want of data, leaves no folder
+    # a run that fails before it starts, for example because there is no data, leaves no folder
     finally:
         unused = fresh and not (run_dir / METADATA).exists()
         if unused:
             clear_run(run_dir)
         lock.release()
-        with contextlib.suppress(OSError):  # it is a link, or another process has claimed it by now
+        with suppress(OSError):  # it is a link, or another process has claimed it by now
             if unused:
                 run_dir.rmdir()
                 if new_parent:
@@ -104,24 +105,30 @@ def claimed_run(config: Config, typed: Set[str], first: bool) -> Generator[tuple
 
 
 def lock_run(run_dir: Path, config: Config | None = None) -> FileLock:
-    """Locks the folder, and makes it if there is none, with the options of a new run in it. Raises UserError naming the
-    process that has it."""
+    """Locks a run's folder. If there is none, makes it first, with the options of the new run in it.
+
+    Raises UserError naming the process that holds the lock.
+    """
+    # a new run's folder must never be seen without its options
     make_folder(run_dir.parent)
     if config is not None and not os.path.lexists(run_dir):
         lock = make_run(run_dir, config)
         if lock is not None:  # else another process was faster
             return lock
+
+    # the process that held the lock may remove the folder between our two steps: try again
     for _ in range(100):
         make_folder(run_dir)
         try:
             return FileLock(run_dir / LOCK, str(run_dir))
-        except FileNotFoundError:  # its last owner has just removed the folder
+        except FileNotFoundError:
             continue
     raise UserError(f"cannot lock {run_dir}: the folder keeps disappearing")
 
 
 def make_run(run_dir: Path, config: Config) -> FileLock | None:
-    """Makes a new run's folder, which appears locked and with the options. None if another process was faster."""
+    """Makes a new run's folder under a temporary name and renames it, so that it appears locked and with its options.
+    Returns None if another process was faster."""
     folder = temporary(run_dir)
     make_folder(folder)
     try:
@@ -138,13 +145,15 @@ def make_run(run_dir: Path, config: Config) -> FileLock | None:
 
 
 def check_free(run_dir: Path, overwrite: bool) -> bool:
-    """True if the folder is free, False if --overwrite replaces the run in it. Raises UserError if no new run may be
-    written there."""
+    """Whether the folder is free for a new run; False if it holds a run that --overwrite replaces.
+
+    Raises UserError if it holds a run that may not be replaced, or anything else.
+    """
     if (run_dir / METADATA).exists():
         read_run(run_dir)
         if not overwrite:
             raise UserError(
-                f"the run {run_dir} exists: add --resume True to continue it, --overwrite True to replace it, "
+                f"the run {run_dir} already exists: add --resume True to continue it, --overwrite True to replace it, "
                 "or --run_name <another name>"
             )
         return False
@@ -154,24 +163,26 @@ def check_free(run_dir: Path, overwrite: bool) -> bool:
 
 
 def is_unstarted(run_dir: Path) -> bool:
-    """Whether the folder is empty, or left by a run that was killed before it had a metadata.json."""
+    """Whether the folder is empty, or was left by a run that was killed before it had written metadata.json."""
+    # config.yaml alone is not enough: it is a common name in other people's folders
     names = {p.name for p in run_dir.iterdir() if p.name != LOCK and not is_temporary(p)}
     if not names or CONFIG_YAML not in names or foreign_files(run_dir):
         return not names
-    with contextlib.suppress(UserError):
+    with suppress(UserError):
         return bool(read_yaml(run_dir / CONFIG_YAML))
     return False
 
 
 def foreign_files(run_dir: Path) -> list[Path]:
-    """Files in a run's folder that no run writes."""
-    ours = RUN_FILES | {LOCK}
-    return [p for p in run_dir.iterdir() if p.name not in ours and not p.match("evaluation_*") and not is_temporary(p)]
+    """Files in a run's folder that no run writes. The user put them there, so they are never removed."""
+    own = RUN_FILES | {LOCK}
+    return [p for p in run_dir.iterdir() if p.name not in own and not p.match("evaluation_*") and not is_temporary(p)]
 
 
 def clear_run(run_dir: Path, config: Config | None = None) -> None:
-    """Removes what a run writes, and nothing else. The options of a new run replace the old ones."""
-    (run_dir / METADATA).unlink(missing_ok=True)  # first: without it the rest is not a run, if this is killed
+    """Removes what a run writes, and nothing else. With `config`, the options of a new run replace the old ones."""
+    # metadata.json goes first: if this is killed, what remains is not taken for a run
+    (run_dir / METADATA).unlink(missing_ok=True)
     if config is not None:
         replace_file(run_dir / CONFIG_YAML, lambda p: write_yaml(asdict(config), p))
     foreign = foreign_files(run_dir)
@@ -186,12 +197,13 @@ def clear_run(run_dir: Path, config: Config | None = None) -> None:
 
 def finish_run(run_dir: Path, metrics: dict[str, Any]) -> None:
     """Writes metrics.json, which marks a run as finished, and removes what --resume needs."""
+    # in this order: a kill in between leaves a finished run with some files too many, which --resume removes
     write_json(metrics, run_dir / METRICS)
     shutil.rmtree(run_dir / STATE.parent, ignore_errors=True)
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
-    """A run's metrics.json; {} while its training is not finished."""
+    """The contents of a run's metrics.json; {} if its training is not finished."""
     file = run_dir / METRICS
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -200,7 +212,7 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of this program, if it is a git checkout."""
+    """The commit that this program runs from, or None if it is not a git checkout."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -210,7 +222,7 @@ def git_commit() -> str | None:
 
 
 def portable(path: str) -> str:
-    """A path inside this repository relative to it, any other unchanged."""
+    """Makes a path inside this repository relative to it, so that a checkpoint loads elsewhere; leaves others as is."""
     return Path(path).relative_to(ROOT).as_posix() if Path(path).is_relative_to(ROOT) else path
 
 
@@ -218,7 +230,7 @@ def run_metadata(
     model: VideoModel, config: Config, class_names: list[str], display_names: dict[str, str], data: str
 ) -> dict[str, Any]:
     """The contents of metadata.json; `data` is the fingerprint of the training data."""
-    # the fingerprint of each backbone, so that a checkpoint is never loaded onto other weights
+    # fingerprints of the backbones, so that a checkpoint is never loaded onto other weights
     modes = training_mode(config)
     backbones = {
         name: {
@@ -230,7 +242,7 @@ def run_metadata(
         for name, source in model.sources.items()
     }
 
-    # what inference needs to rebuild the model, and what a person wants to know
+    # the first group rebuilds the model; versions and commit tell a person where it comes from
     return {
         "format_version": FORMAT_VERSION,
         "task": model.task,
@@ -254,8 +266,8 @@ def write_run_files(run_dir: Path, model: VideoModel, config: Config, metadata: 
 
 
 def save_backbone_files(model: VideoModel, name: str, folder: Path) -> None:
-    """Writes what rebuilds a backbone around the checkpoint's tensors: its published configuration, and its
-    preprocessor or tokenizer."""
+    """Writes what is needed to rebuild a backbone around the checkpoint's tensors: its published configuration, and its
+    preprocessor or tokenizer. The backbone itself is then no longer needed."""
     source = model.sources[name]
     hf_config = read_config(source)
     hf_config.save_pretrained(folder)
@@ -265,21 +277,22 @@ def save_backbone_files(model: VideoModel, name: str, folder: Path) -> None:
         model.tokenizer.save_pretrained(folder)
 
 
-def save_weights(run_dir: Path, model: VideoModel, facts: dict[str, Any]) -> None:
-    """Writes the trained tensors, with `facts` (epoch, step, val loss) in the file's header."""
-    save_tensors({name: p.detach() for name, p in trained_tensors(model).items()}, facts, run_dir / WEIGHTS)
+def save_weights(run_dir: Path, model: VideoModel, header: dict[str, Any]) -> None:
+    """Writes the trained tensors, with epoch, step and val loss in the file's header."""
+    save_tensors({name: p.detach() for name, p in trained_tensors(model).items()}, header, run_dir / WEIGHTS)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], facts: dict[str, Any], file: Path) -> None:
-    """Writes a safetensors file with `facts` (JSON) and a digest of tensors and facts in its header."""
+def save_tensors(tensors: dict[str, torch.Tensor], header: dict[str, Any], file: Path) -> None:
+    """Writes a safetensors file, with `header` (values that JSON can hold) and a digest of everything in its header."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    facts = facts | {"digest": tensor_digest(tensors, facts)}
-    header = {"facts": json.dumps(facts)}  # a single key: the order of several would vary between equal runs
-    replace_file(file, lambda p: save_file(tensors, str(p), metadata=header))
+    header = header | {"digest": tensor_digest(tensors, header)}
+    text = {"facts": json.dumps(header)}  # one key only: the order of several would vary between equal runs
+    replace_file(file, lambda p: save_file(tensors, str(p), metadata=text))
 
 
-def tensor_digest(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> str:
-    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
+def tensor_digest(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> str:
+    """Detects damage: 32 hex digits of the header and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -296,7 +309,9 @@ def save_state(
     progress: dict[str, Any],
     generators: dict[int, torch.Tensor],
 ) -> None:
-    """Writes trained tensors, optimizer and every process's random generator to one file, `progress` to its header."""
+    """Writes what load_state restores: trained tensors, optimizer state, the random generators of all processes, and in
+    the file's header `progress`."""
+    # flat names, <kind>.<rest>, because a safetensors file holds nothing but named tensors
     tensors = {f"model.{name}": p.detach().cpu() for name, p in trained_tensors(model).items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value.detach().cpu() for name, value in slots.items()}
@@ -314,30 +329,32 @@ def load_state(
 
     Raises UserError if the file is damaged, belongs to another model, or was written by another number of processes.
     """
-    # names are <kind>.<rest>: model.*, optimizer.<index>.<slot>, rng.cpu.<process>, rng.cuda
+    # sort the tensors by kind: model.*, optimizer.<index>.<slot>, rng.cpu.<process>, rng.cuda
     file = run_dir / STATE
     tensors, progress = read_tensors(file)
-    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
+    kinds: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
     try:
         for name, tensor in tensors.items():
             kind, rest = name.split(".", 1)
-            groups[kind][rest] = tensor
-        copy_tensors(model, groups["model"], file)
-        load_optimizer(optimizer, groups["optimizer"])
-        # each process continues its own stream of random numbers
-        generators = {int(n.removeprefix("cpu.")): t for n, t in groups["rng"].items() if n.startswith("cpu.")}
+            kinds[kind][rest] = tensor
+        copy_tensors(model, kinds["model"], file)
+        load_optimizer(optimizer, kinds["optimizer"])
+
+        # every process has its own stream of random numbers and continues it
+        generators = {int(n.removeprefix("cpu.")): t for n, t in kinds["rng"].items() if n.startswith("cpu.")}
         if len(generators) != processes:
             raise UserError(f"{run_dir} was stopped with {len(generators)} processes; resume it with as many")
         torch.set_rng_state(generators[process])
-        if "cuda" in groups["rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(groups["rng"]["cuda"])
+        if "cuda" in kinds["rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(kinds["rng"]["cuda"])
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{file} does not hold a state of this run: {' '.join(str(error).split())}") from None
     return progress
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Restores the slots, named `<parameter's index>.<slot>`. Raises ValueError unless they fit the parameters."""
+    """Restores the optimizer's tensors, named <index of the parameter>.<slot>. Raises ValueError unless each fits its
+    parameter, which torch would not check."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -348,57 +365,62 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
 
 
-def resumed_options(run_dir: Path, config: Config, typed: Set[str]) -> Config:
-    """The options of the run to resume, with typed ones from `config` that may change. `resume` is False if the run was
-    killed before it started to train.
+def resumed_options(run_dir: Path, config: Config, typed_flags: Set[str]) -> Config:
+    """The options of the run to resume, with those typed ones that may change at resume. `resume` is False in them if
+    the run was killed before it started to train.
 
-    Raises UserError if there is no such run, it is finished, or a typed option contradicts the run's own.
+    Raises UserError if there is no such run, it is finished, or a typed option contradicts it.
     """
-    # a run that was killed before metadata.json starts from the beginning, with its own options
+    # a run that was killed before it had metadata.json starts from the beginning, with its own options
     started = (run_dir / METADATA).exists()
     if not started and not (is_unstarted(run_dir) and (run_dir / CONFIG_YAML).exists()):
         raise UserError(f"{run_dir} is not a vidtune run: it has no {METADATA}")
     saved = read_run(run_dir)[0] if started else Config(**read_yaml(run_dir / CONFIG_YAML))
     if (run_dir / METRICS).is_file() and started:
-        if (run_dir / LOCK).exists():  # it is ours: remove what a kill at the very end left
+        if (run_dir / LOCK).exists():  # we hold the lock: remove what a kill at the very end may have left
             shutil.rmtree(run_dir / STATE.parent, ignore_errors=True)
             remove_leftovers(run_dir, owned=True)
         raise UserError(f"{run_dir} is finished: nothing to resume; --overwrite True trains it again")
 
-    # what is computed must not change; machine and folders may
-    free = {*options_with("free_at_resume")}
-    wrong = [
-        f"--{name} {getattr(config, name)} (it has {getattr(saved, name)})"
-        for name in sorted(typed - free)
-        if getattr(config, name) not in (getattr(saved, name), "auto") and not (name == "use_text" and saved.captioning)
-    ]
-    if wrong:
-        raise UserError(f"{run_dir} was started with other options: {', '.join(wrong)}")
-    return replace(saved, **{n: getattr(config, n) for n in free & typed} | {"resume": started})
+    # machine and folders may change, but nothing that changes what is computed
+    may_change = {*options_with("free_at_resume")}
+    if wrong := contradictions(config, typed_flags - may_change, saved):
+        raise UserError(f"{run_dir} was started with other options: {wrong}; leave these flags out")
+    return replace(saved, **{n: getattr(config, n) for n in may_change & typed_flags} | {"resume": started})
+
+
+def contradictions(config: Config, names: Set[str], saved: Config) -> str:
+    """Lists those of the named options whose values differ from the run's own."""
+    if saved.captioning:
+        names = names - {"use_text"}  # it has no effect on captioners
+    values = [(name, getattr(config, name), getattr(saved, name)) for name in sorted(names)]
+    return ", ".join(f"--{name} {value} (it has {own})" for name, value, own in values if value not in (own, "auto"))
 
 
 def check_same(run_dir: Path, model: VideoModel, data: str) -> None:
-    """Raises UserError unless data and backbones are those that the run to resume was started with."""
+    """Raises UserError unless the run to resume was started with the same data, preprocessing and backbones."""
     _, metadata = read_run(run_dir)
     check_preprocessing(run_dir, metadata, model)
     if metadata["data"][:32] != data[:32]:
-        raise UserError(f"the videos, labels or captions are not those that {run_dir} was started with")
+        raise UserError(f"the videos, labels or captions have changed since {run_dir} was started; restore them")
     if metadata["data"] not in (data, data[:32]):  # earlier versions did not compare contents
-        raise UserError(f"the content of a video has changed, under the same name, since {run_dir} was started")
+        raise UserError(f"the content of a video has changed since {run_dir} was started; restore it")
     check_fingerprints(run_dir, metadata, model.sources)
 
 
 def check_fingerprints(run_dir: Path, metadata: dict[str, Any], sources: dict[str, Source]) -> None:
+    """Raises UserError if a backbone has other weights than in training: adapters and heads would not fit them."""
     for name, source in sources.items():
         if source.fingerprint != metadata["backbones"][name]["fingerprint"]:
             raise UserError(
                 f"{run_dir} was trained on another {name} backbone than the one in {source.path}; "
-                f"name the folder of the right one with --{name}_model"
+                f"give the folder of the right one with --{name}_model"
             )
 
 
 def check_preprocessing(run_dir: Path, metadata: dict[str, Any], model: VideoModel) -> None:
     """Raises UserError unless clips are preprocessed as in training."""
+    # through JSON and back, because metadata.json holds lists where the object has tuples
     used = json.loads(json.dumps(asdict(model.vision_encoder.preprocessing)))
     wrong = [name for name, value in used.items() if metadata["preprocessing"].get(name) != value]
     if wrong:
@@ -412,38 +434,38 @@ def check_preprocessing(run_dir: Path, metadata: dict[str, Any], model: VideoMod
 
 
 def load_weights(run_dir: Path, model: VideoModel) -> dict[str, Any]:
-    """Copies the checkpoint's tensors into the model and returns the facts saved with them. Raises UserError if the
+    """Copies the checkpoint's tensors into the model and returns the header saved with them. Raises UserError if the
     file is missing or damaged, or does not hold exactly the model's trained tensors."""
     file = run_dir / WEIGHTS
     if not file.exists():
         raise UserError(f"{run_dir} has no {WEIGHTS}: training stopped before the first epoch ended")
-    tensors, facts = read_tensors(file)
+    tensors, header = read_tensors(file)
     copy_tensors(model, tensors, file)
-    return facts
+    return header
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and facts of a file that save_tensors wrote. Raises UserError if it is incomplete or does not match
-    its digest; files of earlier versions have no digest."""
-    if not file.is_file():  # reading a FIFO would wait for its writer
+    """The tensors and the header that save_tensors wrote. Raises UserError if the file is incomplete or does not match
+    its digest. Files of earlier versions have no digest."""
+    if not file.is_file():  # opening a named pipe would wait for its writer
         raise UserError(f"{file} is not a file")
     try:
         with safe_open(str(file), framework="pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, no mapping
-            header = stored.metadata() or {}
-        facts = json.loads(
-            header.get("facts") or header.get("progress") or "{}"
-        )  # `progress`: states of earlier versions
-        digest = facts.pop("digest", None)
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dict
+            texts = stored.metadata() or {}
+        # earlier versions wrote the header of a state under "progress"
+        header = json.loads(texts.get("facts") or texts.get("progress") or "{}")
+        digest = header.pop("digest", None)
     except (SafetensorError, OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is not a complete safetensors file: {error}") from None
-    if digest is not None and digest != tensor_digest(tensors, facts):
+    if digest is not None and digest != tensor_digest(tensors, header):
         raise UserError(f"{file} is damaged: its contents do not match its digest")
-    return tensors, facts
+    return tensors, header
 
 
 def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Copies tensors into the model. Raises UserError unless they are exactly its trained ones."""
+    """Copies tensors into the model. Raises UserError unless they are exactly the trained ones, each of its shape."""
+    # find all differences before anything is changed
     trained = trained_tensors(model)
     differences = [f"missing {n}" for n in trained.keys() - tensors.keys()]
     differences += [f"unexpected {n}" for n in tensors.keys() - trained.keys()]
@@ -451,7 +473,7 @@ def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path
         if tensors[name].shape != trained[name].shape:
             differences.append(f"{name} is {list(tensors[name].shape)}, not {list(trained[name].shape)}")
     if differences:
-        first = "; ".join(sorted(differences)[:4])
+        first = "; ".join(sorted(differences)[:4])  # there may be hundreds
         raise UserError(f"{file} does not fit the model ({len(differences)} tensors): {first}")
     with torch.no_grad():
         for name, parameter in trained.items():
@@ -459,7 +481,7 @@ def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path
 
 
 def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
-    """A run's options and metadata. Raises UserError if the folder is not a run, damaged, or of a later format."""
+    """A run's options and metadata. Raises UserError if the folder is not a run, is damaged, or has another format."""
     try:
         metadata = json.loads((run_dir / METADATA).read_text(encoding="utf-8"))
         version = metadata["format_version"]
@@ -474,7 +496,11 @@ def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
 
 
 def metadata_problem(metadata: dict[str, Any], parts: set[str]) -> str:
-    """What is wrong with the contents of a metadata.json, "" if nothing; `parts` are the run's backbones."""
+    """What is wrong with the contents of a metadata.json, or "". `parts` are the backbones that the run must have.
+
+    Checked here once, so that all code after it can rely on the types.
+    """
+    # task, data, preprocessing, classes
     names, display_names, backbones = (metadata.get(key) for key in ("class_names", "display_names", "backbones"))
     if not isinstance(metadata.get("task"), str) or not isinstance(metadata.get("data"), str):
         return "no task or data"
@@ -484,6 +510,8 @@ def metadata_problem(metadata: dict[str, Any], parts: set[str]) -> str:
         return "class_names is not a list of names"
     if not isinstance(display_names, dict) or not all(isinstance(display_names.get(name), str) for name in names):
         return "a class has no display name"
+
+    # a missing fingerprint would let any weights pass
     if not isinstance(backbones, dict) or backbones.keys() != parts:
         return f"backbones are not {' and '.join(sorted(parts))}"
     for name, backbone in backbones.items():
@@ -495,22 +523,24 @@ def metadata_problem(metadata: dict[str, Any], parts: set[str]) -> str:
 
 
 def find_run(config: Config) -> Path:
-    """The run's folder: --checkpoint, or the run that the flags name, or the provided one of that name.
+    """The folder of the run to use: --checkpoint, or the run that the flags name, or the provided run of that name.
 
     Raises UserError listing the existing runs if there is no such run.
     """
+    # the user's own run comes first; a provided one is used only if there is none, and never silently
     if config.checkpoint is not None:
         return Path(config.checkpoint)
     name = run_name(config)
     run_dir, provided = Path(config.output_dir) / name, PROVIDED / name
-    # the user's own run comes first; a provided one is used only if there is none, and never silently
     if run_dir.is_dir():
         return run_dir
     if provided.is_dir():
         print(f"{run_dir} does not exist: using the provided checkpoint {provided}, trained on synthetic shapes only")
         return provided
+
+    # most likely one of the flags differs: show the commands for the runs there are
     runs = list_runs(Path(config.output_dir)) + list_runs(PROVIDED)
-    message = f"no run {run_dir}; train it: python main.py {as_flags(config)}".rstrip()
+    message = f"there is no run {run_dir}; to train it: python main.py {as_flags(config)}".rstrip()
     if not runs:
         raise UserError(message, [f"there are no runs in {config.output_dir}/ yet"])
     commands = [f"  {path}: python inference.py {as_flags(c)} --video_dir ..." for path, c in runs]
@@ -521,57 +551,44 @@ def list_runs(folder: Path) -> list[tuple[Path, Config]]:
     """Every readable run directly below a folder."""
     runs = []
     for path in sorted(folder.glob(f"*/{METADATA}")):
-        with contextlib.suppress(UserError):
+        with suppress(UserError):
             runs.append((path.parent, read_run(path.parent)[0]))
     return runs
 
 
 def load_run(
-    run_dir: Path, config: Config = Config(), typed: Set[str] = frozenset()
+    run_dir: Path, config: Config = Config(), typed_flags: Set[str] = frozenset()
 ) -> tuple[VideoModel, Config, dict[str, Any]]:
-    """(model in eval mode, options, metadata) of a run.
+    """Loads a run: the model in eval mode, its options, its metadata.
 
-    The run's own options say what the model is. `config` adds those that inference reads, and the folder of a backbone
-    that was moved.
+    The run's own options decide what the model is. `config` adds the options that inference reads, and the folders of
+    backbones that were moved since.
 
-    Raises UserError if it is not a run, a typed flag contradicts it, or backbone or tensors are not the run's.
+    Raises UserError if the folder is not a run, a typed flag contradicts it, or backbones or tensors are not the run's.
     """
-    # rebuild the model from the folder alone
+    # a moved backbone may be anywhere: its fingerprint is compared below
     saved, metadata = read_run(run_dir)
-    check_typed(config, typed, saved, run_dir)
-    sources = {part: backbone_source(part, run_dir, metadata, config, typed, saved) for part in metadata["backbones"]}
-    model = build_model(saved, len(metadata["class_names"]), sources.get("vision"), sources.get("language"))
+    own_options = {*options_with("names_run")}
+    options = {part: f"{part}_model" for part in metadata["backbones"]}
+    moved = {option for option in options.values() if option in typed_flags and Path(getattr(config, option)).is_dir()}
+    if wrong := contradictions(config, typed_flags & own_options - moved, saved):
+        raise UserError(f"{run_dir} was trained with other flags: {wrong}; leave these flags out")
 
-    # make sure that it is the same model, then fill in what was trained
+    # where each backbone is now: in the run's own folder if it was trained in full, else where its name leads
+    sources = {}
+    for part, option in options.items():
+        backbone = metadata["backbones"][part]
+        if backbone["in_checkpoint"]:
+            sources[part] = Source(str(run_dir / part), weights=False, fingerprint=backbone["fingerprint"])
+        elif option in moved:
+            sources[part] = Source(getattr(config, option))
+        else:
+            sources[part] = locate(getattr(saved, option), saved.weights)
+
+    # rebuild the model, make sure that it is the same one, then fill in what was trained
+    model = build_model(saved, len(metadata["class_names"]), sources)
     check_fingerprints(run_dir, metadata, sources)
     check_preprocessing(run_dir, metadata, model)
     load_weights(run_dir, model)
-    of_inference = {name for name, f in FIELDS.items() if "inference" in f.metadata["scripts"]}
-    of_inference -= {*options_with("names_run")}
+    of_inference = {name for name, f in FIELDS.items() if "inference" in f.metadata["scripts"]} - own_options
     return model.eval(), replace(saved, **{name: getattr(config, name) for name in of_inference}), metadata
-
-
-def check_typed(config: Config, typed: Set[str], saved: Config, run_dir: Path) -> None:
-    """Raises UserError listing each typed flag that contradicts the run."""
-    contradictions = []
-    for name in typed & {*options_with("names_run")}:
-        if name == "use_text" and saved.captioning:  # it has no effect there
-            continue
-        value, own = getattr(config, name), getattr(saved, name)
-        moved = name in ("vision_model", "language_model") and Path(str(value)).is_dir()  # its fingerprint decides
-        if value != own and not moved:
-            contradictions.append(f"--{name} {value} (it has {own})")
-    if contradictions:
-        raise UserError(f"{run_dir} was trained with other flags: {', '.join(sorted(contradictions))}")
-
-
-def backbone_source(
-    part: str, run_dir: Path, metadata: dict[str, Any], config: Config, typed: Set[str], saved: Config
-) -> Source:
-    """Where to load a backbone of a run from: the run's own folder, a folder that was typed, or its original source."""
-    if metadata["backbones"][part]["in_checkpoint"]:
-        return Source(str(run_dir / part), weights=False, fingerprint=metadata["backbones"][part]["fingerprint"])
-    option = f"{part}_model"
-    if option in typed and Path(str(getattr(config, option))).is_dir():
-        return Source(getattr(config, option))
-    return locate(getattr(saved, option), saved.weights)

@@ -1,10 +1,10 @@
-"""What a trained model really uses: the same test under conditions in which it should fail, and rivals without training.
+"""What a trained model really uses: the same test with inputs on which it should fail, and baselines without training.
 
-majority            the commonest class (or caption) of the training videos, for every clip
-nearest_neighbour   the answer of the training video whose frozen features are nearest (cosine, centred)
+majority            the most frequent class (or caption) of the training videos, for every clip
+nearest_neighbour   the answer of the nearest training video, by the frozen backbone's features (cosine, centred)
 one_frame           every frame replaced by the middle one: no motion
 shuffled reversed   the same frames in another order
-blank_video         every pixel the backbone's mean grey; where the model reads text, text alone
+blank_video         every pixel replaced by the backbone's mean grey; if the model reads text, it has only the text then
 text_shuffled       every clip with the text of another one
 """
 
@@ -24,46 +24,44 @@ from build_model import VideoModel, build_model
 from config import Config
 from feature_cache import compute_missing, open_store, video_ids
 from metrics import Lexicon, attribute_summary, attributes_in, caption_summary
-from pretrained import locate
 from train_code import build_loaders, caption_all, evaluate, loss_sum, to_device
 from transforms import Preprocessing
 from VLoader import Sample, Splits
 
-SHOWN, PARTS, CELLS = 2, 4, 6  # clips whose occlusion is mapped; parts of the frames, cells on each side
+SHOWN, PARTS, CELLS = 2, 4, 6  # occlusion maps: clips, parts of the frames in time, cells on each side of a frame
 
 
-# -- other videos -----------------------------------------------------------------------------------
+# -- changed videos: functions of pixels uint8 (B, T, C, H, W) or with views, and the samples' numbers ---------
 
 
 def middle_frame(pixel_values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """uint8 (..., T, C, H, W), its middle frame T times."""
+    """Repeats the middle frame."""
     times = pixel_values.shape[-4]
     return pixel_values.narrow(-4, times // 2, 1).expand_as(pixel_values)
 
 
 def shuffled_frames(pixel_values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Every clip's frames in an order of its own, the same at every evaluation."""
+    """Shuffles the frames of every clip. The order depends on the sample only, so every evaluation is the same."""
     clips = []
-    for clip, place in zip(pixel_values, index.tolist(), strict=True):
-        order = np.random.default_rng(place).permutation(clip.shape[-4])
+    for clip, seed in zip(pixel_values, index.tolist(), strict=True):
+        order = np.random.default_rng(seed).permutation(clip.shape[-4])
         clips.append(clip.index_select(-4, torch.from_numpy(order)))
     return torch.stack(clips)
 
 
 def reversed_frames(pixel_values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Plays the clips backwards."""
     return pixel_values.flip(-4)
 
 
 def blank(preprocessing: Preprocessing) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Replaces every pixel by the mean that the backbone's normalisation takes away."""
-    grey = (
-        (torch.tensor(preprocessing.mean) / preprocessing.rescale_factor).round().to(torch.uint8)[:, None, None]
-    )  # (C, 1, 1)
-    return lambda pixel_values, index: grey.expand_as(pixel_values)
+    """Replaces every pixel by the mean of the backbone's normalisation, so that the model sees zeros."""
+    grey = (torch.tensor(preprocessing.mean) / preprocessing.rescale_factor).round()[:, None, None]  # (C, 1, 1)
+    return lambda pixel_values, index: grey.to(torch.uint8).expand_as(pixel_values)
 
 
-class Changed:
-    """A loader whose clips are changed by change(pixel_values, index)."""
+class ChangedLoader:
+    """A loader whose clips are replaced by change(pixel_values, index)."""
 
     def __init__(self, loader: DataLoader, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
         self.loader, self.change, self.dataset = loader, change, loader.dataset
@@ -79,18 +77,19 @@ class Changed:
 
 
 def with_texts_of_others(samples: list[Sample]) -> list[Sample]:
-    """Every sample with the text of the next one in a random circle: never its own."""
+    """Gives every sample the text of the next one in a random circle, so never its own."""
     order = np.random.default_rng(0).permutation(len(samples))
     texts = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
     return [replace(sample, text=samples[texts[i]].text) for i, sample in enumerate(samples)]
 
 
-# -- rivals without training ------------------------------------------------------------------------
+# -- baselines without training ---------------------------------------------------------------------
 
 
-def nearest(splits: Splits, asked: list[Sample], config: Config, accelerator: Any) -> np.ndarray:
-    """For every sample asked the place of the training sample nearest to it. (n,)"""
-    plain = replace(
+def nearest_neighbours(splits: Splits, samples: list[Sample], config: Config, accelerator: Any) -> np.ndarray:
+    """The index of the nearest training sample for each of the samples. (n,)"""
+    # the backbone as published, whatever the run has trained: this is what fine-tuning must beat
+    frozen_config = replace(
         config,
         use_vlm=False,
         captioning=False,
@@ -103,20 +102,24 @@ def nearest(splits: Splits, asked: list[Sample], config: Config, accelerator: An
         augment="none",
         flip=False,
     )
-    encoder = build_model(plain, 1, locate(config.vision_model, config.weights))
-    store = open_store(encoder, plain)
-    compute_missing(store, encoder, replace(splits, val=[], test=asked), plain, accelerator)
+    model = build_model(frozen_config, num_classes=1)
+
+    # the feature cache may have most of them already
+    store = open_store(model, frozen_config)
+    compute_missing(store, model, replace(splits, val=[], test=samples), frozen_config, accelerator)
 
     def pooled(samples: list[Sample]) -> torch.Tensor:
-        return torch.stack([store.read(p)[0].float() for p in store.index.find(video_ids(samples))])  # (n, D)
+        return torch.stack([store.read(slot)[0].float() for slot in store.index.find(video_ids(samples))])  # (n, D)
 
-    known = pooled(splits.train)
-    centre = known.mean(0)
-    known = unit(known - centre).T  # (D, n)
-    return torch.cat([(part @ known).argmax(1) for part in unit(pooled(asked) - centre).split(256)]).numpy()
+    # centred, because all features share a large common part; in chunks, because the product of all could be huge
+    train = pooled(splits.train)  # (n, D)
+    centre = train.mean(0)
+    train = unit(train - centre).T  # (D, n)
+    return torch.cat([(chunk @ train).argmax(1) for chunk in unit(pooled(samples) - centre).split(256)]).numpy()
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
+    """Scales each row to length 1."""
     return features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
@@ -127,51 +130,54 @@ def unit(features: torch.Tensor) -> torch.Tensor:
 def occlusion_maps(
     model: VideoModel, loader: DataLoader, rows: list[dict[str, Any]], accelerator: Any
 ) -> list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
-    """(clip uint8 [T, C, H, W], map [PARTS, CELLS, CELLS], row) of the chosen clips: by how much answer_scores of the
-    model's own answer fall when a cell of the picture shows the clip's background in a part of the frames (after
-    Zeiler 2014, whose grey square would be an object among objects)."""
+    """(clip uint8 [T, C, H, W], map [PARTS, CELLS, CELLS], row) of the chosen clips.
+
+    A map says by how much the score of the model's own answer drops when a cell is covered with the clip's background
+    in a part of the frames (after Zeiler 2014; his grey square would look like one more object in synthetic clips).
+    """
     model.to(accelerator.device).eval()
     names = list(loader.dataset.class_index)
     maps = []
-    for place in tqdm(chosen(rows), desc="occlusion", unit="clip", leave=False):
-        row, item = rows[place], loader.dataset[(0, place)]
+    for index in tqdm(chosen(rows), desc="occlusion", unit="clip", leave=False):
+        # the question is what the model based its own answer on, right or wrong
+        row, item = rows[index], loader.dataset[(0, index)]
         if "caption" in row:
             item["caption"] = row["caption"]
         else:
             item["label"] = names.index(row["label"])
-        covered = list(occluded(item["video"]))
-        scores = torch.cat(
-            [
-                answer_scores(model, [item | {"video": c} for c in chunk], accelerator)
-                for chunk in ([item["video"]], *(covered[i : i + 16] for i in range(0, len(covered), 16)))
-            ]
-        )
+
+        # the clip itself first, then every covered one, 16 at a time
+        items = [item | {"video": video} for video in (item["video"], *occluded(item["video"]))]
+        chunks = [items[:1], *(items[i : i + 16] for i in range(1, len(items), 16))]
+        scores = torch.cat([answer_scores(model, chunk, accelerator) for chunk in chunks])
         maps.append((item["video"], (scores[0] - scores[1:]).view(PARTS, CELLS, CELLS), row))
     return maps
 
 
 def chosen(rows: list[dict[str, Any]]) -> list[int]:
-    """The places of SHOWN clips at most: a wrong answer, a right one, and so on where there are both; drawn at random,
-    always the same, each of another class (of captioners: with other references)."""
-    places: list[int] = []
+    """The indices of at most SHOWN clips, wrong and right answers in turn. They are drawn at random with a fixed seed,
+    no two of one class (for captioners: with the same references)."""
+    indices: list[int] = []
     for right in (False, True) * SHOWN:
-        seen = [truth(rows[place]) for place in places]
-        drawn = np.random.default_rng(0).permutation(len(rows)).tolist()
-        places += [p for p in drawn if is_right(rows[p]) == right and truth(rows[p]) not in seen][:1]
-    return places[:SHOWN]
+        seen = [truth(rows[index]) for index in indices]
+        order = np.random.default_rng(0).permutation(len(rows)).tolist()
+        indices += [i for i in order if is_right(rows[i]) == right and truth(rows[i]) not in seen][:1]
+    return indices[:SHOWN]
 
 
 def truth(row: dict[str, Any]) -> str | list[str]:
+    """The true class, or the references of a caption."""
     return row["references"] if "caption" in row else row["truth"]
 
 
 def is_right(row: dict[str, Any]) -> bool:
+    """Whether the class is the true one, or the caption equals a reference."""
     return row["caption"] in row["references"] if "caption" in row else row["label"] == row["truth"]
 
 
 def background(clip: torch.Tensor) -> torch.Tensor:
-    """What stands still in a clip, uint8 [T, C, H, W], too coarse to show an object: the median over time, blurred
-    over two cells of the map. uint8 [C, H, W]"""
+    """The background of a clip, uint8 [T, C, H, W] -> [C, H, W]: the median over time, blurred over two cells of the
+    map, so that no object can be recognised in it."""
     still = clip.contiguous().median(0).values.float()[None]  # (1, C, H, W); torch's median of expanded clips is wrong
     coarse = F.adaptive_avg_pool2d(still, max(1, CELLS // 2))
     blurred = F.interpolate(coarse, size=clip.shape[-2:], mode="bilinear", align_corners=False)
@@ -179,7 +185,7 @@ def background(clip: torch.Tensor) -> torch.Tensor:
 
 
 def occluded(clip: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The clip, uint8 [T, C, H, W], with its background in one cell: over parts of the frames, rows, columns."""
+    """Yields the clip, uint8 [T, C, H, W], with one cell covered: by part of the frames, then row, then column."""
     times, _, height, width = clip.shape
     filled = background(clip).expand_as(clip)
     edges = [
@@ -194,8 +200,10 @@ def occluded(clip: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def answer_scores(model: VideoModel, items: list[dict], accelerator: Any) -> torch.Tensor:
-    """The log odds of each item's label (a sure model's probability hardly moves), or the log probability of its
-    caption. (B,)"""
+    """The log odds of each item's label, or the log probability of its caption. (B,)
+
+    Log odds, because the probability of a confident model hardly moves.
+    """
     batch = to_device(model.collator()(items), accelerator.device)
     with accelerator.autocast():
         _, logits, targets = loss_sum(model, batch)
@@ -204,44 +212,49 @@ def answer_scores(model: VideoModel, items: list[dict], accelerator: Any) -> tor
     return scores if targets.ndim > 1 else scores - torch.log(-torch.expm1(scores.clamp(max=-1e-7)))
 
 
-# -- the table --------------------------------------------------------------------------------------
+# -- the scores -------------------------------------------------------------------------------------
 
 
-def caption_row(captions: list[str], asked: list[Sample], lexicon: Lexicon | None) -> dict[str, float]:
-    """CIDEr and, where the data set has a lexicon, the share of captions that name each attribute, and all, rightly."""
-    everything = np.arange(len(asked))
-    row = {"CIDEr": caption_summary(captions, [s.captions for s in asked])(everything)["CIDEr"]}
-    if lexicon and all(s.attributes for s in asked):
+def caption_row(captions: list[str], samples: list[Sample], lexicon: Lexicon | None) -> dict[str, float]:
+    """CIDEr; if the data set has a lexicon, also the fraction of captions with each attribute, and with all, right."""
+    everything = np.arange(len(samples))
+    row = {"CIDEr": caption_summary(captions, [s.captions for s in samples])(everything)["CIDEr"]}
+    if lexicon and all(s.attributes for s in samples):
         named = [attributes_in(c, lexicon) for c in captions]
-        scores = attribute_summary(named, [s.attributes for s in asked])(everything)
+        scores = attribute_summary(named, [s.attributes for s in samples])(everything)
         row |= scores | {"all_attributes": scores.pop("all")}
     return row
 
 
 def control_scores(model: VideoModel, splits: Splits, config: Config, accelerator: Any) -> dict[str, Any]:
-    """{"split": ..., "as_it_is": {score: value}, <control>: {score: value}, ...} on test, else on val."""
+    """{"split": ..., "as_it_is": {score: value}, <control>: {score: value}, ...} on test, or without one on val."""
     split = "test" if splits.test else "val"
-    asked = getattr(splits, split)
+    samples = getattr(splits, split)
     model.to(accelerator.device)
 
     def loader_of(samples: list[Sample]) -> DataLoader:
-        return build_loaders(model, config, replace(splits, train=[], val=[], test=samples), accelerator=accelerator)["test"]
+        only_these = replace(splits, train=[], val=[], test=samples)
+        return build_loaders(model, config, only_these, accelerator=accelerator)["test"]
 
-    def scores(loader: Any, name: str) -> dict[str, float]:
+    def score(loader: Any, name: str) -> dict[str, float]:
         if config.captioning:
-            return caption_row(caption_all(model, loader, accelerator, config), asked, splits.lexicon)
+            return caption_row(caption_all(model, loader, accelerator, config), samples, splits.lexicon)
         return {"accuracy": evaluate(model, loader, accelerator, desc=name)["accuracy"]}
 
-    def rival(answers: list[str]) -> dict[str, float]:
+    def score_answers(answers: list[str]) -> dict[str, float]:
         if config.captioning:
-            return caption_row(answers, asked, splits.lexicon)
-        return {"accuracy": float(np.mean([a == s.label for a, s in zip(answers, asked, strict=True)]))}
+            return caption_row(answers, samples, splits.lexicon)
+        return {"accuracy": float(np.mean([a == s.label for a, s in zip(answers, samples, strict=True)]))}
 
-    loader = loader_of(asked)
-    known = [s.captions[0] if config.captioning else str(s.label) for s in splits.train]
-    table: dict[str, Any] = {"split": split, "as_it_is": scores(loader, "as it is")}
-    table["majority"] = rival([Counter(known).most_common(1)[0][0]] * len(asked))
-    table["nearest_neighbour"] = rival([known[i] for i in nearest(splits, asked, config, accelerator)])
+    # the model itself, and the two baselines
+    loader = loader_of(samples)
+    table: dict[str, Any] = {"split": split, "as_it_is": score(loader, "as it is")}
+    train_answers = [s.captions[0] if config.captioning else str(s.label) for s in splits.train]
+    table["majority"] = score_answers([Counter(train_answers).most_common(1)[0][0]] * len(samples))
+    neighbours = nearest_neighbours(splits, samples, config, accelerator)
+    table["nearest_neighbour"] = score_answers([train_answers[i] for i in neighbours])
+
+    # changed videos: a model that loses nothing did not use what was taken away
     changes = {
         "one_frame": middle_frame,
         "shuffled": shuffled_frames,
@@ -249,20 +262,23 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
         "blank_video": blank(model.vision_encoder.preprocessing),
     }
     for name, change in changes.items():
-        table[name] = scores(Changed(loader, change), name)
+        table[name] = score(ChangedLoader(loader, change), name)
     loader.close()
+
+    # changed texts
     if model.text_field == "text":
         table["text_only"] = table["blank_video"]
-        loader = loader_of(with_texts_of_others(asked))
-        table["text_shuffled"] = scores(loader, "text shuffled")
+        loader = loader_of(with_texts_of_others(samples))
+        table["text_shuffled"] = score(loader, "text shuffled")
         loader.close()
     return table
 
 
 def control_line(table: dict[str, Any]) -> str:
-    """How much the model uses motion, and text."""
+    """The result in one line: how much the model uses motion and text."""
+    # CIDEr as it is, accuracy in percent
     name = "CIDEr" if "CIDEr" in table["as_it_is"] else "accuracy"
-    scale, unit_name = (1, "") if name == "CIDEr" else (100, " points")
+    scale, points = (1, "") if name == "CIDEr" else (100, " points")
     digits = 2 if name == "CIDEr" else 1
 
     def lost(control: str) -> str:
@@ -271,11 +287,12 @@ def control_line(table: dict[str, Any]) -> str:
     def value(control: str) -> str:
         return f"{scale * table[control][name]:.{digits}f}{' %' if scale == 100 else ''}"
 
+    # what a control costs says more than its score
     parts = [
         f"controls on {table['split']} ({name}): {value('as_it_is')} as it is, {value('majority')} majority, "
         f"{value('nearest_neighbour')} nearest neighbour, {value('blank_video')} blank video",
         f"motion: one frame repeated costs {lost('one_frame')}, frames shuffled {lost('shuffled')}, "
-        f"reversed {lost('reversed')}{unit_name}",
+        f"reversed {lost('reversed')}{points}",
     ]
     if "text_shuffled" in table:
         parts.append(f"text: shuffled costs {lost('text_shuffled')}, alone it gives {value('text_only')}")

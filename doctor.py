@@ -1,23 +1,277 @@
-"""Checks a set-up before hours are spent on it; takes the flags of main.py, and keeps nothing.
+"""Checks data, backbone and options before hours are spent on training; takes the flags of main.py, keeps nothing.
 
 python doctor.py --data_dir my_clips --vision_model videomae --use_lora_vision True
+
+Modules that need torch are imported inside the functions, so that --help stays fast.
 """
 
+import copy
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from config import parse
-from script import leave, run_script
+from config import Config, parse
+from script import UserError, leave, run_script
+
+if TYPE_CHECKING:
+    from build_model import VideoModel
+    from runs import Run
+    from VLoader import Splits
+
+# a batch of 8 clips must lose half of its loss in 50 steps
+OVERFIT_STEPS, OVERFIT_FRACTION = 50, 0.5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table. A check has failed if there is advice on what to fix."""
+
+    check: str
+    result: str
+    advice: str = ""
+
+
+# -- the data ---------------------------------------------------------------------------------------
+
+
+def check_readable(splits: "Splits") -> Finding:
+    """Decodes every frame of every video; training itself reads a few frames of each."""
+    from tqdm import tqdm
+
+    from readers import corner, open_video
+
+    errors = []
+    samples = [*splits.train, *splits.val, *splits.test]
+    for sample in tqdm(samples, desc="decoding all", unit="video", leave=False):
+        try:
+            reader = open_video(sample.path)
+            reader.frames(range(len(reader)), corner)  # keeps one pixel of each frame, so that any video fits in memory
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        result = f"{len(errors)} videos do not: {errors[0]}"
+        return Finding("every frame decodes", result, "fix or remove them, or add --skip_unreadable True")
+    return Finding("every frame decodes", f"{len(samples)} videos")
+
+
+def check_classes(splits: "Splits", folder: Path) -> Finding:
+    """Looks for class folders without videos, and for classes with a single training video."""
+    from readers import SYSTEM_FOLDERS, find_videos
+
+    # an empty folder is no class to the loader, so only the folders show it
+    check, counts = "classes have videos", Counter(s.label for s in splits.train)
+    try:
+        classes = [p for p in folder.iterdir() if p.is_dir() and p.name.lower() not in SYSTEM_FOLDERS]
+        empty = sorted(p.name for p in classes if p.name[0] != "." and not find_videos(p))
+    except (OSError, UserError) as error:
+        return Finding(check, str(error), "make this folder readable")
+
+    # one video cannot be in both train and val
+    single = sorted(str(label) for label, count in counts.items() if count == 1)
+    problems = [
+        f"{kind}: {', '.join(names)}" for kind, names in (("empty folders", empty), ("one video only", single)) if names
+    ]
+    if problems:
+        return Finding(check, "; ".join(problems), "add videos, or remove the class")
+    return Finding(check, f"{len(counts)} classes, {min(counts.values())} to {max(counts.values())} videos each")
+
+
+def check_copies(splits: "Splits") -> Iterator[Finding]:
+    """Looks for videos of val or test that are in train too, and for videos in two classes, by their contents."""
+    from readers import ReadError, digest
+
+    copies: dict[str, list[tuple[str, Any]]] = defaultdict(list)
+    for name in ("train", "val", "test"):
+        for sample in getattr(splits, name):
+            with suppress(ReadError):  # check_readable reports it
+                copies[digest(sample.path)].append((name, sample))
+
+    # copies inflate the scores; one video with two labels cannot be learned
+    leaked = [group for group in copies.values() if len({name for name, _ in group}) > 1]
+    mixed = [group for group in copies.values() if len({sample.label for _, sample in group}) > 1]
+    for check, groups, advice in (
+        ("val and test share no video with train", leaked, "remove the copies: they make scores too good"),
+        ("no video is in two classes", mixed, "keep each in one class"),
+    ):
+        if groups:
+            pair = " = ".join(str(sample.path) for _, sample in groups[0][:2])
+            yield Finding(check, f"{len(groups)} copied videos, first {pair}", advice)
+        else:
+            yield Finding(check, f"{len(copies)} different videos")
+
+
+def check_captions(splits: "Splits") -> Finding:
+    """Looks for videos without a caption, also in val and test."""
+    samples = [*splits.train, *splits.val, *splits.test]
+    without = [s for s in samples if not s.captions]
+    if without:
+        result = f"{len(without)} have none, first {without[0].path}"
+        return Finding("every video has a caption", result, "add captions to metadata.jsonl")
+    return Finding("every video has a caption", f"{sum(len(s.captions) for s in samples)} captions")
+
+
+# -- the model --------------------------------------------------------------------------------------
+
+
+def check_preprocessing(model: "VideoModel") -> Finding:
+    """Compares mean and std with those in the backbone's own file."""
+    from pretrained import load_preprocessor
+    from transforms import Preprocessing
+
+    used = model.vision_encoder.preprocessing
+    values = load_preprocessor(model.sources["vision"], model.vision_encoder.config.model_type)
+    own = Preprocessing.from_dict(values, used.image_size)
+    if (used.mean, used.std, used.rescale_factor) != (own.mean, own.std, own.rescale_factor):
+        result = f"mean {used.mean}, std {used.std}; the backbone's file has {own.mean}, {own.std}"
+        return Finding("mean and std are the backbone's", result, "use the backbone's preprocessor_config.json")
+    return Finding("mean and std are the backbone's", f"mean {used.mean}, std {used.std}")
+
+
+def check_frames(model: "VideoModel", config: Config) -> Finding:
+    """Compares the number of frames in clips, the backbone's configuration and its embeddings. TimeSformer would run
+    with any number, and be wrong without an error."""
+    from pretrained import read_config
+
+    hf_config, embeddings = model.vision_encoder.config, model.vision_encoder.backbone.embeddings
+    embedded = hf_config.num_frames
+    if hasattr(embeddings, "time_embeddings"):
+        embedded = embeddings.time_embeddings.shape[1]
+    if len({hf_config.num_frames, embedded, config.num_frames}) > 1:
+        counts = f"clips have {config.num_frames} frames, the configuration {hf_config.num_frames}"
+        advice = "these must agree, or the backbone mixes up space and time"
+        return Finding("frames fit the backbone", f"{counts}, the embeddings {embedded}", advice)
+    pretrained = read_config(model.sources["vision"]).num_frames
+    note = "" if pretrained == embedded else f" (pretrained with {pretrained}: its time embeddings are interpolated)"
+    return Finding("frames fit the backbone", f"{embedded} frames{note}")
+
+
+def check_first_loss(model: "VideoModel", batch: dict[str, Any], num_classes: int) -> Finding:
+    """An untrained head guesses, so its loss is about ln K. Much more or less means that inputs have a wrong scale."""
+    import torch
+
+    from train_code import loss_sum
+
+    with torch.no_grad():
+        loss, _, targets = loss_sum(model.eval(), batch)
+    mean, expected = loss.item() / len(targets), math.log(num_classes)
+    result = f"{mean:.3f}, ln {num_classes} = {expected:.3f}"
+    if not abs(mean - expected) < 0.25 * expected:  # also true for NaN
+        return Finding("the first loss is at chance level", result, "check the scale of the inputs: mean, std, weights")
+    return Finding("the first loss is at chance level", result)
+
+
+def check_gradients(model: "VideoModel", batch: dict[str, Any]) -> Finding:
+    """Makes the first two steps of a training, with its checks: gradients where they should be, and nowhere else."""
+    import torch
+
+    from build_model import adapters, trained_tensors
+    from train_code import first_steps_checked, loss_sum
+
+    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=1e-4)
+    counts = f"{len(trained_tensors(model))} trained tensors, {len(list(adapters(model)))} adapters"
+    try:
+        for step in range(2):
+            loss_sum(model.train(), batch)[0].backward()
+            with first_steps_checked(model, step):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    except (UserError, RuntimeError) as error:  # torch raises RuntimeError if nothing at all needs a gradient
+        return Finding("trained tensors get gradients", str(error), "this training would not learn; do not start it")
+    return Finding("trained tensors get gradients", counts)
+
+
+def check_overfit(model: "VideoModel", batch: dict[str, Any], learning_rate: float) -> Finding:
+    """Trains on one batch only. A model that cannot overfit eight clips will not learn from thousands."""
+    import torch
+
+    from build_model import trained_tensors
+    from train_code import loss_sum
+
+    # no weight decay, no schedule, no validation: nothing here keeps the model from memorising
+    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=learning_rate, weight_decay=0)
+    losses = []
+    for _ in range(OVERFIT_STEPS):
+        loss, _, targets = loss_sum(model.train(), batch)
+        mean = loss / (targets != -100).sum()
+        losses.append(mean.item())
+        mean.backward()
+        torch.nn.utils.clip_grad_norm_(trained_tensors(model).values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    result = f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {OVERFIT_STEPS} steps at learning rate {learning_rate:g}"
+    if not losses[-1] < OVERFIT_FRACTION * losses[0]:
+        advice = "try another --learning_rate; look at labels and clips"
+        return Finding("a batch of 8 can be overfitted", result, advice)
+    return Finding("a batch of 8 can be overfitted", result)
+
+
+# -- all of them ------------------------------------------------------------------------------------
+
+
+def first_batch(model: "VideoModel", dataset: Any, device: Any) -> dict[str, Any] | None:
+    """Eight training clips of as many classes as possible; None if no video can be read."""
+    from train_code import to_device
+
+    # the first clip of every class, then the second of every class, and so on
+    counts: Counter = Counter()
+    order = []
+    for index, sample in enumerate(dataset.samples):
+        order.append((counts[sample.label], index))
+        counts[sample.label] += 1
+    items = (dataset[0, index] for _, index in sorted(order))
+    readable = list(islice((item for item in items if "error" not in item), 8))
+    return to_device(model.collator()(readable), device) if readable else None
+
+
+def examine(run: "Run") -> list[Finding]:
+    """The results of all checks that fit the task. The model is left as it was."""
+    # the data
+    splits, config, device = run.splits, run.config, run.accelerator.device
+    findings = [check_readable(splits), *check_copies(splits)]
+    if config.captioning:
+        findings.append(check_captions(splits))
+    else:
+        findings.append(check_classes(splits, Path(config.data_dir) / "train"))
+
+    # the model needs a batch; without one, the data has to be fixed first
+    model = copy.deepcopy(run.model).to(device)
+    batch = first_batch(model, run.loaders("train")["train"].dataset, device)
+    if batch is None:
+        return findings
+    findings += [check_preprocessing(model), check_frames(model, config)]
+    if not config.captioning:
+        findings.append(check_first_loss(model, batch, len(splits.class_names)))
+
+    # these two train, so each gets a fresh copy
+    findings.append(check_gradients(copy.deepcopy(model), batch))
+    findings.append(check_overfit(copy.deepcopy(model), batch, config.learning_rate))
+    return findings
+
+
+def table(findings: list[Finding]) -> str:
+    """The findings as text, with the advice below each failed check."""
+    width = max(len(f.check) for f in findings)
+    lines = []
+    for f in findings:
+        lines.append(f"{'FAIL' if f.advice else 'ok':<5} {f.check:<{width}}  {f.result}")
+        if f.advice:
+            lines.append(f"{'':<5} {'':<{width}}  -> {f.advice}")
+    return "\n".join(lines)
 
 
 def run(argv: list[str] | None) -> int:
     """Prints a table of check, result and what to fix; returns 1 if a check failed, else 0."""
     config, _ = parse(argv, "doctor")
-    from checks import examine, table
     from runs import prepare, print_backbones
 
     run = prepare(config, Path(config.output_dir))
     print_backbones(run)
-    findings = examine(run.model, run.loaders("train")["train"], run.splits, run.config, run.accelerator.device)
+    findings = examine(run)
     failed = sum(bool(finding.advice) for finding in findings)
     print(table(findings))
     print(f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed")

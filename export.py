@@ -1,4 +1,4 @@
-"""Writes a run for other programs: a merged Hugging Face model with predict.py, adapters as peft folders."""
+"""Exports a run for other programs: a classifier as a Hugging Face model with predict.py, adapters as peft folders."""
 
 import copy
 import os
@@ -26,22 +26,27 @@ from transforms import INTERPOLATION, Preprocessing, sample_indices
 def export(
     run_dir: Path, model: VideoModel, config: Config, metadata: dict[str, Any], output: Path
 ) -> tuple[float, float] | None:
-    """Writes a run for other programs: adapters as peft folders, a classifier as a merged Hugging Face folder.
+    """Exports a run: its adapters as peft folders, and a classifier, with adapters merged, as a Hugging Face folder.
 
-        output/adapter_<tower>/   PeftModel.from_pretrained(AutoModel.from_pretrained(<backbone>), folder)
-        output/                   AutoModelForVideoClassification.from_pretrained(output), README.md, predict.py
+        output/adapter_{vision,language}/   for PeftModel.from_pretrained(AutoModel.from_pretrained(<backbone>), folder)
+        output/                             for AutoModelForVideoClassification.from_pretrained(output); with README.md
+                                            and predict.py
 
-    Everything is written to a temporary folder beside `output`, which is then renamed.
-    Returns what export_classifier returns, None if there is no classifier. Changes the model: its adapters are merged.
+    The model is changed: its adapters are merged. Returns what export_classifier returns, or None without a classifier.
 
-    Raises:
-        UserError: the output exists or cannot be written, or the run is of a kind that has nothing to export.
+    Raises UserError if the output exists or cannot be written, or the run has nothing to export.
     """
+    # an existing folder is never mixed with an export
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--export {output}: this folder exists already; choose another")
+        raise UserError(f"--export {output}: this folder already exists; choose another")
     lora = [name for name in model.sources if list(adapters(model.backbones()[name]))]
     if config.use_vlm and not lora:
-        raise UserError(f"--export: {run_dir} joins two models, which no Hugging Face class holds, and has no adapters")
+        raise UserError(
+            f"--export: {run_dir} joins two models, for which Hugging Face has no class, and has no adapters; only "
+            "video classifiers and adapters can be exported"
+        )
+
+    # adapters first, because exporting the classifier merges them
     with whole_folder(output) as folder:
         for name in lora:
             save_adapters(model, name, config, folder / f"adapter_{name}")
@@ -50,10 +55,12 @@ def export(
 
 @contextmanager
 def whole_folder(output: Path) -> Generator[Path]:
-    """A temporary folder beside `output` that becomes `output` at the end, or is removed if that fails.
+    """Yields a temporary folder next to `output`. At the end it is renamed to `output`, or removed after an error: an
+    export is complete or does not exist.
 
     Raises UserError if it cannot be written.
     """
+    # os.replace cannot put a folder in place of a link, so follow it
     output = Path(os.path.realpath(output))
     make_folder(output.parent)
     remove_leftovers(output.parent)
@@ -69,13 +76,15 @@ def whole_folder(output: Path) -> Generator[Path]:
 
 
 def save_adapters(model: VideoModel, name: str, config: Config, folder: Path) -> None:
-    """A tower's adapters as a peft folder for the tower's AutoModel."""
+    """Writes the adapters of one backbone as a peft folder."""
     from peft import get_peft_model_state_dict
 
     body = body_of(model.backbones()[name])
-    settings = lora_config(body, config.lora_r)
-    settings.base_model_name_or_path = model.sources[name].path
-    settings.save_pretrained(folder)
+    peft_config = lora_config(body, config.lora_r)
+    peft_config.base_model_name_or_path = model.sources[name].path
+    peft_config.save_pretrained(folder)
+
+    # we inject adapters without peft's wrapper, so its prefix is missing in the names
     tensors = get_peft_model_state_dict(body)
     tensors = {f"base_model.model.{n}": t.detach().cpu().contiguous() for n, t in tensors.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
@@ -84,12 +93,14 @@ def save_adapters(model: VideoModel, name: str, config: Config, folder: Path) ->
 def export_classifier(
     run: str, model: VideoModel, config: Config, metadata: dict[str, Any], folder: Path
 ) -> tuple[float, float]:
-    """The classifier as its published class, with adapters merged and the classes' names, and a program beside it.
+    """Writes a classifier as transformers' own class, with adapters merged and class names, and predict.py with it.
 
-    Reloads it and returns (the largest difference of a logit, of a probability that predict.py gives for a video).
+    Then loads the result and returns the largest differences from the run: of the logits of random clips, and of the
+    probabilities that predict.py computes for a video.
     """
     from transformers import AutoModelForVideoClassification
 
+    # two random clips, and a video to be read from a file
     vision = model.vision_encoder
     check_position_table(model)
     size = (2, vision.config.num_frames, 3, vision.config.image_size, vision.config.image_size)
@@ -97,47 +108,58 @@ def export_classifier(
     video = draw_video(folder / "video.mp4", vision.config.num_frames)
     reader = open_video(video)
     frames = reader.frames(sample_indices(len(reader), config.num_frames, config.frame_stride))
-    with torch.no_grad():  # through the adapters
+
+    # what the run answers, before its adapters are merged
+    with torch.no_grad():
         expected = model.eval()(clips)  # (2, K)
-        chances = model(vision.preprocessing.pixels(frames)[None])[0].softmax(-1)  # (K,)
+        probabilities = model(vision.preprocessing.pixels(frames)[None])[0].softmax(-1)  # (K,)
+
+    # predict.py reads the choice of frames from preprocessor_config.json, too
     merge_adapters(model)
     native_model(model, metadata).save_pretrained(folder)
     values = preprocessor_fields(vision.preprocessing) | {"frame_stride": config.frame_stride}
     write_json(values, folder / "preprocessor_config.json")
     shutil.copyfile(ROOT / "exported" / "predict.py", folder / "predict.py")
+
+    # what the export answers, as its users will run it
     reloaded = AutoModelForVideoClassification.from_pretrained(folder).eval()
     with torch.no_grad():
-        logits = float((reloaded(vision.preprocessing.normalise(clips)).logits - expected).abs().max())
-    found = runpy.run_path(str(folder / "predict.py"))["predict"](video)
+        logit_difference = float((reloaded(vision.preprocessing.normalise(clips)).logits - expected).abs().max())
+    predicted = runpy.run_path(str(folder / "predict.py"))["predict"](video)
+    difference = max(abs(a - b) for a, b in zip(predicted.values(), probabilities.tolist(), strict=True))
     video.unlink()
-    difference = max(abs(a - b) for a, b in zip(found.values(), chances.tolist(), strict=True))
-    describe_export(folder / "README.md", run, config, logits, difference)
-    return logits, difference
+    write_readme(folder / "README.md", run, config, logit_difference, difference)
+    return logit_difference, difference
 
 
 def check_position_table(model: VideoModel) -> None:
-    """Raises UserError if the published class cannot hold the run's position table."""
+    """Raises UserError if transformers' class cannot hold the run's position embeddings."""
+    # TimeSformer's tables are parameters, so any length can be saved; VideoMAE's is computed from the configuration
     vision = model.vision_encoder
     native = read_config(model.sources["vision"])
     own_size = (native.num_frames, native.image_size) == (vision.config.num_frames, vision.config.image_size)
     if not vision.has_cls and not own_size:
         raise UserError(
-            "--export: VideoMAE's class computes its position table and cannot hold the interpolated one of this run; "
-            f"train with --num_frames {native.num_frames} --image_size {native.image_size} to export"
+            "--export: transformers' VideoMAE computes its position embeddings and cannot load the interpolated ones "
+            f"of this run; to export, train with --num_frames {native.num_frames} --image_size {native.image_size}"
         )
 
 
 def native_model(model: VideoModel, metadata: dict[str, Any]) -> torch.nn.Module:
-    """A classifier without adapters as transformers' own class. Its labels are the display names where these differ."""
+    """A classifier whose adapters are merged, as transformers' own class. Its labels are the display names; if two
+    classes share one, the class names."""
     from transformers import AutoModelForVideoClassification
 
     vision = model.vision_encoder
+    # label2id cannot hold the same name twice
     names = [metadata["display_names"][name] for name in metadata["class_names"]]
     if len(set(names)) < len(names):
         names = metadata["class_names"]
-    settings = copy.deepcopy(vision.config)
-    settings.id2label, settings.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-    native = AutoModelForVideoClassification.from_config(settings)
+    hf_config = copy.deepcopy(vision.config)
+    hf_config.id2label, hf_config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+
+    # three parts: backbone, the norm that follows mean pooling (VideoMAE only), head
+    native = AutoModelForVideoClassification.from_config(hf_config)
     native.base_model.load_state_dict(vision.backbone.state_dict())
     if vision.fc_norm is not None:
         native.fc_norm.load_state_dict(vision.fc_norm.state_dict())
@@ -146,7 +168,8 @@ def native_model(model: VideoModel, metadata: dict[str, Any]) -> torch.nn.Module
 
 
 def draw_video(path: Path, num_frames: int) -> Path:
-    """A video of noise that brightens, longer than the model needs, wider than high."""
+    """Writes a video of noise that gets brighter, wider than high and longer than the model needs: another choice of
+    frames or another crop changes the answer."""
     import av
 
     generator = np.random.default_rng(0)
@@ -160,10 +183,11 @@ def draw_video(path: Path, num_frames: int) -> Path:
     return path
 
 
-def describe_export(file: Path, run: str, config: Config, logits: float, probabilities: float) -> None:
-    rule = "the middle ones of equally long parts"
+def write_readme(file: Path, run: str, config: Config, logits: float, probabilities: float) -> None:
+    """Writes the export's README: how it chooses frames, and how much its logits and probabilities differ."""
+    rule = "the middle frames of equally long parts"
     if config.frame_stride:
-        rule = f"one in {config.frame_stride}, from the middle of the video"
+        rule = f"one frame in {config.frame_stride}, from the middle of the video"
     text = Template((ROOT / "exported" / "README.md").read_text(encoding="utf-8")).substitute(
         run=printable(run),
         frames=f"{config.num_frames} frames",
@@ -176,7 +200,8 @@ def describe_export(file: Path, run: str, config: Config, logits: float, probabi
 
 
 def preprocessor_fields(preprocessing: Preprocessing) -> dict[str, Any]:
-    """The fields of a preprocessor_config.json."""
+    """The fields of preprocessor_config.json: the inverse of Preprocessing.from_dict."""
+    # transformers keeps the proportions with shortest_edge, and stretches to height and width
     names = ("shortest_edge",) if preprocessing.resize and len(preprocessing.resize) == 1 else ("height", "width")
     size = preprocessing.image_size
     return {

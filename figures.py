@@ -1,4 +1,4 @@
-"""One function per picture. Rows are those of predictions_{val,test}.jsonl, scores those of metrics.json."""
+"""One function per picture. `rows` come from predictions_{val,test}.jsonl, `scores` from metrics.json."""
 
 import warnings
 from collections.abc import Callable
@@ -8,43 +8,47 @@ from typing import Any
 from metrics import rouge_l, words
 from script import printable, replace_file
 
-SHEET_WIDTH = 1600  # pixels, of a contact sheet at most
-NAMED = 30  # classes that a picture names; with more, the confusion matrix has no names, the bars are the worst ones
-STRIPS = 8  # clips on a sheet
+SHEET_WIDTH = 1600  # largest width of a contact sheet, in pixels
+MOST_NAMES = 30  # with more classes, the confusion matrix has no names, and only the worst classes get a bar
+MOST_CLIPS = 8  # on a contact sheet
 LONGEST_LABEL, LONGEST_TITLE = 60, 400  # characters
-COLOUR, SECOND = "#33638d", "#d1603d"
+COLOUR, ERROR_COLOUR = "#33638d", "#d1603d"
 
 
 def pyplot() -> Any:
+    """matplotlib.pyplot, which draws into files. Imported late: it takes a second, and not every script draws."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # a `$` in a name is a `$`
+    matplotlib.rcParams["text.parse_math"] = False  # a `$` in a name does not start a formula
     from matplotlib import pyplot as plt
 
     return plt
 
 
 def label_text(name: str) -> str:
-    """A name as a picture shows it."""
+    """A class name as pictures show it."""
     return printable(name)[:LONGEST_LABEL]
 
 
 def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss, and where there is one accuracy, over the epochs of log.jsonl, as a PNG."""
+    """Draws loss and, for classifiers, accuracy over the epochs of log.jsonl."""
     from matplotlib.ticker import MaxNLocator
 
+    # a captioner has no accuracy while it trains: captions are generated at the end only
     plt = pyplot()
     epochs = [row["epoch"] for row in log]
-    best = [row for row in log if row["best"]][-1]  # the last that beat all before it
-    panels = ["loss"] + ["accuracy"] * ("val_accuracy" in log[0])
+    best = [row for row in log if row["best"]][-1]
+    panels = ["loss", "accuracy"] if "val_accuracy" in log[0] else ["loss"]
+
+    # train and val in one panel show where they part: overfitting
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], panels, strict=True):
         for split, style in (("train", "--"), ("val", "-")):
             if f"{split}_{name}" in log[0]:
                 axis.plot(epochs, [row[f"{split}_{name}"] for row in log], style, marker="o", ms=3, label=split)
-        axis.axvline(best["epoch"], color="0.7", lw=1, zorder=0, label="best on val")
-        axis.set(xlabel="epoch", ylabel="loss (nats)" if name == "loss" else "accuracy (share)")
+        axis.axvline(best["epoch"], color="0.7", lw=1, zorder=0, label="best on val (kept)")
+        axis.set(xlabel="epoch", ylabel="loss (nats)" if name == "loss" else "accuracy")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if name == "accuracy":
             axis.set_ylim(0, 1.02)
@@ -54,12 +58,15 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def plot_clips(clips: list[tuple[Any, str]], path: Path) -> Path:
-    """A contact sheet as a PNG: one row per clip, uint8 [T, C, H, W], its frames side by side under its title."""
+    """Draws a contact sheet: one row per (clip uint8 [T, C, H, W], title), with the frames side by side."""
     from PIL import Image, ImageDraw, ImageFont
 
+    # small frames are enlarged, but no more than twice
     times, _, height, width = clips[0][0].shape
     scale = min(SHEET_WIDTH / (times * width), 2.0)
     height, width = max(1, int(height * scale)), max(1, int(width * scale))
+
+    # each row is a line of text above a strip of frames
     font = ImageFont.load_default(13)
     line = 22
     sheet = Image.new("RGB", (max(times * (width + 2), 640), len(clips) * (height + line)), "white")
@@ -74,92 +81,109 @@ def plot_clips(clips: list[tuple[Any, str]], path: Path) -> Path:
     return path
 
 
-# -- what a model answers -----------------------------------------------------------------------------
+# -- what a model predicts --------------------------------------------------------------------------
 
 
 def draw_labels(
-    rows: list[dict], scores: dict[str, Any], display: dict[str, str], clip: Callable[[int], Any], folder: Path
+    rows: list[dict],
+    scores: dict[str, Any],
+    display_names: dict[str, str],
+    read_clip: Callable[[int], Any],
+    folder: Path,
 ) -> list[Path]:
-    """The pictures of a classifier on one split; clip(place) reads a clip, uint8 [T, C, H, W]."""
+    """Draws all pictures of a classifier on one split. read_clip(index) gives a clip, uint8 [T, C, H, W]."""
     recalls = {n: (c["recall"], c["interval"]) for n, c in scores["classes"].items() if c["count"]}
-    worst = dict(sorted(recalls.items(), key=lambda item: item[1][0])[:NAMED]) if len(recalls) > NAMED else recalls
-    sheet = [(clip(place), title) for place, title in worst_clips(rows, display)]
+    title = f"recall per class, 95 % intervals, n = {scores['count']}"
+    if len(recalls) > MOST_NAMES:
+        title = f"recall of the {MOST_NAMES} worst classes, 95 % intervals, n = {scores['count']}"
+        recalls = dict(sorted(recalls.items(), key=lambda item: item[1][0])[:MOST_NAMES])
+    sheet = [(read_clip(index), text) for index, text in worst_clips(rows, display_names)]
     return [
-        plot_confusion(scores["classes"], display, folder / "confusion.png"),
-        plot_bars(worst, f"recall, 95 % intervals, n = {scores['count']}", folder / "classes.png", display=display),
+        plot_confusion(scores["classes"], display_names, folder / "confusion.png"),
+        plot_bars(recalls, title, folder / "classes.png", display_names=display_names),
         plot_reliability(scores["calibration"], scores["calibration_error"], folder / "reliability.png"),
         plot_clips(sheet, folder / "worst.png"),
     ]
 
 
-def draw_captions(rows: list[dict], scores: dict[str, Any], clip: Callable[[int], Any], folder: Path) -> list[Path]:
-    """The pictures of a captioner on one split: the captions that share least with a reference, by ROUGE-L, and
-    captions that share all; attributes where they are known."""
-    shared = [rouge_l(words(row["caption"]), [words(r) for r in row["references"]]) for row in rows]
-    order = sorted(range(len(rows)), key=lambda place: shared[place])
-    exact = [place for place in order if rows[place]["caption"] in rows[place]["references"]]
-    worst = [place for place in order if rows[place]["caption"] not in rows[place]["references"]][: STRIPS // 2]
-    sheet = [(clip(p), caption_title(rows[p])) for p in [*worst, *exact[: STRIPS // 2]]]
-    drawn = [plot_clips(sheet, folder / "captions.png")]
+def draw_captions(
+    rows: list[dict], scores: dict[str, Any], read_clip: Callable[[int], Any], folder: Path
+) -> list[Path]:
+    """Draws all pictures of a captioner on one split: a sheet with the captions that are furthest from their
+    references, by ROUGE-L, and with exact ones; bars for attributes, if the data set has a lexicon."""
+    # half of the sheet shows failures, the other half what success looks like
+    overlaps = [rouge_l(words(row["caption"]), [words(r) for r in row["references"]]) for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: overlaps[index])
+    exact = [index for index in order if rows[index]["caption"] in rows[index]["references"]]
+    worst = [index for index in order if rows[index]["caption"] not in rows[index]["references"]]
+    chosen = [*worst[: MOST_CLIPS // 2], *exact[: MOST_CLIPS // 2]]
+    pictures = [plot_clips([(read_clip(i), caption_title(rows[i])) for i in chosen], folder / "captions.png")]
+
+    # the scores hold a value and an interval for every attribute
     if "attributes" in scores:
         values = {n: v for n, v in scores["attributes"].items() if n != "intervals"}
         bars = {n: (v, scores["attributes"]["intervals"][n]) for n, v in values.items()}
-        drawn.append(
-            plot_bars(bars, f"share named rightly, 95 % intervals, n = {len(rows)}", folder / "attributes.png")
-        )
-    return drawn
+        title = f"captions with the right attribute, 95 % intervals, n = {len(rows)}"
+        pictures.append(plot_bars(bars, title, folder / "attributes.png"))
+    return pictures
 
 
-def worst_clips(rows: list[dict], display: dict[str, str]) -> list[tuple[int, str]]:
-    """(place, title) of the clips that went worst: wrong ones by confidence, then right ones by the lack of it."""
+def worst_clips(rows: list[dict], display_names: dict[str, str]) -> list[tuple[int, str]]:
+    """(index, title) of the worst predictions: wrong ones, most confident first, then right ones, least confident
+    first."""
 
     def wrongness(row: dict) -> float:
         return row["score"] if row["label"] != row["truth"] else -row["score"]
 
-    order = sorted(range(len(rows)), key=lambda i: -wrongness(rows[i]))[:STRIPS]
-    return [(place, label_title(rows[place], display)) for place in order]
+    order = sorted(range(len(rows)), key=lambda index: -wrongness(rows[index]))[:MOST_CLIPS]
+    return [(index, label_title(rows[index], display_names)) for index in order]
 
 
 def clip_name(file: str | Path) -> str:
-    """A video by its folder, which often is its class, and its name."""
+    """The name of a video with its folder, which often is its class."""
     return "/".join(Path(file).parts[-2:])
 
 
-def label_title(row: dict[str, Any], display: dict[str, str]) -> str:
-    mark = "right" if row["label"] == row["truth"] else f"in truth {display[row['truth']]}"
-    return f"{clip_name(row['file'])}: {display[row['label']]} {100 * row['score']:.0f} %, {mark}"
+def label_title(row: dict[str, Any], display_names: dict[str, str]) -> str:
+    """The title of a classified clip: file, predicted class, its score, and the true class if it is another one."""
+    mark = "right" if row["label"] == row["truth"] else f"wrong, truth: {display_names[row['truth']]}"
+    return f"{clip_name(row['file'])}: {display_names[row['label']]} {100 * row['score']:.0f} %, {mark}"
 
 
 def caption_title(row: dict[str, Any]) -> str:
+    """The title of a captioned clip: file, caption, and a reference if the caption equals none."""
     equal = row["caption"] in row["references"]
     mark = "equals a reference" if equal else f"reference: {row['references'][0]}"
     return f"{clip_name(row['file'])}: {row['caption']}  |  {mark}"
 
 
-def plot_confusion(classes: dict[str, Any], display: dict[str, str], path: Path) -> Path:
-    """How often each class (rows) is taken for each (columns), as shares of its clips."""
+def plot_confusion(classes: dict[str, Any], display_names: dict[str, str], path: Path) -> Path:
+    """Draws the confusion matrix: each row is a true class, as fractions of its clips."""
+    # fractions, not counts: rare classes would be invisible
     plt = pyplot()
     names = [*classes]
-    shares = [[c["predicted"].get(n, 0) / max(1, c["count"]) for n in names] for c in classes.values()]
-    named = len(names) <= NAMED
+    fractions = [[c["predicted"].get(n, 0) / max(1, c["count"]) for n in names] for c in classes.values()]
+    named = len(names) <= MOST_NAMES
     side = min(3 + 0.38 * len(names), 12) if named else 8
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
-    image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    axis.set(xlabel="predicted", ylabel="truth")
+    image = axis.imshow(fractions, vmin=0, vmax=1, cmap="Blues")
+    axis.set(xlabel="predicted class", ylabel="true class (clips)" if named else "true class")
+
+    # names and numbers, as long as they can be read
     if named:
-        labels = [label_text(display[n]) for n in names]
+        labels = [label_text(display_names[n]) for n in names]
         axis.set_xticks(range(len(names)), labels, rotation=60, ha="right", fontsize=8)
         axis.set_yticks(
             range(len(names)),
             [f"{label} ({c['count']})" for label, c in zip(labels, classes.values(), strict=True)],
             fontsize=8,
         )
-        for i, row in enumerate(shares):
-            for j, share in enumerate(row):
-                if share:
-                    colour = "white" if share > 0.5 else "black"
-                    axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, ax=axis, label="share of the class's clips", shrink=0.8)
+        for i, row in enumerate(fractions):
+            for j, fraction in enumerate(row):
+                if fraction:
+                    colour = "white" if fraction > 0.5 else "black"
+                    axis.text(j, i, f"{100 * fraction:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, ax=axis, label="fraction of the true class (numbers: %)", shrink=0.8)
     return save(figure, path)
 
 
@@ -168,27 +192,32 @@ def plot_bars(
     title: str,
     path: Path,
     zoom: bool = False,
-    display: dict[str, str] | None = None,
+    display_names: dict[str, str] | None = None,
 ) -> Path:
-    """Shares with their intervals: a bar each, or with `zoom` a point each on an axis that begins below the least.
-    `display` may give names other names, several the same one too."""
+    """Draws fractions with their intervals, {name: (fraction, [low, high])}: as bars, or with `zoom` as points on an
+    axis that starts just below the lowest interval. Two names may have the same display name."""
+    # matplotlib wants the lengths of the intervals' two sides
     plt = pyplot()
-    places = range(len(values))
+    positions = range(len(values))
     figure, axis = plt.subplots(figsize=(6.5, 1.0 + 0.26 * len(values)), layout="constrained")
-    shares, spans = [v for v, _ in values.values()], [span for _, span in values.values()]
+    fractions, intervals = [v for v, _ in values.values()], [interval for _, interval in values.values()]
     errors = [
-        [max(0.0, v - low) for v, (low, _) in zip(shares, spans, strict=True)],
-        [max(0.0, high - v) for v, (_, high) in zip(shares, spans, strict=True)],
+        [max(0.0, v - low) for v, (low, _) in zip(fractions, intervals, strict=True)],
+        [max(0.0, high - v) for v, (_, high) in zip(fractions, intervals, strict=True)],
     ]
+
+    # bars must start at zero to be honest, points need not
     if zoom:
-        axis.errorbar(shares, places, xerr=errors, fmt="o", ms=4, color=COLOUR, ecolor=SECOND, capsize=3)
-        axis.set_xlim(max(0.0, min(low for low, _ in spans) - 0.02), 1.005)
+        axis.errorbar(fractions, positions, xerr=errors, fmt="o", ms=4, color=COLOUR, ecolor=ERROR_COLOUR, capsize=3)
+        axis.set_xlim(max(0.0, min(low for low, _ in intervals) - 0.02), 1.005)
         axis.set_ylim(-0.6, len(values) - 0.4)
         axis.grid(axis="y", color="0.9")
     else:
-        axis.barh(places, shares, xerr=errors, color=COLOUR, ecolor=SECOND, capsize=3, height=0.7)
+        axis.barh(positions, fractions, xerr=errors, color=COLOUR, ecolor=ERROR_COLOUR, capsize=3, height=0.7)
         axis.set_xlim(0, 1.02)
-    axis.set_yticks(places, [label_text((display or {}).get(name, name)) for name in values])
+
+    # the first name on top
+    axis.set_yticks(positions, [label_text((display_names or {}).get(name, name)) for name in values])
     axis.invert_yaxis()
     axis.set_title(title, fontsize=9)
     axis.tick_params(axis="y", labelsize=8)
@@ -196,40 +225,44 @@ def plot_bars(
 
 
 def plot_reliability(bins: list[tuple[int, float, float]], error: float, path: Path) -> Path:
-    """Accuracy over confidence, in bins of equal width; the area of a point is its number of clips."""
+    """Draws accuracy over confidence, one point per bin of (clips, mean confidence, accuracy)."""
+    # the area of a point grows with its number of clips: small bins are noise
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(4.2, 4), layout="constrained")
-    axis.plot([0, 1], [0, 1], color="0.7", lw=1, label="as sure as right")
+    axis.plot([0, 1], [0, 1], color="0.7", lw=1, label="perfect calibration")
     most = max(count for count, _, _ in bins)
     sizes = [12 + 150 * count / most for count, _, _ in bins]
-    axis.scatter(
-        [c for _, c, _ in bins], [a for _, _, a in bins], s=sizes, color=COLOUR, alpha=0.8, label="bins of clips"
-    )
-    axis.set(xlim=(0, 1.04), ylim=(-0.02, 1.04), xlabel="confidence", ylabel="accuracy (share)")
+    confidences, accuracies = [c for _, c, _ in bins], [a for _, _, a in bins]
+    axis.scatter(confidences, accuracies, s=sizes, color=COLOUR, alpha=0.8, label="clips of similar confidence")
+    axis.set(xlim=(0, 1.04), ylim=(-0.02, 1.04), xlabel="confidence", ylabel="accuracy")
     axis.set_title(f"expected calibration error {error:.3f}, n = {sum(count for count, _, _ in bins)}", fontsize=9)
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     return save(figure, path)
 
 
-def plot_occlusion(maps: list[tuple[Any, Any, dict]], display: dict[str, str], path: Path) -> Path:
-    """Each clip's frames, and below them where covering a cell makes the model least sure of its answer (red)."""
+def plot_occlusion(maps: list[tuple[Any, Any, dict]], display_names: dict[str, str], path: Path) -> Path:
+    """Draws the frames of each clip, and below them, in red, how much the model's confidence in its answer drops when a
+    cell is covered. `maps` come from controls.occlusion_maps."""
     from torch.nn import functional as F
 
     clips = []
-    for clip, fall, row in maps:
+    for clip, drop, row in maps:
+        # every map is scaled to its own maximum, so the maximum goes into the title
         times, _, height, width = clip.shape
-        scale = fall.clamp(min=0) / fall.max().clamp(min=1e-6)
-        heat = F.interpolate(scale[None, None], size=(times, height, width), mode="nearest")[0, 0]  # (T, H, W)
-        red = clip.new_tensor([255, 0, 0])[:, None, None]
-        alpha = 0.7 * heat[:, None]
-        clips.append((clip, caption_title(row) if "caption" in row else label_title(row, display)))
-        told = f"red: where the clip's background over a cell makes it less sure of its answer, by {float(fall.max()):.2f} nats at most"
-        clips.append(((clip * (1 - alpha) + red * alpha).to(clip.dtype), told))
+        scaled = drop.clamp(min=0) / drop.max().clamp(min=1e-6)
+        heat = F.interpolate(scaled[None, None], size=(times, height, width), mode="nearest")[0, 0]  # (T, H, W)
+        alpha = 0.7 * heat[:, None]  # (T, 1, H, W)
+        red = clip.new_tensor([255, 0, 0])[:, None, None]  # (C, 1, 1)
+        clips.append((clip, caption_title(row) if "caption" in row else label_title(row, display_names)))
+        title = (
+            f"red: covering this cell with background lowers the answer's score, by up to {float(drop.max()):.2f} nats"
+        )
+        clips.append(((clip * (1 - alpha) + red * alpha).to(clip.dtype), title))
     return plot_clips(clips, path)
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Writes the figure; what matplotlib cannot draw, such as letters that its font lacks, is no news to the user."""
+    """Writes a figure as a PNG. matplotlib's warnings, for example of letters that its font lacks, are not shown."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,7 +1,10 @@
-"""Trains a run: a video classifier, a video + language classifier, or a video captioner.
+"""Trains a video classifier, a video + language classifier, or a video captioner.
 
 python main.py --vision_model timesformer
 python main.py --help
+
+To follow a run from here: train_run in runs.py -> train in train_code.py -> train_one_epoch -> accumulate_gradients ->
+loss_sum -> forward in build_model.py.
 """
 
 from config import parse
@@ -9,10 +12,11 @@ from script import leave, run_script
 
 
 def run(argv: list[str] | None) -> int:
-    config, typed = parse(argv, "main")
-    from runs import train_run
+    """Parses the options and trains; returns the exit status."""
+    config, typed_flags = parse(argv, "main")
+    from runs import train_run  # imports torch; above, it would make --help slow
 
-    return train_run(config, typed)
+    return train_run(config, typed_flags)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,59 +14,59 @@ from torch import nn
 from config import BACKBONES, ROOT
 from script import UserError, shown
 
-# a configuration beyond these would keep the machine busy for long before anything fails
+# a damaged or hostile configuration beyond these would keep the machine busy for minutes before anything fails
 MOST_LAYERS, MOST_TOKENS, MOST_PARAMETERS = 1000, 10**6, 10**11
 
 
 @dataclass
 class Source:
-    """Where a backbone comes from: a folder or a hub id. Without `weights` only its configuration is read, because a
-    checkpoint has all its tensors."""
+    """Where a backbone is loaded from: a folder or a hub id."""
 
     path: str
-    revision: str | None = None
-    weights: bool = True
-    fingerprint: str = field(default="", compare=False)
+    revision: str | None = None  # a commit on the hub
+    weights: bool = True  # False: read the configuration only, because a checkpoint holds all the tensors
+    fingerprint: str = field(default="", compare=False)  # filled in when the weights are loaded
 
     @property
     def local(self) -> bool:
         return Path(self.path).is_dir()
 
     def arguments(self) -> dict[str, Any]:
-        """For every from_pretrained; code that came with a model is never run."""
+        """The arguments of every from_pretrained. Code that comes with a model is never run."""
         pinned = {} if self.local or self.revision is None else {"revision": self.revision}
         return {"pretrained_model_name_or_path": self.path, "trust_remote_code": False} | pinned
 
 
 def tiny_folder(name: str) -> Path:
-    """The tiny backbone of a short name."""
+    """The folder of the tiny backbone with this short name."""
     return ROOT / "backbones" / f"{name}-tiny"
 
 
 def locate(name: str, weights: str) -> Source:
     """The source of a --vision_model or --language_model: a short name, a folder, or a hub id."""
-    known = BACKBONES.get(name)
-    if known is None:
+    backbone = BACKBONES.get(name)
+    if backbone is None:
         return Source(name)
     if weights == "hub":
-        return Source(known.hub, known.revision)
+        return Source(backbone.hub, backbone.revision)
     return Source(str(tiny_folder(name)))
 
 
 def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
-    """loader.from_pretrained(source, ...). Whatever it raises becomes a UserError that says what to do."""
+    """loader.from_pretrained(source, ...), with every exception turned into a UserError that says what to do. `what`
+    names the part of the backbone that is loaded."""
     try:
         return loader.from_pretrained(**source.arguments(), **more)
-    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, UnpicklingError ...
+    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, UnpicklingError, ...
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         if source.local:
             raise UserError(f"cannot load the {what} in {source.path}: {cause}") from None
-        advice = "use --weights tiny, or name a folder with a copy of it"
+        advice = "use --weights tiny, or give the path of a folder with a copy of it"
         raise UserError(f"cannot load the {what} of {source.path} from the hub: {cause} -- {advice}") from None
 
 
 def find_file(source: Source, name: str) -> Path | None:
-    """A file of a source; None if it has no file of that name, or the hub cannot be reached."""
+    """The path of a source's file. None if there is no such file, or the hub cannot be reached."""
     if source.local:
         path = Path(source.path) / name
         if os.path.lexists(path) and not path.is_file():
@@ -77,13 +77,13 @@ def find_file(source: Source, name: str) -> Path | None:
     quiet = {f"_raise_exceptions_for_{case}": False for case in ("gated_repo", "missing_entries", "connection_errors")}
     try:
         path = cached_file(source.path, name, revision=source.revision, **quiet)
-    except OSError:  # no such repository: loading the configuration will say so
+    except OSError:  # no such repository: loading the configuration reports it
         return None
     return Path(path) if path else None
 
 
 def read_config(source: Source) -> Any:
-    """The configuration of a backbone. Raises UserError if it is not a backbone, or too large to build."""
+    """The configuration of a backbone. Raises UserError if the source is not a backbone, or too large to build."""
     from transformers import AutoConfig
 
     check_files(source)
@@ -93,12 +93,14 @@ def read_config(source: Source) -> Any:
 
 
 def check_files(source: Source) -> None:
-    """Raises UserError for adapters in place of a backbone, and for weight files outside its folder."""
+    """Raises UserError if the source holds adapters instead of a backbone, or lists weight files outside its folder."""
     if find_file(source, "adapter_config.json"):
         raise UserError(
             f"{source.path} holds adapters (adapter_config.json), not a whole backbone: merge them into their model "
-            "with peft's merge_and_unload(), write it with save_pretrained, and name that folder"
+            "with peft's merge_and_unload(), save it with save_pretrained, and use that folder"
         )
+
+    # a downloaded index could otherwise point at any file of this machine
     for index in Path(source.path).glob("*.index.json") if source.local else ():
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -106,18 +108,19 @@ def check_files(source: Source) -> None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{index} is not an index of weight files: copy the folder again") from None
         if outside:
-            raise UserError(f"{index} names a file outside its folder: {shown(outside[0])}")
+            raise UserError(f"{index} lists a file outside its folder: {shown(outside[0])}; copy the folder again")
 
 
 def check_sizes(source: Source, hf_config: Any) -> None:
-    """Raises UserError if the configuration describes a model that is too large to build."""
+    """Raises UserError if the configuration describes a model that is too large to build. Sizes are read leniently:
+    the families name and type them differently."""
 
     def size(name: str) -> int:
         value = getattr(hf_config, name, 0)
         value = max(value, default=0) if isinstance(value, list | tuple) else value
         return value if isinstance(value, int) else 0
 
-    # a rough count: attention, MLP, embeddings
+    # a rough count of the parameters: attention, MLP, embeddings
     layers, width = size("num_hidden_layers"), size("hidden_size")
     attention = max(width, size("num_attention_heads") * size("head_dim"))
     layer = 4 * width * attention + 2 * width * (size("intermediate_size") or 4 * width)
@@ -130,7 +133,7 @@ def check_sizes(source: Source, hf_config: Any) -> None:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """32 hex digits of a module's tensors: names, shapes and bytes, whatever file format they came in."""
+    """32 hex digits that identify a module's tensors by name, shape and bytes, whatever file format they came in."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -139,43 +142,44 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tuple[str, ...], **more: Any) -> nn.Module:
-    """A float32 backbone with pretrained weights, or with random ones for a source without weights.
+    """Loads a float32 backbone with its pretrained weights, or builds a random one if the source is without weights.
 
-    Raises UserError if a tensor is missing that is not part of `new_layers`, or does not fit.
+    Raises UserError if a tensor has another shape, or is missing and not part of `new_layers` (prefixes of names).
     """
     from transformers.utils import logging
 
-    # config.json may name an attention implementation that is code on the hub, and another dtype
+    # override what config.json may ask for: another dtype, or an attention implementation that is code on the hub
     logging.disable_progress_bar()  # loading takes a moment, not minutes
     more |= {"dtype": torch.float32, "attn_implementation": None}
     if not source.weights:
         try:
             return auto_class.from_config(config, **more)
-        except Exception as error:  # a damaged configuration can make transformers raise anything
-            raise UserError(f"cannot build the model of {source.path}/config.json: {error}") from None
+        except Exception as error:  # with a damaged configuration transformers can raise anything
+            raise UserError(f"cannot build the model that {source.path}/config.json describes: {error}") from None
 
     # weights_only: a .bin file is a pickle, and must not run code
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no table of unused tensors; missing ones are reported below
+    logging.set_verbosity_error()  # no table of unused tensors; missing ones are checked below
     try:
         more |= {"config": config, "weights_only": True, "output_loading_info": True}
         model, report = from_source(auto_class, source, "weights", **more)
     finally:
         logging.set_verbosity(verbosity)
 
-    # transformers would fill in random numbers for a missing tensor and only warn
+    # transformers would only warn, and train on random numbers in place of the missing tensors
     missing = sorted(k for k in report["missing_keys"] if not k.startswith(new_layers))
     misfits = sorted(str(k[0] if isinstance(k, tuple) else k) for k in report["mismatched_keys"])
     if missing or misfits:
         names = ", ".join((missing + misfits)[:4])
-        raise UserError(f"{source.path}: {len(missing)} tensors missing and {len(misfits)} of another shape: {names}")
+        count = f"{len(missing)} tensors are missing and {len(misfits)} have another shape than config.json says"
+        raise UserError(f"{source.path}: {count}: {names}; copy the folder again")
     return model
 
 
 def load_preprocessor(source: Source, model_type: str) -> dict[str, Any]:
-    """The fields of preprocessor_config.json; without that file, transformers' default for the family.
+    """The fields of preprocessor_config.json. Without that file, VideoMAE's defaults, with a warning.
 
-    Raises UserError if the file is damaged.
+    Raises UserError if the file is damaged: a wrong mean would cost accuracy silently.
     """
     from transformers import AutoImageProcessor
     from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
@@ -184,7 +188,7 @@ def load_preprocessor(source: Source, model_type: str) -> dict[str, Any]:
         return from_source(AutoImageProcessor, source, "preprocessor_config.json", backend="pil").to_dict()
     values = VideoMAEImageProcessorPil().to_dict()
     print(
-        f"warning: {source.path} has no preprocessor_config.json; guessing transformers' default for "
+        f"warning: {source.path} has no preprocessor_config.json; using VideoMAE's defaults for this "
         f"{model_type}: mean {values['image_mean']}, std {values['image_std']}"
     )
     return values
@@ -194,34 +198,38 @@ def load_preprocessor(source: Source, model_type: str) -> dict[str, Any]:
 
 
 def load_language(source: Source, captioning: bool) -> tuple[nn.Module, Any]:
-    """(causal language model or BERT-like encoder, tokenizer). The encoder has no pooler, or one that is never trained.
+    """Loads a language model and its tokenizer: a causal model for captioning, else a BERT-like encoder.
 
-    Raises UserError for a model of another kind.
+    Raises UserError if the source is a model of another kind.
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    # lm_head may be missing in the file: most causal models share its weights with their embeddings
     hf_config = read_config(source)
     if captioning:
         if not is_decoder(hf_config):
             raise UserError(f"captioning needs a causal language model such as gpt2, not {source.path}")
         model = load_backbone(AutoModelForCausalLM, source, hf_config, new_layers=("lm_head.",))
         model.generation_config = GenerationConfig()  # captions depend on our options, not on a file of the backbone
+
+    # the head reads [CLS] itself, so BERT's pooler is left out where possible: published checkpoints often lack it
     else:
         if not is_encoder(hf_config):
             kind = f"{source.path} is a {hf_config.model_type}"
             raise UserError(f"{kind}; classification needs a BERT-like encoder; for captions add --captioning True")
-        # BERT's pooler reads [CLS] through a layer that published checkpoints often lack; the head reads [CLS] itself
         optional = "add_pooling_layer" in inspect.signature(model_class(hf_config).__init__).parameters
         without_pooler = {"add_pooling_layer": False} if optional else {}
         model = load_backbone(AutoModel, source, hf_config, new_layers=("pooler.",), **without_pooler)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("pooler" not in name)
+            parameter.requires_grad_("pooler" not in name)  # no gradient would reach it
+
+    # a checkpoint records which weights it was trained on
     source.fingerprint = fingerprint(model) if source.weights else source.fingerprint
     return model, from_source(AutoTokenizer, source, "tokenizer")
 
 
 def model_class(hf_config: Any) -> type[nn.Module] | None:
-    """The class that AutoModel uses for a configuration."""
+    """The class that AutoModel would choose for this configuration."""
     from transformers import MODEL_MAPPING
 
     classes = MODEL_MAPPING.get(type(hf_config), None)
@@ -229,7 +237,7 @@ def model_class(hf_config: Any) -> type[nn.Module] | None:
 
 
 def is_encoder(hf_config: Any) -> bool:
-    """Whether a configuration is that of a masked language model that accepts embeddings in place of ids."""
+    """Whether this configuration describes a masked language model that accepts embeddings instead of ids."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     masked = hf_config.model_type in MASKED and not hf_config.is_encoder_decoder
@@ -237,8 +245,8 @@ def is_encoder(hf_config: Any) -> bool:
 
 
 def is_decoder(hf_config: Any) -> bool:
-    """Whether a configuration is that of a causal language model. transformers has causal versions of BERT-like
-    encoders too, but these were not pretrained."""
+    """Whether this configuration describes a causal language model. transformers has causal versions of BERT-like
+    encoders too, but none was pretrained as such."""
     from transformers.models.auto import modeling_auto as tables
 
     masked = hf_config.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES

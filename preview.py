@@ -1,4 +1,4 @@
-"""Draws what the model will see of the first training clips; takes the flags of main.py.
+"""Draws the first training clips as the model will see them; takes the flags of main.py.
 
 python preview.py --data_dir my_clips --augment light --count 12
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def run(argv: list[str] | None) -> int:
+    """Writes preview_<run name>.png to --output_dir; trains nothing."""
     config, _ = parse(argv, "preview")
     from figures import plot_clips
     from runs import prepare
@@ -28,10 +29,11 @@ def run(argv: list[str] | None) -> int:
 
 
 def training_clips(run: "Run", count: int) -> list[tuple[Any, str]]:
-    """(uint8 [T, C, H, W], title) of the first clips of the first epoch, augmented as in training."""
+    """(clip uint8 [T, C, H, W], title) of the first clips of the first epoch, augmented as in training."""
     from augment import Augment
     from train_code import to_device
 
+    # the same loader and augmentation as in training; a batch is None if none of its videos can be read
     augment = Augment(run.config.augment, run.config.flip)
     loader = run.loaders("train")["train"]
     clips: list[tuple[Any, str]] = []
@@ -46,9 +48,11 @@ def training_clips(run: "Run", count: int) -> list[tuple[Any, str]]:
 
 
 def clip_titles(batch: dict[str, Any], run: "Run") -> list[str]:
-    """Folder and file, label (of a mixed clip both, with their weights), and the text or caption that the model reads."""
+    """The titles of a batch's clips: folder and file, label, and the text or caption that the model reads. A mixed clip
+    has two labels with weights."""
     from figures import clip_name
 
+    # the text is decoded from the ids, so that a cut or a wrong tokenizer shows
     names = [run.display_names[name] for name in run.splits.class_names]
     titles = []
     for row, index in enumerate(batch["index"].tolist()):

@@ -1,4 +1,4 @@
-"""One run: data -> model -> folder -> training -> report."""
+"""One run from start to end: data -> model -> folder -> train -> report. Start reading at train_run()."""
 
 import contextlib
 from collections.abc import Generator
@@ -23,62 +23,71 @@ from VLoader import SPLITS, Splits, check_samples, fingerprint_data, read_displa
 
 @dataclass
 class Run:
-    """What the parts of a run share. `config` has no `auto` that depends on the model."""
+    """What the steps of a run share. In `config`, every `auto` that depends on the model is filled in."""
 
     config: Config
     model: VideoModel
     splits: Splits
     display_names: dict[str, str]
     accelerator: Any
-    folder: Path  # where it writes
-    features: dict[str, Any] | None = None  # of the splits that are read from the feature cache
+    folder: Path  # where the run writes
+    features: dict[str, Any] | None = None  # cached features by split; other splits are read as pixels
 
     def loaders(self, *names: str) -> dict[str, Any]:
         """The loaders of these splits, by default of all."""
-        kept = self.splits if not names else only(self.splits, *names)
-        return build_loaders(self.model, self.config, kept, self.features, self.accelerator)
+        splits = only(self.splits, *names or SPLITS)
+        return build_loaders(self.model, self.config, splits, self.features, self.accelerator)
 
 
 def only(splits: Splits, *names: str) -> Splits:
-    """The splits with the others emptied."""
+    """The splits of these names; the others are emptied."""
     return replace(splits, **{name: [] for name in SPLITS if name not in names})
 
 
-def prepare(config: Config, folder: Path) -> Run:
-    """Reads what the data folder holds and builds the model. Raises UserError if either is not usable."""
-    # what is wrong with the data is found before the model is built, which takes longer
-    data_dir = Path(config.data_dir)
-    splits = read_splits(data_dir)
-    check_samples(splits, config.captioning, config.use_text)
+def train_run(config: Config, typed_flags: set[str]) -> int:
+    """Trains a new run, or with --resume continues one. `typed_flags` are the names of the flags on the command line.
 
-    # the seed is set right before the new layers are drawn
-    accelerator = build_accelerator(config)
-    set_seed(config.seed)
-    model = build_model(config, len(splits.class_names))
-    vision = model.vision_encoder
-    config = fill_auto(config, vision.config.num_frames, vision.preprocessing.image_size)
-    return Run(config, model, splits, read_display_names(data_dir, splits.class_names), accelerator, folder)
-
-
-def train_run(config: Config, typed: set[str]) -> int:
-    """Trains a new run, or with --resume continues one; returns the exit status."""
-    with claimed_run(config, typed, is_main()) as (folder, config):
+    Returns the exit status. Raises UserError for anything that the user can fix.
+    """
+    # the folder comes first, and locked, so that two processes never write the same run
+    with claimed_run(config, typed_flags, is_main()) as (folder, config):
         run = prepare(config, folder)
         print_backbones(run)
         print_hints(run)
 
-        # every video is read once: by the feature cache, or else by the scan
+        # read every video once, so that an unreadable one stops the run now and not hours later
         run.splits, run.features = prepare_data(run.splits, run.config, run.model, run.accelerator)
         write_or_compare(run)
+
+        # the same weights in every process, but different dropout
         if run.accelerator.process_index > 0:
-            set_seed(run.config.seed + run.accelerator.process_index)  # dropout of its own in every process
+            set_seed(run.config.seed + run.accelerator.process_index)
         print_data(run)
         print_settings(run)
         return fit(run)
 
 
+def prepare(config: Config, folder: Path) -> Run:
+    """Reads what the data folder holds and builds the model. Raises UserError if either cannot be used."""
+    # data first: it takes less time than the model, and fails more often
+    data_dir = Path(config.data_dir)
+    splits = read_splits(data_dir)
+    check_samples(splits, config.captioning, config.use_text)
+
+    # seed right before the model, so that nothing else changes the random weights of its new layers
+    accelerator = build_accelerator(config)
+    set_seed(config.seed)
+    model = build_model(config, len(splits.class_names))
+
+    # the backbone's own frames and size are known only now
+    vision = model.vision_encoder
+    config = fill_auto(config, vision.config.num_frames, vision.preprocessing.image_size)
+    return Run(config, model, splits, read_display_names(data_dir, splits.class_names), accelerator, folder)
+
+
 def write_or_compare(run: Run) -> None:
-    """Writes the files of a new run that training does not change; compares them where a run is resumed."""
+    """Writes config.yaml, metadata.json and backbone files of a new run. When a run is resumed, checks instead that
+    data and model are still the ones it was started with."""
     data = fingerprint_data(run.splits, Path(run.config.data_dir))
     if run.config.resume:
         check_same(run.folder, run.model, data)
@@ -89,8 +98,8 @@ def write_or_compare(run: Run) -> None:
 
 
 def fit(run: Run) -> int:
-    """Trains, reports, draws; metrics.json comes last and makes the run finished. Returns the exit status."""
-    # any of these may fail or be killed; --resume then continues, because metrics.json is not there yet
+    """Trains, scores, draws, and writes metrics.json. Returns the exit status."""
+    # metrics.json marks a run as finished, so it comes last: --resume repairs whatever fails or is killed before it
     loaders = run.loaders()
     try:
         with memory_advice():
@@ -102,9 +111,9 @@ def fit(run: Run) -> int:
             if run.accelerator.is_main_process:
                 finish_run(run.folder, metrics)
 
-    # Ctrl-C and SIGTERM: the exit status is the shell's own for that signal
+    # Ctrl-C and SIGTERM; shells use 128 + number as exit status
     except train_code.Stopped as stopped:
-        print(f"{stopped}; its state is saved. To continue: {resume_command(run.config)}")
+        print(f"{stopped}; the state is saved. To continue: {resume_command(run.config)}")
         return 128 + stopped.number
     finally:
         for loader in loaders.values():
@@ -116,15 +125,15 @@ def fit(run: Run) -> int:
 
 @contextlib.contextmanager
 def memory_advice() -> Generator[None]:
-    """Turns running out of memory into a UserError that names the ways out."""
+    """Turns running out of memory into a UserError that says what to try."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "allocate memory" not in str(error):  # torch's message on a CPU
+        if type(error) is RuntimeError and "allocate memory" not in str(error):  # what torch raises on a CPU
             raise
         raise UserError(
-            "out of memory: lower --batch_size (--gradient_accumulation_steps makes up for it), --num_frames or "
-            "--image_size; or --gradient_checkpointing True, --freeze_visionbackbone True, --mixed_precision bf16"
+            "out of memory: lower --batch_size (and raise --gradient_accumulation_steps as much), --num_frames or "
+            "--image_size; or try --gradient_checkpointing True, --freeze_visionbackbone True or --mixed_precision bf16"
         ) from None
 
 
@@ -132,7 +141,7 @@ def memory_advice() -> Generator[None]:
 
 
 def report(run: Run, metrics: dict[str, Any]) -> None:
-    """Prints the result, adds the controls if asked for, draws the pictures."""
+    """Prints the result, adds the controls if --controls is True, draws the pictures."""
     print(printable(result_line(metrics)))
     if run.config.controls:
         metrics["controls"] = control_scores(run.model, run.splits, run.config, run.accelerator)
@@ -142,8 +151,8 @@ def report(run: Run, metrics: dict[str, Any]) -> None:
 
 
 def draw_pictures(run: Run, metrics: dict[str, Any]) -> None:
-    """The pictures of a scored run, of its test split or else of val."""
-    # pictures show single clips, also if the scores are averages over several views
+    """Draws the pictures of a scored run: of its test split or, without one, of val."""
+    # a picture shows one clip of each video, even if the scores are averages over several
     split = "test" if "test" in metrics else "val"
     rows = read_rows(run.folder / f"predictions_{split}.jsonl")
     one_view = replace(run.config, test_clips=1, test_crops=1)
@@ -153,22 +162,27 @@ def draw_pictures(run: Run, metrics: dict[str, Any]) -> None:
         return loader.dataset[(0, index)]["video"]  # [T, C, H, W]
 
     if run.config.captioning:
-        drawn = figures.draw_captions(rows, metrics[split], clip, run.folder)
+        pictures = figures.draw_captions(rows, metrics[split], clip, run.folder)
     else:
-        drawn = figures.draw_labels(rows, metrics[split], run.display_names, clip, run.folder)
+        pictures = figures.draw_labels(rows, metrics[split], run.display_names, clip, run.folder)
+
+    # 144 forward passes per clip, so only with the controls
     if run.config.controls:
         maps = occlusion_maps(run.model, loader, rows, run.accelerator)
-        drawn.append(figures.plot_occlusion(maps, run.display_names, run.folder / "occlusion.png"))
-    print(f"pictures of {split} in {run.folder}/: {', '.join(path.name for path in drawn)}")
+        pictures.append(figures.plot_occlusion(maps, run.display_names, run.folder / "occlusion.png"))
+    print(f"pictures of {split} in {run.folder}/: {', '.join(path.name for path in pictures)}")
 
 
 def result_line(metrics: dict[str, Any]) -> str:
-    """The scores on test, or without one on val, in one line."""
+    """The scores on test, or without a test split on val, in one line."""
+    # which epoch, how many videos, and how many views of each
     split = "test" if "test" in metrics else "val"
     scores = metrics[split]
     views = scores.get("views", {"clips": 1, "crops": 1})
     each = "" if set(views.values()) == {1} else f", {views['clips']} clips x {views['crops']} crops of each"
     parts = [f"{split} of epoch {metrics['best_epoch']} on {scores['count']} videos{each}: loss {scores['loss']:.3f}"]
+
+    # a score without its interval says little on a small test split
     if "accuracy" in scores:
         low, high = scores["intervals"]["accuracy"]
         parts.append(f"accuracy {100 * scores['accuracy']:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f})")
@@ -185,42 +199,43 @@ def result_line(metrics: dict[str, Any]) -> str:
 
 
 def print_backbones(run: Run) -> None:
-    """One line per backbone: its name, the data it was trained on, its size."""
+    """One line per backbone: its name, its size, and for the tiny ones what they were trained on."""
     vision = run.model.vision_encoder
     for part, backbone in run.model.backbones().items():
-        name = getattr(run.config, f"{part}_model")
         size = sum(p.numel() for n, p in backbone.named_parameters() if ".lora_" not in n) / 1e6
-        facts = [f"{size:.1f} M parameters"]
+        text = f"{size:.1f} M parameters"
         if part == "vision":
-            facts.append(f"{vision.preprocessing.image_size}², {vision.config.num_frames} frames")
-        hint = ""
-        if name in BACKBONES and run.config.weights == "tiny":
-            facts.insert(0, "synthetic shapes" if part == "vision" else "captions of synthetic shapes")
-            name += "-tiny"
-            hint = "; for real videos add --weights hub" if part == "vision" else ""
+            text += f", {vision.preprocessing.image_size}², {vision.config.num_frames} frames"
+
+        # the tiny ones work on nothing but the synthetic data: say so in every run
+        name = getattr(run.config, f"{part}_model")
+        if name not in BACKBONES or run.config.weights == "hub":
+            print(f"{part}: {run.model.sources[part].path} ({text})")
+        elif part == "vision":
+            print(f"{part}: {name}-tiny (synthetic shapes, {text}); for real videos add --weights hub")
         else:
-            name = run.model.sources[part].path
-        print(f"{part}: {name} ({', '.join(facts)}){hint}")
+            print(f"{part}: {name}-tiny (captions of synthetic shapes, {text})")
 
 
 def print_hints(run: Run) -> None:
-    """Advice on combinations that work but are rarely meant."""
+    """Warns of combinations that work but are rarely what the user wants."""
     config = run.config
     if config.use_vlm and training_mode(config)["vision"] == "full":
         print(
-            "hint: the vision backbone is trained in full next to a language model; "
+            "hint: the vision backbone is trained in full together with a language model; "
             "--freeze_visionbackbone True saves memory and time"
         )
     if config.captioning and not config.use_text:
-        print("note: captions are the training targets with or without --use_text; both train the same model")
+        print("note: --use_text has no effect on captioners; captions are the targets with and without it")
     if config.weights == "tiny" and config.vision_model in BACKBONES and run.splits.lexicon is None:
         print(
-            "warning: the tiny backbones have seen synthetic shapes only, and this data set looks like your own "
-            "videos; add --weights hub"
+            "warning: the tiny backbones were trained on synthetic shapes only, and these videos look like real ones; "
+            "add --weights hub"
         )
 
 
 def print_data(run: Run) -> None:
+    """What the run trains on: the sizes of the splits, how val was made, and texts that are cut."""
     splits = run.splits
     sizes = ", ".join(f"{len(getattr(splits, name))} {name}" for name in ("train", "val", "test"))
     print(f"data: {sizes} videos, {len(splits.class_names)} classes in {run.config.data_dir}")
@@ -231,7 +246,7 @@ def print_data(run: Run) -> None:
 
 
 def print_settings(run: Run) -> None:
-    """Machine, batch, learning rates, and how much of each part is trained."""
+    """How the run trains: device, batch, learning rates, and how many parameters of each part are trained."""
     config = run.config
     accumulated = f" x {config.gradient_accumulation_steps}" if config.gradient_accumulation_steps > 1 else ""
     print(
@@ -245,7 +260,7 @@ def print_settings(run: Run) -> None:
 
 
 def rates_line(config: Config) -> str:
-    """The peak learning rate of every part that is trained."""
+    """The peak learning rates, in one line: overall, and of every part that is trained."""
     _, scales = default_rates(config)
     trained = [part for part, mode in training_mode(config).items() if mode != "frozen"]
     rates = [f"{part} {config.learning_rate * scales[part]:g}" for part in (*trained, "new layers")]
@@ -253,6 +268,7 @@ def rates_line(config: Config) -> str:
 
 
 def print_end(run: Run) -> None:
+    """Where the results are, and the command that uses them."""
     print(f"run: {run.folder}/ (model.safetensors, config.yaml, metadata.json, log.jsonl, metrics.json, predictions)")
     flags = [as_flags(run.config) if run.config.run_name is None else f"--checkpoint {run.folder}"]
     flags += ["--video_dir <video, frame folder, or a folder of them>"]
@@ -261,6 +277,8 @@ def print_end(run: Run) -> None:
 
 
 def resume_command(config: Config) -> str:
+    """The command that continues this run; all other options are read from its folder."""
+    # the shortest flags that lead to the same folder
     flags = as_flags(config) if config.run_name is None else f"--run_name {config.run_name}"
     folder = "" if config.output_dir == Config().output_dir else f"--output_dir {config.output_dir}"
     return " ".join(filter(None, ["python main.py --resume True", flags, folder]))

@@ -13,68 +13,83 @@ from script import UserError, is_main, leave, run_script, write_json
 
 
 def run(argv: list[str] | None) -> int:
-    given, typed = parse(argv, "score")
-    if given.checkpoint is None:
+    """Scores a run again; metrics.json, predictions and pictures replace those in its folder, or go to another one."""
+    flags, typed_flags = parse(argv, "score")
+    if flags.checkpoint is None:
         raise UserError("which run? add --checkpoint <run folder>")
     from checkpoint import lock_run, read_run
 
-    run_dir = Path(given.checkpoint)
+    # which options, which folder
+    run_dir = Path(flags.checkpoint)
     saved, _ = read_run(run_dir)
-    config = scored_options(saved, given, typed)
-    folder = scores_folder(run_dir, saved, config, typed)
+    config = scoring_options(saved, flags, typed_flags)
+    folder = scores_folder(run_dir, saved, config, typed_flags)
+
+    # only one process writes there; of several, the main one holds the lock
     if not is_main():
-        return score_run(run_dir, given, typed, config, folder)
+        return score_run(run_dir, flags, typed_flags, config, folder)
     with lock_run(folder):
-        return score_run(run_dir, given, typed, config, folder)
+        return score_run(run_dir, flags, typed_flags, config, folder)
 
 
-def scored_options(saved: Config, given: Config, typed: set[str]) -> Config:
-    """The run's own options with those of this script that were typed."""
+def scoring_options(saved: Config, flags: Config, typed_flags: set[str]) -> Config:
+    """The run's own options, changed by the typed flags of this script.
+
+    Raises UserError for a typed flag that this script does not read.
+    """
+    # flags that name the run only have to agree with it, which load_run checks
     read = {name for name, f in FIELDS.items() if "score" in f.metadata["scripts"]}
-    if foreign := sorted(name for name in typed - read if not FIELDS[name].metadata.get("names_run")):
-        raise UserError(f"--{foreign[0]} has no effect here: score.py uses the run's own options")
-    changed = {name for name in typed & read if not FIELDS[name].metadata.get("names_run")} - {"checkpoint"}
-    config = replace(saved, **{name: getattr(given, name) for name in changed | {"controls"}})
+    if ignored := sorted(name for name in typed_flags - read if not FIELDS[name].metadata.get("names_run")):
+        raise UserError(f"--{ignored[0]} has no effect here: score.py uses the run's own options")
+    changed = {name for name in typed_flags & read if not FIELDS[name].metadata.get("names_run")} - {"checkpoint"}
+    config = replace(saved, **{name: getattr(flags, name) for name in changed | {"controls"}})
     refuse_classifier_options(config)
     return config
 
 
-def scores_folder(run_dir: Path, saved: Config, config: Config, typed: set[str]) -> Path:
-    """The run's own folder, or with --output_dir one of the same name in there; for other videos a folder in it.
+def scores_folder(run_dir: Path, saved: Config, config: Config, typed_flags: set[str]) -> Path:
+    """The run's own folder, or with --output_dir a folder of the same name in there. Scores on other videos get a
+    folder evaluation_<name> in it.
 
-    Raises UserError for one that must not be written: provided checkpoints, another run.
+    Raises UserError if it must not be written, because it holds a provided checkpoint or another run.
     """
     from checkpoint import METADATA, PROVIDED
 
-    folder = Path(config.output_dir) / run_dir.resolve().name if "output_dir" in typed else run_dir
+    folder = Path(config.output_dir) / run_dir.resolve().name if "output_dir" in typed_flags else run_dir
     if folder.resolve().is_relative_to(PROVIDED.resolve()):
         raise UserError(f"{PROVIDED} is never written: add --output_dir <a folder for the scores>")
     if folder.resolve() != run_dir.resolve() and (folder / METADATA).exists():
-        raise UserError(f"{folder} is another run; choose another --output_dir")
+        raise UserError(f"{folder} holds another run; choose another --output_dir")
     data_dir = Path(config.data_dir).resolve()
     return folder if data_dir == Path(saved.data_dir).resolve() else folder / f"evaluation_{data_dir.name}"
 
 
-def score_run(run_dir: Path, given: Config, typed: set[str], config: Config, folder: Path) -> int:
-    """Scores the run with the options in `config`; metrics, predictions and pictures go to `folder`."""
+def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Config, folder: Path) -> int:
+    """Scores the run with the options in `config`; metrics, predictions and pictures go to `folder`.
+
+    `flags` are the options as typed, which may say where a backbone was moved to. Returns the exit status.
+    """
     from checkpoint import METRICS, load_run, load_weights, read_metrics
     from runs import Run, memory_advice, only, report
     from scan import prepare_data
     from train_code import build_accelerator, score_splits
     from VLoader import check_samples, read_splits
 
-    model, _, metadata = load_run(run_dir, given, typed)
+    # the trained model, and data with the same classes
+    model, _, metadata = load_run(run_dir, flags, typed_flags)
     splits = read_splits(Path(config.data_dir), metadata["class_names"])
     check_samples(splits, config.captioning, config.use_text)
     if config.controls and not splits.train:
         raise UserError(f"--controls True needs the training videos too, and {config.data_dir} has no train/")
-    if not config.controls:  # nothing else reads the training videos
+    if not config.controls:  # else nearest_neighbour reads the training videos
         splits = only(splits, "val", "test")
+
+    # as in training: read every video once, and use cached features
     accelerator = build_accelerator(config)
     splits, features = prepare_data(splits, config, model, accelerator)
     run = Run(config, model.to(accelerator.device), splits, metadata["display_names"], accelerator, folder, features)
 
-    # what training measured stays, except for the controls, which belong to the old scores
+    # keep what training measured, such as time and memory; the old controls belong to the old scores
     metrics: dict[str, Any] = read_metrics(folder) if folder == run_dir else {}
     metrics.pop("controls", None)
     metrics["best_epoch"] = load_weights(run_dir, model).get("epoch")

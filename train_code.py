@@ -1,6 +1,7 @@
 """Trains a model and evaluates it: schedule, optimizer, loop, checks of the first steps, scores.
 
-val selects the best epoch; test is read once, at the end. Evaluation sums over the clips that were really read.
+val selects the best epoch; test is scored once, at the end. train() at the end of this file is the whole story;
+train_one_epoch() and accumulate_gradients() are the loop.
 """
 
 import math
@@ -41,7 +42,8 @@ NO_DECAY = re.compile(r"\.lora_|cls_token|position|time_embedding|rel_embeddings
 
 
 def lr_at(step: int, total: int, peak: float) -> float:
-    """The learning rate of optimizer step `step` of `total`: linear warmup over a tenth, then cosine to zero."""
+    """The learning rate of optimizer step `step` of `total`: linear warmup over 10 % of the steps, then cosine decay to
+    zero."""
     warmup = max(1, round(WARMUP * total))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -49,9 +51,9 @@ def lr_at(step: int, total: int, peak: float) -> float:
 
 
 def layers_above(backbone: nn.Module) -> dict[str, int]:
-    """For every tensor of a backbone, how many layers it is from the output: 1 in the last layer, the number of layers
-    plus 1 for the embeddings, 0 for what follows the layers (BEiT, arXiv:2106.08254)."""
-    # the largest ModuleList holds the layers, whatever the family calls it
+    """The distance of every tensor of a backbone from its output, in layers (BEiT, arXiv:2106.08254): 0 after the last
+    layer, 1 in the last layer, number of layers + 1 in the embeddings."""
+    # every family names its layers differently, but they always are the largest ModuleList
     lists = [(name, module) for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)]
     prefix, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     above = {}
@@ -64,18 +66,18 @@ def layers_above(backbone: nn.Module) -> dict[str, int]:
 
 
 def build_optimizer(model: VideoModel, config: Config) -> torch.optim.AdamW:
-    """AdamW with a learning rate of its own for each part, and weight decay on weight matrices alone.
+    """AdamW with one learning rate per part, and weight decay on weight matrices only.
 
-    Every parameter group has a `peak_lr`; lr_at of it is set before each step.
+    Every parameter group has a `peak_lr`, from which the loop computes its learning rate before each step.
     """
-    # a backbone's rate, slower with every layer further from the output
+    # backbones: the part's rate, lowered with every layer further from the output
     _, scales = default_rates(config)
     scale_of = {}
     for part, backbone in model.backbones().items():
         above = layers_above(backbone)
         scale_of |= {id(p): scales[part] * config.layer_decay ** above[n] for n, p in backbone.named_parameters()}
 
-    # as few groups as there are pairs of decay and rate
+    # one group per pair of decay and rate: the fused optimizer is faster with few groups
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_tensors(model).items():
         decay = config.weight_decay if parameter.ndim >= 2 and not NO_DECAY.search(name) else 0.0
@@ -92,18 +94,20 @@ def build_accelerator(config: Config) -> Any:
     """The accelerator for these options. Raises UserError if the device or precision is not available."""
     from accelerate import Accelerator
 
-    # accelerate would fall back to another device silently
-    device = config.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable NVIDIA GPU; --device auto picks an available device")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: this machine has no Apple GPU; --device auto picks an available device")
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    # check the device here: accelerate would silently use another one
+    device, cuda = config.device, torch.cuda.is_available()
+    if (device == "cuda" and not cuda) or (device == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"--device {device} is not available on this machine; --device auto picks an available device")
+
+    # bf16 needs no loss scaling, so it is the default where the GPU computes it
+    on_gpu = cuda and device in ("cuda", "auto")
     precision = config.mixed_precision
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
     if precision == "fp16" and not on_gpu:
         raise UserError("--mixed_precision fp16 needs an NVIDIA GPU; bf16 or no work everywhere")
+
+    # several processes without a GPU: accelerate would look for one
     accelerator = Accelerator(cpu=device == "cpu" or (not on_gpu and "RANK" in os.environ), mixed_precision=precision)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -127,10 +131,11 @@ def gathered(accelerator: Any, rows: list[Any]) -> list[Any]:
 
 
 def sum_gradients(model: VideoModel, accelerator: Any) -> None:
-    """Adds up the gradients of all processes; one whose part of the batch was empty adds zeros.
+    """Adds up the gradients of all processes. A process whose part of the batch is empty adds zeros.
 
-    Losses are divided by the targets of all processes, so this is the gradient of the whole batch, bit for bit the same
-    in every process, whatever tensors a step leaves unused; DDP promises neither. It takes one copy of all gradients.
+    Each loss is divided by the number of targets in all processes, so the sum is the gradient of the whole batch. It is
+    the same in every process bit for bit, and tensors that a step leaves unused do no harm; DDP promises neither. The
+    price is one copy of all gradients.
     """
     if accelerator.num_processes == 1:
         return
@@ -142,6 +147,7 @@ def sum_gradients(model: VideoModel, accelerator: Any) -> None:
 
 
 def device_name(accelerator: Any) -> str:
+    """The GPU's name, or the number of CPU threads, for metrics.json."""
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
@@ -149,7 +155,7 @@ def device_name(accelerator: Any) -> str:
 
 
 def peak_memory(accelerator: Any) -> float | None:
-    """MB, of the GPU or else of this process without its loader's workers; None where the system does not tell."""
+    """Peak memory in MB: of the GPU, or else of this process without its loader's workers. None on Windows."""
     if accelerator.device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     try:
@@ -173,27 +179,28 @@ class Stopped(Exception):  # noqa: N818, not an error
 
 @dataclass
 class Progress:
-    """How far a run is: all that resuming needs apart from tensors and random generators. JSON."""
+    """How far a run is: everything that --resume needs besides tensors and random generators. It is saved as JSON."""
 
-    epoch: int = 0  # the current one, from 0
+    epoch: int = 0  # the current epoch, from 0
     step: int = 0  # optimizer steps so far
-    groups: int = 0  # of batches, one per optimizer step, done in this epoch
-    loss: float = 0.0  # sums over this epoch's targets
-    count: int = 0
-    right: int = 0
-    seconds: float = 0.0  # of training in this epoch
+    groups: int = 0  # groups of batches (one per optimizer step) done in this epoch
+    loss: float = 0.0  # summed over the targets of this epoch so far
+    count: int = 0  # of these targets
+    right: int = 0  # correct predictions among them
+    seconds: float = 0.0  # training time of this epoch
     best: tuple[float, ...] | None = None  # rank of the best epoch
-    skipped: list[str] = field(default_factory=list)  # the errors of the videos skipped so far
-    log: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)  # errors of the videos skipped so far
+    log: list[dict[str, Any]] = field(default_factory=list)  # one row per finished epoch
 
     def next_epoch(self) -> None:
+        """Starts the sums of a new epoch."""
         self.epoch += 1
         self.groups, self.loss, self.count, self.right, self.seconds = 0, 0.0, 0, 0, 0.0
 
 
 @dataclass
 class Engine:
-    """What the loop needs apart from model and data; `accelerator` owns device and precision."""
+    """What the loop needs besides model and data. The accelerator owns device and precision."""
 
     accelerator: Any
     optimizer: torch.optim.Optimizer
@@ -202,7 +209,7 @@ class Engine:
     progress: Progress = field(default_factory=Progress)
     label_smoothing: float = 0.0
     augment: Callable[[dict], dict] = lambda batch: batch
-    after_step: Callable[[], None] = lambda: None  # saves, and raises Stopped
+    after_step: Callable[[], None] = lambda: None  # saves when it is time, and raises Stopped
 
 
 def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> dict[str, float]:
@@ -210,7 +217,7 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
 
     Raises UserError for a loss that is not finite, naming step and files.
     """
-    # a resumed epoch starts behind the batches that it has seen
+    # a resumed epoch skips the batches that were trained before it was stopped
     model.train()
     progress, total = engine.progress, math.ceil(len(loader) / engine.accumulate)
     loader.batch_sampler.epoch = progress.epoch
@@ -219,11 +226,13 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
     groups = groups_of(loader, engine.accumulate)
     with tqdm(groups, f"epoch {progress.epoch + 1}", total, False, initial=progress.groups, unit="step") as bar:
         for group in bar:
-            # the schedule is a pure function of the step: nothing of it has to be saved
+            # the schedule is a pure function of the step, so it has no state to save
             for param_group in engine.optimizer.param_groups:
                 param_group["lr"] = lr_at(progress.step, engine.total_steps, param_group["peak_lr"])
             if accumulate_gradients(model, group, loader, engine):
                 optimizer_step(model, engine)
+
+            # bookkeeping; after_step may stop here, so everything must be up to date
             progress.groups += 1
             progress.seconds, clock = progress.seconds + time.perf_counter() - clock, time.perf_counter()
             bar.set_postfix(loss=f"{progress.loss / max(1, progress.count):.3f}", refresh=False)
@@ -232,24 +241,24 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
 
 
 def groups_of(loader: DataLoader, size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """The loader's batches in lists of `size`, one list per optimizer step; the last may be shorter. Batches without
-    any readable video are dropped from their list."""
+    """Yields the loader's batches in lists of `size`, one list per optimizer step; the last may be shorter. Batches
+    without any readable video are dropped from their list."""
     batches = iter(loader)
     while group := list(islice(batches, size)):
         yield [batch for batch in group if batch is not None]
 
 
 def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoader, engine: Engine) -> bool:
-    """Backward pass of one optimizer step's batches. Adds to the epoch's sums; returns whether there was any target.
+    """Runs the backward passes of one optimizer step, adds to the epoch's sums, returns whether there was any target.
 
     The loss is the mean over all targets of the step, so accumulated batches equal one large batch.
     """
-    # the number of targets in the whole step, before the first backward pass needs it
+    # count the targets of the whole step first: the mean of the batches' means would weight short captions more
     accelerator, progress = engine.accelerator, engine.progress
     group = [engine.augment(to_device(batch, accelerator.device)) for batch in group]
     (num_targets,) = summed(accelerator, sum(int((model.targets(batch) != -100).sum()) for batch in group))
 
-    # one backward pass per batch; gradients add up
+    # one backward pass per batch; the gradients add up
     loss_total, count, correct = 0.0, 0, 0
     for batch in group:
         with accelerator.autocast():
@@ -262,7 +271,7 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
         count += int((targets != -100).sum())
         correct += int((logits.argmax(-1) == targets).sum())
 
-    # the log shows sums over all processes
+    # the log is about all processes
     loss_total, count, correct = summed(accelerator, loss_total, count, correct)
     progress.loss += loss_total
     progress.count += count
@@ -273,9 +282,9 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
 def loss_sum(
     model: VideoModel, batch: dict[str, torch.Tensor], smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(summed cross-entropy, logits (..., K or V), targets (...)) of a batch; targets of -100 do not count.
+    """(summed cross-entropy, logits (..., K or V), targets (...)) of a batch. Targets of -100 are ignored.
 
-    The two labels of a mixed clip count by their weights in it (mixup, arXiv:1710.09412).
+    A mixed clip has two labels, weighted like its two videos (mixup, arXiv:1710.09412).
     """
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "mixed_labels", "mix", "index")}
     logits = model.scores(**inputs)
@@ -295,7 +304,7 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
 
 
 def optimizer_step(model: VideoModel, engine: Engine) -> None:
-    """Clips the gradients, steps, and checks the first two steps."""
+    """Sums the gradients of all processes, clips them, and steps; the first two steps are checked."""
     sum_gradients(model, engine.accelerator)
     engine.accelerator.clip_grad_norm_(model.parameters(), 1.0)
     with first_steps_checked(model, engine.progress.step):
@@ -306,12 +315,16 @@ def optimizer_step(model: VideoModel, engine: Engine) -> None:
 
 @contextmanager
 def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
-    """Around the first two optimizer steps: every trained tensor has a gradient, every adapter is live (lora_B in step
-    0, lora_A in step 1, since B starts at zero), and no frozen tensor changes. Raises UserError naming the tensor."""
+    """Checks the first two optimizer steps: every trained tensor has a gradient, every adapter is live, and no frozen
+    tensor changes. Raises UserError naming the tensor.
+
+    lora_B starts at zero, so lora_A gets a gradient in the second step only.
+    """
     if step >= 2:
         yield
         return
-    # before the step: everything that should learn can
+
+    # before the step: does a gradient reach everything that should learn?
     for name, parameter in trained_tensors(model).items():
         if parameter.grad is None:
             raise UserError(f"{name} should be trained but gets no gradient")
@@ -319,9 +332,10 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
     for name, adapter in adapters(model):
         if not any(p.grad.abs().max() > 0 for p in getattr(adapter, half).parameters()):
             raise UserError(f"the adapter {name} is dead: no gradient reaches its {half}")
-    versions = {n: p._version for n, p in model.named_parameters() if not p.requires_grad}  # counts changes in place
+    versions = {n: p._version for n, p in model.named_parameters() if not p.requires_grad}  # counts in-place changes
     yield
-    # after it: nothing else has moved
+
+    # after it: has anything frozen moved?
     for name, parameter in model.named_parameters():
         if name in versions and (parameter.grad is not None or parameter._version != versions[name]):
             raise UserError(f"{name} is frozen but was changed by the optimizer")
@@ -332,14 +346,14 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
 
 @torch.no_grad()
 def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str = "val") -> dict[str, Any]:
-    """Mean loss over all targets, and count. For classifiers also accuracy, and for every clip `truth` (n,), the most
-    likely classes `ranked` (n, min(5, K)) and their `probabilities`, best first."""
-    # sums and rows of this process's part of every batch
+    """The mean loss over all targets and the number of clips. For classifiers also accuracy and, for every clip,
+    `truth` (n,), the most likely classes `ranked` (n, min(5, K)) and their `probabilities`, best first."""
+    # this process scores its part of every batch; the loss is summed, since a mean of means would weight small batches
     model.eval()
     total, count = 0.0, 0
     rows: list[tuple] = []  # index; for classifiers also true class, most likely classes, their probabilities
     for batch in tqdm(loader, desc=desc, leave=False, unit="batch"):
-        if batch is None:  # this process's part of a small last batch is empty
+        if batch is None:  # nothing for this process in a small last batch
             continue
         batch = to_device(batch, accelerator.device)
         with accelerator.autocast():
@@ -352,7 +366,7 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
             columns += [targets.tolist(), best.indices.tolist(), best.values.tolist()]
         rows += zip(*columns, strict=True)
 
-    # every clip must have been scored exactly once, whichever process read it
+    # every clip must have been scored exactly once, by whichever process
     total, count = summed(accelerator, total, count)
     indices, *columns = zip(*sorted(gathered(accelerator, rows)), strict=True)
     if list(indices) != list(range(len(loader.dataset))):
@@ -367,7 +381,7 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
 
 @torch.no_grad()
 def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config: Config) -> list[str]:
-    """The generated caption of every sample, in their order."""
+    """The generated captions of all samples, in the order of the samples."""
     model.eval()
     captions: dict[int, str] = {}
     for batch in tqdm(loader, desc="captions", leave=False, unit="batch"):
@@ -382,7 +396,7 @@ def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config:
 
 
 def score_captions(captions: list[str], dataset: ClipDataset) -> dict[str, Any]:
-    """Bleu, ROUGE-L, CIDEr, exact match and, if the data set has a lexicon, the fraction of captions that name each
+    """Bleu, ROUGE-L, CIDEr and exact match; if the data set has a lexicon, also the fraction of captions that name each
     attribute correctly."""
     scores: dict[str, Any] = caption_scores(captions, [s.captions for s in dataset.samples])
     if dataset.lexicon and all(s.attributes.keys() == dataset.lexicon.keys() for s in dataset.samples):
@@ -395,7 +409,8 @@ def score_captions(captions: list[str], dataset: ClipDataset) -> dict[str, Any]:
 def final_scores(
     model: VideoModel, loader: DataLoader, accelerator: Any, config: Config, split: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(the scores of a split for metrics.json, one row per clip). Only here is test read after training."""
+    """(the scores of a split for metrics.json, one row per clip for predictions_<split>.jsonl)."""
+    # captioners: the loss, and the generated captions against the references
     result = evaluate(model, loader, accelerator, desc=split)
     samples, rows = loader.dataset.samples, []
     if config.captioning:
@@ -404,7 +419,7 @@ def final_scores(
             rows.append({"file": str(sample.path), "caption": caption, "references": list(sample.captions)})
         return result | score_captions(captions, loader.dataset), rows
 
-    # arrays become rows of predictions; metrics.json has the scores alone
+    # classifiers: the arrays become rows; metrics.json keeps only the scores
     truth, ranked, probabilities = (result.pop(name) for name in ("truth", "ranked", "probabilities"))
     names = loader.dataset.class_names
     for sample, label, best, scores in zip(samples, truth, ranked.tolist(), probabilities.tolist(), strict=True):
@@ -416,7 +431,7 @@ def final_scores(
 def score_splits(
     model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, folder: Path
 ) -> dict[str, Any]:
-    """The scores on val and, if there is one, test; writes predictions_{val,test}.jsonl."""
+    """The scores on val and, if there is one, on test. Writes predictions_{val,test}.jsonl."""
     metrics: dict[str, Any] = {}
     for split in ("val", "test"):
         if split in loaders:
@@ -434,8 +449,9 @@ def score_splits(
 def build_loaders(
     model: VideoModel, config: Config, splits: Splits, features: dict[str, Any] | None = None, accelerator: Any = None
 ) -> dict[str, DataLoader]:
-    """A loader for every split that has samples. Splits in `features` are read from there. With an `accelerator` of
-    several processes, each process takes its part of every batch. `config` has no `auto`."""
+    """A loader for every split that has samples. `features` are the splits to read from the feature cache. With an
+    `accelerator` of several processes, each process gets its part of every batch. `config` has no `auto`."""
+    # only test is seen in several views: val is evaluated after every epoch
     loaders, features = {}, features or {}
     for name in (n for n in SPLITS if getattr(splits, n)):
         train = name == "train"
@@ -451,7 +467,8 @@ def build_loaders(
             views=(config.test_clips, config.test_crops) if name == "test" else (1, 1),
             features=features.get(name),
         )
-        # every process takes every n-th clip of each batch, so that n changes no result
+
+        # of n processes each takes every n-th clip of a batch, so that n does not change what is in a batch
         batches = EpochBatches(dataset, config.batch_size)
         if accelerator is not None:
             batches.rank, batches.world_size = accelerator.process_index, accelerator.num_processes
@@ -459,66 +476,70 @@ def build_loaders(
         if train:
             batches.balance = config.class_balance
             batches.group = config.gradient_accumulation_steps if config.captioning else 1
-            # the scan has read all frames of evaluation; the jitter of training may still find a bad one
+            # the scan has decoded every frame that evaluation takes, but training with jitter may meet a damaged one
             skipping = {"skip_unreadable": config.skip_unreadable, "skipped": splits.unreadable}
-        workers = 0 if name in features else config.num_workers  # for features, workers cost more than they save
+
+        # reading features is so fast that worker processes cost more than they save
+        workers = 0 if name in features else config.num_workers
         loaders[name] = build_loader(dataset, model.collator(), workers, batches, **skipping)
     return loaders
 
 
 @contextmanager
 def stop_signals() -> Generator[list[int]]:
-    """A list that SIGINT and SIGTERM append to instead of ending the process; the same signal again interrupts."""
+    """Yields a list to which SIGINT and SIGTERM are appended instead of ending the process: the current step can finish
+    and be saved. The same signal a second time interrupts at once."""
     signals: list[int] = []
 
-    def note(number: int, _: Any) -> None:
+    def on_signal(number: int, _: Any) -> None:
         if number in signals:
             raise KeyboardInterrupt
         signals.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+    # Python allows only the main thread to set handlers
+    if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
     finally:
-        for number, handler in old.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def train(
     model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, run_dir: Path
 ) -> dict[str, Any]:
-    """Trains to config.epochs, keeps the epoch that is best on val, tests it once, writes log and predictions.
+    """Trains for config.epochs, keeps the weights of the epoch that is best on val, and scores them once on test.
 
     With config.resume it continues from the run's saved state, bit for bit as if it had not been stopped.
-    Returns the contents of metrics.json, and the log.
+    Writes weights, state, log and predictions to `run_dir`; returns the contents of metrics.json, and the log.
 
     Raises:
         UserError: a loss that is not finite, a dead adapter, a video that cannot be read, a full disk.
-        Stopped: SIGINT or SIGTERM came; the state is saved.
+        Stopped: SIGINT or SIGTERM was received; the state is saved.
     """
-    # model and optimizer
+    # set up: model on the device, optimizer, schedule
     started = time.perf_counter()
     model.to(accelerator.device)
     if config.compile:
         for backbone in model.backbones().values():
-            body_of(backbone).compile()  # in place: the names of tensors stay
+            body_of(backbone).compile()  # in place, so that tensors keep their names in checkpoints
     engine = build_engine(model, loaders["train"], config, accelerator)
 
-    # continue where a stopped run was
-    if config.resume and (run_dir / STATE).exists():  # else it was stopped before anything was saved
+    # resume: restore the saved state; there is none if the run was stopped before its first save
+    if config.resume and (run_dir / STATE).exists():
         engine.progress = resumed_progress(model, engine, config.epochs, run_dir)
         loaders["train"].skipped.update(engine.progress.skipped)
         if accelerator.is_main_process:
             write_rows(engine.progress.log, run_dir / "log.jsonl")
 
-    # train, and save what --resume needs after each epoch, every `save_every` steps, and before stopping
+    # train; save what --resume needs after each epoch, every `save_every` steps, and when a signal asks to stop
     with stop_signals() as signals:
 
         def save_or_stop(due: bool) -> None:
-            (stopped,) = summed(accelerator, len(signals))  # all processes stop after the same step
+            (stopped,) = summed(accelerator, len(signals))  # so that all processes stop after the same step
             if stopped or due:
                 save_progress(model, loaders["train"], engine, run_dir)
             if stopped:
@@ -533,7 +554,7 @@ def train(
     if engine.progress.epoch < config.epochs:
         print(f"stopped after epoch {engine.progress.epoch}: val has not improved for {config.patience} epochs")
 
-    # the best epoch's weights are on disk; the main process wrote them
+    # score the best epoch, whose weights are on disk once the main process has written them
     accelerator.wait_for_everyone()
     best_epoch = load_weights(run_dir, model)["epoch"]
     metrics = {"best_epoch": best_epoch} | score_splits(model, loaders, config, accelerator, run_dir)
@@ -549,6 +570,7 @@ def train(
 
 
 def build_engine(model: VideoModel, loader: DataLoader, config: Config, accelerator: Any) -> Engine:
+    """The engine of a new run, with its optimizer and the length of its schedule."""
     steps = config.epochs * math.ceil(len(loader) / config.gradient_accumulation_steps)
     optimizer = accelerator.prepare(build_optimizer(model, config))
     engine = Engine(accelerator, optimizer, steps, config.gradient_accumulation_steps)
@@ -557,22 +579,22 @@ def build_engine(model: VideoModel, loader: DataLoader, config: Config, accelera
 
 
 def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config, run_dir: Path) -> None:
-    """Trains the current epoch to its end, evaluates on val, saves the weights if they are the best so far, logs."""
-    # ties in accuracy are broken by the loss; a captioner has the loss alone
+    """Trains the current epoch to its end, evaluates on val, keeps the weights if they are the best so far, logs."""
     progress = engine.progress
     trained = train_one_epoch(model, loaders["train"], engine)
-    seconds = progress.seconds
     val = evaluate(model, loaders["val"], engine.accelerator)
+
+    # classifiers are ranked by accuracy, then by loss, since small val splits have many ties; captioners by loss
     rank = (val.get("accuracy", 0.0), -val["loss"])
     row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": trained["loss"], "val_loss": val["loss"]}
     if "accuracy" in val:
         row |= {"train_accuracy": trained["accuracy"], "val_accuracy": val["accuracy"]}
     row["best"] = progress.best is None or rank > tuple(progress.best)
     row["skipped"] = len(all_skipped(loaders["train"], engine.accelerator))
-    row["seconds"] = round(seconds, 2)
-    row["clips_per_second"] = round(len(loaders["train"].dataset) / seconds, 1)
+    row["seconds"] = round(progress.seconds, 2)
+    row["clips_per_second"] = round(len(loaders["train"].dataset) / progress.seconds, 1)
 
-    # only the best weights are kept
+    # only the best weights are kept, so the file on disk is always the one to score
     if row["best"]:
         progress.best = rank
     progress.log.append(row)
@@ -586,6 +608,7 @@ def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine,
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """What is printed after an epoch."""
     parts = [f"epoch {row['epoch']}/{epochs}", f"train loss {row['train_loss']:.3f}", f"val loss {row['val_loss']:.3f}"]
     if "val_accuracy" in row:
         parts.append(f"val accuracy {100 * row['val_accuracy']:.1f} %")
@@ -593,17 +616,17 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
 
 
 def out_of_patience(log: list[dict[str, Any]], patience: int) -> bool:
-    """Whether none of the last `patience` epochs was better than all before it; never with patience 0."""
+    """Whether the last `patience` epochs brought no improvement on val. Never with patience 0."""
     return 0 < patience < len(log) and not any(row["best"] for row in log[-patience:])
 
 
 def all_skipped(loader: DataLoader, accelerator: Any) -> list[str]:
-    """The errors of the videos that any process skipped."""
+    """The errors of all videos that were skipped, by any process."""
     return sorted({error for errors in gathered(accelerator, [sorted(loader.skipped)]) for error in errors})
 
 
 def save_progress(model: VideoModel, loader: DataLoader, engine: Engine, run_dir: Path) -> None:
-    """Writes what --resume needs, with every process's random generator."""
+    """Writes what --resume needs, including the random generator of every process."""
     accelerator, progress = engine.accelerator, engine.progress
     progress.skipped = all_skipped(loader, accelerator)
     generators = dict(gathered(accelerator, [(accelerator.process_index, torch.get_rng_state())]))
@@ -612,7 +635,8 @@ def save_progress(model: VideoModel, loader: DataLoader, engine: Engine, run_dir
 
 
 def resumed_progress(model: VideoModel, engine: Engine, epochs: int, run_dir: Path) -> Progress:
-    """Restores the saved state. Raises UserError if it is not one of this run."""
+    """Restores the saved state. Raises UserError if it is not a state of this run."""
+    # a wrong field would otherwise fail hours later, or not at all
     accelerator = engine.accelerator
     values = load_state(run_dir, model, engine.optimizer, accelerator.process_index, accelerator.num_processes)
     try:
@@ -629,10 +653,9 @@ def resumed_progress(model: VideoModel, engine: Engine, epochs: int, run_dir: Pa
 
 
 def tensorboard_row(row: dict[str, Any], folder: Path) -> None:
-    """The numbers of a finished epoch, for TensorBoard, over optimizer steps."""
-    from tensorboardX.event_file_writer import (
-        EventsWriter,
-    )  # SummaryWriter's thread would print a full disk's traceback
+    """Writes the numbers of a finished epoch for TensorBoard, over optimizer steps."""
+    # not SummaryWriter: it writes in a thread, which would print a traceback when the disk is full
+    from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
     from tensorboardX.summary import scalar
 

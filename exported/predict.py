@@ -1,4 +1,4 @@
-"""Says what videos show: python predict.py VIDEO... Needs torch, transformers, av and numpy."""
+"""Classifies videos: python predict.py VIDEO... Needs torch, transformers, av and numpy."""
 
 import json
 import sys
@@ -15,45 +15,45 @@ MODEL = AutoModelForVideoClassification.from_pretrained(Path(__file__).resolve()
 
 def read(path: str | Path) -> torch.Tensor:
     """The frames for the model, upright: uint8 [T, 3, H, W]. Raises ValueError or av.FFmpegError."""
-    name, count, stride, found = f"file:{path}", MODEL.config.num_frames, RULES["frame_stride"], {}  # never a URL
-    with av.open(name) as packets, av.open(name) as frames:
+    url, count, stride, pictures = f"file:{path}", MODEL.config.num_frames, RULES["frame_stride"], {}  # never http:
+    with av.open(url) as packets, av.open(url) as frames:
         if (stream := packets.streams.best("video")) is None:
-            raise ValueError("no video in this file")
-        shown = sum(packet.size > 0 and not packet.is_discard for packet in packets.demux(stream))
-        wanted = (np.arange(count) * shown / count + 0.5 * shown / count).astype(int)  # the middles of equal parts
-        if stride or shown < count:  # every stride-th frame in the middle of the video, the last one repeated
+            raise ValueError("this file has no video")
+        length = sum(packet.size > 0 and not packet.is_discard for packet in packets.demux(stream))
+        indices = (np.arange(count) * length / count + 0.5 * length / count).astype(int)  # middles of equal parts
+        if stride or length < count:  # every stride-th frame in the middle of the video; repeats the last if too short
             steps = np.arange(count) * (stride or 1)
-            wanted = np.minimum(max(0, shown - steps[-1] - 1) // 2 + steps, shown - 1)
+            indices = np.minimum(max(0, length - steps[-1] - 1) // 2 + steps, length - 1)
         for index, frame in enumerate(frames.decode(frames.streams.best("video"))):
-            if index in wanted:
-                found[index] = np.rot90(frame.to_rgb().to_ndarray(), frame.rotation // 90)
-            if index == wanted[-1]:
-                return torch.from_numpy(np.stack([found[i] for i in wanted])).permute(0, 3, 1, 2)
-    raise ValueError(f"not all of its {shown} frames decode")
+            if index in indices:
+                pictures[index] = np.rot90(frame.to_rgb().to_ndarray(), frame.rotation // 90)
+            if index == indices[-1]:
+                return torch.from_numpy(np.stack([pictures[i] for i in indices])).permute(0, 3, 1, 2)
+    raise ValueError(f"not all of its {length} frames can be decoded")
 
 
 def predict(path: str | Path) -> dict[str, float]:
     """{label: probability}. Raises ValueError or av.FFmpegError if the video cannot be read."""
     clip, side, size = read(path), RULES["crop_size"]["height"], RULES["size"]
     if RULES["do_resize"]:
-        edge, shape = size.get("shortest_edge"), clip.shape[-2:]  # with an edge, the proportions are kept
+        edge, shape = size.get("shortest_edge"), clip.shape[-2:]  # shortest_edge keeps the proportions
         shape = [edge * n // min(shape) for n in shape] if edge else (size["height"], size["width"])
         mode = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}[RULES["resample"]]
         clip = torch.nn.functional.interpolate(clip, shape, mode=mode, antialias=mode != "nearest-exact")
-    high, wide = (side - n for n in clip.shape[-2:])  # negative: cut off; positive: black borders
+    high, wide = (side - n for n in clip.shape[-2:])  # pad() crops where these are negative, else adds black
     clip = torch.nn.functional.pad(clip, (int(wide / 2), wide - int(wide / 2), int(high / 2), high - int(high / 2)))
     mean, std = (torch.tensor(RULES[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
     with torch.inference_mode():
         logits = MODEL(((clip * RULES["rescale_factor"] - mean) / std)[None]).logits[0]
-    return {MODEL.config.id2label[k]: chance for k, chance in enumerate(logits.softmax(-1).tolist())}
+    return {MODEL.config.id2label[k]: probability for k, probability in enumerate(logits.softmax(-1).tolist())}
 
 
 if __name__ == "__main__":
     failed = 0
     for path in sys.argv[1:]:
         try:
-            label, chance = max(predict(path).items(), key=lambda item: item[1])
-            print(f"{path!r} {label!r} {chance:.4f}")
+            label, probability = max(predict(path).items(), key=lambda item: item[1])
+            print(f"{path!r} {label!r} {probability:.4f}")
         except (av.FFmpegError, OSError, ValueError) as error:
             failed = 1
             print(f"error: cannot read {path!r}: {error}", file=sys.stderr)

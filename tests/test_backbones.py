@@ -219,9 +219,7 @@ def test_only_a_missing_file_falls_back_to_a_guess_that_is_said_to_be_one(datase
     (folder / "preprocessor_config.json").unlink()
     argv = ["--vision_model", str(folder), "--data_dir", str(dataset), "--output_dir", str(folder.parent / "runs")]
     assert main.main([*argv, "--num_workers", "0", "--epochs", "1", "--freeze_visionbackbone", "True"]) == 0
-    assert (
-        f"warning: {folder} has no preprocessor_config.json; guessing transformers' default" in capsys.readouterr().out
-    )
+    assert f"warning: {folder} has no preprocessor_config.json; using VideoMAE's defaults" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -280,7 +278,7 @@ def test_a_folder_of_adapters_is_refused(dataset, capsys, folder):
 @pytest.mark.parametrize(
     "index, cause",
     [
-        ({"weight_map": {"a": "../outside.safetensors"}}, "names a file outside its folder"),
+        ({"weight_map": {"a": "../outside.safetensors"}}, "lists a file outside its folder"),
         ({"weight_map": {"a": "/x.safetensors"}}, "outside its folder"),
         ({"weight_map": 3}, "is no index of weights"),
         ([], "is no index of weights"),

@@ -171,7 +171,7 @@ def test_classes_that_are_displayed_alike_keep_a_bar_each(tmp_path):
     bars = {name: (share, [share, share]) for name, share in (("a", 0.0), ("b", 1.0), ("c", 1.0))}
     images = []
     for display in ({}, dict.fromkeys(bars, "x")):
-        path = figures.plot_bars(bars, "t", tmp_path / "bars.png", display=display)
+        path = figures.plot_bars(bars, "t", tmp_path / "bars.png", display_names=display)
         images.append((np.asarray(Image.open(path).convert("RGB")) == (0x33, 0x63, 0x8D)).all(-1).any(1).sum())
     assert images[0] == images[1] > 0  # rows of pixels that a bar covers
 

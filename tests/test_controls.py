@@ -111,7 +111,7 @@ def test_the_nearest_neighbour_is_the_nearest(runs, dataset, tmp_path, job):
     _, config, _ = load_run(runs[job])
     plain = build_model(Config(vision_model=config.vision_model, freeze_visionbackbone=True), 3).eval()
     splits, config = read_splits(dataset), replace(resolved(config, plain), cache_dir=str(tmp_path))
-    found = controls.nearest(splits, splits.test, config, build_accelerator(config))
+    found = controls.nearest_neighbours(splits, splits.test, config, build_accelerator(config))
 
     def pooled(samples: list[Sample]) -> np.ndarray:
         only = replace(splits, train=[], val=[], test=samples)
@@ -279,7 +279,7 @@ def test_other_videos_are_scored_beside_the_run(runs, dataset, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--epochs", "3"], "--epochs has no effect with score.py"),
+        (["--epochs", "3"], "--epochs has no effect here"),
         (["--vision_model", "videomae"], "was trained with other flags"),
         (["--data_dir", "absent"], "absent"),
     ],
@@ -296,7 +296,7 @@ def test_evaluate_refuses_other_classes_and_no_run(runs, dataset, tmp_path, caps
     assert score.main(["--checkpoint", str(runs["classifier"]), "--data_dir", str(other)]) == 2
     assert "a class that is not one of the training's (class_9)" in capsys.readouterr().err
     assert score.main(["--checkpoint", str(tmp_path)]) == 2
-    assert "is no run of this program" in capsys.readouterr().err
+    assert "is not a vidtune run" in capsys.readouterr().err
     provided = sorted((ROOT / "checkpoints" / "provided").glob("*/metadata.json"))
     if provided:
         assert score.main(["--checkpoint", str(provided[0].parent), "--data_dir", str(dataset)]) == 2
@@ -337,7 +337,9 @@ def test_the_worst_clips_are_the_surest_wrong_ones_then_the_least_sure_right_one
     ]
     found = figures.worst_clips(rows, {"a": "running", "b": "jumping"})
     assert [place for place, _ in found] == [3, 1, 2, 0]
-    assert found[0][1] == "v/3.mp4: jumping 95 %, in truth running" and found[2][1] == "v/2.mp4: running 40 %, right"
+    assert (
+        found[0][1] == "v/3.mp4: jumping 95 %, wrong, truth: running" and found[2][1] == "v/2.mp4: running 40 %, right"
+    )
 
 
 def test_pictures_name_clips_by_folder_answer_and_truth(tmp_path, monkeypatch):
@@ -357,7 +359,7 @@ def test_pictures_name_clips_by_folder_answer_and_truth(tmp_path, monkeypatch):
     clip, fall = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 2, 2)
     labelled = {"file": "test/class_3/video_6.pt", "truth": "b", "label": "a", "score": 0.9}
     figures.plot_occlusion([(clip, fall, labelled), (clip, fall, rows[2])], {"a": "running", "b": "jumping"}, tmp_path)
-    assert titles[0] == "class_3/video_6.pt: running 90 %, in truth jumping"
+    assert titles[0] == "class_3/video_6.pt: running 90 %, wrong, truth: jumping"
     assert titles[2] == "class_2/video_6.pt: a 2  |  reference: a 0"
 
 

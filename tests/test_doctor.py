@@ -107,14 +107,14 @@ def no_rate(monkeypatch, data: Path) -> list[str]:
 
 
 SABOTAGE = [
-    (dead_adapter, "what is trained gets gradients"),
+    (dead_adapter, "trained tensors get gradients"),
     (wrong_mean, "mean and std are the backbone's"),
     (leaked_video, "val and test share no video with train"),
-    (identical_classes, "no video lies in two classes"),
+    (identical_classes, "no video is in two classes"),
     (frame_mismatch, "frames fit the backbone"),
     (damaged_middle, "every frame decodes"),
     (empty_class, "classes have videos"),
-    (no_rate, "a batch of 8 can be learned by heart"),
+    (no_rate, "a batch of 8 can be overfitted"),
 ]
 
 
@@ -152,11 +152,11 @@ def test_a_first_loss_far_from_guessing_is_found(data, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(build_model.VideoClassifier, "__init__", init)
     assert examine(data, tmp_path) == 1
-    assert "the first loss is that of guessing" in failed_checks(capsys.readouterr().out)
+    assert "the first loss is at chance level" in failed_checks(capsys.readouterr().out)
 
 
 def test_videos_without_captions_are_found(data, tmp_path, capsys):
-    from checks import check_captions
+    from doctor import check_captions
     from VLoader import read_splits
 
     splits = read_splits(data)

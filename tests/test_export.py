@@ -79,7 +79,7 @@ def test_a_classifier_as_a_hugging_face_folder(dataset, tmp_path, capsys, name):
     with torch.no_grad():
         assert (native(**pixel_values).logits - model(video)).abs().max() < 1e-5
     assert inference.main(["--checkpoint", str(run), "--export", str(out)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

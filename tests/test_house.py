@@ -18,7 +18,7 @@ LAYERS = [
     {"build_model"},
     {"feature_cache", "checkpoint"},
     {"scan", "export", "train_code", "figures", "answers"},
-    {"controls", "checks"},
+    {"controls"},
     {"runs"},
     {"main", "inference", "score", "doctor", "preview", "create_dummy", "convert_dataset"},
 ]

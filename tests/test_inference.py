@@ -86,7 +86,7 @@ def test_a_begun_file_is_gone_on_with(run, videos, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(inference.Predictor, "predict_many", predict_many)
     capsys.readouterr()
     assert answer(run, videos, output) == 0
-    assert "has 9 of the 24 answers already" in capsys.readouterr().out
+    assert "already has 9 of the 24 answers" in capsys.readouterr().out
     assert asked == ["2.pt", *(f"{i}.pt" for i in range(10, 24))]
     found = {Path(r["file"]).name: r for r in rows(output)}
     assert len(found) == len(rows(output)) == 24
@@ -106,7 +106,7 @@ def test_answers_of_another_run_or_with_other_options_are_not_mixed(run, videos,
     assert output.read_bytes() == before
     output.write_text("a note of mine\n")
     assert answer(run, videos, output) == 2
-    assert "line 1 is no answer of this program" in capsys.readouterr().err
+    assert "line 1 is not an answer" in capsys.readouterr().err
     assert output.read_text() == "a note of mine\n"
     output.write_text("a note without an end of line")
     assert answer(run, videos, output) == 2
@@ -117,7 +117,7 @@ def test_odd_captions_are_printed_and_read_again(tmp_path):
     row = {"file": "a.mp4", "caption": "one\u2028two\x85", "run": "r 1"}
     output = tmp_path / "out.jsonl"
     output.write_text(answers.as_line(row) + '{"fi', encoding="utf-8")
-    assert list(answers.begun(output, "r 1", ".").values()) == [row]
+    assert list(answers.read_answers(output, "r 1", ".").values()) == [row]
     assert output.read_text(encoding="utf-8") == answers.as_line(row)
     assert inference.answer_line({"file": "a.mp4", "caption": ""}, 8).strip() == "a.mp4"
 
@@ -348,7 +348,7 @@ def test_answers_that_stand_twice_or_have_no_path(run, videos, tmp_path, monkeyp
     output.write_text("".join(map(answers.as_line, [*old, *expected[5:20], *expected[12:15]])))
     capsys.readouterr()
     assert answer(run, Path("videos"), output) == 0
-    assert "has 20 of the 23 answers already" in capsys.readouterr().out
+    assert "already has 20 of the 23 answers" in capsys.readouterr().out
     assert [r["file"] for r in rows(output)] == [r["file"] for r in expected]
 
 
@@ -371,7 +371,7 @@ def test_a_file_of_another_program_is_not_changed(tmp_path, text):
     output = tmp_path / "out.jsonl"
     output.write_text(text)
     with pytest.raises(UserError, match="choose another file"):
-        answers.begun(output, "r 1", ".")
+        answers.read_answers(output, "r 1", ".")
     assert output.read_text() == text
 
 

@@ -209,7 +209,7 @@ def test_contradicting_flags_are_listed_and_training_flags_are_named(runs, frame
         and "--use_lora_vision False (it has True)" in err
     )
     status, out, _ = answers(capsys, *where, "--vision_model", "videomae", "--epochs", "3")
-    assert status == 0 and "note: --epochs belong to training" in out
+    assert status == 0 and "note: ignoring --epochs" in out
 
 
 def test_an_existing_run_is_kept_unless_told(dataset, tmp_path, capsys):
@@ -288,7 +288,7 @@ def damage(run: Path, how: str) -> None:
         ("another shape", "head.bias is [5], not [3]"),
         ("pickle", "no whole safetensors file"),
         ("no weights", "did not finish an epoch"),
-        ("no metadata", "is no run of this program"),
+        ("no metadata", "is not a vidtune run"),
         ("later format", "checkpoint format 99"),
         ("another backbone", "another vision backbone"),
     ],

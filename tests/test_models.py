@@ -564,7 +564,7 @@ def test_decoders_of_other_families_train_and_write_captions(dataset, tmp_path, 
 @pytest.mark.parametrize(
     "family, captioning, message",
     [
-        ("llama", False, "is a llama; to classify, take a BERT-like encoder, or add --captioning True"),
+        ("llama", False, "is a llama; classification needs a BERT-like encoder; for captions add --captioning True"),
         ("distilbert", True, "captioning needs a causal language model such as gpt2, not"),
     ],
 )

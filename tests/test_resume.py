@@ -189,7 +189,7 @@ def stopped(dataset, tmp_path, monkeypatch) -> list[str]:
     [
         (["--epochs", "5"], "--epochs 5 (it has 4)"),
         (["--learning_rate", "0.1"], "--learning_rate 0.1 (it has 0.001)"),
-        (["--run_name", "other"], "is no run of this program"),
+        (["--run_name", "other"], "is not a vidtune run"),
         (["--data_dir", "nowhere"], "no data folder"),
     ],
 )

@@ -228,7 +228,7 @@ def test_a_folder_that_is_no_run_is_never_touched(dataset, tmp_path, capsys, fil
     for more in ([], ["--overwrite", "True"], ["--resume", "True"]):
         assert main.main(flags(dataset, tmp_path, *more)) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "no run of this program" in err
+        assert err.count("\n") == 1 and "not a vidtune run" in err
     assert {p.name: p.read_text() for p in (tmp_path / "r").iterdir()} == files
 
 
@@ -322,7 +322,7 @@ def test_a_run_is_scored_into_a_folder_of_its_own(dataset, tmp_path, whole, caps
     assert score.main(argv) == 0  # again
     shutil.copy(whole / "metadata.json", tmp_path / "r")
     assert score.main(argv) == 2
-    assert "is another run" in capsys.readouterr().err
+    assert "holds another run" in capsys.readouterr().err
 
 
 def test_a_provided_run_is_scored_elsewhere(dataset, tmp_path, whole, monkeypatch, capsys):
