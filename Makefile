@@ -1,18 +1,18 @@
-# make demo      installs into .venv, then draws, trains, infers (demo/)
-# make test      installs into .venv, then lints and tests in minutes
-# make test-all  the longer tests too
-# make check     lint and types only
-# make campaign  kills, races and damaged inputs by the thousand: hours
-# make report    trains what is missing of experiments/, writes report.pdf and RESULTS.md
-# make provided  the same, then checkpoints/provided/ anew
+# make demo      install into .venv, then generate data, train and predict in demo/
+# make test      install into .venv, then lint and test; takes minutes
+# make test-all  also run the slow tests
+# make check     only lint and check types
+# make campaign  stress tests with thousands of kills, races and damaged inputs; takes hours
+# make report    train the missing runs of experiments/, write report.pdf and RESULTS.md
+# make provided  the same, then rewrite checkpoints/provided/
 #
-# PIP_ARGS reaches pip: see README.md for a CPU build of torch.
+# PIP_ARGS is passed to pip; see README.md for the CPU build of torch.
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 DEMO := demo
-# one thread in each of the two test processes: more only get in each other's way
+# two test processes with one thread each: more threads would slow each other down on a small machine
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2
 
 .PHONY: demo test test-all check campaign report provided clean
@@ -40,8 +40,8 @@ demo: $(VENV)/installed
 	$(PY) create_dummy.py --data_dir $(DEMO)/synthetic_dataset --output $(DEMO)/frames_see; \
 	rm -f $(DEMO)/predictions.jsonl; \
 	$(PY) inference.py --output_dir $(DEMO)/checkpoints --video_dir $(DEMO)/frames_see --output $(DEMO)/predictions.jsonl; \
-	echo "Drew $(DEMO)/synthetic_dataset, trained $(DEMO)/checkpoints/timesformer (see its curves.png), wrote frames to"; \
-	echo "$(DEMO)/frames_see and the answers for them to $(DEMO)/predictions.jsonl. Next: your own clips, see README.md."; \
+	echo "Generated $(DEMO)/synthetic_dataset, trained $(DEMO)/checkpoints/timesformer (see curves.png there), and saved"; \
+	echo "frames to $(DEMO)/frames_see and predictions to $(DEMO)/predictions.jsonl. Next: your own clips, see README.md."; \
 	$(PY) -c "import json, sys; run = '$(DEMO)/checkpoints/timesformer'; test = json.load(open(run + '/metrics.json'))['test']; \
 	print(json.dumps({'seconds': $$(date +%s) - $$start, 'test_accuracy': test['accuracy'], 'n_test': test['count'], 'run': run}))"
 

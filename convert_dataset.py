@@ -1,9 +1,9 @@
-"""Annotation files as people have them, to metadata.jsonl; the videos stay where they are, rows lead to them.
+"""Convert the annotation files of public datasets to metadata.jsonl. Videos are referenced, never copied.
 
     python convert_dataset.py --format ucf101 --annotations trainlist01.txt testlist01.txt --videos UCF-101 --output data
 
-One generator per format turns a file into rows; one writer finds the videos, leaves out what is missing,
-unreadable or refused, names all of that in <output>/<split>/conversion.json, and prints the counts.
+Each format has one generator that turns a file into rows. The rest is shared: find the video of every row, drop the
+missing, unreadable and refused ones, list them in <output>/<split>/conversion.json, and print the counts.
 """
 
 import argparse
@@ -36,37 +36,39 @@ SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
-SHOWN = 5  # names of missing, unreadable and refused videos that are printed
-SHOWN_CLASSES = 40
-MOST_WORKERS = 256
-LONGEST = 200  # characters of a name that are printed
+PRINTED_NAMES = 5  # of missing, unreadable and refused videos; conversion.json has all of them
+PRINTED_CLASSES = 40
+PRINTED_LENGTH = 200  # characters of a name
+MAX_WORKERS = 256
 REPORT = "conversion.json"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one line of an annotation file says of one video."""
+    """One line of an annotation file: a video and its labels."""
 
-    video: str  # a path, or a file's name without suffix
+    video: str  # a path, or a file name without its suffix
     label: str | None = None
     captions: tuple[str, ...] = ()
     text: str | None = None
-    split: str | None = None  # None: the file's name tells
-    frames: tuple[int, int] | None = None  # numbers of the first and the last image of a folder of frames
-    problem: str = ""  # why the row cannot be taken
-    unused: bool = False  # the list itself says that this split does without it
+    split: str | None = None  # None: inferred from the file name
+    frames: tuple[int, int] | None = None  # first and last image number, if the video is part of a frame folder
+    problem: str = ""  # why the row is refused
+    unused: bool = False  # the list itself excludes the video from this split
 
     def __post_init__(self) -> None:
+        # JSON may hold anything: a wrong type is caught here, where the file that holds it is still known
         texts = [text for text in (self.video, self.label, *self.captions, self.text) if text is not None]
         if not all(isinstance(text, str) for text in texts):
-            raise TypeError("names, labels and captions must be texts")
+            raise TypeError("names, labels and captions must be strings")
 
 
 # -- one generator per format -----------------------------------------------------------------------
 
 
 def read_text(file: Path) -> str:
-    """UTF-8, or what a byte order mark says, else cp1252. Raises UserError if it cannot be read."""
+    """The file decoded as UTF-8, as UTF-16 if a byte order mark says so, else as cp1252 (VATEX's encoding).
+    Raises UserError if it cannot be read."""
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -78,19 +80,19 @@ def read_text(file: Path) -> str:
 
 
 def plain_text(file: Path) -> str:
-    """The text of a format that is no JSON. Raises ValueError if the file is."""
+    """The text of a file in a line-based format. Raises ValueError for a JSON file."""
     if file.suffix.lower() in (".json", ".jsonl"):
-        raise ValueError("it is JSON, where lines of text are expected")
+        raise ValueError("expected lines of text, not JSON")
     return read_text(file)
 
 
 def lines_of(file: Path) -> Iterator[str]:
-    """The lines that hold something. They end at line feeds alone: a caption may hold any other separator."""
+    """The non-empty lines. Only a line feed ends a line: captions may contain U+2028 and other separators."""
     return (line.strip() for line in plain_text(file).split("\n") if line.strip())
 
 
 def cells_of(file: Path, separator: str = ",") -> list[list[str]]:
-    """The rows of a csv file, without empty lines; quoted cells may hold line breaks. Raises ValueError."""
+    """The non-empty rows of a csv file. Quoted cells may contain line breaks. Raises ValueError if it is malformed."""
     reader = csv.reader(io.StringIO(plain_text(file), newline=""), delimiter=separator, strict=True)
     try:
         return [[cell.strip() for cell in row] for row in reader if len(row) > 1 or "".join(row).strip()]
@@ -99,18 +101,20 @@ def cells_of(file: Path, separator: str = ",") -> list[list[str]]:
 
 
 def table_of(cells: list[list[str]]) -> Iterator[dict[str, str]]:
-    """A table's rows by its first line's titles. Raises ValueError for a row of more cells than titles."""
+    """The rows of a table as {column: cell}. The first row is the header; missing cells become "".
+    Raises ValueError for a row with more cells than the header."""
     titles = cells[0] if cells else []
     for row in cells[1:]:
         if any(row[len(titles) :]):
             raise ValueError(
-                f"{len(row)} cells under {len(titles)} titles: {shown(', '.join(row))}; put quotes around cells that hold commas"
+                f"a row has {len(row)} cells for {len(titles)} columns: {shown(', '.join(row))}; "
+                "put quotes around cells that contain commas"
             )
         yield dict(zip(titles, row + [""] * (len(titles) - len(row)), strict=False))
 
 
-def split_facts(word: str) -> dict[str, str | None]:
-    """The split of a row that names one, and what is wrong with it, as arguments of Row."""
+def split_fields(word: str) -> dict[str, str | None]:
+    """The `split` and `problem` fields of a Row whose split column contains `word`."""
     split = split_of(word)
     return {"split": split, "problem": f"unknown split {word}" if word and split is None else ""}
 
@@ -121,34 +125,45 @@ CAPTION_TITLES = ("caption", "sentence", "description")
 
 
 def list_rows(file: Path) -> Iterator[Row]:
-    """`path label`, separated by tab, comma or spaces; or a table with a line of titles such as
-    path, label, caption, text, split."""
+    """`path label`, separated by a tab, comma or spaces; or a table with a header (path, label, caption, text, split)
+
+    Other common column names work too: PATH_TITLES, LABEL_TITLES, CAPTION_TITLES.
+    """
+    # the first line decides on the separator
     first = next(lines_of(file), "")
     separator = "\t" if "\t" in first else "," if "," in first else None
     cells = cells_of(file, separator) if separator else [split_at_path(line) for line in lines_of(file)]
+
+    # a header is a first line that names a path column
     titles = [cell.lower() for cell in cells[0]] if cells else []
     if separator and any(title in PATH_TITLES for title in titles):
         yield from table_rows(table_of([titles, *cells[1:]]))
         return
+
+    # without a header, exactly one label must follow the path: more than one is ambiguous, so never guess
     for row in cells:
         if len(row) == 2 and row[1]:
             yield Row(row[0], label=row[1])
         elif not any(row[1:]):
             yield Row(row[0], problem="no label")
         else:
-            yield Row(row[0], problem=f"several labels ({', '.join(row[1:])}); frame lists are --format frames")
+            yield Row(row[0], problem=f"several labels ({', '.join(row[1:])}); lists of frames need --format frames")
 
 
 def split_at_path(line: str) -> list[str]:
-    """`a path.mp4 jumping jack` -> [path, label]; without a video's suffix the path ends at the first space.
-    Several numbers behind the path stay apart."""
-    found = re.match(r"(.*?\.(?:mp4|avi|mkv|webm|mov|gif|m4v|mpe?g|wmv|flv|3gp|ogv|pt))\s+(.*)", line, re.IGNORECASE)
-    path, rest = found.groups() if found else [*line.split(maxsplit=1), ""][:2]
+    """`a path.mp4 jumping jack` -> ["a path.mp4", "jumping jack"].
+
+    Without a video suffix the path ends at the first space. Several numbers after the path stay separate cells,
+    so that list_rows can report them as several labels."""
+    match = re.match(r"(.*?\.(?:mp4|avi|mkv|webm|mov|gif|m4v|mpe?g|wmv|flv|3gp|ogv|pt))\s+(.*)", line, re.IGNORECASE)
+    path, rest = match.groups() if match else [*line.split(maxsplit=1), ""][:2]
     numbers = rest.split()
     return [path, *numbers] if all(n.lstrip("-").isdigit() for n in numbers) else [path, rest]
 
 
 def table_rows(rows: Iterator[dict[str, str]]) -> Iterator[Row]:
+    """The rows of a table with a header. Columns have many names: the first known one that is filled wins."""
+
     def cell(row: dict[str, str], titles: tuple[str, ...]) -> str | None:
         return next((row[t] for t in titles if row.get(t)), None)
 
@@ -159,22 +174,22 @@ def table_rows(rows: Iterator[dict[str, str]]) -> Iterator[Row]:
             label=cell(row, LABEL_TITLES),
             captions=(caption,) if caption else (),
             text=cell(row, ("text",)),
-            **split_facts(cell(row, ("split", "subset")) or ""),
+            **split_fields(cell(row, ("split", "subset")) or ""),
         )
 
 
 def ucf101_rows(file: Path) -> Iterator[Row]:
-    """`Class/v_Class_g01_c01.avi 1` in training lists, without the number in test lists."""
+    """`Class/v_Class_g01_c01.avi 1`; test lists have no number. The folder is the class"""
     for line in lines_of(file):
-        name = re.sub(r"\s+\d+$", "", line)
+        name = re.sub(r"\s+\d+$", "", line)  # the class number of a training list
         yield Row(name, label=PurePosixPath(name).parent.name or None)
 
 
 def hmdb51_rows(file: Path) -> Iterator[Row]:
-    """<class>_test_split<n>.txt: `video.avi 1`; 1 trains, 2 tests, 0 is not used in this split."""
-    label, found, _ = file.stem.partition("_test_split")
-    if not found:
-        raise UserError(f"{file}: HMDB51's lists are named <class>_test_split<n>.txt; name those of one split")
+    """<class>_test_split<n>.txt with `video.avi 1`: 1 = train, 2 = test, 0 = not used in this split"""
+    label, marker, _ = file.stem.partition("_test_split")
+    if not marker:
+        raise UserError(f"{file} is not an HMDB51 list: pass the <class>_test_split<n>.txt files of one split")
     for line in lines_of(file):
         name, number = line.rsplit(maxsplit=1)
         split = {"0": "train", "1": "train", "2": "test"}[number]
@@ -182,86 +197,90 @@ def hmdb51_rows(file: Path) -> Iterator[Row]:
 
 
 def kinetics_rows(file: Path) -> Iterator[Row]:
-    """Lines under label, youtube_id, time_start, time_end, split; files <id>_<start>_<end>, six digits each."""
+    """csv with label, youtube_id, time_start, time_end, split; videos are named <id>_<start>_<end>, six digits each"""
     for row in table_of(cells_of(file)):
         start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
         name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
-        yield Row(name, label=row.get("label") or None, **split_facts(row.get("split", "")))
+        yield Row(name, label=row.get("label") or None, **split_fields(row.get("split", "")))
 
 
 def ssv2_rows(file: Path) -> Iterator[Row]:
-    """[{"id", "label", "template"}]: the class is the template without brackets, the label its caption."""
+    """[{"id", "label", "template"}]: the template without its brackets is the class, the label is the caption"""
     for row in json.loads(read_text(file)):
         if "template" not in row:
             yield Row(str(row["id"]), problem="no template (the published test list has none)")
             continue
+        # "[Something] falling": the brackets mark what the label names, and are not part of the class
         label = row["template"].replace("[", "").replace("]", "")
         yield Row(str(row["id"]), label=label, captions=(row["label"],) if row.get("label") else ())
 
 
 def msrvtt_rows(file: Path) -> Iterator[Row]:
-    """videodatainfo: `videos` with their splits, `sentences` with their captions."""
+    """videodatainfo.json: `videos` have the splits, `sentences` have the captions"""
     values = json.loads(read_text(file))
     captions: dict[str, list[str]] = {}
     for sentence in values["sentences"]:
         captions.setdefault(sentence["video_id"], []).append(sentence["caption"].strip())
     for video in values["videos"]:
-        mine = tuple(filter(None, captions.pop(video["video_id"], [])))
-        yield Row(video["video_id"], captions=mine, **split_facts(video["split"]))
+        video_captions = tuple(filter(None, captions.pop(video["video_id"], [])))
+        yield Row(video["video_id"], captions=video_captions, **split_fields(video["split"]))
     for name in captions:
-        yield Row(name, problem="it has sentences, but does not stand in `videos`")
+        yield Row(name, problem="it has sentences but is missing from `videos`")
 
 
 def msvd_rows(file: Path) -> Iterator[Row]:
-    """`<id>_<start>_<end> a caption` lines (those that begin with # are comments), or the corpus's csv (VideoID, Start,
-    End, Language, Description), of which the English ones count."""
+    """`<id>_<start>_<end> caption` lines, # for comments; or the published csv, of which English captions are used
+
+    Columns of the csv: VideoID, Start, End, Language, Description.
+    """
     captions: dict[str, list[str]] = {}
     if file.suffix.lower() == ".csv":
         for row in table_of(cells_of(file)):
-            mine = captions.setdefault(f"{row['VideoID']}_{row['Start']}_{row['End']}", [])
-            mine += [row["Description"]] if row["Language"] == "English" else []
+            video_captions = captions.setdefault(f"{row['VideoID']}_{row['Start']}_{row['End']}", [])
+            video_captions += [row["Description"]] if row["Language"] == "English" else []
     else:
         for line in lines_of(file):
             name, _, caption = line.partition(" ")
             if not name.startswith("#"):
                 captions.setdefault(name, []).append(caption.strip())
-    for name, mine in captions.items():
-        yield Row(name, captions=tuple(filter(None, mine)))
+    for name, video_captions in captions.items():
+        yield Row(name, captions=tuple(filter(None, video_captions)))
 
 
 def vatex_rows(file: Path) -> Iterator[Row]:
-    """`<id>|caption|caption ...` lines, or the published json ([{"videoID", "enCap"}])."""
+    """`<id>|caption|caption ...`, or the published json ([{"videoID", "enCap"}])"""
     if file.suffix.lower() == ".json":
         rows = ((row["videoID"], row.get("enCap", [])) for row in json.loads(read_text(file)))
     else:
         rows = ((name, rest.split("|")) for name, _, rest in (line.partition("|") for line in lines_of(file)))
     for name, captions in rows:
-        mine = tuple(re.sub("[ \t]+", " ", c).strip() for c in captions if c.strip())
-        yield Row(name.strip(), captions=mine)
+        yield Row(name.strip(), captions=tuple(re.sub("[ \t]+", " ", c).strip() for c in captions if c.strip()))
 
 
 def frames_rows(file: Path) -> Iterator[Row]:
-    """`folder start end label` with the numbers of the first and last image, or `folder count label`."""
+    """`folder start end label`, where start and end are image numbers; or `folder count label`"""
     for line in lines_of(file):
-        found = re.fullmatch(r"(.+?)\s+(\d+)\s+(\d+)\s+(\S+)", line)
-        if found:
-            folder, start, end, label = found.groups()
+        match = re.fullmatch(r"(.+?)\s+(\d+)\s+(\d+)\s+(\S+)", line)
+        if match:
+            folder, start, end, label = match.groups()
             yield Row(folder, label=label, frames=(int(start), int(end)))
             continue
-        found = re.fullmatch(r"(.+?)\s+(\d+)\s+(\S+)", line)
-        if found is None:
+        # the count is not needed: without start and end all images of the folder are used
+        match = re.fullmatch(r"(.+?)\s+(\d+)\s+(\S+)", line)
+        if match is None:
             yield Row(line, problem="expected `folder start end label` or `folder count label`")
             continue
-        yield Row(found[1], label=found[3])
+        yield Row(match[1], label=match[3])
 
 
 def chat_rows(file: Path) -> Iterator[Row]:
-    """[{"messages": [user, assistant], "videos": [path]}]: the question becomes the text, the answer the caption."""
+    """[{"messages": [user, assistant], "videos": [path]}]: the question is the text, the answer is the caption"""
     for row in json.loads(read_text(file)):
         name = str(row["videos"][0]) if row.get("videos") else "(none)"
+        # longer conversations have no single caption
         turns = [m for m in row["messages"] if m["role"] != "system"]
         if [m["role"] for m in turns] != ["user", "assistant"]:
-            yield Row(name, problem="more or less than one question and one answer")
+            yield Row(name, problem="expected exactly one question and one answer")
         elif len(row.get("videos", ())) != 1:
             yield Row(name, problem=f"{len(row.get('videos', ()))} videos in one conversation")
         else:
@@ -269,6 +288,7 @@ def chat_rows(file: Path) -> Iterator[Row]:
             yield Row(name, captions=(answer,), text=question or None, problem="" if answer else "no answer")
 
 
+# to add a format, write a generator whose docstring starts with one line of help, and list it here
 FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "list": list_rows,
     "ucf101": ucf101_rows,
@@ -284,14 +304,16 @@ FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def split_of(name: str) -> str | None:
-    """The split that a word or a file's name speaks of; None if it speaks of none, or of several."""
+    """The split named in a word or file name; None if there is none, or more than one."""
+    # a whole word; the letter l may follow, as in UCF101's trainlist01.txt
     words = re.findall(r"(?<![a-z])(train(?:ing)?|val(?:id(?:ate|ation)?)?|dev|test(?:ing)?)(?![a-km-z])", name.lower())
-    found = {SPLIT_WORDS[word] for word in words}
-    return found.pop() if len(found) == 1 else None
+    splits = {SPLIT_WORDS[word] for word in words}
+    return splits.pop() if len(splits) == 1 else None
 
 
 def read_class_names(file: Path) -> dict[str, str]:
-    """{number: name} of a list of classes: `3 jumping` lines, or one name a line (from 0), or {"jumping": 3}."""
+    """{number: name} from `3 jumping` lines, one name per line (numbered from 0), or json {"jumping": 3}.
+    Raises ValueError for other json and for a number that is listed twice."""
     if file.suffix.lower() == ".json":
         values = json.loads(read_text(file))
         if not isinstance(values, dict) or not all(re.fullmatch(r"\d+", str(number)) for number in values.values()):
@@ -300,39 +322,41 @@ def read_class_names(file: Path) -> dict[str, str]:
     else:
         lines = list(lines_of(file))
         numbered = [re.fullmatch(r"(\d+)[\s,]+(.+)", line) for line in lines]
-        whole = lines and all(numbered)
-        pairs = [found.groups() for found in numbered] if whole else [(str(i), line) for i, line in enumerate(lines)]
+        # a single line without a number means that digits are part of the names ("100 m sprint")
+        all_numbered = lines and all(numbered)
+        pairs = [m.groups() for m in numbered] if all_numbered else [(str(i), line) for i, line in enumerate(lines)]
     names = dict(pairs)
-    if len(names) < len(pairs):
-        raise ValueError("a number stands twice")
+    if len(names) < len(pairs):  # two names for one number: either may be wrong
+        raise ValueError("a class number is listed twice")
     return names
 
 
 def several_labels(label: str | None) -> str:
-    """What is wrong with a label that names several classes: `3,17`, `a;b`, `a|b`, `[1, 2]`; else ""."""
+    """The problem with a label that lists several classes (`3,17`, `a;b`, `a|b`, `[1, 2]`); else ""."""
     if label and re.fullmatch(r".*[|;].*|\[.*\]|\d+(?:[,\s]+\d+)+", label, re.DOTALL):
-        return f"several labels ({label}); one video has one"
+        return f"several labels ({label}); a video can have only one"
     return ""
 
 
 def parse_file(name: str, file: Path, default_split: str | None) -> Iterator[Row]:
-    """A file's rows, each with a split. Raises UserError if the file is not of this format."""
+    """The rows of a file, each with a split. Raises UserError if the file is not in this format."""
     split = default_split or split_of(file.stem) or "train"
     try:
         for row in FORMATS[name](file):
             yield row if row.split else replace(row, split=split)
     except RecursionError:
-        raise UserError(f"{file} is not of --format {name}: it is nested too deep") from None
+        raise UserError(f"{file} is not in --format {name}: it is nested too deeply") from None
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise UserError(f"{file} is not of --format {name}: {what}") from None
+        # whatever a parser trips over means that the file has another format; a KeyError is a missing field
+        cause = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(f"{file} is not in --format {name}: {cause}") from None
 
 
-# -- where the videos are ---------------------------------------------------------------------------
+# -- finding the videos -----------------------------------------------------------------------------
 
 
 class VideoIndex:
-    """All videos below a folder, by path and by name."""
+    """All videos below a folder, searchable by file name or by any part of the path."""
 
     def __init__(self, folder: Path):
         from readers import find_videos
@@ -346,7 +370,7 @@ class VideoIndex:
 
     @staticmethod
     def parts(name: str) -> tuple[str, ...]:
-        """A path's parts, the last one without a video's suffix."""
+        """The parts of a path, the last one without its video suffix."""
         from readers import VIDEO_SUFFIXES
 
         path = PurePosixPath(name.replace("\\", "/"))
@@ -354,24 +378,30 @@ class VideoIndex:
         return tuple(p for p in plain.parts if p not in (".", "/"))
 
     def find(self, name: str) -> tuple[Path | None, str]:
-        """(the video, what is wrong): the file of that name whose folders agree as far as both name them."""
+        """(the video or None, the problem or ""). Several equally good matches are a problem: never guess.
+
+        Paths are compared from their end, as far as both go: `running/0001` matches `some/prefix/running/0001.mp4`
+        but not `jumping/0001`.
+        """
         parts = self.parts(name)
-        close = [
-            (have, path)
-            for have, path in self.by_name.get(parts[-1] if parts else "", [])
-            if all(a == b for a, b in zip(reversed(have), reversed(parts), strict=False))
+        candidates = [
+            (path_parts, path)
+            for path_parts, path in self.by_name.get(parts[-1] if parts else "", [])
+            if all(a == b for a, b in zip(reversed(path_parts), reversed(parts), strict=False))
         ]
-        exact = [path for have, path in close if have == parts]
-        found = exact or [path for _, path in close]
-        same = [path for path in found if path.name == PurePosixPath(name.replace("\\", "/")).name]
-        found = same or found
-        if len(found) > 1:
-            return None, f"{len(found)} files are of this name: {found[0]}, {found[1]}"
-        return (found[0], "") if found else (None, "")
+
+        # prefer the full path over a partial one, then the same suffix (a.mp4 over a.avi)
+        exact = [path for path_parts, path in candidates if path_parts == parts]
+        matches = exact or [path for _, path in candidates]
+        same_suffix = [path for path in matches if path.name == PurePosixPath(name.replace("\\", "/")).name]
+        matches = same_suffix or matches
+        if len(matches) > 1:
+            return None, f"{len(matches)} files have this name: {matches[0]}, {matches[1]}"
+        return (matches[0], "") if matches else (None, "")
 
 
 def images_between(folder: Path, frames: tuple[int, int]) -> tuple[list[Path], bool]:
-    """(the images whose numbers lie between, whether these are all of the folder)."""
+    """(the images numbered from frames[0] to frames[1], whether they are all images of the folder)."""
     from readers import list_images
 
     def number(path: Path) -> int:
@@ -384,9 +414,10 @@ def images_between(folder: Path, frames: tuple[int, int]) -> tuple[list[Path], b
 
 
 def link_images(folder: Path, images: list[Path]) -> None:
-    """A folder of links to these images, and no others."""
+    """Makes a folder of symlinks to exactly these images. Raises UserError if it cannot."""
     make_folder(folder)
     try:
+        # links of an earlier conversion; real files are never touched
         for old in folder.iterdir():
             if old.is_symlink():
                 old.unlink()
@@ -396,12 +427,12 @@ def link_images(folder: Path, images: list[Path]) -> None:
         raise UserError(f"cannot link {images[0]} in {folder}: {error.strerror}") from None
 
 
-# -- the writer -------------------------------------------------------------------------------------
+# -- sorting and writing the rows -------------------------------------------------------------------
 
 
 @dataclass
 class Outcome:
-    """What became of one split's rows."""
+    """What happened to the rows of one split."""
 
     rows: int = 0
     found: int = 0
@@ -411,23 +442,29 @@ class Outcome:
     missing: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    wanted: Counter = field(default_factory=Counter)  # rows of each class
-    links: dict[Path, list[Path]] = field(default_factory=dict)  # folders to make, of links to images
+    class_rows: Counter = field(default_factory=Counter)  # rows per class, with or without a video
+    links: dict[Path, list[Path]] = field(default_factory=dict)  # {folder to make: images to link in it}
 
 
 def sort_rows(rows: Iterator[Row], index: VideoIndex, names: dict[str, str], output: Path) -> dict[str, Outcome]:
-    """Every row found, missing, refused or unused, by split; rows of one video join."""
+    """{split: outcome}. Each row counts once: as found, missing, refused or unused. Rows of one video are merged.
+
+    `names` maps class numbers to class names; `output` is where folders of linked frames will be made.
+    """
     outcomes: dict[str, Outcome] = {}
     groups: dict[tuple[str, Path], list[Row]] = {}
     for row in rows:
+        # rows that the list itself excludes are counted and need no video
         outcome = outcomes.setdefault(row.split, Outcome())
         outcome.rows += 1
         if row.unused:
             outcome.unused += 1
             continue
+
+        # refused rows count for their class too: the table of classes shows how many rows gave how many videos
         problem = problem_of(row, names)
         row = replace(row, label=names.get(row.label, row.label))
-        outcome.wanted[row.label] += 1
+        outcome.class_rows[row.label] += 1
         path, problem = (None, problem) if problem else find_row(row, index, output, outcome)
         if problem:
             outcome.refused.append(f"{row.video}: {problem}")
@@ -435,61 +472,68 @@ def sort_rows(rows: Iterator[Row], index: VideoIndex, names: dict[str, str], out
             outcome.missing.append(row.video)
         else:
             groups.setdefault((row.split, path), []).append(row)
+
+    # only now are all captions and labels of a video known
     for (split, path), group in groups.items():
         join_rows(group, path, outcomes[split])
     return outcomes
 
 
 def problem_of(row: Row, names: dict[str, str]) -> str:
-    """Why the row cannot be taken, wherever its video lies; else ""."""
+    """Why the row is refused, whether or not its video exists; else ""."""
     if row.problem:
         return row.problem
     if not row.video.strip():
-        return "no video is named"
+        return "it names no video"
     if not row.label and not row.captions:
-        return "neither label nor caption"
+        return "it has neither a label nor a caption"
     if row.label and row.label.isdecimal() and names and row.label not in names:
-        return f"--class_names has no number {row.label}"
+        return f"--class_names has no class {row.label}"
     return several_labels(row.label)
 
 
 def find_row(row: Row, index: VideoIndex, output: Path, outcome: Outcome) -> tuple[Path | None, str]:
-    """(the row's video, what is wrong); for a part of a folder of frames a folder of links, to be made."""
+    """(the video or None, the problem or ""). For a part of a frame folder the video is a folder of links,
+    which is noted in outcome.links and made later."""
     path, problem = index.find(row.video)
     if path is None or row.frames is None:
         return path, problem
-    images, whole = images_between(path, row.frames)
+    images, complete = images_between(path, row.frames)
     first, last = row.frames
     if not images:
-        return None, f"{path} has no images with numbers from {first} to {last}"
-    if whole:
-        return path, ""
+        return None, f"{path} has no images numbered from {first} to {last}"
+    if complete:
+        return path, ""  # the folder itself serves: no links needed
     links = output / "frames" / path.relative_to(index.folder).parent / f"{path.name}_{first}_{last}"
     outcome.links[links] = images
     return links, ""
 
 
 def join_rows(group: list[Row], path: Path, outcome: Outcome) -> None:
-    """One sample of all rows of one video: captions add up; labels must agree, and texts."""
+    """Merges the rows of one video into one sample: captions add up, labels and texts must agree."""
     from VLoader import Sample
 
     labels = dict.fromkeys(row.label for row in group if row.label)
     if len(labels) > 1:
-        problem = f"several labels ({', '.join(labels)}); one video has one"
+        problem = f"several labels ({', '.join(labels)}); a video can have only one"
         outcome.refused += [f"{row.video}: {problem}" for row in group]
         return
+
+    # a sample has one text: rows with another one are refused, captions included, because a caption that answers
+    # another question would be wrong
     text = next((row.text for row in group if row.text is not None), None)
     taken = [row for row in group if row.text in (None, text)]
-    outcome.refused += [f"{row.video}: another text than its first row has" for row in group if row not in taken]
+    outcome.refused += [f"{row.video}: text differs from an earlier row" for row in group if row not in taken]
     outcome.found += len(taken)
     captions = tuple(caption for row in taken for caption in row.captions)
     outcome.samples[path] = Sample(path, next(iter(labels), None), captions, text)
 
 
 def drop_unreadable(outcomes: dict[str, Outcome], workers: int) -> None:
-    """Opens every video and decodes its first and last frame, as main.py's scan does."""
+    """Moves videos that cannot be read to `unreadable`. Decodes first and last frame, as the scan before training."""
     from scan import scan_videos
 
+    # 0 clips: only the first and the last frame are decoded, so num_frames and stride do not matter
     jobs = {path: 0 for outcome in outcomes.values() for path in outcome.samples}
     bad, _ = scan_videos(jobs, num_frames=8, stride=0, num_workers=workers, known={})
     for outcome in outcomes.values():
@@ -498,15 +542,17 @@ def drop_unreadable(outcomes: dict[str, Outcome], workers: int) -> None:
 
 
 def write_rows(outcomes: dict[str, Outcome], output: Path) -> None:
-    """<output>/<split>/metadata.jsonl, with file names relative to that folder."""
+    """Writes <output>/<split>/metadata.jsonl. File names are relative to that folder."""
     for split, outcome in outcomes.items():
         folder = output / split
         make_folder(folder)
         lines = []
+
+        # relative names keep working when the data and the output move together
         for path, sample in outcome.samples.items():
             outcome.captions += len(sample.captions)
-            place = path.parent.resolve() / path.name  # `..` behind a linked folder would lead elsewhere
-            name = Path(os.path.relpath(place, folder.resolve())).as_posix()
+            target = path.parent.resolve() / path.name  # resolved: `..` after a symlinked folder would lead elsewhere
+            name = Path(os.path.relpath(target, folder.resolve())).as_posix()
             row = {"file_name": name, "label": sample.label, "caption": list(sample.captions), "text": sample.text}
             lines.append(json.dumps({k: v for k, v in row.items() if v not in (None, [])}) + "\n")
         text = "".join(lines)
@@ -517,9 +563,12 @@ def report(outcomes: dict[str, Outcome], output: Path) -> dict[str, Any]:
     """Prints the counts and writes <split>/conversion.json, which names every video that was left out."""
     from script import write_json
 
+    # the header of the printed table; the same words are the keys of conversion.json
     counts, print_width = {}, 11
     titles = ("rows", "found", "missing", "refused", "unused", "unreadable", "videos", "classes", "captions")
     print(f"{'split':<7}" + "".join(f"{t:>{print_width}}" for t in titles))
+
+    # one line and one file per split; every row is in exactly one of found, missing, refused, unused
     for split in (s for s in SPLITS if s in outcomes):
         outcome = outcomes[split]
         kept = Counter(s.label for s in outcome.samples.values())
@@ -536,69 +585,78 @@ def report(outcomes: dict[str, Outcome], output: Path) -> dict[str, Any]:
             outcome.captions,
         )
         print(f"{split:<7}" + "".join(f"{v:>{print_width},}" for v in values))
-        classes = {
-            str(c): {"rows": n, "videos": kept[c]} for c, n in sorted(outcome.wanted.items(), key=str) if c is not None
-        }
+        by_class = sorted(outcome.class_rows.items(), key=str)
+        classes = {str(c): {"rows": n, "videos": kept[c]} for c, n in by_class if c is not None}
         counts[split] = dict(zip(titles, values, strict=True)) | {"classes": classes} | lists
         write_json(counts[split], output / split / REPORT)
     print_classes({split: values["classes"] for split, values in counts.items()})
+
+    # a few names are enough to see a wrong --videos folder; a long list would bury the table above
     for name in ("missing", "unreadable", "refused"):
-        named = [text for values in counts.values() for text in values[name]]
-        more = f" and {len(named) - SHOWN} more, all in {REPORT}" if len(named) > SHOWN else ""
-        if named:
-            print(f"{name}: {'; '.join(map(brief, named[:SHOWN]))}{more}")
+        videos = [text for values in counts.values() for text in values[name]]
+        more = f" and {len(videos) - PRINTED_NAMES} more, all in {REPORT}" if len(videos) > PRINTED_NAMES else ""
+        if videos:
+            print(f"{name}: {'; '.join(map(brief, videos[:PRINTED_NAMES]))}{more}")
     return counts
 
 
 def brief(name: str) -> str:
-    """A name as the terminal shows it."""
-    return printable(name)[:LONGEST]
+    """A name, shortened and escaped for the terminal."""
+    return printable(name)[:PRINTED_LENGTH]
 
 
 def print_classes(counts: dict[str, dict[str, dict[str, int]]]) -> None:
-    """Videos / rows of every class in every split."""
+    """Prints how many rows of each class have a usable video, per split."""
+    # a class that is missing in a split shows here, before anything is trained
     names = sorted({name for classes in counts.values() for name in classes})
     for number, name in enumerate(names):
-        if number == SHOWN_CLASSES:
-            print(f"  and {len(names) - SHOWN_CLASSES} more classes, in {REPORT}")
+        if number == PRINTED_CLASSES:
+            print(f"  and {len(names) - PRINTED_CLASSES} more classes, in {REPORT}")
             break
         parts = (f"{s} {c[name]['videos']} of {c[name]['rows']}" for s, c in counts.items() if name in c)
         print(f"  {brief(name)}: {', '.join(parts)}")
 
 
 def check_outcomes(outcomes: dict[str, Outcome], index: VideoIndex) -> None:
-    """Raises UserError if nothing could be taken; warns of videos that stand in two splits."""
+    """Raises UserError if no row is usable; warns about videos that are in two splits."""
     if not outcomes:
-        raise UserError("the annotations hold no rows")
+        raise UserError("the annotation files contain no rows")
+
+    # naming the first of each kind mostly shows the mistake: a wrong folder, a wrong column, a wrong suffix
     if not any(o.samples for o in outcomes.values()):
         refused = [text for o in outcomes.values() for text in o.refused]
         missing = [name for o in outcomes.values() for name in o.missing]
         causes = [f"{len(refused)} refused, first {refused[0]}"] if refused else []
-        have = (
-            f"; it holds {len(index.videos)} videos, first {index.videos[0]}"
-            if index.videos
-            else "; it holds no videos"
-        )
-        causes += [f"{len(missing)} not found in {index.folder}, first {missing[0]}{have}"] if missing else []
+        contents = f"{len(index.videos)} videos, first {index.videos[0]}" if index.videos else "no videos"
+        if missing:
+            causes.append(f"{len(missing)} not found in {index.folder}, first {missing[0]}; it contains {contents}")
         raise UserError(f"no row could be converted: {'; '.join(causes)}")
-    places = Counter(path for o in outcomes.values() for path in o.samples)
-    twice = [path for path, count in places.items() if count > 1]
-    if twice:
-        print(f"warning: {len(twice)} videos stand in two splits, first {printable(twice[0])}")
+
+    # an overlap between train and test makes scores too good, but the lists of some datasets have one: only warn
+    split_counts = Counter(path for o in outcomes.values() for path in o.samples)
+    overlap = [path for path, count in split_counts.items() if count > 1]
+    if overlap:
+        print(f"warning: {len(overlap)} videos are in two splits, first {printable(overlap[0])}")
 
 
 def next_command(outcomes: dict[str, Outcome], output: Path) -> str:
+    """What to do next, with the command that trains on the converted data."""
     if not (output / "train").is_dir():
-        return f"next: convert the training list into {printable(output)} as well (its name, or --split train, says which it is)"
+        hint = "its file name contains `train`, or pass --split train"
+        return f"next: convert the training list into {printable(output)} too ({hint})"
+
+    # only data without any label gets the captioner's flags: a classifier is the cheaper first run
     captions = all(s.captions and s.label is None for o in outcomes.values() for s in o.samples.values())
     task = " --use_vlm True --captioning True --freeze_visionbackbone True --use_lora_llm True" if captions else ""
     return f"next: python main.py --data_dir {printable(output)} --weights hub{task}"
 
 
 def run(argv: list[str] | None) -> int:
+    """Converts the annotation files. Writes nothing before every row has been checked. Returns the exit status."""
+    # mistakes in the command line first, before the slow search for videos
     args = parse_args(argv)
-    if not 0 <= args.num_workers <= MOST_WORKERS:
-        raise UserError(f"--num_workers must be from 0 to {MOST_WORKERS}, not {args.num_workers}")
+    if not 0 <= args.num_workers <= MAX_WORKERS:
+        raise UserError(f"--num_workers must be from 0 to {MAX_WORKERS}, not {args.num_workers}")
     for file in args.annotations + ([args.class_names] if args.class_names else []):
         if not file.is_file():
             raise UserError(f"no such file: {file}")
@@ -608,13 +666,17 @@ def run(argv: list[str] | None) -> int:
         names = read_class_names(args.class_names) if args.class_names else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"--class_names {args.class_names}: {error}") from None
+
+    # annotations to samples
     index = VideoIndex(args.videos)
     rows = (row for file in args.annotations for row in parse_file(args.format, file, args.split))
     outcomes = sort_rows(rows, index, names, args.output)
     check_outcomes(outcomes, index)
-    there = [file for split in outcomes if (file := args.output / split / "metadata.jsonl").exists()]
-    if there and not args.overwrite:
-        raise UserError(f"{there[0]} exists: add --overwrite to replace it")
+
+    # only the splits of this call are replaced: train and test lists may be converted one after the other
+    existing = [file for split in outcomes if (file := args.output / split / "metadata.jsonl").exists()]
+    if existing and not args.overwrite:
+        raise UserError(f"{existing[0]} exists: add --overwrite to replace it")
     for folder, images in {f: i for o in outcomes.values() for f, i in o.links.items()}.items():
         link_images(folder, images)
     if not args.no_scan:
@@ -627,36 +689,38 @@ def run(argv: list[str] | None) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. The help of each format is the first line of its generator's docstring."""
+    # formats first: the epilog lists them, and a new entry in FORMATS documents itself
     about = "\n".join(f"  {name:<9} {(f.__doc__ or '').splitlines()[0]}" for name, f in FORMATS.items())
     parser = Parser(
         prog="convert_dataset.py",
-        description="Make metadata.jsonl files from annotation files; videos are linked, not copied.",
-        epilog=f"formats:\n{about}\n\nA row's split is its own, or --split, or what its file's name speaks of, or train.",
+        description="Convert annotation files to metadata.jsonl. Videos are referenced, not copied.",
+        epilog=f"formats:\n{about}\n\nA row's split: its own, else --split, else the one in the file name, else train.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what the annotation files are; see below")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="format of the annotation files, see below")
     parser.add_argument(
         "--annotations", required=True, type=Path, nargs="+", metavar="FILE", help="one or more annotation files"
     )
     parser.add_argument(
-        "--videos", required=True, type=Path, metavar="DIR", help="folder that the videos lie in, at any depth"
+        "--videos", required=True, type=Path, metavar="DIR", help="folder of the videos, searched recursively"
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="data folder to write: --data_dir of main.py"
+        "--output", required=True, type=Path, metavar="DIR", help="data folder to write, for main.py --data_dir"
     )
     parser.add_argument(
         "--class_names",
         type=Path,
         metavar="FILE",
-        help="names of numbered classes: `3 jumping` lines, one name a line, or json {name: number}",
+        help="class names for numeric labels: `3 jumping` lines, one name per line, or json {name: number}",
     )
-    parser.add_argument("--split", choices=SPLITS, help="split of rows that do not name theirs")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that try the videos (default: 2)")
+    parser.add_argument("--split", choices=SPLITS, help="split of all rows that do not name one")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that check the videos (default: 2)")
     parser.add_argument(
-        "--no_scan", action="store_true", help="do not try whether the videos can be read; training does"
+        "--no_scan", action="store_true", help="do not check that the videos can be read; training checks it anyway"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace metadata.jsonl files that lie in --output")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing metadata.jsonl files in --output")
     return parser.parse_args(argv)
 
 

@@ -1,20 +1,20 @@
-"""Makes the four tiny backbones in backbones/ from a fixed seed, on a synthetic world. Resumable.
+"""Pretrains the four tiny backbones in backbones/ on synthetic data, from a fixed seed. Can be stopped and resumed.
 
-    python -m backbones.pretrain                       # all four; hours on one core, nothing to download
-    python -m backbones.pretrain --models gpt2 bert    # some of them
+    python -m backbones.pretrain                       # all four; hours on one core, downloads nothing
+    python -m backbones.pretrain --models gpt2 bert    # only these two
 
-The world is wider than the dummy dataset: 6 shapes, 12 colours, 9 motions, any size between the dummy
-set's extremes and beyond, gratings behind, a second object in a quarter of the clips. Two of the dummy
-set's ten (shape, motion) pairs never occur in it (`WITHHELD`), and its random streams are its own.
+The pretraining data is more varied than the dummy dataset: 6 shapes, 12 colours, 9 motions, a wider range of sizes,
+gratings in the background, and a second object in a quarter of the clips. Two of the dummy dataset's ten
+(shape, motion) pairs are withheld (`WITHHELD`), and the random streams are disjoint from dummy_data.py's.
 
-* videomae: masked reconstruction, then a supervised stage, since the first alone is a weak frozen backbone.
-* timesformer: supervised. Its weights start larger and its time and position embeddings as sine waves
-  of amplitude 1: from the published initialisation a model this small stays blind to frame order.
-* The supervised targets: motion, shape, colour, radius and per-frame displacement from the pooled
-  token; coverage, displacement, colour and shape from every patch token.
-* gpt2 and bert: the captions' grammar (next token; masked token), tokenizers trained on it.
+* timesformer: supervised. Weights start larger than usual, and time and position embeddings start as sine waves
+  of amplitude 1. With the published initialisation a model this small never learns the order of frames.
+* videomae: masked reconstruction, then the same supervised stage. Reconstruction alone gives weak frozen features.
+* Supervised targets: motion, shape, colour, radius and displacement per frame from the pooled token;
+  coverage, displacement, colour and shape from every patch token.
+* gpt2 and bert: next-token and masked-token prediction on the captions' grammar, with tokenizers trained on it.
 
-These weights test the pipeline; they are no video understanding.
+These weights are for testing the pipeline. They do not understand real video or language.
 """
 
 import argparse
@@ -41,6 +41,7 @@ COLOURS = dummy_data.COLOURS | {
     "lime": (0.70, 0.98, 0.25),
     "black": (0.01, 0.01, 0.01),
 }
+# signed distance (dx, dy, r) -> pixels outside the outline, as in dummy_data: negative inside
 SHAPES = dummy_data.SHAPES | {
     "triangle": lambda dx, dy, r: np.maximum(np.abs(dx) * 0.866 + dy * 0.5, -dy) - 0.62 * r,
     "diamond": lambda dx, dy, r: (np.abs(dx) + np.abs(dy)) * 0.707 - 0.886 * r,
@@ -52,33 +53,43 @@ SHAPES = dummy_data.SHAPES | {
 DIAGONALS = {"up right": (1, -1), "up left": (-1, -1), "down right": (1, 1), "down left": (-1, 1)}
 MOTIONS = dummy_data.MOTIONS | {name: (x / 2**0.5, y / 2**0.5) for name, (x, y) in DIAGONALS.items()}
 SPEEDS = (1.5, 6.5)  # pixels per frame of the clip
-RADII = (0.09, 0.22)  # of the picture's side
+RADII = (0.09, 0.22)  # as a fraction of the image side
 PAIRS = [(s, m) for s in SHAPES for m in MOTIONS if (s, m) not in WITHHELD]
-STILL = list(MOTIONS).index("still")
 
 
-# -- the world in pictures --------------------------------------------------------------------------
+# -- synthetic clips --------------------------------------------------------------------------------
 
 
 def draw_objects(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
-    """One object per clip: its indices into PAIRS and COLOURS, positions, displacements and masks."""
+    """One random object per clip.
+
+    Returns `shape`, `motion`, `colour` (B,) as class indices, `masks` (B, T, H, W), `radius` (B,) as a fraction of
+    the image side, and `displacement` (B, T, 2) to the next frame, in units of the highest speed.
+    """
+    # shape and motion are drawn as a pair, so that withheld pairs never occur
     pairs = np.array([(list(SHAPES).index(s), list(MOTIONS).index(m)) for s, m in PAIRS])
     shape, motion = pairs[rng.integers(len(pairs), size=count)].T
     colour = rng.integers(len(COLOURS), size=count)
     radius = rng.uniform(*RADII, count) * IMAGE_SIZE
+
+    # directions vary by +-8 degrees: real motion is never exactly horizontal, vertical or diagonal
     direction = np.array(list(MOTIONS.values()))[motion]
-    angle = rng.uniform(-0.14, 0.14, count)  # +-8 degrees
+    angle = rng.uniform(-0.14, 0.14, count)  # radians
     x, y = direction.T
     direction = np.stack([x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], 1)
     velocity = direction * rng.uniform(*SPEEDS, (count, 1))
-    uneven = rng.uniform(-0.4, 0.4, (count, NUM_FRAMES)) * (rng.random((count, 1)) < 0.5)
-    times = np.arange(NUM_FRAMES) + uneven  # as training's jittered sampling gives
+
+    # in half of the clips the frames are unevenly spaced, because sampling in training jitters them too
+    jitter = rng.uniform(-0.4, 0.4, (count, NUM_FRAMES)) * (rng.random((count, 1)) < 0.5)
+    times = np.arange(NUM_FRAMES) + jitter  # (B, T)
     positions = dummy_data.trajectories(rng.uniform(0, IMAGE_SIZE, (count, 2)), velocity, times, IMAGE_SIZE)
-    masks = np.empty((count, NUM_FRAMES, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    masks = np.empty((count, NUM_FRAMES, IMAGE_SIZE, IMAGE_SIZE), np.float32)  # (B, T, H, W)
     for index, name in enumerate(SHAPES):
         rows = shape == index
         masks[rows] = dummy_data.draw_masks(name, positions[rows], radius[rows], IMAGE_SIZE, SHAPES)
-    steps = np.diff(times, axis=1, append=times[:, -1:] * 2 - times[:, -2:-1])  # to the next frame
+
+    # the last frame has no successor: it repeats the previous time step
+    steps = np.diff(times, axis=1, append=times[:, -1:] * 2 - times[:, -2:-1])  # (B, T)
     return {
         "shape": shape,
         "motion": motion,
@@ -90,7 +101,7 @@ def draw_objects(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
 
 
 def draw_grounds(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Gradients, a third of them with a grating: (B, 1, C, H, W)."""
+    """Colour gradients, a third of them with a sine grating, so that texture does not mean object: (B, 1, C, H, W)."""
     grounds = dummy_data.draw_backgrounds(rng, count, IMAGE_SIZE)
     axis = np.linspace(0, 2 * np.pi, IMAGE_SIZE, dtype=np.float32)
     waves = rng.uniform(-5, 5, (2, count, 1, 1, 1, 1)).astype(np.float32)
@@ -100,24 +111,30 @@ def draw_grounds(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def draw_world(rng: np.random.Generator, count: int) -> dict[str, torch.Tensor]:
-    """A batch of the world: `video` uint8 (B, T, C, H, W) and what is true of its clips and pixels."""
+    """A batch of clips, `video` uint8 (B, T, C, H, W), with their labels: `single` (B,), true for clips with one
+    object, and the fields of draw_objects as `first_*` and `second_*`."""
+    # a quarter of the clips has a second object; the others get one with an empty mask
     first, second = draw_objects(rng, count), draw_objects(rng, count)
-    two = rng.random(count) < 0.25
-    second["masks"] *= two[:, None, None, None]
+    has_second = rng.random(count) < 0.25
+    second["masks"] *= has_second[:, None, None, None]
+
+    # colours and noise vary a little: exact values must not identify a class
     frames = draw_grounds(rng, count)
-    for one in (first, second):
-        shades = np.array(list(COLOURS.values()))[one["colour"]] + rng.uniform(-0.04, 0.04, (count, 3))
-        frames = dummy_data.paint(frames, one["masks"], np.clip(shades, 0, 1))
+    for item in (first, second):
+        shades = np.array(list(COLOURS.values()))[item["colour"]] + rng.uniform(-0.04, 0.04, (count, 3))
+        frames = dummy_data.paint(frames, item["masks"], np.clip(shades, 0, 1))
     video = dummy_data.to_uint8(frames, rng, noise=rng.uniform(0, 12))
+
+    # the second object is painted last, so it hides part of the first one
     first["masks"] *= 1 - second["masks"]
-    batch = {"video": torch.from_numpy(video), "single": torch.from_numpy(~two)}
-    for name, one in (("first", first), ("second", second)):
-        batch |= {f"{name}_{k}": torch.as_tensor(v) for k, v in one.items()}
+    batch = {"video": torch.from_numpy(video), "single": torch.from_numpy(~has_second)}
+    for name, item in (("first", first), ("second", second)):
+        batch |= {f"{name}_{k}": torch.as_tensor(v) for k, v in item.items()}
     return batch
 
 
 class AttributeHeads(nn.Module):
-    """Reads the world's attributes off the pooled token (B, D) and the patch tokens (B, t, h, w, D)."""
+    """Linear heads that predict the attributes from the pooled token (B, D) and the patch tokens (B, t, h, w, D)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -126,28 +143,37 @@ class AttributeHeads(nn.Module):
         self.patch = nn.Linear(width, 1 + 2 + kinds)
 
     def clip_loss(self, pooled: torch.Tensor, motion_logits: torch.Tensor, batch: dict) -> torch.Tensor:
-        """Over clips with one object, where 'the' motion, shape and colour exist."""
-        one = batch["single"]
+        """Loss of the pooled token (B, D), over clips with one object: with two, "the" shape is ambiguous."""
+        single = batch["single"]
         sizes = [len(SHAPES), len(COLOURS), 1, 2 * NUM_FRAMES]
-        shape, colour, radius, displacement = self.clip(pooled[one]).split(sizes, dim=-1)
+        shape, colour, radius, displacement = self.clip(pooled[single]).split(sizes, dim=-1)
+
+        # the factors bring the regression losses, of values below 1, to the scale of the cross entropies
         return (
-            F.cross_entropy(motion_logits[one], batch["first_motion"][one])
-            + F.cross_entropy(shape, batch["first_shape"][one])
-            + F.cross_entropy(colour, batch["first_colour"][one])
-            + 10 * F.smooth_l1_loss(radius[:, 0], batch["first_radius"][one].float())
-            + 5 * F.smooth_l1_loss(displacement, batch["first_displacement"][one].flatten(1).float())
+            F.cross_entropy(motion_logits[single], batch["first_motion"][single])
+            + F.cross_entropy(shape, batch["first_shape"][single])
+            + F.cross_entropy(colour, batch["first_colour"][single])
+            + 10 * F.smooth_l1_loss(radius[:, 0], batch["first_radius"][single].float())
+            + 5 * F.smooth_l1_loss(displacement, batch["first_displacement"][single].flatten(1).float())
         )
 
     def patch_loss(self, tokens: torch.Tensor, batch: dict) -> torch.Tensor:
+        """Loss of the patch tokens (B, t, h, w, D): coverage of every patch, and the object in the busy ones.
+
+        The projector reads the patch tokens, so they must say where things are and how they move.
+        """
+        # a patch belongs to the object that covers more of it; below a quarter it belongs to the background
         covers = [pool_masks(batch[f"{name}_masks"], tokens.shape[1:4]) for name in ("first", "second")]
         covers = torch.stack(covers)  # (2, B, t, h, w)
-        owner = covers.argmax(0)  # which object fills more of the patch
-        busy = covers.amax(0) > 0.25
+        owner = covers.argmax(0)  # (B, t, h, w), 0 or 1
+        busy = covers.amax(0) > 0.25  # (B, t, h, w)
+
+        # targets of the busy patches, looked up by (object, clip, time)
         sizes = [1, 2, len(SHAPES), len(COLOURS)]
         coverage, displacement, shape, colour = self.patch(tokens).split(sizes, dim=-1)
         steps = torch.stack([pool_steps(batch[f"{n}_displacement"], tokens.shape[1]) for n in ("first", "second")])
         which, clip, time = owner[busy], *busy.nonzero().T[:2]
-        kinds = {k: torch.stack([batch[f"first_{k}"], batch[f"second_{k}"]]) for k in ("shape", "colour")}
+        kinds = {k: torch.stack([batch[f"first_{k}"], batch[f"second_{k}"]]) for k in ("shape", "colour")}  # (2, B)
         return (
             F.binary_cross_entropy_with_logits(coverage[..., 0], covers.sum(0).clamp(0, 1))
             + 5 * F.smooth_l1_loss(displacement[busy], steps[which, clip, time].float())
@@ -157,28 +183,34 @@ class AttributeHeads(nn.Module):
 
 
 def pool_masks(masks: torch.Tensor, grid: torch.Size) -> torch.Tensor:
-    """Masks (B, T, H, W) averaged over each token's patch: (B, t, h, w)."""
+    """Masks (B, T, H, W), averaged over the patch of each token: (B, t, h, w)."""
     return F.adaptive_avg_pool3d(masks[:, None], tuple(grid))[:, 0]
 
 
 def pool_steps(displacement: torch.Tensor, times: int) -> torch.Tensor:
-    """Displacement per frame (B, T, 2) averaged over each token's tubelet: (B, t, 2)."""
+    """Displacement per frame (B, T, 2), averaged over the tubelet of each token: (B, t, 2)."""
     return displacement.unflatten(1, (times, -1)).mean(2)
 
 
-# -- the vision towers ------------------------------------------------------------------------------
+# -- vision backbones -------------------------------------------------------------------------------
 
 
 def sine_table(count: int, width: int) -> torch.Tensor:
-    """Sine-cosine embedding of 0 .. count-1 with periods from 4 to 64 positions: (count, width)."""
+    """Sine-cosine embeddings of positions 0 .. count-1: (count, width).
+
+    Periods run from 4 to 64 positions, not to 10,000 as in Vaswani et al. 2017: there are at most 8 frames or patches
+    in a row, and longer waves would hardly change over them.
+    """
     periods = torch.logspace(math.log10(4), math.log10(64), width // 2)
     phase = 2 * math.pi * torch.arange(count)[:, None] / periods
     return torch.cat([phase.sin(), phase.cos()], dim=1)
 
 
 def new_timesformer() -> nn.Module:
+    """A TimeSformer with 9 motion classes: patch 16, width 128, depth 4, about 1.2 M parameters."""
     from transformers import TimesformerConfig, TimesformerForVideoClassification
 
+    # no dropout: every batch is new, so nothing can be memorised
     width = 128
     config = TimesformerConfig(
         image_size=IMAGE_SIZE,
@@ -190,14 +222,17 @@ def new_timesformer() -> nn.Module:
         intermediate_size=4 * width,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=width**-0.5,
+        initializer_range=width**-0.5,  # 0.09; the published 0.02 is for width 768
         **motion_labels(),
     )
     model = TimesformerForVideoClassification(config)
+
+    # start with embeddings that tell frames and patches apart: published ones start at zero or near it, and then
+    # temporal attention sees no order to learn from; half of the width encodes the row, half the column
     embeddings = model.timesformer.embeddings
     side = IMAGE_SIZE // config.patch_size
     rows, columns = sine_table(side, width // 2), sine_table(side, width // 2)
-    grid = torch.cat([rows[:, None].expand(-1, side, -1), columns[None].expand(side, -1, -1)], dim=-1)
+    grid = torch.cat([rows[:, None].expand(-1, side, -1), columns[None].expand(side, -1, -1)], dim=-1)  # (h, w, D)
     with torch.no_grad():
         embeddings.time_embeddings.copy_(sine_table(NUM_FRAMES, width)[None])
         embeddings.position_embeddings[:, 1:].copy_(grid.flatten(0, 1)[None])
@@ -205,6 +240,7 @@ def new_timesformer() -> nn.Module:
 
 
 def new_videomae_config(**more):
+    """The configuration that reconstruction and classification share: patch 8, tubelet 2, width 128, depth 4."""
     from transformers import VideoMAEConfig
 
     return VideoMAEConfig(
@@ -222,22 +258,26 @@ def new_videomae_config(**more):
 
 
 def new_videomae() -> nn.Module:
+    """A VideoMAE with 9 motion classes."""
     from transformers import VideoMAEForVideoClassification
 
     return VideoMAEForVideoClassification(new_videomae_config(**motion_labels()))
 
 
 def motion_labels() -> dict:
+    """The motions as class names of a Hugging Face config: they set the size of the head too."""
     return {"id2label": dict(enumerate(MOTIONS)), "label2id": {m: i for i, m in enumerate(MOTIONS)}}
 
 
 def encode(model: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled token (B, D) by the family's own rule, and patch tokens (B, t, h, w, D)."""
+    """The pooled token (B, D), which is CLS for TimeSformer and the mean for VideoMAE, and the patch tokens
+    (B, t, h, w, D)."""
     tokens = model.base_model(pixel_values).last_hidden_state
     pooled = tokens[:, 0] if model.config.model_type == "timesformer" else model.fc_norm(tokens.mean(1))
     return pooled, token_grid(tokens, model.config)
 
 
+# those of the published checkpoints, so that tiny and published backbones expect the same inputs
 MEAN_STD = {
     "timesformer": ([0.45, 0.45, 0.45], [0.225, 0.225, 0.225]),
     "videomae": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
@@ -245,19 +285,23 @@ MEAN_STD = {
 
 
 def normalise(video: torch.Tensor, family: str) -> torch.Tensor:
+    """uint8 clips (B, T, C, H, W) -> the floats that the family expects, same shape."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in MEAN_STD[family])
     return (video.float() / 255 - mean) / std
 
 
 def supervised_loss(model: nn.Module, heads: AttributeHeads, batch: dict) -> torch.Tensor:
+    """Loss of the pooled token and of the patch tokens. The motion head is the model's own classifier."""
     pooled, tokens = encode(model, normalise(batch["video"], model.config.model_type))
     return heads.clip_loss(pooled, model.classifier(pooled), batch) + heads.patch_loss(tokens, batch)
 
 
 def reconstruction_loss(model: nn.Module, batch: dict, rng: np.random.Generator) -> torch.Tensor:
-    """VideoMAE's own objective: normalised pixels of tubes (75 % of the patches, the same at every time)."""
+    """VideoMAE's objective (Tong et al. 2022): reconstruct the pixels of masked tubes, 75 % of the patches."""
     config = model.config
     side = config.image_size // config.patch_size
+
+    # the same patches at every time: otherwise a masked patch could be copied from the next frame
     hidden = rng.random((len(batch["video"]), side * side)).argsort(1) < int(0.75 * side * side)
     masked = torch.from_numpy(hidden).repeat(1, config.num_frames // config.tubelet_size)  # (B, N)
     return model(normalise(batch["video"], "videomae"), bool_masked_pos=masked).loss
@@ -267,7 +311,7 @@ def reconstruction_loss(model: nn.Module, batch: dict, rng: np.random.Generator)
 
 
 def lr_scale(step: int, steps: int, warmup: int) -> float:
-    """Linear warmup, then cosine to zero."""
+    """Factor on the peak learning rate: linear warmup, then cosine decay to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -276,31 +320,37 @@ def lr_scale(step: int, steps: int, warmup: int) -> float:
 def train(
     name: str, modules: nn.ModuleList, loss_of, steps: int, peak_lr: float, state_dir: Path, save_every: int = 500
 ) -> None:
-    """Runs `loss_of(rng) -> loss` for `steps` steps; goes on from state_dir/<name>.pt if that exists.
+    """Minimises `loss_of(rng) -> loss` for `steps` steps. Continues from state_dir/<name>.pt if it exists.
 
-    The generator of a step depends on (seed, name, step) alone, so a resumed run sees the same batches.
+    The random generator of a step depends only on (seed, name, step), so a resumed run sees the same batches.
+    Exits with an error if the saved state belongs to a run of another length.
     """
     from tqdm import tqdm
 
+    # no weight decay on biases and norms
     decay = [p for p in modules.parameters() if p.ndim >= 2]
     rest = [p for p in modules.parameters() if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), fused=True)
-    saved = state_dir / f"{name}.pt"
+
+    # resume; another number of steps means another schedule, so the state would not fit
+    state_file = state_dir / f"{name}.pt"
     start = 0
-    if saved.is_file():
-        state = torch.load(saved, weights_only=True)
+    if state_file.is_file():
+        state = torch.load(state_file, weights_only=True)
         if state["steps"] != steps:
-            raise SystemExit(f"error: {saved} belongs to a run of {state['steps']} steps; delete it to start anew")
+            raise SystemExit(f"error: {state_file} is from a run of {state['steps']} steps; delete it to start over")
         modules.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+
+    # the printed loss is an exponential average: batches of random clips differ a lot
     average = None
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * lr_scale(step, steps, warmup=min(500, steps // 5 + 1))
-        torch.manual_seed(SEED + step)  # dropout's
+        torch.manual_seed(SEED + step)  # for dropout
         loss = loss_of(np.random.default_rng([SEED, *name.encode(), step]))
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
@@ -308,14 +358,16 @@ def train(
         optimizer.zero_grad()
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         bar.set_postfix(loss=f"{average:.3f}", refresh=False)
+
+        # written to a temporary file first: a kill while saving must not destroy the last state
         if (step + 1) % save_every == 0 or step + 1 == steps:
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"step": step + 1, "steps": steps}, saved.with_suffix(".tmp"))
-            saved.with_suffix(".tmp").replace(saved)
+            torch.save(state | {"step": step + 1, "steps": steps}, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)
 
 
 def supervise(model: nn.Module, name: str, steps: int, peak_lr: float, state_dir: Path) -> None:
-    """The supervised stage of a vision tower: batches of 32 clips, bfloat16 where that is fast."""
+    """The supervised stage of a vision backbone: batches of 32 clips, in bfloat16 autocast."""
     heads = AttributeHeads(model.config.hidden_size)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
@@ -326,19 +378,22 @@ def supervise(model: nn.Module, name: str, steps: int, peak_lr: float, state_dir
 
 
 def pretrain_timesformer(state_dir: Path, scale: float) -> nn.Module:
+    """10,000 supervised steps, times `scale`."""
     model = new_timesformer()
     supervise(model, "timesformer", int(10_000 * scale), 2e-3, state_dir)
     return model
 
 
 def pretrain_videomae(state_dir: Path, scale: float) -> nn.Module:
+    """2,000 steps of masked reconstruction, then 4,000 supervised ones, times `scale`."""
     from transformers import VideoMAEForPreTraining
 
+    # a narrow and shallow decoder, as in the paper: the encoder has to do the work
     decoder = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
     reconstructor = VideoMAEForPreTraining(
         new_videomae_config(
             **{f"decoder_{name}": value for name, value in decoder.items()},
-            norm_pix_loss=False,  # normalised, a patch of plain ground would be nothing but its noise
+            norm_pix_loss=False,  # normalising a patch of plain background would leave only its noise
         )
     )
 
@@ -347,14 +402,17 @@ def pretrain_videomae(state_dir: Path, scale: float) -> nn.Module:
             return reconstruction_loss(reconstructor, draw_world(rng, 32), rng)
 
     train("videomae-masked", nn.ModuleList([reconstructor]), loss_of, int(2_000 * scale), 1e-3, state_dir)
+
+    # only the encoder goes on: the decoder was there for reconstruction
     model = new_videomae()
     model.videomae.load_state_dict(reconstructor.videomae.state_dict())
     supervise(model, "videomae", int(4_000 * scale), 1e-3, state_dir)
     return model
 
 
-# -- the world in words -----------------------------------------------------------------------------
+# -- language backbones -----------------------------------------------------------------------------
 
+# the words of the additional shapes and motions; those of the dummy dataset stay as they are
 SHAPE_WORDS = dummy_data.SHAPE_WORDS | {
     "triangle": ("triangle",),
     "diamond": ("diamond", "rhombus"),
@@ -366,23 +424,27 @@ MOTION_PHRASES = dummy_data.MOTION_PHRASES | {
     for name in DIAGONALS
 }
 POSITIONS = 256  # of gpt2-tiny and bert-tiny
-FURTHEST = 160  # texts start anywhere up to here: in use, video tokens stand before them
+MAX_START = 160  # texts start at random positions below this, because video tokens will come before them
 
 
 def draw_truth(rng: np.random.Generator) -> dict[str, str]:
+    """The attributes of a random clip; withheld (shape, motion) pairs never occur."""
     shape, motion = PAIRS[rng.integers(len(PAIRS))]
     size, colour = rng.choice(list(dummy_data.SIZE_WORDS)), rng.choice(list(COLOURS))
     return {"size": str(size), "colour": str(colour), "shape": shape, "motion": motion}
 
 
 def draw_caption(truth: dict[str, str], rng: np.random.Generator) -> str:
+    """A random caption of a clip with these attributes."""
     template = dummy_data.TEMPLATES[rng.integers(len(dummy_data.TEMPLATES))]
     return dummy_data.write_caption(template, truth, rng, SHAPE_WORDS, MOTION_PHRASES)
 
 
 def caption_surprise(truth: dict[str, str]) -> float:
-    """-log probability, in nats, of any caption of `truth`: every choice of the grammar is uniform and
-    no two derivations give the same words."""
+    """-log probability, in nats, of any caption of `truth`.
+
+    The same for all of them: every choice of the grammar is uniform, and no two derivations give the same words.
+    """
     choices = (
         len(PAIRS),
         len(COLOURS),
@@ -396,7 +458,7 @@ def caption_surprise(truth: dict[str, str]) -> float:
 
 
 def draw_note(rng: np.random.Generator) -> str:
-    """A hint of the dummy dataset, or a caption: what bert-tiny reads."""
+    """A caption or a hint of the dummy dataset, half and half: both are texts that bert-tiny will read."""
     truth = draw_truth(rng)
     if rng.random() < 0.5:
         return draw_caption(truth, rng)
@@ -405,12 +467,13 @@ def draw_note(rng: np.random.Generator) -> str:
 
 
 def corpus(name: str, count: int = 20_000) -> list[str]:
-    """Texts that a tokenizer is trained on."""
+    """Texts to train a tokenizer on."""
     rng = np.random.default_rng([SEED, *f"{name}-tokenizer".encode()])
     return [draw_note(rng) for _ in range(count)]
 
 
 def gpt2_tokenizer() -> Any:
+    """A byte-level BPE tokenizer: any text has tokens, so there are no unknown ones."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -423,11 +486,13 @@ def gpt2_tokenizer() -> Any:
 
 
 def bert_tokenizer() -> Any:
+    """A WordPiece tokenizer, trained on captions, hints and single characters."""
     from tokenizers import BertWordPieceTokenizer
     from transformers import PreTrainedTokenizerFast
 
+    # the characters make sure that any plain text can be tokenised, not only the words of the captions
     pieces = BertWordPieceTokenizer()
-    letters = ["abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'-()"]  # so that any plain text has tokens
+    letters = ["abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'-()"]
     pieces.train_from_iterator(corpus("bert") + letters * 10, vocab_size=512, min_frequency=1, show_progress=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=pieces._tokenizer,
@@ -440,9 +505,11 @@ def bert_tokenizer() -> Any:
     )
 
 
-def kept_tokenizer(name: str, state_dir: Path) -> Any:
-    """The tokenizer of a stopped run, or a new one, kept in state_dir: training a WordPiece tokenizer twice
-    can number the same pieces differently, and the model learns the numbers."""
+def load_or_train_tokenizer(name: str, state_dir: Path) -> Any:
+    """The tokenizer of a stopped run if state_dir has one, else a new one, which is saved there.
+
+    Training a WordPiece tokenizer twice can give the same pieces other ids, and the model learns the ids.
+    """
     from transformers import AutoTokenizer
 
     folder = state_dir / f"{name}-tokenizer"
@@ -452,6 +519,7 @@ def kept_tokenizer(name: str, state_dir: Path) -> Any:
 
 
 def new_gpt2(tokenizer: Any) -> nn.Module:
+    """A GPT-2 of width 128 and depth 4, without dropout: every batch is new, so nothing can be memorised."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -470,6 +538,7 @@ def new_gpt2(tokenizer: Any) -> nn.Module:
 
 
 def new_bert(tokenizer: Any) -> nn.Module:
+    """A BERT of width 128 and depth 4."""
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
@@ -485,60 +554,69 @@ def new_bert(tokenizer: Any) -> nn.Module:
 
 
 def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    """Rows of ids, padded at the end to the longest: (B, L)."""
     return nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
 
 
-def place(input_ids: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Position ids (B, L) from a random start: every position gets trained."""
-    return torch.arange(input_ids.shape[1]) + torch.from_numpy(rng.integers(FURTHEST, size=(len(input_ids), 1)))
+def shifted_positions(input_ids: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Position ids (B, L) that start at random: otherwise only the first positions would be trained."""
+    return torch.arange(input_ids.shape[1]) + torch.from_numpy(rng.integers(MAX_START, size=(len(input_ids), 1)))
 
 
 def next_token_loss(model: nn.Module, tokenizer, rng: np.random.Generator) -> torch.Tensor:
-    """Captions of one video after one another, so that the model learns to say again what came before."""
+    """Next-token loss on 32 rows of one to three captions of the same clip.
+
+    Later captions can be predicted from the first one. This teaches the model to read its context, which is where
+    the video tokens will be.
+    """
     end, rows = tokenizer.eos_token_id, []
     for _ in range(32):
         truth = draw_truth(rng)
         texts = [draw_caption(truth, rng) for _ in range(rng.integers(1, 4))]
         rows.append([end] + [i for ids in tokenizer(texts)["input_ids"] for i in [*ids, end]])
     ids, labels = pad(rows, end), pad(rows, -100)
-    return model(input_ids=ids, position_ids=place(ids, rng), labels=labels).loss
+    return model(input_ids=ids, position_ids=shifted_positions(ids, rng), labels=labels).loss
 
 
 def masked_token_loss(model: nn.Module, tokenizer, rng: np.random.Generator) -> torch.Tensor:
-    """[CLS] text [SEP], a fifth of its tokens behind [MASK]."""
+    """Masked-token loss on 64 rows of [CLS] text [SEP], with a fifth of the tokens masked."""
     rows = [
         [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
         for ids in tokenizer([draw_note(rng) for _ in range(64)], add_special_tokens=False)["input_ids"]
     ]
     ids, labels = pad(rows, tokenizer.pad_token_id), pad(rows, -100)
-    hidden = torch.from_numpy(rng.random(ids.shape) < 0.2) & (labels != -100) & (ids != tokenizer.cls_token_id)
-    inputs = ids.masked_fill(hidden, tokenizer.mask_token_id)
-    seen = (ids != tokenizer.pad_token_id).long()
-    labels = labels.masked_fill(~hidden, -100)
-    return model(input_ids=inputs, attention_mask=seen, position_ids=place(ids, rng), labels=labels).loss
+
+    # never mask padding or [CLS]; [SEP] may be masked, so the model learns where a text ends
+    masked = torch.from_numpy(rng.random(ids.shape) < 0.2) & (labels != -100) & (ids != tokenizer.cls_token_id)
+    inputs = ids.masked_fill(masked, tokenizer.mask_token_id)
+    mask = (ids != tokenizer.pad_token_id).long()  # (B, L)
+    labels = labels.masked_fill(~masked, -100)
+    return model(input_ids=inputs, attention_mask=mask, position_ids=shifted_positions(ids, rng), labels=labels).loss
 
 
 def pretrain_language(name: str, state_dir: Path, scale: float) -> tuple[nn.Module, Any]:
+    """(the pretrained language model, its tokenizer)."""
     new, loss, steps, rate = {
         "gpt2": (new_gpt2, next_token_loss, 6_000, 2e-3),
         "bert": (new_bert, masked_token_loss, 3_000, 1e-3),
     }[name]
-    tokenizer = kept_tokenizer(name, state_dir)
+    tokenizer = load_or_train_tokenizer(name, state_dir)
     model = new(tokenizer)
     loss_of = partial(loss, model, tokenizer)
     train(name, nn.ModuleList([model]), loss_of, int(steps * scale), rate, state_dir)
     return model, tokenizer
 
 
-# -- proof ------------------------------------------------------------------------------------------
+# -- evaluation and cards ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def pooled_features(model: nn.Module, split: str, still: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled tokens and labels of a split of the default dummy dataset; `still` repeats one frame."""
+    """Pooled tokens (B, D) and labels (B,) of one split of the default dummy dataset. `still` repeats one frame."""
+    # drawn here, without files: the same videos as `python dummy_data.py` writes
     features, labels = [], []
     for label in range(len(dummy_data.CLASSES)):
-        rng = np.random.default_rng([0, split == "test", label])  # as dummy_data.py draws it
+        rng = np.random.default_rng([0, split == "test", label])  # dummy_data.py's seed for this class
         videos, _ = dummy_data.draw_class(label, 20 if split == "test" else 80, 16, IMAGE_SIZE, rng)
         indices = [8] * NUM_FRAMES if still else list(range(1, 16, 2))  # segment centres
         video = torch.from_numpy(videos[:, indices])
@@ -548,11 +626,17 @@ def pooled_features(model: nn.Module, split: str, still: bool) -> tuple[torch.Te
 
 
 def probe(model: nn.Module, still: bool = False) -> dict[str, float]:
-    """Test accuracy of a linear head on frozen, standardised features, ridge-regularised, fitted by L-BFGS."""
+    """Test accuracy of a linear head on frozen features: `all` pairs, the `seen` and the `withheld` ones.
+
+    `still` repeats one frame, which hides the motion.
+    """
+    # standardised with training statistics, so that one regularisation fits every backbone
     x, y = pooled_features(model, "train", still)
     x_test, y_test = pooled_features(model, "test", still)
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
+
+    # a convex problem, so L-BFGS finds the optimum and the number does not depend on a learning rate
     head = nn.Linear(x.shape[1], len(dummy_data.CLASSES))
     nn.init.zeros_(head.weight)
     solver = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
@@ -564,18 +648,23 @@ def probe(model: nn.Module, still: bool = False) -> dict[str, float]:
         return loss
 
     solver.step(closure)
-    right = head(x_test).argmax(1) == y_test
-    withheld = torch.tensor([CLASS in WITHHELD for CLASS in dummy_data.CLASSES])[y_test]
+
+    # the withheld pairs show whether shape and motion are encoded separately
+    correct = head(x_test).argmax(1) == y_test
+    withheld = torch.tensor([pair in WITHHELD for pair in dummy_data.CLASSES])[y_test]
     return {
-        "all": right.float().mean().item(),
-        "withheld": right[withheld].float().mean().item(),
-        "seen": right[~withheld].float().mean().item(),
+        "all": correct.float().mean().item(),
+        "withheld": correct[withheld].float().mean().item(),
+        "seen": correct[~withheld].float().mean().item(),
     }
 
 
 @torch.no_grad()
 def held_out_perplexity(model: nn.Module, tokenizer, count: int = 2000) -> tuple[float, float]:
-    """(the model's perplexity per token, exp of the grammar's entropy per token) on captions never trained on."""
+    """(perplexity per token of the model, the best possible one) on `count` held-out captions.
+
+    The best possible perplexity is exp(entropy of the grammar per token).
+    """
     rng = np.random.default_rng([SEED, *b"gpt2-held-out"])
     nats, surprise, tokens, end = 0.0, 0.0, 0, tokenizer.eos_token_id
     for _ in range(count // 50):
@@ -592,17 +681,18 @@ def held_out_perplexity(model: nn.Module, tokenizer, count: int = 2000) -> tuple
 CARD = """# {name}-tiny
 
 Made by `python -m backbones.pretrain --models {name}` (seed {seed}) on a synthetic world of coloured shapes.
-These weights test the pipeline; they are no {what} understanding. Licence: Apache-2.0, as the project.
+These weights are for testing the pipeline. They do not understand real {what}. Licence: Apache-2.0, like the project.
 
 {how}
 
-Withheld from pretraining: {withheld}. The random streams are disjoint from dummy_data.py's.
+Withheld from pretraining: {withheld}. The random streams are disjoint from those of dummy_data.py.
 
 {figures}
 """
 
 
 def vision_figures(name: str, model: nn.Module) -> str:
+    """The card's table of linear probes: the model, random weights, and the model on one repeated frame."""
     torch.manual_seed(SEED + 1)
     rows = {
         "pretrained": probe(model),
@@ -615,34 +705,47 @@ def vision_figures(name: str, model: nn.Module) -> str:
     )
     return (
         "Linear head on frozen features, dummy dataset (seed 0), 800 training and 200 test videos:\n\n"
-        f"| tower | test accuracy | 8 pairs seen | 2 withheld pairs |\n|---|---|---|---|\n{table}"
+        f"| backbone | test accuracy | 8 pairs seen | 2 withheld pairs |\n|---|---|---|---|\n{table}"
     )
 
 
 def perplexity_figures(model: nn.Module, tokenizer: Any) -> str:
-    ours, best = held_out_perplexity(model, tokenizer)
+    """The card's sentence on the perplexity of gpt2-tiny."""
+    perplexity, best = held_out_perplexity(model, tokenizer)
     return (
-        f"Perplexity per token on 2,000 held-out captions: {ours:.3f}; exp of the grammar's entropy per token: "
-        f"{best:.3f};\nratio {ours / best:.3f}."
+        f"Perplexity per token on 2,000 held-out captions: {perplexity:.3f}. The best possible, exp of the grammar's\n"
+        f"entropy per token, is {best:.3f} (ratio {perplexity / best:.3f})."
     )
 
 
 HOW = {
-    "timesformer": "Supervised: motion, shape, colour, radius and displacement per frame from CLS; coverage, displacement,\ncolour and shape from every patch token. Patch 16, width 128, depth 4, 8 frames of 64 x 64. {clips:,} clips.",
-    "videomae": "Masked reconstruction (75 % tubes, 64,000 clips), then, since that alone is a weak frozen backbone, the same\nsupervised targets as timesformer-tiny from the mean token and from every patch token ({clips:,} clips).\nPatch 8, tubelet 2, width 128, depth 4, 8 frames of 64 x 64.",
-    "gpt2": "Next token on captions of the grammar, one to three captions of a video after one another, starting at any\nof the first 160 positions. Byte-level BPE of its own. Width 128, depth 4, 256 positions.",
-    "bert": "Masked tokens of captions and hints, starting at any of the first 160 positions. WordPiece of its own.\nWidth 128, depth 4, 256 positions.",
+    "timesformer": """\
+Supervised: motion, shape, colour, radius and displacement per frame from CLS; coverage, displacement, colour and shape
+from every patch token. Patch 16, width 128, depth 4, 8 frames of 64 x 64. {clips:,} clips.""",
+    "videomae": """\
+Masked reconstruction (75 % of the patches, as tubes; 64,000 clips). It alone gives weak frozen features, so a
+supervised stage follows ({clips:,} clips), with the targets of timesformer-tiny predicted from the mean token and from
+every patch token. Patch 8, tubelet 2, width 128, depth 4, 8 frames of 64 x 64.""",
+    "gpt2": """\
+Next-token prediction on rows of one to three captions of the same clip, starting at a random position below 160.
+Byte-level BPE tokenizer trained on the same grammar. Width 128, depth 4, 256 positions.""",
+    "bert": """\
+Masked-token prediction on captions and hints, starting at a random position below 160. WordPiece tokenizer trained on
+the same grammar. Width 128, depth 4, 256 positions.""",
 }
 
 
 def save_vision(name: str, model: nn.Module, folder: Path) -> None:
+    """Saves a vision backbone with its preprocessor_config.json, in the format of published checkpoints."""
     model.save_pretrained(folder)
+
+    # the fields that transforms.Preprocessing reads
     mean, std = MEAN_STD[name]
     values = {
         "image_processor_type": "VideoMAEImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": IMAGE_SIZE},
-        "resample": 2,
+        "resample": 2,  # bilinear, in PIL's numbering
         "do_center_crop": True,
         "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         "do_rescale": True,
@@ -655,7 +758,7 @@ def save_vision(name: str, model: nn.Module, folder: Path) -> None:
 
 
 def pretrain(name: str, state_dir: Path, output: Path, scale: float) -> None:
-    """Trains one backbone, saves it as a Hugging Face folder, measures it and writes its card."""
+    """Pretrains one backbone, saves it as a Hugging Face folder, evaluates it and writes its CARD.md."""
     torch.manual_seed(SEED)
     folder, how = output / f"{name}-tiny", HOW[name]
     if name in MEAN_STD:
@@ -668,6 +771,8 @@ def pretrain(name: str, state_dir: Path, output: Path, scale: float) -> None:
         (model.bert if name == "bert" else model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         figures = perplexity_figures(model, tokenizer) if name == "gpt2" else ""
+
+    # the card's numbers are measured here, on the weights just saved, and never typed by hand
     withheld = " and ".join(f"{shape} moving {motion}" for shape, motion in WITHHELD)
     what = "video" if name in MEAN_STD else "language"
     card = CARD.format(name=name, seed=SEED, what=what, how=how, withheld=withheld, figures=figures)
@@ -676,8 +781,9 @@ def pretrain(name: str, state_dir: Path, output: Path, scale: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Parses the command line and pretrains the chosen backbones, one after the other."""
     parser = argparse.ArgumentParser(
-        description="Pretrain the tiny backbones on a synthetic world. A stopped run goes on where it was.",
+        description="Pretrain the tiny backbones on synthetic data. A stopped run continues where it stopped.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -687,16 +793,21 @@ def main(argv: list[str] | None = None) -> None:
         "--output",
         type=Path,
         default=Path("backbones"),
-        help="folder of the backbones; those of the same name are replaced",
+        help="folder to write to; backbones of the same name are replaced",
     )
     parser.add_argument(
-        "--state_dir", type=Path, default=Path("pretraining_state"), help="where to keep what a stopped run needs"
+        "--state_dir", type=Path, default=Path("pretraining_state"), help="folder for the state that resuming needs"
     )
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="multiplies the number of steps; 0.01 tries the whole path out"
+        "--scale",
+        type=float,
+        default=1.0,
+        help="factor on the number of steps; 0.01 is a quick test of the whole script",
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     args = parser.parse_args(argv)
+
+    # one backbone at a time: each training uses all threads
     if args.threads:
         torch.set_num_threads(args.threads)
     args.state_dir.mkdir(parents=True, exist_ok=True)

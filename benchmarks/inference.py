@@ -1,12 +1,13 @@
-"""What an answer costs: one clip from a cold start, adapters merged or not, captions in batches with and without cache.
+"""The cost of a prediction: one clip from a cold start, LoRA adapters merged or not, and captions batched or not.
 
     python -m benchmarks.inference --data_dir synthetic_dataset
 
-    one clip      `inference.py` for one video, as a process, beside a bare `import torch, transformers`
-    adapters      a classifier with LoRA, its adapters merged as inference.py does, and as they were trained
-    captions      a captioner's answers, greedy: batched with a key-value cache as inference.py writes them, one clip
-                  at a time, and batched without cache
-Jobs of one table alternate; medians over the rounds, and their spread. --classifier and --captioner name other runs.
+    one clip      `inference.py` on one video, including start-up, against a bare `import torch, transformers`
+    adapters      a LoRA classifier with merged adapters, as inference.py runs it, and with separate ones, as trained
+    captions      greedy captions: in batches with a key-value cache, as inference.py generates them; one clip at a
+                  time; in batches without the cache
+The jobs of a table alternate. Prints medians over the rounds and their spread. --classifier and --captioner choose
+other runs.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 from benchmarks import alternate
 from build_model import VideoModel
 from checkpoint import PROVIDED, load_run
-from config import ROOT
+from config import ROOT, fill_auto
 from inference import Predictor
 from script import UserError
 from train_code import build_loaders
@@ -29,8 +30,11 @@ from VLoader import read_splits
 
 
 def table(title: str, jobs: dict[str, Callable[[], object]], rounds: int, clips: int = 1) -> None:
-    """Seconds, or clips per second, of each job, and the median of its ratio to the first within a round."""
+    """Times the jobs and prints a markdown table: seconds, or clips per second if there are several clips, and the
+    time relative to the first job (median of the ratios within a round)."""
     seconds = alternate(jobs, rounds)
+
+    # the first job is the reference of the last column
     first = next(iter(seconds.values()))
     print(f"\n| {title} | {'s' if clips == 1 else 'clips/s'} | spread | time to the first |\n|---|---|---|---|")
     for name, values in seconds.items():
@@ -40,10 +44,13 @@ def table(title: str, jobs: dict[str, Callable[[], object]], rounds: int, clips:
 
 
 def process(*command: str) -> Callable[[], object]:
+    """A job that runs Python with these arguments in a new process."""
     return lambda: subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
 
 
 def one_clip(classifier: Path, captioner: Path, video: Path, rounds: int) -> None:
+    """Table of cold starts. Imports dominate them, so a bare import is the first row."""
+
     def answer(run: Path) -> Callable[[], object]:
         return process("inference.py", "--checkpoint", str(run), "--video_dir", str(video))
 
@@ -51,26 +58,33 @@ def one_clip(classifier: Path, captioner: Path, video: Path, rounds: int) -> Non
         "import torch, transformers": process("-c", "import torch, transformers"),
         "inference.py, classifier with LoRA": answer(classifier),
         "inference.py, captioner": answer(captioner),
+        # --help must not import torch: it shows at once when it does
         "inference.py --help": process("inference.py", "--help"),
     }
-    table("one clip, a process", jobs, rounds)
+    table("one clip, new process", jobs, rounds)
 
 
 def adapters(run: Path, batches: list[torch.Tensor], rounds: int) -> None:
+    """Table of a LoRA classifier, with and without merging the adapters into the weights."""
+    # loaded twice: merging changes the model in place
     trained, config, metadata = load_run(run)
     merged = Predictor(load_run(run)[0], config, metadata).model
 
     def answers(model: VideoModel) -> Callable[[], object]:
         return lambda: [model.scores(video=batch) for batch in batches]
 
+    # scores alone, without reading videos or writing answers
     clips = sum(map(len, batches))
     table(f"adapters, {clips} clips", {"merged": answers(merged), "as trained": answers(trained)}, rounds, clips)
 
 
 def captions(model: VideoModel, batches: list[torch.Tensor], tokens: int, rounds: int) -> None:
+    """Table of captions of at most `tokens` tokens, by batch size and use of the key-value cache."""
+    # the same clips as batches (B, T, C, H, W) and one by one (1, T, C, H, W)
     single = [clip[None] for batch in batches for clip in batch]
 
     def answers(clips: list[torch.Tensor], cache: bool = True) -> Callable[[], object]:
+        # generate() has no such argument, because inference.py always uses the cache
         def job() -> None:
             model.language_model.generation_config.use_cache = cache
             for batch in clips:
@@ -87,18 +101,30 @@ def captions(model: VideoModel, batches: list[torch.Tensor], tokens: int, rounds
 
 
 def main() -> None:
+    """Prints the three tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__.splitlines()[0])
-    parser.add_argument("--data_dir", type=Path, default=Path("synthetic_dataset"))
-    parser.add_argument("--classifier", type=Path, default=PROVIDED / "timesformer_loravision")
-    parser.add_argument("--captioner", type=Path, default=PROVIDED / "timesformer_gpt2_caption_fvbb_lorallm")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--data_dir", type=Path, default=Path("synthetic_dataset"), help="data folder with test videos")
+    parser.add_argument(
+        "--classifier", type=Path, default=PROVIDED / "timesformer_loravision", help="run of a LoRA classifier"
+    )
+    parser.add_argument(
+        "--captioner", type=Path, default=PROVIDED / "timesformer_gpt2_caption_fvbb_lorallm", help="run of a captioner"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one warm-up")
     args = parser.parse_args()
+
+    # new processes first: the models loaded below would take memory and cores from them
     splits = read_splits(args.data_dir)
     one_clip(args.classifier, args.captioner, splits.test[0].path, args.rounds)
+
+    # four batches in memory, so that decoding is not part of the measurement
     model, config, metadata = load_run(args.captioner)
+    config = fill_auto(config, config.num_frames, config.image_size)  # load_run leaves the batch size to its caller
     loader = build_loaders(model, config, splits)["test"]
     batches = [batch["video"] for batch in loader if batch is not None][:4]
     loader.close()
+
+    # inference.py predicts in this mode, too
     with torch.inference_mode():
         adapters(args.classifier, batches, args.rounds)
         captions(Predictor(model, config, metadata).model, batches, config.max_new_tokens, args.rounds)

@@ -1,9 +1,9 @@
-"""Whether decoding keeps up: clips per second of the loader, by worker processes, beside what models consume.
+"""Can the loader keep up? Clips per second of the loader, by number of workers, and of the model that consumes them.
 
-    python -m benchmarks.loading --data_dir DIR [the flags of a training]
+    python -m benchmarks.loading --data_dir DIR [training flags]
 
-The loader gives batches as in training, and nobody reads them; the model trains on, and answers for, one batch
-that is already in memory. Rounds alternate; medians.
+The loader yields batches as in training, and they are thrown away. The model trains and predicts on one batch that is
+already in memory. Rounds alternate. Prints medians and ranges.
 """
 
 import argparse
@@ -22,14 +22,17 @@ from train_code import build_accelerator, build_loaders, build_optimizer, loss_s
 from VLoader import read_splits
 
 WORKERS = (0, 1, 2)
-STEPS = 4  # of the model in one round
+STEPS = 4  # model steps per round
 
 
 def main(argv: list[str]) -> None:
+    """Builds model and loaders as main.py does, times both and prints clips per second."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one warm-up")
     args, flags = parser.parse_known_args(argv)
     config, _ = parse(flags, "main")
+
+    # the setup of a training run; one loader per number of workers
     splits = read_splits(Path(config.data_dir))
     model = build_model(config, len(splits.class_names))
     config = fill_auto(config, model.vision_encoder.config.num_frames, model.vision_encoder.preprocessing.image_size)
@@ -39,6 +42,7 @@ def main(argv: list[str]) -> None:
     loaders = {n: build_loaders(model, replace(config, num_workers=n), splits)["train"] for n in WORKERS}
     first = {k: v.to(accelerator.device) for k, v in next(iter(loaders[0])).items()}
 
+    # a new epoch each time: the loader shuffles and jitters as in training
     def load(workers: int) -> None:
         loaders[workers].batch_sampler.epoch += 1
         for _ in loaders[workers]:
@@ -53,20 +57,20 @@ def main(argv: list[str]) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
+    # .item() waits for the device
     @torch.inference_mode()
-    def answer() -> None:
+    def predict() -> None:
         model.eval()
         for _ in range(STEPS):
             loss_sum(model, first)[0].item()
 
     reading = {f"loader, {n} workers": lambda n=n: load(n) for n in WORKERS}
-    computing = {"model trains": train, "model answers": answer}
+    computing = {"model trains": train, "model predicts": predict}
     clips = dict.fromkeys(reading, len(splits.train)) | dict.fromkeys(computing, STEPS * len(first["index"]))
-    seconds = alternate(reading | computing, args.rounds)  # the first round starts the workers
+    seconds = alternate(reading | computing, args.rounds)  # the warm-up round starts the workers
     rates = {name: [clips[name] / s for s in values] for name, values in seconds.items()}
-    print(
-        f"{len(splits.train)} clips of {config.num_frames} frames, {config.vision_model}, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"{len(splits.train)} clips of {config.num_frames} frames, {config.vision_model}, {threads} threads")
     for name, values in rates.items():
         print(f"{name:<20}{median(values):>8.1f} clips/s  ({min(values):.1f} to {max(values):.1f})")
 

@@ -103,7 +103,7 @@ def test_withheld_pairs_and_seeds_never_occur_in_pretraining():
 def test_pretraining_resumes_where_it_stopped(tmp_path):
     def losses(steps: list[int], state) -> list[float]:
         torch.manual_seed(0)
-        tokenizer = world.kept_tokenizer("bert", state)
+        tokenizer = world.load_or_train_tokenizer("bert", state)
         model = world.new_bert(tokenizer)
         seen = []
 
@@ -122,7 +122,7 @@ def test_pretraining_resumes_where_it_stopped(tmp_path):
         return seen
 
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    world.kept_tokenizer("bert", tmp_path / "a").save_pretrained(tmp_path / "b" / "bert-tokenizer")
+    world.load_or_train_tokenizer("bert", tmp_path / "a").save_pretrained(tmp_path / "b" / "bert-tokenizer")
     whole = losses([99], tmp_path / "a")
     broken = losses([4, 99], tmp_path / "b")  # stopped in step 5, goes on from the state of step 3
     assert len(whole) == 6 and broken == [*whole[:4], *whole[3:]]

@@ -379,12 +379,12 @@ def test_odd_names_do_not_steer_the_terminal(tmp_path, capsys):
 @pytest.mark.parametrize(
     "names, words",
     [
-        ({"names.json": '{"run": 0, "jump": 0}'}, "a number stands twice"),
+        ({"names.json": '{"run": 0, "jump": 0}'}, "a class number is listed twice"),
         ({"names.json": '{"0": "run"}'}, 'expected {"jumping": 3, ...}'),
         ({"names.json": '["run"]'}, 'expected {"jumping": 3, ...}'),
         ({"names.json": "[" * 100_000}, "names.json"),
-        ({"names.txt": "0 run\n0 jump\n"}, "a number stands twice"),
-        ({"names.txt": "run\n"}, "--class_names has no number 1"),
+        ({"names.txt": "0 run\n0 jump\n"}, "a class number is listed twice"),
+        ({"names.txt": "run\n"}, "--class_names has no class 1"),
     ],
 )
 def test_class_names_that_say_nothing_clear_are_refused(tmp_path, capsys, names, words):
@@ -429,32 +429,32 @@ def test_a_name_with_another_folder_is_another_video(tmp_path, capsys):
     text = "jumping/0001 a\nid7 b\nsome/prefix/running/0001.mp4 c\ntwice d\none/twice e\n"
     assert convert(tmp_path, "list", {"train.txt": text}) == 0
     assert labels(tmp_path, "train") == {"deep/down/id7.pt": "b", "running/0001.pt": "c", "one/twice.pt": "e"}
-    assert "twice: 2 files are of this name" in capsys.readouterr().out
+    assert "twice: 2 files have this name" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "name, files, words",
     [
-        ("msrvtt", {"x.json": "{}"}, "x.json is not of --format msrvtt: no 'sentences'"),
-        ("ssv2", {"x.json": "not json"}, "x.json is not of --format ssv2"),
-        ("kinetics", {"x.csv": "a,b\n1,2\n"}, "x.csv is not of --format kinetics: no 'time_start'"),
+        ("msrvtt", {"x.json": "{}"}, "x.json is not in --format msrvtt: no 'sentences'"),
+        ("ssv2", {"x.json": "not json"}, "x.json is not in --format ssv2"),
+        ("kinetics", {"x.csv": "a,b\n1,2\n"}, "x.csv is not in --format kinetics: no 'time_start'"),
         ("hmdb51", {"x.txt": "a.avi 1\n"}, "<class>_test_split<n>.txt"),
-        ("list", {"train.txt": ""}, "the annotations hold no rows"),
+        ("list", {"train.txt": ""}, "the annotation files contain no rows"),
         ("list", {"train.txt": "gone.mp4 a\n"}, "1 not found in"),
         ("list", {"train.txt": "x.pt 1 2\n"}, "1 refused, first x.pt: several labels"),
-        ("list", {"train.csv": "path,label\nx.pt,a,b\n"}, "3 cells under 2 titles: 'x.pt, a, b'; put quotes"),
-        ("list", {"train.csv": 'path,label\nx.pt,"a\n'}, "train.csv is not of --format list: line 2: unexpected end"),
+        ("list", {"train.csv": "path,label\nx.pt,a,b\n"}, "3 cells for 2 columns: 'x.pt, a, b'; put quotes"),
+        ("list", {"train.csv": 'path,label\nx.pt,"a\n'}, "train.csv is not in --format list: line 2: unexpected end"),
         ("list", {"train.csv": "x.pt," + "a" * 200_000}, "line 1: field larger than field limit"),
         ("list", {"train.csv": "x\0.pt,a\n"}, "1 not found in"),
-        ("list", {"train.json": "[]"}, "train.json is not of --format list: it is JSON"),
-        ("msvd", {"x.json": '{"x": ["a caption"]}'}, "x.json is not of --format msvd: it is JSON, where lines of text"),
+        ("list", {"train.json": "[]"}, "train.json is not in --format list: expected lines of text, not JSON"),
+        ("msvd", {"x.json": '{"x": ["a caption"]}'}, "x.json is not in --format msvd: expected lines of text, not JSON"),
         ("kinetics", {"x.csv": "label,youtube_id,time_start,time_end\na,b,inf,1\n"}, "cannot convert float infinity"),
-        ("frames", {"x.txt": f"x {'9' * 5000} 1 a\n"}, "x.txt is not of --format frames: Exceeds the limit"),
-        ("frames", {"x.txt": "x 1 2 a\n"}, "x.pt has no images with numbers from 1 to 2"),
-        ("ssv2", {"x.json": "[" * 100_000}, "x.json is not of --format ssv2: it is nested too deep"),
-        ("ssv2", {"x.json": '[{"id": "x", "template": "a", "label": ["b"]}]'}, "must be texts"),
-        ("chat", {"x.json": '{"messages": []}'}, "x.json is not of --format chat"),
-        ("vatex", {"x.json": '[{"videoID": 7, "enCap": ["a"]}]'}, "x.json is not of --format vatex"),
+        ("frames", {"x.txt": f"x {'9' * 5000} 1 a\n"}, "x.txt is not in --format frames: Exceeds the limit"),
+        ("frames", {"x.txt": "x 1 2 a\n"}, "x.pt has no images numbered from 1 to 2"),
+        ("ssv2", {"x.json": "[" * 100_000}, "x.json is not in --format ssv2: it is nested too deeply"),
+        ("ssv2", {"x.json": '[{"id": "x", "template": "a", "label": ["b"]}]'}, "must be strings"),
+        ("chat", {"x.json": '{"messages": []}'}, "x.json is not in --format chat"),
+        ("vatex", {"x.json": '[{"videoID": 7, "enCap": ["a"]}]'}, "x.json is not in --format vatex"),
     ],
 )
 def test_bad_annotations_are_one_line(tmp_path, capsys, name, files, words):

@@ -1,4 +1,4 @@
-"""The study on two small rows: trained once, every number from the runs, nothing invented for those not run."""
+"""The study on two small rows, trained once: every number comes from a run, and missing runs are shown as missing."""
 
 import json
 import re
@@ -21,9 +21,8 @@ RUNS = sorted(PROVIDED.glob("*/metadata.json"))
 
 @pytest.fixture(scope="module")
 def study(dataset, tmp_path_factory) -> Path:
-    """A folder with runs/ of one seed of both rows, report.pdf, RESULTS.md and a README."""
+    """A folder with runs/ (one seed of both rows), report.pdf and RESULTS.md."""
     folder = tmp_path_factory.mktemp("study")
-    (folder / "README.md").write_text("a\n<!-- results -->\nold\n<!-- end of results -->\nz\n")
     assert make_report.main([*flags_of(folder, dataset), "--only", f"^({'|'.join(ROWS)})$"]) == 0
     return folder
 
@@ -33,6 +32,7 @@ def flags_of(folder: Path, dataset: Path) -> list[str]:
 
 
 def cells(text: str, title: str) -> list[list[str]]:
+    """The cells of every table row with this title: results, controls, cost."""
     return [
         [c.strip() for c in line.strip("| ").split(" | ")]
         for line in text.split("\n")
@@ -55,7 +55,7 @@ def test_the_tables_hold_the_runs_numbers(study):
     assert controls[1] == f"{100 * scores['controls']['as_it_is']['motion']:.1f}"
 
 
-def test_what_was_not_run_says_so(study):
+def test_missing_runs_are_shown_as_not_run(study):
     text = (study / "RESULTS.md").read_text()
     for row in cells(text, "VideoMAE LoRA"):
         assert set(row[-5:]) == {"not run"}
@@ -71,7 +71,9 @@ def test_finished_runs_are_not_trained_again_and_unfinished_ones_are(study, data
     capsys.readouterr()
     metrics_file = study / "runs" / f"{ROWS[0]}_seed0" / "metrics.json"
     before = json.loads(metrics_file.read_text())
-    metrics_file.write_text(json.dumps({k: v for k, v in before.items() if k != "controls"}))  # killed before these
+    metrics_file.write_text(
+        json.dumps({k: v for k, v in before.items() if k != "controls"})
+    )  # as if killed before the controls
     assert make_report.main([*flags_of(study, dataset), "--only", f"^({'|'.join(ROWS)})$"]) == 0
     assert "1/1 timesformer_fvbb_seed0" in capsys.readouterr().out
     assert json.loads(metrics_file.read_text()) == before
@@ -85,7 +87,7 @@ def test_a_run_that_fails_is_named(study, tmp_path, capsys):
 
 
 def test_the_mean_of_seeds_and_its_interval(study, tmp_path):
-    """Two seeds with the same predictions have the interval of one; the mean of two others lies between."""
+    """Two seeds with equal predictions have the interval of one. A seed without a right answer halves the mean."""
     runs = Path(shutil.copytree(study / "runs", tmp_path / "runs"))
     shutil.copytree(runs / f"{ROWS[0]}_seed0", runs / f"{ROWS[0]}_seed1")
     file = ROOT / "experiments" / f"{ROWS[0]}.yaml"
@@ -98,8 +100,8 @@ def test_the_mean_of_seeds_and_its_interval(study, tmp_path):
     assert mixed["mean"] == pytest.approx(one["mean"] / 2) and mixed["range"] == [0, one["mean"]]
 
 
-def test_a_card_tells_what_its_own_file_scores(study, dataset, tmp_path, capsys):
-    """By score.py of a copy; not what the run said of itself, which is changed here."""
+def test_a_card_reports_the_scores_of_its_own_file(study, dataset, tmp_path, capsys):
+    """Measured by score.py on a copy. The run's own metrics.json is falsified, so copying from it would show."""
     row = make_report.Row(
         ROOT / "experiments" / f"{ROWS[0]}.yaml", Path(shutil.copytree(study / "runs", tmp_path / "runs")), 1
     )
@@ -121,29 +123,29 @@ def test_a_card_tells_what_its_own_file_scores(study, dataset, tmp_path, capsys)
     }
     for key, name in names.items():
         assert f"{name} accuracy {100 * scored['controls'][key]['accuracy']:.1f} %" in card
-    assert f"this checkpoint: accuracy {100 * scored['test']['accuracy']:.1f} %" in card
+    assert f"test videos: accuracy {100 * scored['test']['accuracy']:.1f} %" in card
 
 
-def test_a_provided_checkpoint_answers_as_its_run(study, dataset, tmp_path):
+def test_a_provided_checkpoint_has_the_weights_of_its_run(study, dataset, tmp_path):
     for name in ROWS:
         row = make_report.Row(ROOT / "experiments" / f"{name}.yaml", study / "runs", 1)
         size = make_report.provide(row, tmp_path, dataset)
         target = tmp_path / name
-        assert size < 1e6 and "Holds the" in (target / "CARD.md").read_text()
+        assert size < 1e6 and "Contains the" in (target / "CARD.md").read_text()
         config, _ = read_run(target)
         assert (config.run_name, config.output_dir, config.data_dir) == (None, "checkpoints", "synthetic_dataset")
         assert not re.search(r"\"/|: /", (target / "metadata.json").read_text() + (target / "config.yaml").read_text())
-        mine, _, _ = load_run(target)
-        theirs, _, _ = load_run(row.dirs[0])
-        for (n, a), (_, b) in zip(mine.named_parameters(), theirs.named_parameters(), strict=True):
+        provided, _, _ = load_run(target)
+        trained, _, _ = load_run(row.dirs[0])
+        for (n, a), (_, b) in zip(provided.named_parameters(), trained.named_parameters(), strict=True):
             assert (a - b).abs().max() <= 2**-8 * b.abs().max(), n
 
 
-# -- what the repository holds ------------------------------------------------------------------------
+# -- the files in the repository ----------------------------------------------------------------------
 
 
 def test_the_template_holds_no_results():
-    """Every digit of the template is a length, a number of columns or part of a model's name."""
+    """The only digits of the template are lengths, column counts and parts of names."""
     text = re.sub(r"//.*", "", (ROOT / "experiments" / "report.typ").read_text())
     text = re.sub(r"[\d.]+(pt|cm|fr|%)", "", text)
     text = re.sub(
@@ -153,7 +155,7 @@ def test_the_template_holds_no_results():
     assert not re.findall(r".*\d.*", text)
 
 
-def test_the_grid_is_the_promised_one():
+def test_the_grid_has_the_24_rows_of_the_readme():
     rows = make_report.read_grid(ROOT / "nowhere", 3, "")
     assert len(rows) == 24 and all(row.name == row.file.stem for row in rows)
     assert all(len(read_yaml(row.file)) <= 6 for row in rows)
@@ -162,10 +164,22 @@ def test_the_grid_is_the_promised_one():
     assert len({row.title for row in rows}) == 24
 
 
-def test_results_are_shown_in_the_readme():
-    shown = re.search(r"<!-- results -->\n(.*?)<!-- end of results -->", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert (ROOT / "RESULTS.md").read_text() == "# Results\n\n" + shown[1]
-    assert "not run" not in shown[1]
+def test_results_md_has_the_text_that_the_report_writes():
+    """All but its numbers: the runs are not in the repository."""
+
+    def without_numbers(text: str) -> str:
+        rows = [line for line in text.splitlines() if not re.match(r"\| (TimeSformer|VideoMAE)", line)]
+        return re.sub(r"\d+(\.\d+)*(, \d+)*", "0", "\n".join(rows))
+
+    tables = {name: [] for name in ("labels", "captions", "controls", "caption_controls", "cost")}
+    numbers = {"classes": "0", "epochs": "0", "seeds": "0", "machine": "0 CPU thread, torch 0"}
+    sizes = {"train": "0", "val": "0", "test": "0"}
+    text = "# Results\n\n" + make_report.results_text({"tables": tables, "sizes": sizes, **numbers})
+    shipped = (ROOT / "RESULTS.md").read_text()
+    assert without_numbers(shipped) == without_numbers(text)
+    assert (
+        "not run" not in shipped and len(re.findall(r"^\| (?:TimeSformer|VideoMAE)", shipped, re.MULTILINE)) == 3 * 24
+    )
 
 
 def test_every_row_has_a_small_provided_checkpoint():
@@ -179,7 +193,7 @@ def test_every_row_has_a_small_provided_checkpoint():
 
 @pytest.mark.parametrize("run", [path.parent.name for path in RUNS])
 def test_a_provided_checkpoint_answers_at_once(run, dataset, tmp_path, monkeypatch, capsys):
-    """By the flags of its README command, where nothing was trained."""
+    """With the flags of its README command, in a folder without any trained run."""
     monkeypatch.chdir(tmp_path)
     config, _ = read_run(PROVIDED / run)
     answers = tmp_path / "answers.jsonl"
