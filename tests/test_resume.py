@@ -208,7 +208,7 @@ def test_resuming_on_other_data_is_refused(stopped, dataset, tmp_path, capsys):
     metadata = tmp_path / "data" / "train" / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace('"class_0/video_0.pt"', '"class_1/new.pt"'))
     assert main.main([*stopped, "--resume", "True", "--data_dir", str(tmp_path / "data")]) == 2
-    assert "are not those that" in capsys.readouterr().err
+    assert "have changed since" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_resumed(stopped, tmp_path, capsys):
@@ -238,8 +238,8 @@ def test_a_damaged_or_foreign_state_is_refused(stopped, tmp_path, capsys, damage
     capsys.readouterr()
     assert main.main([*stopped, "--resume", "True"]) == 2
     err = capsys.readouterr().err
-    told = {"digest": "do not match its digest", "processes": "was stopped with 2 processes, this is 1"}
-    assert told.get(damage, "holds no state of this run") in err and err.count("\n") == 1
+    told = {"digest": "do not match its digest", "processes": "was stopped with 2 processes; resume it with as many"}
+    assert told.get(damage, "does not hold a state of this run") in err and err.count("\n") == 1
 
 
 def test_a_state_written_before_there_were_digests_is_accepted(stopped, tmp_path):
