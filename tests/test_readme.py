@@ -224,9 +224,9 @@ USES = {
     ("datasets.md", "ssv2"): (make_ssv2, "wrote ssv2.jsonl"),
     ("datasets.md", "msrvtt"): (make_msrvtt, "wrote captions.jsonl"),
     ("datasets.md", "other formats"): (make_other_formats, "wrote chat/train/metadata.jsonl"),
-    ("datasets.md", "look first"): (make_class_folders, "10 training clips"),
+    ("datasets.md", "look first"): (make_class_folders, "4 training clips"),
     ("scaling.md", "scaling"): (lambda: None, "wrote predictions.jsonl"),
-    ("scaling.md", "timeline"): (lambda: clip("long_video.mp4", 0, 250), "wrote timeline.jsonl"),
+    ("scaling.md", "timeline"): (lambda: clip("long_video.mp4", 0, 80), "wrote timeline.jsonl"),
     ("runs.md", "runs"): (make_caption_files, "exported checkpoints/timesformer to exported_model/"),
 }
 
