@@ -447,7 +447,11 @@ def test_a_name_with_another_folder_is_another_video(tmp_path, capsys):
         ("list", {"train.csv": "x.pt," + "a" * 200_000}, "line 1: field larger than field limit"),
         ("list", {"train.csv": "x\0.pt,a\n"}, "1 not found in"),
         ("list", {"train.json": "[]"}, "train.json is not in --format list: expected lines of text, not JSON"),
-        ("msvd", {"x.json": '{"x": ["a caption"]}'}, "x.json is not in --format msvd: expected lines of text, not JSON"),
+        (
+            "msvd",
+            {"x.json": '{"x": ["a caption"]}'},
+            "x.json is not in --format msvd: expected lines of text, not JSON",
+        ),
         ("kinetics", {"x.csv": "label,youtube_id,time_start,time_end\na,b,inf,1\n"}, "cannot convert float infinity"),
         ("frames", {"x.txt": f"x {'9' * 5000} 1 a\n"}, "x.txt is not in --format frames: Exceeds the limit"),
         ("frames", {"x.txt": "x 1 2 a\n"}, "x.pt has no images numbered from 1 to 2"),

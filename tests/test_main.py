@@ -132,11 +132,11 @@ def test_a_fully_trained_run_needs_no_backbone_folder(runs, monkeypatch, tmp_pat
         Predictor.from_checkpoint(runs["captioner"])
 
 
-def test_predictor_snippet_of_the_readme(runs, tmp_path, monkeypatch, capsys):
+def test_predictor_snippet_of_the_documentation(runs, tmp_path, monkeypatch, capsys):
     write_video(tmp_path / "clip.mp4", counting_frames(20))
     (tmp_path / "checkpoints").mkdir()
     shutil.copytree(runs["classifier"], tmp_path / "checkpoints" / "timesformer")
-    snippet = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    snippet = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     assert len(snippet.splitlines()) == 3
     monkeypatch.chdir(tmp_path)
     exec(snippet, {})

@@ -1,8 +1,13 @@
-"""Every command of the README runs: with a small dataset, one epoch, and folders of the test's own."""
+"""Every command of README.md and docs/ runs: with a small dataset, one epoch, and temporary folders."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+from glob import glob
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,51 +17,66 @@ from PIL import Image
 
 import convert_dataset
 import create_dummy
+import doctor
 import dummy_data
 import inference
 import main
-from config import ROOT
+import metrics
+import preview
+import score
+from config import LEARNING_RATES, ROOT, parse, run_name
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"(?:<!-- test: ([a-z0-9 ]+) -->\n)?```bash\n(.*?)```", README, flags=re.DOTALL)
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+README = PAGES["README.md"]
+TEXTS = PAGES | {"CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")}
 SCRIPTS = {
     "main.py": main.main,
     "inference.py": inference.main,
+    "score.py": score.main,
+    "doctor.py": doctor.main,
+    "preview.py": preview.main,
+    "metrics.py": metrics.main,
     "dummy_data.py": dummy_data.main,
     "create_dummy.py": create_dummy.main,
     "convert_dataset.py": convert_dataset.main,
 }
 
 
-def commands(use: str = "") -> list[list[str]]:
-    """The README's python commands for a use (none: the synthetic dataset's) as [script, *flags]; each
-    training directly before its inferences."""
-    lines = [line for mark, text in BLOCKS if mark == use for line in text.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(mark, code) of a page's bash blocks; a mark names the stand-in for the data that the block needs."""
+    return re.findall(r"(?:<!-- test: ([a-z0-9 ]+) -->\n)?```bash\n(.*?)```", PAGES[page], flags=re.DOTALL)
+
+
+def commands(page: str, mark: str = "") -> list[list[str]]:
+    """The commands under a mark (none: those on the synthetic dataset) as [script, *flags]."""
+    lines = [line for m, text in blocks(page) if m == mark for line in text.splitlines()]
+    parts = [part for line in lines for part in shlex.split(line.replace("&&", "\n"), comments=True) if line]
+    starts = [i for i, part in enumerate(parts) if part in ("python", "torchrun")] + [len(parts)]
+    return [parts[a + (parts[a] == "python") : b] for a, b in pairwise(starts)]
 
 
 def run(script: str, *flags: str) -> int:
     return SCRIPTS[script](list(flags))
 
 
-def pairs() -> list[list[list[str]]]:
-    """Each training command with the inference commands that follow it."""
-    groups: list[list[list[str]]] = []
-    for command in commands():
+def pairs() -> dict[tuple[str, ...], list[list[str]]]:
+    """The flags of each training command of the README, and the inference commands that follow it."""
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
+    for command in commands("README.md"):
         if command[0] == "main.py":
-            groups.append([command])
-        elif command[0] == "inference.py":
-            groups[-1].append(command)
+            group = groups.setdefault(tuple(command[1:]), [])
+        elif command[0] == "inference.py" and command not in group:
+            group.append(command)
     return groups
 
 
 PAIRS = pairs()
 
 
-def test_the_readme_has_every_promised_command():
-    trained = {tuple(group[0][1:]) for group in PAIRS}
-    assert len(trained) == 6 + 8 + 6
-    assert all(len(group) >= 2 for group in PAIRS)
+def test_the_readme_trains_and_uses_every_configuration():
+    names = [run_name(parse(list(flags), "main")[0]) for flags in PAIRS]
+    assert sorted(names) == sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+    assert len(names) == 24 and all(PAIRS.values())
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +86,11 @@ def frames(dataset, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("group", PAIRS, ids=lambda g: " ".join(g[0][1:]).replace("--", ""))
-def test_commands_train_and_answer(group, dataset, frames, tmp_path, capsys):
+@pytest.mark.parametrize("flags", PAIRS, ids=lambda flags: " ".join(flags).replace("--", ""))
+def test_commands_train_and_predict(flags, dataset, frames, tmp_path, capsys):
     runs = ["--output_dir", str(tmp_path)]
-    assert run(*group[0], "--data_dir", str(dataset), "--epochs", "1", "--num_workers", "0", *runs) == 0
-    for command in group[1:]:
+    assert run("main.py", *flags, "--data_dir", str(dataset), "--epochs", "1", "--num_workers", "0", *runs) == 0
+    for command in PAIRS[flags]:
         capsys.readouterr()
         assert run(*command, *runs, "--video_dir", str(frames)) == 0
         assert "of 3 right" in capsys.readouterr().out
@@ -78,7 +98,7 @@ def test_commands_train_and_answer(group, dataset, frames, tmp_path, capsys):
 
 def test_drawing_commands_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    drawing = [c for c in commands() if c[0] in ("dummy_data.py", "create_dummy.py")]
+    drawing = [c for c in commands("README.md") if c[0] in ("dummy_data.py", "create_dummy.py")]
     assert drawing == [["dummy_data.py"], ["create_dummy.py"]]
     assert [run(*command) for command in drawing] == [0, 0]
     videos = {path: torch.load(path, weights_only=True) for path in Path("synthetic_dataset").rglob("*.pt")}
@@ -91,12 +111,12 @@ def test_drawing_commands_run_as_they_stand(tmp_path, monkeypatch):
         assert torch.equal(read_clip(Path("frames_see", row["file_name"]), 16), original)  # RGB stays RGB
 
 
-# -- one section per use, on a stand-in with the real structure -------------------------------------
+# -- one block per use, on a stand-in with the real structure ---------------------------------------
 
 
-def clip(path: str, kind: int) -> None:
+def clip(path: str, kind: int, count: int = 10) -> None:
     """A video that brightens (kind 0) or darkens."""
-    frames = counting_frames(10)
+    frames = counting_frames(count)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_video(Path(path), frames[::-1] if kind else frames, codec="mpeg4")
 
@@ -161,41 +181,151 @@ def make_msrvtt() -> None:
         Path(f"{name}_videodatainfo.json").write_text(json.dumps({"videos": videos, "sentences": sentences}))
 
 
+def make_hmdb51() -> None:
+    Path("splits").mkdir()
+    for kind, name in enumerate(("cartwheel", "catch")):
+        files = [f"{name}_{index}.avi" for index in range(4)]
+        for file in files:
+            clip(f"hmdb51_videos/{name}/{file}", kind)
+        lines = [f"{file} {number}\n" for file, number in zip(files, (1, 1, 1, 2), strict=True)]
+        Path("splits", f"{name}_test_split1.txt").write_text("".join(lines))
+
+
+def make_other_formats() -> None:
+    for split in ("train", "test"):
+        for index in range(2):
+            clip(f"k400/{split}{index}_000001_000011.mp4", index)
+        rows = [f"{name},{split}{index},1,11,{split}\n" for index, name in enumerate(("abseiling", "zumba"))]
+        Path(f"k400_{split}.csv").write_text("label,youtube_id,time_start,time_end,split\n" + "".join(rows))
+        clip(f"YouTubeClips/{split}_1_11.avi", 0)
+        Path(f"msvd_{split}.txt").write_text(f"{split}_1_11 a bar grows\n{split}_1_11 a bar becomes longer\n")
+        clip(f"vatex_videos/{split}_000001_000011.mp4", 0)
+        rows = [{"videoID": f"{split}_000001_000011", "enCap": ["a bar grows"]}]
+        Path(f"vatex_{split}.json").write_text(json.dumps(rows))
+    clip("chat_videos/a.mp4", 0)
+    messages = [{"role": "user", "content": "<video>What grows?"}, {"role": "assistant", "content": "A bar."}]
+    Path("chat_train.json").write_text(json.dumps([{"messages": messages, "videos": ["a.mp4"]}]))
+
+
+def make_caption_files() -> None:
+    Path("captions.json").write_text(json.dumps({"1": ["a bar grows", "a growing bar"], "2": ["a bar shrinks"]}))
+    for name in ("mine", "other"):
+        Path(f"{name}.json").write_text(json.dumps({"1": f"{name} bar grows", "2": "a bar shrinks"}))
+
+
+#: page and mark -> what makes the stand-in, and what the last command prints
 USES = {
-    "class folders": (make_class_folders, "of 6 right"),
-    "csv": (make_csv, "wrote answers.jsonl"),
-    "frames": (make_frames, "8 videos in"),
-    "ucf101": (make_ucf101, "wrote ucf101.jsonl"),
-    "ssv2": (make_ssv2, "wrote ssv2.jsonl"),
-    "msrvtt": (make_msrvtt, "wrote captions.jsonl"),
+    ("README.md", "class folders"): (make_class_folders, "of 6 right"),
+    ("README.md", "csv"): (make_csv, "next: python main.py --data_dir my_data"),
+    ("datasets.md", "csv"): (make_csv, "wrote predictions.jsonl"),
+    ("datasets.md", "frames"): (make_frames, "8 videos in"),
+    ("datasets.md", "ucf101"): (make_ucf101, "wrote ucf101.jsonl"),
+    ("datasets.md", "hmdb51"): (make_hmdb51, "wrote hmdb51.jsonl"),
+    ("datasets.md", "ssv2"): (make_ssv2, "wrote ssv2.jsonl"),
+    ("datasets.md", "msrvtt"): (make_msrvtt, "wrote captions.jsonl"),
+    ("datasets.md", "other formats"): (make_other_formats, "wrote chat/train/metadata.jsonl"),
+    ("datasets.md", "look first"): (make_class_folders, "4 training clips"),
+    ("scaling.md", "scaling"): (lambda: None, "wrote predictions.jsonl"),
+    ("scaling.md", "timeline"): (lambda: clip("long_video.mp4", 0, 80), "wrote timeline.jsonl"),
+    ("runs.md", "runs"): (make_caption_files, "exported checkpoints/timesformer to exported_model/"),
 }
 
 
-def test_every_use_of_the_readme_has_a_stand_in():
-    assert {mark for mark, _ in BLOCKS if mark} == USES.keys()
+def test_every_block_has_a_stand_in():
+    marks = {(page, mark) for page in PAGES for mark, _ in blocks(page)}
+    assert marks - {("README.md", ""), ("scaling.md", "torchrun")} == USES.keys()
 
 
-@pytest.mark.parametrize("use", USES)
-def test_the_section_s_commands_work(use, tmp_path, monkeypatch, capsys):
-    """As they stand; tiny weights stand in for the hub's, and one epoch for ten."""
+@pytest.fixture
+def workplace(dataset, frames, tmp_path, monkeypatch) -> Path:
+    """A working directory with a small synthetic_dataset/ and frames_see/."""
     monkeypatch.chdir(tmp_path)
+    Path("synthetic_dataset").symlink_to(dataset)
+    Path("frames_see").symlink_to(frames)
+    return tmp_path
+
+
+@pytest.mark.parametrize("use", USES, ids=" ".join)
+def test_the_commands_of_a_block_work(use, workplace, capsys):
+    """As they stand; tiny weights stand in for the hub's, and one epoch for ten."""
     make, words = USES[use]
     make()
-    for command in commands(use):
-        more = ["--weights", "tiny", "--epochs", "1", "--num_workers", "0"] if command[0] == "main.py" else []
+    for script, *flags in commands(*use):
+        if script in ("dummy_data.py", "create_dummy.py"):  # see test_drawing_commands_run_as_they_stand
+            continue
+        flags = [name for flag in flags for name in (sorted(glob(flag)) if "*" in flag else [flag])]
+        more = {
+            "main.py": ["--weights", "tiny", "--epochs", "1", "--num_workers", "0"],
+            "doctor.py": ["--weights", "tiny", "--num_workers", "0"],
+            "preview.py": ["--weights", "tiny", "--num_workers", "0"],
+        }
         capsys.readouterr()
-        assert run(*command, *more) == 0, capsys.readouterr().err
-        out = capsys.readouterr().out
-        if command[0] == "main.py":
-            assert "add --weights hub" in out and ("2 classes" in out or use == "msrvtt")
+        status = run(script, *flags, *more.get(script, []))
+        out, err = capsys.readouterr()
+        if "--resume" in flags:  # the run before it was not stopped
+            assert status == 2 and "nothing to resume" in err
+        elif script == "doctor.py":  # its status says whether this data passes
+            assert status in (0, 1) and "every frame decodes" in out
+        else:
+            assert status == 0, err
+        if script == "main.py" and "--resume" not in flags:
+            assert "add --weights hub" in out
     assert words in out
 
 
-def test_the_table_of_learning_rates_is_the_code_s():
-    from config import LEARNING_RATES
+@pytest.mark.slow
+def test_the_command_for_several_processes_works(workplace):
+    (command,) = commands("scaling.md", "torchrun")
+    command = [str(ROOT / "main.py") if part == "main.py" else part for part in command]
+    command = [sys.executable, "-m", "torch.distributed.run", *command[1:], "--epochs", "1", "--num_workers", "0"]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "run: checkpoints/two_processes/" in done.stdout, done.stderr
 
+
+# -- what the pages say ------------------------------------------------------------------------------
+
+
+def test_the_learning_rates_are_the_code_s():
     cells = r"\| ([0-9.e-]+) \(× (\d+)\) " * 3
     for weights, title in (("tiny", "tiny"), ("hub", "hub, folders")):
-        found = re.search(rf"\| {title} {cells}\|", README).groups()
-        shown = [(float(found[i]), float(found[i + 1])) for i in (0, 2, 4)]
+        values = re.search(rf"\| {title} {cells}\|", PAGES["runs.md"]).groups()
+        shown = [(float(values[i]), float(values[i + 1])) for i in (0, 2, 4)]
         assert shown == [LEARNING_RATES[weights, kind] for kind in ("full", "lora", "frozen")]
+        assert f"{title.split(',')[0]}: {' / '.join(values[::2])}" in README.replace(" and folders", "")
+
+
+def test_the_results_are_those_of_the_study():
+    """Each row: a model, its score, and the mean over the seeds in full, with LoRA and frozen."""
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    cell = r" \| (\*{0,2}[\d.]+\*{0,2})"
+    rows = re.findall(rf"^\| (\S.*?)(?: \(CIDEr\))?{cell * 3} \|$", README, re.MULTILINE)
+    assert len(rows) == 6
+    for model, *values in rows:
+        for mode, value in zip(("in full", "LoRA", "frozen"), values, strict=True):
+            number = value.strip("*")
+            assert re.search(rf"^\| {re.escape(model)} {mode} \| 3 of 3 \| {number} \[", results, re.MULTILINE)
+        best = max(float(value.strip("*")) for value in values)
+        assert all(("*" in value) == (float(value.strip("*")) == best) for value in values)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_and_pictures_lead_somewhere(page):
+    folder = ROOT / "docs" if (ROOT / "docs" / page).is_file() else ROOT
+    targets = re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]) + re.findall(r'src="([^"]+)"', TEXTS[page])
+    titles = {
+        re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-")
+        for t in re.findall(r"^#+ (.+)$", TEXTS[page], re.MULTILINE)
+    }
+    for target in targets:
+        if target.startswith("#"):
+            assert target[1:] in titles
+        elif not target.startswith("https://"):
+            assert (folder / target).exists(), target
+
+
+def test_the_tree_names_files_that_exist():
+    tree = re.search(r"```\n(main\.py .*?)```", README, re.DOTALL)[1]
+    names = re.findall(r"(?:^|  )([A-Za-z_]+(?:\.py|/))(?= |$)", tree, re.MULTILINE)
+    assert len(names) > 25 and all((ROOT / name).exists() for name in names)
