@@ -225,7 +225,7 @@ def append_row(file: int, path: Path, row: dict[str, Any]) -> None:
     try:
         while written < len(data):
             written += os.write(file, data[written:])
-    except BrokenPipeError:  # the reader closed the pipe: no error, run_script ends quietly
+    except BrokenPipeError:  # the reader closed the pipe: no error, the script ends quietly
         raise
     except OSError as error:
         if path.is_file():

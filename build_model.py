@@ -542,23 +542,30 @@ class VideoCaptioner(VisionLanguageModel):
         return logits[:, :-1]  # what follows EOS is not a target
 
     @torch.no_grad()
-    def generate(self, video: torch.Tensor, max_new_tokens: int, num_beams: int = 1) -> list[str]:
-        """Writes one caption per clip: greedy, or the best of `num_beams` beams. Raises UserError if video and caption
-        exceed the language model's positions."""
+    def generate(self, video: torch.Tensor, config: Config) -> list[str]:
+        """Writes one caption per clip: greedy, or the best of config.num_beams beams. Raises UserError if the video and
+        config.max_new_tokens exceed the language model's positions."""
         from transformers import GenerationConfig
 
         # the prompt is the video and BOS
         video = self.video_tokens(video)  # (B, N, D)
         positions, taken = positions_of(self.language_model), video.shape[1] + 1
-        if positions and taken + max_new_tokens > positions:
-            raise UserError(f"--max_new_tokens {max_new_tokens}: at most {positions - taken} fit after the video")
+        if positions and taken + config.max_new_tokens > positions:
+            raise UserError(
+                f"--max_new_tokens {config.max_new_tokens}: at most {positions - taken} fit after the video"
+            )
         bos = self.embed(torch.full((len(video), 1), self.bos, device=video.device))
         embeds = torch.cat([video, bos.to(video.dtype)], dim=1)  # (B, N + 1, D)
 
         # a GenerationConfig of our own: generate() would fill gaps from the backbone's, such as sampling
         eos = self.tokenizer.eos_token_id
-        options = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False)
-        options.eos_token_id = options.pad_token_id = eos
+        options = GenerationConfig(
+            max_new_tokens=config.max_new_tokens,
+            num_beams=config.num_beams,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=video.device)
         ids = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]

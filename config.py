@@ -164,6 +164,7 @@ def option(default: Any, convert: Callable[[str], Any], group: str, scripts: str
         free_at_resume    may change when a run is resumed, because no result depends on it
         changes_answers   answers of inference depend on it
         in_feature_key    cached features depend on it
+        package           an optional package that it needs
     """
     return field(default=default, metadata={"convert": convert, "group": group, "scripts": scripts.split()} | facts)
 
@@ -305,7 +306,7 @@ class Config:
     controls: bool = option(False, to_bool, "run and machine", "main score", free_at_resume=True)
     """also score inputs on which the model should fail (one repeated frame, shuffled or reversed frames, a grey video,
     swapped texts) and two baselines (majority class, nearest neighbour), and draw where the model looks"""
-    tensorboard: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
+    tensorboard: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True, package="tensorboardX")
     """also write TensorBoard logs to the run's folder; needs tensorboardX (requirements-extra.txt)"""
     device: str = option("auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", ALL, free_at_resume=True)
     """where to compute. auto: cuda if available, else mps, else cpu"""
@@ -525,8 +526,10 @@ def check_options(config: Config) -> Config:
         config = replace(config, language_model="gpt2" if config.captioning else "bert")
 
     # problems that would otherwise show only after data and weights are loaded
-    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise UserError("--tensorboard True needs tensorboardX: pip install -r requirements-extra.txt")
+    for name in options_with("package"):
+        package = FIELDS[name].metadata["package"]
+        if getattr(config, name) and importlib.util.find_spec(package) is None:
+            raise UserError(f"--{name} True needs {package}: pip install -r requirements-extra.txt")
     refuse_classifier_options(config)
     check_backbone("vision_model", config.vision_model, "vision")
     if config.use_vlm:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from script import Parser, UserError, make_folder, printable, replace_file, run_script, shown
+from script import Parser, UserError, make_folder, printable, replace_file, script, shown
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -651,7 +651,8 @@ def next_command(outcomes: dict[str, Outcome], output: Path) -> str:
     return f"next: python main.py --data_dir {printable(output)} --weights hub{task}"
 
 
-def run(argv: list[str] | None) -> int:
+@script
+def main(argv: list[str] | None = None) -> int:
     """Converts the annotation files. Writes nothing before every row has been checked. Returns the exit status."""
     # mistakes in the command line first, before the slow search for videos
     args = parse_args(argv)
@@ -722,10 +723,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing metadata.jsonl files in --output")
     return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
 
-from script import Parser, UserError, make_folder, printable, run_script
+from script import Parser, UserError, make_folder, printable, script
 
 CHUNK = 32  # frames in memory at a time
 
 
-def run(argv: list[str] | None) -> int:
+@script
+def main(argv: list[str] | None = None) -> int:
     """Writes the frame folders that the command line describes. Raises UserError for a bad flag or unusable folder."""
     # the defaults match those of dummy_data.py and of the README
     parser = Parser(
@@ -90,10 +91,6 @@ def clear_frames(folder: Path) -> None:
 def is_frames(folder: Path) -> bool:
     """Whether this is a folder that contains only frames written by dummy_data.save_frames()."""
     return folder.is_dir() and all(re.fullmatch(r"frame_\d+\.png", path.name) for path in folder.iterdir())
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, parse
-from script import UserError, leave, run_script
+from script import UserError, leave, script
 
 if TYPE_CHECKING:
     from build_model import VideoModel
@@ -264,7 +264,8 @@ def table(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def run(argv: list[str] | None) -> int:
+@script
+def main(argv: list[str] | None = None) -> int:
     """Prints a table of check, result and what to fix; returns 1 if a check failed, else 0."""
     config, _ = parse(argv, "doctor")
     from runs import prepare, print_backbones
@@ -276,10 +277,6 @@ def run(argv: list[str] | None) -> int:
     print(table(findings))
     print(f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed")
     return int(failed > 0)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

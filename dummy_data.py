@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from script import Parser, UserError, make_folder, printable, run_script
+from script import Parser, UserError, make_folder, printable, script
 
 COLOURS = {
     "red": (0.90, 0.12, 0.12),
@@ -272,7 +272,8 @@ def display_name(label: int) -> str:
     return f"{shape} standing still" if motion == "still" else f"{shape} moving {motion}"
 
 
-def run(argv: list[str] | None) -> None:
+@script
+def main(argv: list[str] | None = None) -> None:
     """Draws the dataset that the command line describes. Raises UserError for a bad flag or an unusable folder."""
     # all flags have defaults, and the defaults make the dataset of the README
     parser = Parser(
@@ -352,10 +353,6 @@ def clear_dataset(folder: Path, overwrite: bool) -> None:
         for name in CONTENT:
             remove(folder / name)
     make_folder(folder)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

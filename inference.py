@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from answers import Job, answer_line, find_lexicon, fingerprint_answers, is_right, list_jobs, open_output
 from config import FIELDS, Config, parse, refuse_classifier_options
 from metrics import Lexicon
-from script import UserError, leave, printable, run_script
+from script import UserError, leave, printable, script
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -110,7 +110,7 @@ class Predictor:
         """The answers for a batch, without the names of the files. Raises UserError if the scores are not finite."""
         # captioner
         if self.config.captioning:
-            texts = self.model.generate(batch["video"], self.config.max_new_tokens, self.config.num_beams)
+            texts = self.model.generate(batch["video"], self.config)
             return [{"caption": text} for text in texts]
 
         # classifier: the best class, and the top_k best with their scores
@@ -230,7 +230,8 @@ def print_export(run_dir: Path, model: Any, config: Config, metadata: dict[str, 
     print(printable(f"exported {run_dir} to {config.export}/: {', '.join(sorted(p.name for p in output.iterdir()))}"))
 
 
-def run(argv: list[str] | None) -> int:
+@script
+def main(argv: list[str] | None = None) -> int:
     """Classifies or captions the videos in --video_dir, exports the run, or both. Returns 1 if a video could not be
     read."""
     config, typed_flags = parse(argv, "inference")
@@ -263,10 +264,6 @@ def run(argv: list[str] | None) -> int:
             model, _, _ = load_run(run_dir, config, typed_flags)
         print_export(run_dir, model.cpu(), config, metadata)
     return status
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

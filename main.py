@@ -8,19 +8,16 @@ loss_sum -> forward in build_model.py.
 """
 
 from config import parse
-from script import leave, run_script
+from script import leave, script
 
 
-def run(argv: list[str] | None) -> int:
+@script
+def main(argv: list[str] | None = None) -> int:
     """Parses the options and trains; returns the exit status."""
     config, typed_flags = parse(argv, "main")
     from runs import train_run  # imports torch; above, it would make --help slow
 
     return train_run(config, typed_flags)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

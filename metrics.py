@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from script import Parser, UserError, run_script, shown
+from script import Parser, UserError, script, shown
 
 RESAMPLES = 1000
 BINS = 15  # confidence bins of the calibration error
@@ -465,7 +465,8 @@ def summary_of(rows: list[Any], truths: list[Any], path: Path) -> Summary:
     return lambda indices: {name: value for name, value in summary(indices).items() if name in kept}
 
 
-def run(argv: list[str] | None) -> None:
+@script
+def main(argv: list[str] | None = None) -> None:
     """Scores the files on the command line and prints the result as JSON."""
     # the module's docstring explains the file formats, so it is the description
     parser = Parser(
@@ -512,10 +513,6 @@ def run(argv: list[str] | None) -> None:
             ]
             result["compare"]["mcnemar"] = mcnemar(*right)
     print(json.dumps(result, indent=1))
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import parse, run_name
-from script import leave, make_folder, run_script
+from script import leave, make_folder, script
 
 if TYPE_CHECKING:
     from runs import Run
 
 
-def run(argv: list[str] | None) -> int:
+@script
+def main(argv: list[str] | None = None) -> int:
     """Writes preview_<run name>.png to --output_dir; trains nothing."""
     config, _ = parse(argv, "preview")
     from figures import plot_clips
@@ -67,10 +68,6 @@ def clip_titles(batch: dict[str, Any], run: "Run") -> list[str]:
             parts.append(repr(run.model.tokenizer.decode(ids, skip_special_tokens=True).strip()))
         titles.append("  |  ".join(parts))
     return titles
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

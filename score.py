@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from config import FIELDS, Config, parse, refuse_classifier_options
-from script import UserError, is_main, leave, run_script, write_json
+from script import UserError, is_main, leave, script, write_json
 
 
-def run(argv: list[str] | None) -> int:
+@script
+def main(argv: list[str] | None = None) -> int:
     """Scores a run again; metrics.json, predictions and pictures replace those in its folder, or go to another one."""
     flags, typed_flags = parse(argv, "score")
     if flags.checkpoint is None:
@@ -106,10 +107,6 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
         write_json(metrics, folder / METRICS)
     print(f"wrote {folder}/{METRICS} and {folder}/predictions_*.jsonl")
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

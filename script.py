@@ -1,8 +1,9 @@
 """What all scripts share: one-line errors, exit status, atomic file writes, locks. Imports no torch.
 
-A script defines run(argv), which does the work, and ends with
+A script ends with
 
-    def main(argv=None): return run_script(run, argv)
+    @script
+    def main(argv=None): ...
     if __name__ == "__main__": leave(main())
 """
 
@@ -18,7 +19,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,44 +77,49 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def run_script(run: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
-    """Calls run(argv) and returns the exit status.
+def script(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Makes main(argv) return the exit status for every way that it can end.
 
     A UserError, or a file that cannot be read or written, becomes one line on stderr and exit status 2. Under torchrun
     only rank 0 prints to stdout.
     """
-    if is_main():
-        return run_and_catch(run, argv)
+
+    @wraps(main)
+    def main_with_status(argv: list[str] | None = None) -> int:
+        # file names may not be valid UTF-8; printing them must not fail
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+
+        # main() itself returns 0 or 1; 2 is a user's mistake, 130 is what shells report for Ctrl-C
+        try:
+            with nullcontext() if is_main() else silence():
+                status = main(argv) or 0
+            sys.stdout.flush()  # raises here, not at exit, if the disk is full
+            return status
+        except UserError as error:
+            return print_error(str(error), error.details)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader closed the pipe, as `head` does
+            discard_output()
+            return 1
+        except MemoryError:
+            return print_error("out of memory")
+        except OSError as error:
+            discard_output()
+            return print_error(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+
+    return main_with_status
+
+
+@contextmanager
+def silence() -> Generator[None]:
+    """Drops what is printed to stdout, and progress bars."""
     os.environ["TQDM_DISABLE"] = "1"
     with open(os.devnull, "w", encoding="utf-8") as devnull, redirect_stdout(devnull):
-        return run_and_catch(run, argv)
-
-
-def run_and_catch(run: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
-    """run_script() without its silencing: calls run(argv) and turns every way to end into an exit status."""
-    # file names may not be valid UTF-8; printing them must not fail
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-    # run() itself returns 0 or 1; 2 is a user's mistake, 130 is what shells report for Ctrl-C
-    try:
-        status = run(argv) or 0
-        sys.stdout.flush()  # raises here, not at exit, if the disk is full
-        return status
-    except UserError as error:
-        return print_error(str(error), error.details)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader closed the pipe, as `head` does
-        discard_output()
-        return 1
-    except MemoryError:
-        return print_error("out of memory")
-    except OSError as error:
-        discard_output()
-        return print_error(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+        yield
 
 
 def print_error(message: str, details: Sequence[str] = ()) -> int:

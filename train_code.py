@@ -212,8 +212,8 @@ class Engine:
     after_step: Callable[[], None] = lambda: None  # saves when it is time, and raises Stopped
 
 
-def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> dict[str, float]:
-    """Trains the current epoch from where it is to its end, and returns its mean loss and accuracy.
+def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> None:
+    """Trains the current epoch from where it is to its end; engine.progress has its loss and accuracy.
 
     Raises UserError for a loss that is not finite, naming step and files.
     """
@@ -237,7 +237,6 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> di
             progress.seconds, clock = progress.seconds + time.perf_counter() - clock, time.perf_counter()
             bar.set_postfix(loss=f"{progress.loss / max(1, progress.count):.3f}", refresh=False)
             engine.after_step()
-    return {"loss": progress.loss / progress.count, "accuracy": progress.right / progress.count}
 
 
 def groups_of(loader: DataLoader, size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -389,7 +388,7 @@ def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config:
             continue
         batch = to_device(batch, accelerator.device)
         with accelerator.autocast():
-            texts = model.generate(batch["video"], config.max_new_tokens, config.num_beams)
+            texts = model.generate(batch["video"], config)
         captions |= dict(zip(batch["index"].tolist(), texts, strict=True))
     captions = dict(gathered(accelerator, list(captions.items())))
     return [captions[i] for i in range(len(loader.dataset))]
@@ -548,7 +547,8 @@ def train(
         every = config.save_every
         engine.after_step = lambda: save_or_stop(every > 0 and engine.progress.step % every == 0)
         while engine.progress.epoch < config.epochs and not out_of_patience(engine.progress.log, config.patience):
-            one_epoch(model, loaders, engine, config, run_dir)
+            train_one_epoch(model, loaders["train"], engine)
+            evaluate_and_log(model, loaders, engine, config, run_dir)
             engine.progress.next_epoch()
             save_or_stop(due=True)
     if engine.progress.epoch < config.epochs:
@@ -578,17 +578,19 @@ def build_engine(model: VideoModel, loader: DataLoader, config: Config, accelera
     return engine
 
 
-def one_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config, run_dir: Path) -> None:
-    """Trains the current epoch to its end, evaluates on val, keeps the weights if they are the best so far, logs."""
+def evaluate_and_log(
+    model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config, run_dir: Path
+) -> None:
+    """Evaluates on val, saves the weights if they are the best so far, and writes a row of the log."""
     progress = engine.progress
-    trained = train_one_epoch(model, loaders["train"], engine)
     val = evaluate(model, loaders["val"], engine.accelerator)
+    train_loss = progress.loss / progress.count
+    row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": train_loss, "val_loss": val["loss"]}
+    if "accuracy" in val:
+        row |= {"train_accuracy": progress.right / progress.count, "val_accuracy": val["accuracy"]}
 
     # classifiers are ranked by accuracy, then by loss, since small val splits have many ties; captioners by loss
     rank = (val.get("accuracy", 0.0), -val["loss"])
-    row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": trained["loss"], "val_loss": val["loss"]}
-    if "accuracy" in val:
-        row |= {"train_accuracy": trained["accuracy"], "val_accuracy": val["accuracy"]}
     row["best"] = progress.best is None or rank > tuple(progress.best)
     row["skipped"] = len(all_skipped(loaders["train"], engine.accelerator))
     row["seconds"] = round(progress.seconds, 2)

@@ -22,7 +22,7 @@ import torch
 from benchmarks import alternate
 from build_model import VideoModel
 from checkpoint import PROVIDED, load_run
-from config import ROOT, fill_auto
+from config import ROOT, Config, fill_auto
 from inference import Predictor
 from script import UserError
 from train_code import build_loaders
@@ -78,26 +78,20 @@ def adapters(run: Path, batches: list[torch.Tensor], rounds: int) -> None:
     table(f"adapters, {clips} clips", {"merged": answers(merged), "as trained": answers(trained)}, rounds, clips)
 
 
-def captions(model: VideoModel, batches: list[torch.Tensor], tokens: int, rounds: int) -> None:
-    """Table of captions of at most `tokens` tokens, by batch size and use of the key-value cache."""
+def captions(model: VideoModel, config: Config, batches: list[torch.Tensor], rounds: int) -> None:
+    """Table of captions in batches and one clip at a time."""
+
+    def answers(batches: list[torch.Tensor]) -> Callable[[], object]:
+        return lambda: [model.generate(batch, config) for batch in batches]
+
     # the same clips as batches (B, T, C, H, W) and one by one (1, T, C, H, W)
     single = [clip[None] for batch in batches for clip in batch]
-
-    def answers(clips: list[torch.Tensor], cache: bool = True) -> Callable[[], object]:
-        # generate() has no such argument, because inference.py always uses the cache
-        def job() -> None:
-            model.language_model.generation_config.use_cache = cache
-            for batch in clips:
-                model.generate(batch, tokens)
-
-        return job
-
-    jobs = {
-        "batches, with cache": answers(batches),
-        "one at a time, with cache": answers(single),
-        "batches, without cache": answers(batches, cache=False),
-    }
-    table(f"captions, {len(single)} clips", jobs, rounds, len(single))
+    table(
+        f"captions, {len(single)} clips",
+        {"batches": answers(batches), "one at a time": answers(single)},
+        rounds,
+        len(single),
+    )
 
 
 def main() -> None:
@@ -127,7 +121,7 @@ def main() -> None:
     # inference.py predicts in this mode, too
     with torch.inference_mode():
         adapters(args.classifier, batches, args.rounds)
-        captions(Predictor(model, config, metadata).model, batches, config.max_new_tokens, args.rounds)
+        captions(Predictor(model, config, metadata).model, config, batches, args.rounds)
 
 
 if __name__ == "__main__":

@@ -77,11 +77,12 @@ def run_vidtune(row: str, args: argparse.Namespace) -> dict[str, float]:
     optimizer = accelerator.prepare(build_optimizer(model, config))
     engine = Engine(accelerator, optimizer, args.epochs * len(loader), 1, progress=Progress())
     for _ in range(args.epochs):
-        result = train_one_epoch(model, loader, engine)
+        train_one_epoch(model, loader, engine)
+        loss = engine.progress.loss / engine.progress.count
         engine.progress.next_epoch()
     seconds = time.perf_counter() - start
     clips = args.epochs * len(splits.train)
-    return {"seconds": seconds, "clips": clips, "loss": result["loss"], "memory": peak_memory()}
+    return {"seconds": seconds, "clips": clips, "loss": loss, "memory": peak_memory()}
 
 
 def trainer_model(folder: str, kind: str, num_classes: int) -> Any:

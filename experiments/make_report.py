@@ -25,7 +25,7 @@ import numpy as np
 from config import ROOT, Config, as_flags, fill_auto, read_yaml, run_name, write_yaml
 from dummy_data import LEXICON
 from metrics import Summary, attribute_summary, attributes_in, bounds, caption_summary, label_rows_summary, resampled
-from script import UserError, make_folder, replace_file, run_script
+from script import UserError, make_folder, replace_file, script
 
 EXPERIMENTS = ROOT / "experiments"
 NAMES = {"timesformer": "TimeSformer", "videomae": "VideoMAE", "bert": "BERT", "gpt2": "GPT-2"}
@@ -585,7 +585,8 @@ def control_table(run_dir: Path, data_dir: Path, runs: Path) -> dict[str, Any]:
 # -- the script -------------------------------------------------------------------------------------
 
 
-def run(argv: list[str] | None) -> None:
+@script
+def main(argv: list[str] | None = None) -> None:
     """Trains the missing runs and writes the study. Raises UserError for wrong options and failed runs."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.make_report",
@@ -632,10 +633,6 @@ def run(argv: list[str] | None) -> None:
         ready = [row for row in rows if row.dirs[0] in row.finished()]
         size = sum(provide(row, PROVIDED, args.data_dir) for row in ready)
         print(f"{len(ready)} checkpoints, {size / 1e6:.1f} MB in {PROVIDED}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_script(run, argv)
 
 
 if __name__ == "__main__":

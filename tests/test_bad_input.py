@@ -280,10 +280,10 @@ def test_frames_stay_in_their_folder_and_apart(tmp_path):
 def test_a_log_for_tensorboard_on_a_full_disk_is_one_line(tmp_path):
     """In a process of its own, whose files may not grow: its background threads would print traces too."""
     code = (
-        "import pathlib, resource, signal, sys; from script import run_script; from train_code import tensorboard_row\n"
+        "import pathlib, resource, signal, sys; from script import script; from train_code import tensorboard_row\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))\n"
         "row = {'epoch': 1, 'step': 1, 'train_loss': 1.0}\n"
-        "sys.exit(run_script(lambda _: tensorboard_row(row, pathlib.Path(sys.argv[1])), None))"
+        "sys.exit(script(lambda _: tensorboard_row(row, pathlib.Path(sys.argv[1])))())"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "log"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, f"error: cannot write to {tmp_path / 'log'}: File too large\n")

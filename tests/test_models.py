@@ -476,17 +476,17 @@ def test_a_batch_of_eight_is_overfitted(options):
         optimizer.zero_grad()
     assert mean < 0.1
     if options.get("captioning"):
-        assert model.eval().generate(batch["video"], max_new_tokens=40) == CAPTIONS  # each ends by itself
+        assert model.eval().generate(batch["video"], Config(max_new_tokens=40)) == CAPTIONS  # each ends by itself
 
 
 def test_generate_in_a_batch_equals_one_by_one_and_beams_run():
     model = model_of(use_vlm=True, captioning=True).eval()
     pixel_values = clips(3)
-    together = model.generate(pixel_values, max_new_tokens=12)
-    assert together == [model.generate(pixel_values[i : i + 1], max_new_tokens=12)[0] for i in range(3)]
-    assert len(model.generate(pixel_values, max_new_tokens=12, num_beams=3)) == 3
+    together = model.generate(pixel_values, Config(max_new_tokens=12))
+    assert together == [model.generate(pixel_values[i : i + 1], Config(max_new_tokens=12))[0] for i in range(3)]
+    assert len(model.generate(pixel_values, Config(max_new_tokens=12, num_beams=3))) == 3
     with pytest.raises(UserError, match="--max_new_tokens"):
-        model.generate(pixel_values, max_new_tokens=1000)
+        model.generate(pixel_values, Config(max_new_tokens=1000))
 
 
 # -- language models of other families ----------------------------------------------------------------
@@ -626,7 +626,7 @@ def test_captions_do_not_depend_on_the_folders_generation_config(tmp_path):
     captions = []
     for folder in (plain, odd):
         model = model_of(use_vlm=True, captioning=True, language_model=str(folder)).eval()
-        captions.append([model.generate(clips(3), max_new_tokens=12, num_beams=beams) for beams in (1, 3)])
+        captions.append([model.generate(clips(3), Config(max_new_tokens=12, num_beams=beams)) for beams in (1, 3)])
     assert captions[0] == captions[1]
 
 
