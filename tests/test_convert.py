@@ -315,7 +315,7 @@ EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 5), st.sampled_
 
 @given(st.sampled_from(list(COUNTED)), EDITS)
 def test_any_annotation_file_is_counted_or_refused(tmp_path_factory, capsys, case, edits):
-    """A valid file with a few cuts and hostile insertions: status 0 and counts that add up, or one line and status 2."""
+    """A valid file with cuts and hostile insertions: status 0 and counts that add up, or one line and status 2."""
     folder = tmp_path_factory.mktemp("any")
     ((file, text),) = COUNTED[case][0].items()
     for place, length, piece in edits:

@@ -130,7 +130,7 @@ def test_folders_may_be_nested_deeply(folder):
 
 
 def test_other_files_are_counted_and_named(folder, capsys):
-    """Special files and system folders, also inside frame folders. Hidden files are not mentioned, and nothing hangs."""
+    """Special files and system folders, also inside frame folders. Hidden files are ignored, and nothing hangs."""
     os.mkfifo(folder / "a" / "pipe.mp4")
     os.mkfifo(frames(folder / "a" / "f") / "9.png")
     (folder / "a" / "zero.avi").symlink_to("/dev/zero")

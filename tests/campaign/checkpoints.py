@@ -1,7 +1,7 @@
 """Damaged and crafted checkpoints, states, caches and backbones: a one-line error, or the right answer.
 
-A case damages one file of a small world (a backbone's folder, a run of adapters on it, a run trained in full, a cached
-run, a run stopped half way) and uses it. No code of theirs may run: it would leave a file named canary.
+Each case damages one file (of a backbone, a LoRA run on it, a run trained in full, a cached run or a run stopped half
+way) and uses it. No code in these files may run: it would leave a file named canary.
 """
 
 import json

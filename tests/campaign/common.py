@@ -223,8 +223,8 @@ def run_here(name: str, argv: str | Sequence[str]) -> tuple[int | None, str, str
 
 
 def mutate(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """The data with flipped bits; with pieces lost, zeroed, repeated, or replaced by extreme numbers or parts of `others`;
-    or with one of `others` appended."""
+    """The data with flipped bits; with pieces lost, zeroed, repeated, or replaced by extreme numbers or parts of
+    `others`; or with one of `others` appended."""
     start = rng.randrange(len(data) + 1)
     end = min(len(data), start + int(len(data) ** rng.random()))
     kind, piece, other, changed = rng.randrange(10), data[start:end], rng.choice(others), bytearray(data)

@@ -1,7 +1,7 @@
 """Damaged videos: each is opened, counted and sampled, and either gives frames or raises ReadError.
 
-Seeds are written with PyAV and PIL, and the small clips of VIDTUNE_TEST_DATA join them. A case flips bytes, cuts,
-splices, writes odd numbers and codecs' names, repeats chunks, or joins two seeds.
+Seeds are written with PyAV and PIL; small clips of VIDTUNE_TEST_DATA are added. A case flips bytes, cuts, splices,
+writes odd numbers or codec names, repeats chunks, or joins two seeds.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Two processes at once on one run, output file or cache: a process that ends with 0 has the result it would have alone.
+"""Two processes at once on one run, output file or cache: one that ends with 0 has the result it would have alone.
 
 The other one ends with 2 and one line that names the holder. Nothing is mixed, deleted or half removed.
 """
@@ -72,7 +72,7 @@ def both(commands: list[tuple[str, str]], folder: Path, delay: float) -> list[Pr
 
 
 def judge(processes: list[Process], outcomes: list[dict[str, Any]], folder: Path, name: str = "r") -> Result:
-    """`outcomes` are the runs that each process would write alone. The run must equal that of a process that ended with 0."""
+    """`outcomes`: the run that each process would write alone. The real one must match a process that ended with 0."""
     text = "\n".join(f"-- {p.status}\n{p.out[-1500:]}\n{p.err[-3000:]}" for p in processes)
     for process in processes:
         bad = common.unwanted(process.status, process.out, process.err)

@@ -1,7 +1,8 @@
 """Damaged texts: flags, options, metadata, class names, annotations, run descriptions, captions to score. Every script
 works, or refuses with one line.
 
-The scripts run in-process, many cases a fork. No step is trained: train_code.lr_at, asked before each, raises UserError.
+The scripts run in-process, many cases per fork. Nothing is trained: train_code.lr_at, called before each step, raises
+UserError.
 """
 
 import json
