@@ -255,7 +255,7 @@ def print_table(
 ) -> None:
     """Prints a line per row. `flops` are those of one clip, `limit` is the FLOP/s of the machine."""
     speeds = {row: [r["clips"] / r["seconds"] for r in runs] for row, runs in results.items()}
-    wholes = {row: median(r["clips"] / r["process"] for r in runs) for row, runs in results.items()}
+    process_speeds = {row: median(r["clips"] / r["process"] for r in runs) for row, runs in results.items()}
     print(
         f"\n{title}: {args.epochs} epochs, batch {BATCH}, {args.rounds} rounds; "
         f"{flops / 1e9:.2f} GFLOP per clip, matmul {limit / 1e9:.0f} GFLOP/s"
@@ -273,10 +273,10 @@ def print_table(
         to_sample, to_batch = (ratios.get(name, missing) for name in ("trainer_sample", "trainer_batch"))
         memory, loss = (median(r[key] for r in runs) for key in ("memory", "loss"))
         mfu = "" if " " in row else f"{100 * speed * flops / limit:.0f} %"  # cached features skip the backbone
-        whole = wholes[row] / wholes.get("trainer_sample", missing)
+        to_sample_process = process_speeds[row] / process_speeds.get("trainer_sample", missing)
         print(
-            f"{row:<16}{speed:>9.1f}{spread:>16}{to_sample:>10.2f}{to_batch:>9.2f}{wholes[row]:>9.1f}{whole:>10.2f}"
-            f"{memory:>11.0f}{mfu:>7}{loss:>8.3f}",
+            f"{row:<16}{speed:>9.1f}{spread:>16}{to_sample:>10.2f}{to_batch:>9.2f}"
+            f"{process_speeds[row]:>9.1f}{to_sample_process:>10.2f}{memory:>11.0f}{mfu:>7}{loss:>8.3f}",
             flush=True,
         )
 

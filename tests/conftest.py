@@ -1,4 +1,4 @@
-"""What the tests share: a small dataset, clips written with PyAV, and real clips where they are at hand."""
+"""Shared by all tests: a small dataset, clips written with PyAV, and real clips if VIDTUNE_TEST_DATA is set."""
 
 import os
 from pathlib import Path
@@ -16,8 +16,8 @@ from readers import open_video
 from transforms import sample_indices
 
 torch.set_num_threads(1)
-controls.SHOWN, controls.CELLS = 1, 2  # most tests train something, few look at where the model looks
-# no deadlines: machines are noisy
+controls.SHOWN, controls.CELLS = 1, 2  # few tests look at occlusion maps, so the others draw small ones
+# no deadlines: a busy machine must not fail a test
 settings.register_profile(
     "default",
     deadline=None,
@@ -63,7 +63,7 @@ def read_clip(path: Path, num_frames: int, stride: int = 0, rng: np.random.Gener
 
 
 def counting_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:
-    """Frames that tell their index: a white bar that grows, over a ground that brightens. uint8 [T, H, W, C]."""
+    """Frames that show their index: a growing white bar on a background that gets brighter. uint8 [T, H, W, C]."""
     frames = np.zeros((count, height, width, 3), np.uint8)
     for index in range(count):
         frames[index] = 3 * index
@@ -72,6 +72,6 @@ def counting_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray
 
 
 def resolved(config, model):
-    """The options without `auto`, as a run has them."""
+    """The options with every `auto` filled in, as a run does it."""
     vision = model.vision_encoder
     return fill_auto(config, vision.config.num_frames, vision.preprocessing.image_size)

@@ -1,4 +1,4 @@
-"""Random changes of clips: alike for all frames of one, labels mixed as pixels are; and what sees them."""
+"""Augmentation: all frames of a clip change alike, labels are mixed like pixels, and preview shows the result."""
 
 import sys
 from dataclasses import replace
@@ -19,7 +19,7 @@ from VLoader import read_splits
 
 
 def still_batch(count: int = 12, times: int = 4, size: int = 32) -> dict[str, torch.Tensor]:
-    """Clips whose frames are all the same picture."""
+    """Clips in which every frame is the same image."""
     pictures = torch.randint(
         0, 256, (count, 1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
@@ -59,7 +59,7 @@ def test_flip_mirrors_and_nothing_else_does():
 
 @pytest.mark.parametrize("level", ["light", "strong"])
 def test_no_mirror_and_no_rotation_without_flip(level, monkeypatch):
-    """A bright left half stays left, a bright upper half up, whatever else is drawn."""
+    """A bright left half stays left and a bright upper half stays up, whatever else is drawn."""
     monkeypatch.setattr(augment, "mix", lambda batch: batch)
     monkeypatch.setattr(augment, "erase", lambda video: video)
     video = torch.full((200, 1, 3, 32, 32), 40, dtype=torch.uint8)
@@ -72,11 +72,11 @@ def test_no_mirror_and_no_rotation_without_flip(level, monkeypatch):
             changed[100:, ..., :8, :].mean((1, 2, 3, 4)) - changed[100:, ..., -8:, :].mean((1, 2, 3, 4)),
         ]
     )
-    # solarize may turn the brightness over, nothing else may turn the picture
+    # solarize may invert the brightness, but nothing may mirror the image
     assert (contrast > 0).float().mean() == 1 if level == "light" else (contrast > 0).float().mean() > 0.8
 
 
-def test_crop_of_everything_is_the_picture_itself():
+def test_a_crop_of_the_whole_image_changes_nothing():
     video = still_batch()["video"]
     assert torch.equal(augment.crop(video, least_area=1.0, aspect=1.0), video)
     ramp = torch.arange(64, dtype=torch.uint8).expand(50, 1, 3, 64, 64).contiguous()
@@ -96,8 +96,8 @@ def test_erasing_paints_a_quarter_of_the_clips_in_one_colour():
         assert len(clip.permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0)) == 2
 
 
-def test_mixed_labels_are_the_pixels_shares():
-    """Clip k is k everywhere, so what its pixels hold afterwards says what was mixed, and how much."""
+def test_labels_are_mixed_like_the_pixels():
+    """Every pixel of clip k has the value k, so the pixels show which clips were mixed and how much."""
     ways = set()
     for _ in range(20):
         video = (20 * torch.arange(8, dtype=torch.uint8)).view(8, 1, 1, 1, 1).expand(8, 2, 3, 40, 40).contiguous()
@@ -106,7 +106,7 @@ def test_mixed_labels_are_the_pixels_shares():
         expected = 20 * (mixed["mix"] * mixed["labels"] + (1 - mixed["mix"]) * mixed["mixed_labels"])
         assert torch.allclose(mixed["video"].float().mean((1, 2, 3, 4)), expected, atol=0.5)
         ways.add(max(len(clip.unique()) for clip in mixed["video"]))
-    assert ways == {1, 2}  # mixup gives one new value, cutmix both old ones
+    assert ways == {1, 2}  # mixup gives one new value, cutmix keeps both old ones
 
 
 def test_only_classifiers_without_text_are_mixed():
@@ -135,7 +135,7 @@ def test_preview_shows_what_the_model_sees(dataset, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["preview_other.png", "preview_timesformer.png"]  # no run
     plain, changed = (np.asarray(Image.open(tmp_path / f"preview_{n}.png")) for n in ("timesformer", "other"))
     assert plain.shape == changed.shape == (3 * (128 + 22), max(4 * 130, 640), 3)
-    # the first row holds the first frame of the first clip of the first epoch
+    # the first row starts with the first frame of the first clip of epoch 1
     config, _ = parse(flags, "main")
     model = build_model(config, 3)
     config = replace(config, num_frames=4, batch_size=16)

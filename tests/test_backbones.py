@@ -1,4 +1,4 @@
-"""The shipped tiny backbones are what their cards say, and worth something."""
+"""The shipped tiny backbones match their cards, and damaged backbone folders are refused."""
 
 import json
 import shutil
@@ -36,13 +36,13 @@ def test_all_four_together_are_small():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["timesformer", "videomae"])
 def test_a_linear_head_on_frozen_features(name):
-    """>= 90 % of the test set, also of the pairs never seen; random weights 25 points less; one frame near chance."""
+    """90 % of the test set, 80 % of the withheld pairs; random weights 25 points worse, one frame near chance."""
     torch.manual_seed(0)
     ours = world.probe(load_vision(name))
     fresh = {"timesformer": world.new_timesformer, "videomae": world.new_videomae}[name]()
     assert ours["all"] >= 0.90 and ours["withheld"] >= 0.80
     assert world.probe(fresh)["all"] <= ours["all"] - 0.25
-    assert world.probe(load_vision(name), still=True)["all"] < 0.30  # 1 in 5 knowing the shape
+    assert world.probe(load_vision(name), still=True)["all"] < 0.30  # knowing the shape gives 1 in 5
     assert f"| pretrained | {100 * ours['all']:.1f} % |" in card(name)
 
 
@@ -66,8 +66,8 @@ def test_the_grammars_entropy_is_right():
     assert world.caption_surprise(truth) == pytest.approx(np.log(choices))
 
 
-def test_bert_tells_hints_apart_and_reads_any_text():
-    """Hints and captions lie apart in its features: a nearest-mean rule tells them all."""
+def test_bert_separates_hints_from_captions_and_reads_any_text():
+    """Its features separate hints from captions: a nearest-mean classifier makes no mistake."""
     from transformers import AutoModel, AutoTokenizer
 
     folder = tiny_folder("bert")
@@ -124,11 +124,11 @@ def test_pretraining_resumes_where_it_stopped(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     world.load_or_train_tokenizer("bert", tmp_path / "a").save_pretrained(tmp_path / "b" / "bert-tokenizer")
     whole = losses([99], tmp_path / "a")
-    broken = losses([4, 99], tmp_path / "b")  # stopped in step 5, goes on from the state of step 3
+    broken = losses([4, 99], tmp_path / "b")  # stopped in step 5, resumes from the state of step 3
     assert len(whole) == 6 and broken == [*whole[:4], *whole[3:]]
 
 
-# -- folders of backbones that are not what they should be ------------------------------------------
+# -- damaged backbone folders -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def folder(tmp_path):
 
 
 def refusal(dataset, capsys, folder, *flags: str) -> str:
-    """The one line that main.py says of a vision backbone."""
+    """The one-line error of main.py for a vision backbone."""
     argv = ["--vision_model", str(folder), "--data_dir", str(dataset), "--output_dir", str(folder.parent / "runs")]
     assert main.main([*argv, "--num_workers", "0", "--epochs", "1", *flags]) == 2
     said = capsys.readouterr().err
@@ -176,14 +176,14 @@ def test_a_damaged_preprocessor_config_is_an_error_that_names_it(dataset, capsys
         ("rescale_factor", 0),
     ],
 )
-def test_a_senseless_field_of_it_is_an_error_too(dataset, capsys, folder, field, value):
+def test_an_invalid_field_of_the_preprocessor_config_is_an_error(dataset, capsys, folder, field, value):
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"do_center_crop": True, field: value}))
     said = refusal(dataset, capsys, folder)
     assert "preprocessor_config.json" in said and str(folder) in said
 
 
-FIELDS_OF_IT = [
+PREPROCESSOR_FIELDS = [
     "size",
     "crop_size",
     "do_resize",
@@ -204,7 +204,7 @@ ODD = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(FIELDS_OF_IT), ODD), st.integers(8, 512))
+@given(st.dictionaries(st.sampled_from(PREPROCESSOR_FIELDS), ODD), st.integers(8, 512))
 def test_any_fields_give_a_preprocessing_that_works_or_a_value_error(fields, size):
     plain = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     try:
@@ -215,7 +215,7 @@ def test_any_fields_give_a_preprocessing_that_works_or_a_value_error(fields, siz
     assert found.resize is None or all(1 <= side <= 8192 for side in found.resize)
 
 
-def test_only_a_missing_file_falls_back_to_a_guess_that_is_said_to_be_one(dataset, capsys, folder):
+def test_only_a_missing_preprocessor_config_is_guessed_with_a_warning(dataset, capsys, folder):
     (folder / "preprocessor_config.json").unlink()
     argv = ["--vision_model", str(folder), "--data_dir", str(dataset), "--output_dir", str(folder.parent / "runs")]
     assert main.main([*argv, "--num_workers", "0", "--epochs", "1", "--freeze_visionbackbone", "True"]) == 0
@@ -232,21 +232,21 @@ def test_only_a_missing_file_falls_back_to_a_guess_that_is_said_to_be_one(datase
         {"num_frames": 10**8},
     ],
 )
-def test_a_configuration_that_no_machine_can_build_is_refused_before_it_is_built(dataset, capsys, folder, fields):
+def test_a_config_too_large_for_any_machine_is_refused_before_building(dataset, capsys, folder, fields):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-    assert "describes a model that cannot be built here" in refusal(dataset, capsys, folder)
+    assert "describes a model that is too large to build" in refusal(dataset, capsys, folder)
 
 
 @pytest.mark.parametrize("fields", [{"vocab_size": 10**13}, {"n_layer": 10**6}, {"n_positions": 10**12}])
-def test_so_is_a_language_models(dataset, capsys, folder, fields):
+def test_a_language_config_too_large_is_refused_too(dataset, capsys, folder, fields):
     language = shutil.copytree(ROOT / "backbones" / "gpt2-tiny", folder.parent / "gpt2")
     (language / "config.json").write_text(json.dumps(json.loads((language / "config.json").read_text()) | fields))
     flags = ["--use_vlm", "True", "--captioning", "True", "--language_model", str(language)]
-    assert "describes a model that cannot be built here" in refusal(dataset, capsys, folder, *flags)
+    assert "describes a model that is too large to build" in refusal(dataset, capsys, folder, *flags)
 
 
-def test_an_attention_that_is_a_program_of_the_hub_is_never_asked_for(dataset, capsys, folder, monkeypatch):
+def test_attention_code_from_the_hub_is_never_loaded(dataset, capsys, folder, monkeypatch):
     from transformers import modeling_utils
 
     asked = []
@@ -280,12 +280,12 @@ def test_a_folder_of_adapters_is_refused(dataset, capsys, folder):
     [
         ({"weight_map": {"a": "../outside.safetensors"}}, "lists a file outside its folder"),
         ({"weight_map": {"a": "/x.safetensors"}}, "outside its folder"),
-        ({"weight_map": 3}, "is no index of weights"),
-        ([], "is no index of weights"),
-        ({"weight_map": {"a": 3}}, "is no index of weights"),
+        ({"weight_map": 3}, "is not an index of weight files"),
+        ([], "is not an index of weight files"),
+        ({"weight_map": {"a": 3}}, "is not an index of weight files"),
     ],
 )
-def test_an_index_of_weights_leads_nowhere_else(dataset, capsys, folder, index, cause):
+def test_an_index_of_weights_cannot_name_files_outside_its_folder(dataset, capsys, folder, index, cause):
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert cause in refusal(dataset, capsys, folder)

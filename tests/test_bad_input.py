@@ -1,4 +1,4 @@
-"""What users get wrong: one line `error: ...`, status 2, no traceback, nothing written."""
+"""User mistakes: one line `error: ...`, exit status 2, no traceback, nothing written."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ from VLoader import read_folder, read_metadata
 
 
 def refused(capsys, status: int) -> str:
-    """The one error line."""
+    """The one-line error."""
     err = [
         line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line
     ]
@@ -96,15 +96,15 @@ def test_bad_videos_and_lists(data, tmp_path, capsys, case):
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_output_dir_beneath_a_file(data, tmp_path, capsys):
+def test_an_output_dir_inside_a_file(data, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert "cannot create the folder" in refused(capsys, train(data, tmp_path / "file" / "runs"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("flags", [["--device", "cuda"], ["--mixed_precision", "fp16"]])
-def test_a_device_or_precision_that_is_not_there(data, tmp_path, capsys, flags):
-    assert "GPU" in refused(capsys, train(data, tmp_path / "runs", *flags))
+def test_an_unavailable_device_or_precision(data, tmp_path, capsys, flags):
+    assert re.search("GPU|--device cuda is not available", refused(capsys, train(data, tmp_path / "runs", *flags)))
     assert not (tmp_path / "runs").exists()
 
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_another_task(data, tmp_path, capsys):
 
 
 def test_odd_but_sound_files_are_read(data, tmp_path, capsys):
-    """One frame, one pixel, a leading dash, a name that is no UTF-8: read, trained on, answered for."""
+    """One frame, one pixel, a leading dash, a name that is not UTF-8: training and inference work."""
     folder = data / "train" / "a"
     clip_file(folder / "one_frame.pt", frames=1)
     torch.save(torch.zeros(5, 3, 1, 1, dtype=torch.uint8), folder / "-one-pixel.pt")
@@ -152,7 +152,7 @@ ODD_NAMES = {
 
 
 def test_odd_names_are_drawn_and_printed_harmlessly(tmp_path, capsys, recwarn):
-    """matplotlib would read `$` as mathematics, and warn of letters that its font lacks; a terminal obeys \\x1b."""
+    """matplotlib reads `$` as math and warns about letters missing in its font; a terminal obeys \\x1b."""
     for name in ODD_NAMES:
         for index in range(3):
             clip_file(tmp_path / "data" / "train" / name / f"\x1b[2J{index}.pt")
@@ -173,14 +173,14 @@ def test_classes_that_are_displayed_alike_keep_a_bar_each(tmp_path):
     for display in ({}, dict.fromkeys(bars, "x")):
         path = figures.plot_bars(bars, "t", tmp_path / "bars.png", display_names=display)
         images.append((np.asarray(Image.open(path).convert("RGB")) == (0x33, 0x63, 0x8D)).all(-1).any(1).sum())
-    assert images[0] == images[1] > 0  # rows of pixels that a bar covers
+    assert images[0] == images[1] > 0  # rows of pixels covered by a bar
 
 
 # -- places that cannot be written ---------------------------------------------------------------------
 
 
 def full_disk(monkeypatch) -> None:
-    """From here on nothing more can be flushed to the disk."""
+    """From here on, nothing can be flushed to disk."""
 
     def no_space(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -204,8 +204,8 @@ def test_a_preview_that_cannot_be_written_leaves_nothing(data, tmp_path, capsys,
 
 
 @pytest.mark.parametrize("script, saver", [(dummy_data, "save_video"), (create_dummy, "save_frames")])
-def test_half_a_dataset_is_none(dataset, tmp_path, capsys, monkeypatch, script, saver):
-    """The disk is full at the third video: one line, nothing left, and the next try begins anew."""
+def test_a_dataset_is_written_completely_or_not_at_all(dataset, tmp_path, capsys, monkeypatch, script, saver):
+    """The disk is full at the third video: one line, nothing left behind, and the next attempt starts from scratch."""
     save, calls = getattr(dummy_data, saver), []
 
     def until_full(*args):
@@ -241,12 +241,12 @@ def test_outputs_that_cannot_be_made(dataset, tmp_path, capsys, script, output):
         ["--classes", "\x1b[2J"],
     ],
 )
-def test_numbers_that_nothing_could_hold(tmp_path, capsys, flags):
+def test_impossibly_large_numbers(tmp_path, capsys, flags):
     error = refused(capsys, dummy_data.main([*flags, "--output", str(tmp_path / "d")]))
     assert flags[0] in error and not UNSAFE.search(error) and not (tmp_path / "d").exists()
 
 
-def test_a_dataset_beyond_the_memory_is_one_line(tmp_path, capsys, monkeypatch):
+def test_a_dataset_larger_than_memory_is_one_line(tmp_path, capsys, monkeypatch):
     def full(*_):
         raise MemoryError
 
@@ -256,7 +256,7 @@ def test_a_dataset_beyond_the_memory_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_frames_never_replace_a_folder_of_videos(data, capsys):
-    """A split with its metadata.jsonl looks like what create_dummy writes, but for the videos in it."""
+    """A split with its metadata.jsonl looks like an output of create_dummy, except for its videos."""
     (data / "train").rename(data / "test")
     for folder in (data / "test", data / "test" / "a"):
         (folder / "metadata.jsonl").touch()
@@ -266,7 +266,7 @@ def test_frames_never_replace_a_folder_of_videos(data, capsys):
 
 
 def test_frames_stay_in_their_folder_and_apart(tmp_path):
-    """Labels that lead elsewhere, and two videos of one name."""
+    """Labels with path separators, and two videos with the same name."""
     rows = [{"file_name": f"{folder}/v.pt", "label": "../../up"} for folder in ("a", "b")]
     for row in rows:
         clip_file(tmp_path / "data" / "test" / row["file_name"])
@@ -278,7 +278,7 @@ def test_frames_stay_in_their_folder_and_apart(tmp_path):
 
 
 def test_a_log_for_tensorboard_on_a_full_disk_is_one_line(tmp_path):
-    """In a process of its own, whose files may not grow: its background threads would print traces too."""
+    """In a separate process with a file size limit: its background threads must not print tracebacks either."""
     code = (
         "import pathlib, resource, signal, sys; from script import script; from train_code import tensorboard_row\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))\n"
@@ -331,7 +331,7 @@ def test_flags_of_metrics_are_one_line(capsys):
 
 
 def test_files_with_byte_order_marks_are_scored_and_compared(tmp_path, capsys):
-    """Beside a run's rows, which hold probabilities, plain labels have fewer scores to compare."""
+    """A run's rows have probabilities; compared with plain labels, fewer scores are left."""
     (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + label_rows({}, {"truth": "y"}))
     (tmp_path / "q.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"0": "x", "1": "y"}).encode())
     argv = ["--predictions", str(tmp_path / "p.jsonl"), "--compare", str(tmp_path / "q.json")]

@@ -1,4 +1,4 @@
-"""The feature cache: training from it equals training from pixels, nothing stale is read, a kill loses little."""
+"""The feature cache: same training as from pixels, no stale features, and a kill loses little work."""
 
 import json
 import os
@@ -89,8 +89,8 @@ def test_training_from_the_cache_equals_training_from_pixels(dataset, tmp_path, 
     ]
 
 
-def test_every_later_run_reads_what_the_first_computed(dataset, tmp_path, capsys, monkeypatch):
-    """Another head, seed, text setting and language model compute nothing; another token_grid or length does."""
+def test_later_runs_reuse_the_features_of_the_first(dataset, tmp_path, capsys, monkeypatch):
+    """Another head, seed, text setting or language model computes nothing; another token_grid or length does."""
     asked: list[int] = []
     original = feature_cache.features_of
     monkeypatch.setattr(feature_cache, "features_of", lambda e, p, *a: asked.append(len(p)) or original(e, p, *a))
@@ -119,7 +119,7 @@ def parts(dataset, tmp_path):
     return open_store(model, config), model, read_splits(data), config, build_accelerator(config)
 
 
-def test_a_changed_video_is_computed_anew_and_never_read_stale(parts):
+def test_a_changed_video_is_computed_again_and_never_read_stale(parts):
     store, model, splits, config, accelerator = parts
     assert compute_missing(store, model, splits, config, accelerator) == {}
     before = read_features(store, splits, config)["test"][0]
@@ -139,7 +139,7 @@ def test_a_changed_video_is_computed_anew_and_never_read_stale(parts):
 
 
 def test_moved_and_copied_videos_hit_the_cache_and_frames_rewritten_in_place_miss_it(tmp_path, capsys, monkeypatch):
-    """A frame folder's own size and time do not change when its images are written again."""
+    """The size and time of a frame folder do not change when its images are rewritten."""
     from PIL import Image
 
     def draw(folder: Path, shade: int) -> None:
@@ -174,7 +174,7 @@ def test_another_backbone_has_another_store(parts):
     assert open_store(model, replace(config, token_grid=1)).folder != store.folder
 
 
-def test_damaged_and_unfinished_shards_are_passed_over(parts):
+def test_damaged_and_unfinished_shards_are_ignored(parts):
     store, model, splits, config, accelerator = parts
     compute_missing(store, model, splits, config, accelerator)
     shard = next(store.folder.glob("*.safetensors"))
@@ -204,7 +204,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("case", [*FOREIGN, "fifo", "folder", "text", "dangling"])
-def test_what_is_no_shard_of_this_store_is_passed_over(tmp_path, case):
+def test_files_that_are_not_shards_of_this_store_are_ignored(tmp_path, case):
     path = tmp_path / "1.safetensors"
     if case in FOREIGN:
         save_file(FOREIGN[case], path)
@@ -224,7 +224,7 @@ def test_what_is_no_shard_of_this_store_is_passed_over(tmp_path, case):
 
 @pytest.mark.parametrize("damage", ["features exchanged", "ids exchanged", "one bit"])
 def test_changed_shards_are_noticed_and_their_videos_computed_again(parts, capsys, damage):
-    """The files are whole and well-formed, and what they say is wrong."""
+    """The files are complete and well-formed, but their values are wrong."""
     store, model, splits, config, accelerator = parts
     compute_missing(store, model, splits, config, accelerator)
     expected = torch.stack([read_features(store, splits, config)["train"][i] for i in range(len(splits.train))])
@@ -248,7 +248,7 @@ def test_changed_shards_are_noticed_and_their_videos_computed_again(parts, capsy
 
 
 def test_only_shards_that_are_used_are_read(tmp_path, monkeypatch):
-    """At start the ids alone are read, and of one shard of three the features."""
+    """At the start only the ids are read, and then the features of one shard out of three."""
     store = FeatureStore(tmp_path, {}, (3, 4))
     ids = [np.full((2, 16), number, np.uint8) for number in range(3)]
     for part in ids:
@@ -262,7 +262,7 @@ def test_only_shards_that_are_used_are_read(tmp_path, monkeypatch):
     assert checked == [store.shards[1]]
 
 
-def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     left = tmp_path / f".1.safetensors.{platform.node()}.{dead.pid}.tmp"
@@ -286,8 +286,8 @@ def test_unreadable_videos_are_named_or_left_out(dataset, tmp_path, capsys):
     assert len(metrics["skipped"]) == 1 and str(broken) in metrics["skipped"][0]
 
 
-def test_a_killed_extraction_goes_on_behind_its_last_shard(dataset, tmp_path, monkeypatch, capsys):
-    """SIGKILL while features are computed; the second run computes only what no finished shard holds."""
+def test_a_killed_extraction_continues_after_its_last_shard(dataset, tmp_path, monkeypatch, capsys):
+    """SIGKILL while features are computed: the second run computes only those missing from finished shards."""
     code = (
         "import sys, time, feature_cache, main\n"
         "feature_cache.SHARD = 4\n"
@@ -319,7 +319,7 @@ def test_a_killed_extraction_goes_on_behind_its_last_shard(dataset, tmp_path, mo
     st.integers(1, 5),
     st.lists(st.integers(0, 500), max_size=30),
 )
-def test_the_index_finds_what_was_added_and_nothing_else(names, shards, asked):
+def test_the_index_finds_exactly_what_was_added(names, shards, asked):
     def ids(numbers):
         return video_ids([Sample(Path(), digest=f"{n:032x}"[::-1]) for n in numbers])
 
@@ -347,13 +347,13 @@ def test_the_index_finds_what_was_added_and_nothing_else(names, shards, asked):
         ([*FROZEN, "--cache_dir", "/dev/null/x"], "cannot create the folder"),
     ],
 )
-def test_a_cache_that_cannot_be_is_an_error(dataset, tmp_path, capsys, flags, words):
+def test_an_impossible_cache_is_an_error(dataset, tmp_path, capsys, flags, words):
     argv = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), *flags]
     assert main.main(argv) == 2
     assert words in capsys.readouterr().err
 
 
-def test_auto_caches_only_what_cannot_change(dataset, tmp_path):
+def test_auto_caches_only_features_that_never_change(dataset, tmp_path):
     for number, flags in enumerate(
         (["--use_lora_vision", "True"], [*FROZEN, "--flip", "True"], [*FROZEN, "--augment", "light"])
     ):
@@ -370,7 +370,7 @@ def test_several_test_views_are_read_from_pixels(dataset, tmp_path):
 
 
 def test_resuming_a_cached_run_is_exact(dataset, tmp_path):
-    """Stopped by a signal in its second epoch and resumed, the log and weights are the uninterrupted run's."""
+    """Stopped by a signal in the second epoch and resumed, it has the log and weights of an uninterrupted run."""
     flags = [*BERT, "--epochs", "3", "--save_every", "1"]
     assert train(dataset, tmp_path, *flags, "--run_name", "whole") == 0
     original = train_code.train_one_epoch

@@ -1,4 +1,4 @@
-"""Options: one definition, precedence, and errors that say what to do."""
+"""Options: one definition, precedence, and errors that say how to fix them."""
 
 import inspect
 import re
@@ -21,7 +21,7 @@ from script import UserError
 ROOT = Path(config.__file__).parent
 
 
-def test_config_file_says_what_the_dataclass_says():
+def test_config_file_matches_the_dataclass():
     text = (ROOT / "config_file.yaml").read_text(encoding="utf-8")
     assert text == config.config_file_text(), "run python config.py"
     assert config.read_yaml(ROOT / "config_file.yaml") == {name: f.default for name, f in FIELDS.items()}
@@ -120,7 +120,7 @@ def test_yaml_errors_name_file_and_key(tmp_path, capsys, text, message):
 
 
 def test_yaml_of_a_billion_items_is_refused_at_once(tmp_path):
-    """Nobody may construct or format it: ten levels of ten references each."""
+    """Ten levels of ten references each: it must not be expanded, not even for the error message."""
     rows = [f" - &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 11)]
     (tmp_path / "c.yaml").write_text("\n".join(["epochs:", " - &a0 [x, x, x]", *rows]))
     with pytest.raises(UserError, match="line 1: 'epochs': expected a single value"):
@@ -128,7 +128,7 @@ def test_yaml_of_a_billion_items_is_refused_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"\x00\xff\xfe\x80 junk", b"epochs: \xff", b"%PDF-1.7\n\xe2\xe3"])
-def test_binary_junk_is_no_yaml(tmp_path, data):
+def test_binary_junk_is_refused_as_yaml(tmp_path, data):
     (tmp_path / "c.yaml").write_bytes(data)
     with pytest.raises(UserError, match=r"cannot read .*c\.yaml"):
         config.read_yaml(tmp_path / "c.yaml")
@@ -158,7 +158,7 @@ def test_yaml_values_mean_what_the_option_says(tmp_path, text, expected):
     assert config.read_yaml(tmp_path / "c.yaml") == expected
 
 
-def test_words_mean_the_same_as_flags():
+def test_words_mean_the_same_in_yaml_and_as_flags():
     argv = ["--mixed_precision", "No", "--cache_features", "true", "--use_vlm", "ON", "--num_frames", "AUTO"]
     parsed, _ = parse(argv, "main")
     assert (parsed.mixed_precision, parsed.cache_features, parsed.use_vlm, parsed.num_frames) == (
@@ -169,7 +169,7 @@ def test_words_mean_the_same_as_flags():
     )
 
 
-def test_settings_of_earlier_runs_load_as_before():
+def test_options_of_earlier_runs_still_load():
     files = [*(ROOT / "checkpoints" / "provided").glob("*/config.yaml"), *(ROOT / "experiments").glob("*.yaml")]
     assert files
     for file in files:
@@ -178,7 +178,7 @@ def test_settings_of_earlier_runs_load_as_before():
 
 
 @given(st.text(max_size=20), st.floats(1e-300, 1e300), st.sampled_from(["auto", "True", "False"]))
-def test_what_is_written_is_read_back(tmp_path_factory, text, rate, word):
+def test_written_options_are_read_back(tmp_path_factory, text, rate, word):
     values = asdict(Config(text_input=text, learning_rate=rate, cache_features=word, mixed_precision="no"))
     file = tmp_path_factory.mktemp("yaml") / "c.yaml"
     config.write_yaml(values, file)
@@ -190,7 +190,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, text, rate, word):
         st.sampled_from(list(FIELDS)), st.text(max_size=8) | st.integers() | st.floats() | st.none() | st.booleans()
     )
 )
-def test_any_value_is_taken_or_refused_in_words(tmp_path_factory, values):
+def test_any_value_is_accepted_or_refused_with_a_message(tmp_path_factory, values):
     file = tmp_path_factory.mktemp("yaml") / "c.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
     try:
@@ -200,7 +200,7 @@ def test_any_value_is_taken_or_refused_in_words(tmp_path_factory, values):
 
 
 @given(st.sampled_from(["--epochs", "--dropout", "--seed", "--learning_rate", "--num_frames"]), st.text(max_size=12))
-def test_any_flag_value_is_taken_or_refused_in_words(flag, value):
+def test_any_flag_value_is_accepted_or_refused_with_a_message(flag, value):
     try:
         parse([f"{flag}={value}"], "main")
     except UserError as error:
@@ -220,13 +220,13 @@ def test_run_names():
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../../x", "a\\b", "/", "a\0b", "a\x1b[2J", "é" * 101])
-def test_a_run_name_that_is_no_folders_name_is_refused(tmp_path, capsys, name):
+def test_a_run_name_that_cannot_be_a_folder_is_refused(tmp_path, capsys, name):
     assert main.main(["--run_name", name, "--output_dir", str(tmp_path / "runs")]) == 2
     err = capsys.readouterr().err
     assert "name" in err and err.count("\n") == 1 and "\x1b" not in err and not (tmp_path / "runs").exists()
 
 
-def test_a_default_run_name_is_a_folders_name(tmp_path, monkeypatch, capsys):
+def test_a_default_run_name_can_be_a_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "mine" / "deep")
     assert run_name(Config(vision_model=".")) == "deep" and run_name(Config(vision_model="..")) == "mine"
@@ -236,7 +236,7 @@ def test_a_default_run_name_is_a_folders_name(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flag", ["data_dir", "output_dir", "cache_dir", "checkpoint", "output", "vision_model"])
 @pytest.mark.parametrize("path", ["", "a\0b", "\x1b\0", "\ud800"])
-def test_paths_that_cannot_be_are_refused(capsys, flag, path):
+def test_impossible_paths_are_refused(capsys, flag, path):
     assert main.main([f"--{flag}", path]) == 2
     err = capsys.readouterr().err
     assert f"--{flag}: expected a path or name" in err and err.count("\n") == 1 and "\x1b" not in err
@@ -252,7 +252,7 @@ def test_paths_that_cannot_be_are_refused(capsys, flag, path):
         (["--top_k", "3"], "is an option of inference.py, not of main.py"),
     ],
 )
-def test_a_flag_of_another_script_names_it(argv, message, capsys):
+def test_a_flag_of_another_script_names_that_script(argv, message, capsys):
     assert main.main(argv) == 2
     assert message in capsys.readouterr().err
 
@@ -265,7 +265,7 @@ def test_flags_of_a_run_make_that_run():
     assert as_flags(parsed) == given_flags
 
 
-def test_help_shows_what_a_script_reads_and_is_quick_to_import():
+def test_help_shows_only_what_a_script_reads_and_is_fast():
     for script in ("main", "inference", "score", "doctor", "preview"):
         text = subprocess.run(
             [sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Controls against the same thing done by hand; score.py against the training that wrote the run."""
+"""Controls against the same computation by hand, and score.py against the scores of the training run."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def read(run: Path) -> dict:
 
 
 def accuracy_by_hand(run: Path, dataset: Path, change) -> float:
-    """One clip at a time, `change` applied to the clip that the loader reads."""
+    """Clip by clip, with `change` applied to each clip after it is read."""
     model, config, metadata = load_run(run)
     splits = read_splits(dataset)
     data = build_loaders(model, resolved(config, model), splits)["test"].dataset
@@ -81,7 +81,7 @@ def round_mean(run: Path) -> torch.Tensor:
     return (mean * 255).round().to(torch.uint8)[:, None, None]
 
 
-def test_a_blank_clip_is_zero_behind_the_normalisation(runs):
+def test_a_blank_clip_is_zero_after_normalisation(runs):
     model, _, _ = load_run(runs["classifier"])
     preprocessing = model.vision_encoder.preprocessing
     clip = torch.randint(0, 256, (1, 8, 3, 64, 64), dtype=torch.uint8)
@@ -89,13 +89,13 @@ def test_a_blank_clip_is_zero_behind_the_normalisation(runs):
     assert normalised.abs().max() < 0.5 / 255 / min(preprocessing.std) + 1e-6
 
 
-def test_shuffled_frames_are_the_same_frames_in_an_order_of_their_own(runs):
+def test_shuffled_frames_are_the_same_frames_in_another_order(runs):
     clips = torch.arange(3 * 8).view(3, 8, 1, 1, 1).expand(3, 8, 3, 4, 4)
     index = torch.tensor([5, 6, 7])
     shuffled = controls.shuffled_frames(clips, index)
     orders = [tuple((row[:, 0, 0, 0] - row[:, 0, 0, 0].min()).tolist()) for row in shuffled]
     assert all(sorted(order) == list(range(8)) for order in orders) and len({*orders, tuple(range(8))}) == 4
-    assert torch.equal(shuffled[1:2], controls.shuffled_frames(clips[1:2], index[1:2]))  # whatever the batch
+    assert torch.equal(shuffled[1:2], controls.shuffled_frames(clips[1:2], index[1:2]))  # in any batch
 
 
 def test_every_clip_gets_the_text_of_another():
@@ -107,7 +107,7 @@ def test_every_clip_gets_the_text_of_another():
 
 @pytest.mark.parametrize("job", ["classifier", "captioner"])
 def test_the_nearest_neighbour_is_the_nearest(runs, dataset, tmp_path, job):
-    """By cosine of the pretrained backbone's pooled tokens about the training mean, in float64; the cache's are fp16."""
+    """By cosine similarity of centred pooled tokens of the pretrained backbone, in float64; the cache is fp16."""
     _, config, _ = load_run(runs[job])
     plain = build_model(Config(vision_model=config.vision_model, freeze_visionbackbone=True), 3).eval()
     splits, config = read_splits(dataset), replace(resolved(config, plain), cache_dir=str(tmp_path))
@@ -127,7 +127,7 @@ def test_the_nearest_neighbour_is_the_nearest(runs, dataset, tmp_path, job):
     assert np.allclose(cosine[range(6), found], cosine.max(1), atol=1e-3)
 
 
-def test_the_line_says_what_motion_and_text_are_worth():
+def test_the_line_says_how_much_motion_and_text_matter():
     table = {
         "split": "test",
         "as_it_is": {"accuracy": 0.9},
@@ -146,7 +146,7 @@ def test_the_line_says_what_motion_and_text_are_worth():
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_an_occlusion_map_is_what_covering_costs(runs, dataset, monkeypatch, job):
+def test_an_occlusion_map_is_the_loss_of_confidence(runs, dataset, monkeypatch, job):
     monkeypatch.setattr(controls, "CELLS", 6)
     model, config, _ = load_run(runs[job])
     loader = build_loaders(model, resolved(config, model), read_splits(dataset))["test"]
@@ -180,7 +180,7 @@ def test_cells_cover_every_pixel_once(monkeypatch):
 
 
 def test_the_cover_is_the_clips_own_background(monkeypatch):
-    """A brightening ground is met within a grey level; neither a still nor a moving object leaves a shape behind."""
+    """It matches a brightening background within one grey level, and no still or moving object stays visible."""
     monkeypatch.setattr(controls, "CELLS", 6)
     ground = torch.linspace(60, 160, 64).round().to(torch.uint8).expand(8, 3, 64, 64)
     moving, still = ground.clone(), ground.clone()
@@ -188,7 +188,7 @@ def test_the_cover_is_the_clips_own_background(monkeypatch):
         moving[time, :, 20:30, 8 * time : 8 * time + 8] = 255
     still[:, :, 27:35, 28:36] = 255
     plain, without, ghost = (controls.background(clip).int() for clip in (ground, moving, still))
-    inner = slice(11, 53)  # the border is farther than half a coarse cell from the next one
+    inner = slice(11, 53)  # the border is more than half a coarse cell from the next one
     assert (plain - ground[0].int())[..., inner].abs().max() <= 1
     assert (without - plain).abs().max() <= 1
     assert 0 < (ghost - plain).max() < 30  # of 145: 8 x 8 pixels are spread over 21 x 21
@@ -213,7 +213,7 @@ def test_a_wrong_and_a_right_answer_of_different_classes_are_mapped(monkeypatch,
     assert controls.chosen(rows) == controls.chosen(rows) != [0, 1]
 
 
-def test_where_all_are_right_two_classes_are_mapped(monkeypatch):
+def test_if_all_answers_are_right_two_classes_are_mapped(monkeypatch):
     monkeypatch.setattr(controls, "SHOWN", 2)
     rows = [row for row in ROWS if row["label"] == row["truth"]]
     first, second = (rows[place] for place in controls.chosen(rows))
@@ -225,7 +225,7 @@ def test_where_all_are_right_two_classes_are_mapped(monkeypatch):
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_evaluating_gives_the_scores_of_the_training(runs, tmp_path, job):
+def test_score_gives_the_scores_of_the_training(runs, tmp_path, job):
     copy = Path(shutil.copytree(runs[job], tmp_path / job))
     before = read(copy)
     for name in ("metrics.json", "predictions_test.jsonl"):
@@ -258,7 +258,7 @@ def test_pictures_are_drawn(runs):
     assert drawn["captioner"] == {"captions.png", "attributes.png", "occlusion.png"}
 
 
-def test_other_videos_are_scored_beside_the_run(runs, dataset, tmp_path):
+def test_scores_on_other_videos_are_written_next_to_the_run(runs, dataset, tmp_path):
     copy = Path(shutil.copytree(runs["classifier"], tmp_path / "run"))
     before = (copy / "metrics.json").read_bytes()
     other = Path(shutil.copytree(dataset, tmp_path / "other"))
@@ -284,17 +284,17 @@ def test_other_videos_are_scored_beside_the_run(runs, dataset, tmp_path):
         (["--data_dir", "absent"], "absent"),
     ],
 )
-def test_evaluate_refuses_what_it_cannot_use(runs, capsys, flags, message):
+def test_score_refuses_options_it_cannot_use(runs, capsys, flags, message):
     assert score.main(["--checkpoint", str(runs["classifier"]), *flags]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_evaluate_refuses_other_classes_and_no_run(runs, dataset, tmp_path, capsys):
+def test_score_refuses_other_classes_and_a_missing_run(runs, dataset, tmp_path, capsys):
     other = Path(shutil.copytree(dataset, tmp_path / "other"))
     (other / "test" / "metadata.jsonl").unlink()
     (other / "test" / "class_0").rename(other / "test" / "class_9")
     assert score.main(["--checkpoint", str(runs["classifier"]), "--data_dir", str(other)]) == 2
-    assert "a class that is not one of the training's (class_9)" in capsys.readouterr().err
+    assert "a class that is not in train (class_9)" in capsys.readouterr().err
     assert score.main(["--checkpoint", str(tmp_path)]) == 2
     assert "is not a vidtune run" in capsys.readouterr().err
     provided = sorted((ROOT / "checkpoints" / "provided").glob("*/metadata.json"))
@@ -330,7 +330,7 @@ def test_tensorboard_without_its_package_is_one_line(monkeypatch, capsys):
     assert "needs tensorboardX" in capsys.readouterr().err
 
 
-def test_the_worst_clips_are_the_surest_wrong_ones_then_the_least_sure_right_ones():
+def test_the_worst_clips_are_confident_errors_then_unsure_hits():
     rows = [
         {"file": f"v/{i}.mp4", "truth": "a", "label": label, "score": score}
         for i, (label, score) in enumerate([("a", 0.9), ("b", 0.6), ("a", 0.4), ("b", 0.95)])
@@ -364,7 +364,7 @@ def test_pictures_name_clips_by_folder_answer_and_truth(tmp_path, monkeypatch):
 
 
 def test_the_occlusion_picture_is_red_where_covering_costs(tmp_path):
-    """Two frames of 40 x 40 black pixels; the fall is in the second frame's lower right quarter, and nowhere else."""
+    """Two frames of 40 x 40 black pixels. Only covering the lower right quarter of the second one costs confidence."""
     fall = torch.full((2, 2, 2), -1.0)
     fall[1, 1, 1] = 3.0
     clip = torch.zeros(2, 3, 40, 40, dtype=torch.uint8)
@@ -373,7 +373,7 @@ def test_the_occlusion_picture_is_red_where_covering_costs(tmp_path):
     pixels = np.asarray(Image.open(path)).astype(int)
     red = (pixels[..., 0] > 120) & (pixels[..., 1] < 40)
     rows, columns = np.nonzero(red)
-    first, second = 80, 82  # frames are drawn twice as large, two pixels between them
+    first, second = 80, 82  # frames are drawn at twice their size, two pixels apart
     top = 2 * 22 + 80  # below two titles and the plain frames
     assert abs(rows.min() - (top + 40)) <= 3 and abs(rows.max() - (top + 79)) <= 3
     assert abs(columns.min() - (second + 40)) <= 3 and abs(columns.max() - (second + first - 1)) <= 3

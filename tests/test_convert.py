@@ -1,4 +1,4 @@
-"""Every annotation format to the rows it stands for; what is missing, broken or ambiguous is named, never guessed."""
+"""Every annotation format gives the right rows; missing, broken or ambiguous videos are named, never guessed."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from VLoader import read_folder, read_splits
 
 
 def make_videos(folder: Path, *names: str) -> Path:
-    """A tensor video at each name; names that end in .mp4 or .avi are encoded."""
+    """A video for each name: encoded if the name ends in .mp4 or .avi, else a .pt tensor."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def make_videos(folder: Path, *names: str) -> Path:
 
 
 def convert(tmp_path: Path, name: str, files: dict[str, str], *flags: str, encoding: str = "utf-8") -> int:
-    """Writes the annotation files and converts them with the videos in tmp_path/videos to tmp_path/out."""
+    """Writes the annotation files and converts them, from tmp_path/videos to tmp_path/out. Returns the exit status."""
     paths = []
     for file, text in files.items():
         paths.append(tmp_path / file)
@@ -44,7 +44,7 @@ def convert(tmp_path: Path, name: str, files: dict[str, str], *flags: str, encod
 
 
 def rows(tmp_path: Path, split: str) -> list[dict]:
-    """The written rows, each path as what it leads to below tmp_path/videos."""
+    """The rows of metadata.jsonl, with each file name resolved to a path below tmp_path/videos."""
     folder = tmp_path / "out" / split
     found = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in found:
@@ -212,7 +212,7 @@ def test_chat(tmp_path):
     assert rows(tmp_path, "train") == [{"file_name": "demo/1.mp4", "caption": ["A cat."], "text": "What is it?"}]
 
 
-#: what each format's file says, and how many of its rows are found, missing, refused and unused
+#: an annotation file per format, and how many of its rows are found, missing, refused and unused
 COUNTED = {
     "list": ({"train.csv": "#1.pt,run\n#2.pt,run\ngone.pt,run\n# 3.pt,\na.pt,run\na.pt,jump\n"}, (2, 1, 3, 0)),
     "list, spaces": ({"train.txt": "#1.pt run\n#2.pt run\n# a remark\n\na.pt run\n"}, (3, 1, 0, 0)),
@@ -268,7 +268,7 @@ def test_every_row_is_counted_once(tmp_path, capsys, case):
     for index in (1, 2, 3):
         Image.new("RGB", (16, 16)).save(tmp_path / "videos" / "f" / f"{index}.png")
     status = convert(tmp_path, case.partition(",")[0], files, "--split", "train", "--no_scan")
-    if expected[0] == 0:  # then there is nothing to write, and the error says all
+    if expected[0] == 0:  # nothing to write, so it is an error that has the counts
         assert status == 2 and f"{expected[2]} refused" in capsys.readouterr().err
         return
     assert status == 0
@@ -315,7 +315,7 @@ EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 5), st.sampled_
 
 @given(st.sampled_from(list(COUNTED)), EDITS)
 def test_any_annotation_file_is_counted_or_refused(tmp_path_factory, capsys, case, edits):
-    """A sound file with a few cuts and hostile pieces in it: status 0 and counts that add up, or one line and 2."""
+    """A valid file with cuts and hostile insertions: status 0 and counts that add up, or one line and status 2."""
     folder = tmp_path_factory.mktemp("any")
     ((file, text),) = COUNTED[case][0].items()
     for place, length, piece in edits:
@@ -367,7 +367,7 @@ def test_quoted_cells_hold_line_breaks_and_commas(tmp_path):
     assert rows(tmp_path, "train")[0]["caption"] == ["first line\nsecond, line"]
 
 
-def test_odd_names_do_not_steer_the_terminal(tmp_path, capsys):
+def test_odd_names_cannot_control_the_terminal(tmp_path, capsys):
     make_videos(tmp_path / "videos", "x")
     text = 'path,label\nx.pt,red \x1b[31m\n"gone\x07\n",a\n\x1b]0;t\x07,\n' + "long" * 5000 + ",a\n"
     assert convert(tmp_path, "list", {"train.csv": text}) == 0
@@ -387,7 +387,7 @@ def test_odd_names_do_not_steer_the_terminal(tmp_path, capsys):
         ({"names.txt": "run\n"}, "--class_names has no class 1"),
     ],
 )
-def test_class_names_that_say_nothing_clear_are_refused(tmp_path, capsys, names, words):
+def test_ambiguous_class_names_are_refused(tmp_path, capsys, names, words):
     make_videos(tmp_path / "videos", "x")
     ((file, text),) = names.items()
     (tmp_path / file).write_text(text)
@@ -424,7 +424,7 @@ def test_missing_and_unreadable_are_counted_and_named(tmp_path, capsys):
 
 
 def test_a_name_with_another_folder_is_another_video(tmp_path, capsys):
-    """jumping/0001 must not become running/0001; an id without folder is found anywhere, if it is the only one."""
+    """jumping/0001 must not become running/0001. An id without a folder is found anywhere, if it is unique."""
     make_videos(tmp_path / "videos", "running/0001", "deep/down/id7", "one/twice", "two/twice")
     text = "jumping/0001 a\nid7 b\nsome/prefix/running/0001.mp4 c\ntwice d\none/twice e\n"
     assert convert(tmp_path, "list", {"train.txt": text}) == 0
@@ -470,7 +470,7 @@ def test_bad_annotations_are_one_line(tmp_path, capsys, name, files, words):
 
 
 @pytest.mark.parametrize("place", ["a full disk", "beneath a file", "NUL"])
-def test_an_output_that_cannot_be_written_is_left_out_whole(tmp_path, capsys, monkeypatch, place):
+def test_an_output_that_cannot_be_written_leaves_no_files(tmp_path, capsys, monkeypatch, place):
     make_videos(tmp_path / "videos", "x")
     (tmp_path / "file").write_text("x")
     output = {"a full disk": "out", "beneath a file": "file/out", "NUL": "a\0b"}[place]
@@ -486,7 +486,7 @@ def test_an_output_that_cannot_be_written_is_left_out_whole(tmp_path, capsys, mo
     assert not [path for path in tmp_path.glob("out/**/*") if path.is_file()]
 
 
-def test_splits_add_up_and_nothing_is_replaced_unasked(tmp_path, capsys):
+def test_splits_are_added_and_nothing_is_replaced_without_overwrite(tmp_path, capsys):
     make_videos(tmp_path / "videos", "a", "b", "c", "d")
     assert convert(tmp_path, "list", {"test.csv": "a.pt,x\n"}) == 0
     assert "convert the training list" in capsys.readouterr().out
@@ -500,7 +500,7 @@ def test_splits_add_up_and_nothing_is_replaced_unasked(tmp_path, capsys):
 
 
 def stand_ins(folder: Path, name: str, files: list[Path]) -> Path:
-    """A tensor video for every row of real annotation files."""
+    """Writes a tensor video for every row of real annotation files."""
     video = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     for file in files:
         for row in convert_dataset.FORMATS[name](file):
@@ -530,7 +530,7 @@ def stand_ins(folder: Path, name: str, files: list[Path]) -> Path:
     ],
 )
 def test_real_annotation_files(real_data, tmp_path, name, places, expected):
-    """Rows, classes and captions of published files; counted in the files by other means."""
+    """Rows, classes and captions of published files, against counts made with other tools."""
     files = [real_data / "annotations" / place for place in places]
     videos = stand_ins(tmp_path / "videos", name, files)
     argv = ["--format", name, "--annotations", *map(str, files), "--videos", str(videos)]

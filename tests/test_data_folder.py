@@ -1,4 +1,4 @@
-"""Data folders as they come: links in circles, special files, odd names; what identifies a video; odd metadata."""
+"""Messy data folders: symlink loops, special files, odd names, odd metadata; and what identifies a video."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def train(data: Path, runs: Path, *flags: str) -> int:
 
 
 def refused(capsys, status: int) -> str:
-    """The one error line."""
+    """The one-line error."""
     lines = [
         line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line.strip() and "%|" not in line
     ]
@@ -60,7 +60,7 @@ def names(videos: list[Path], folder: Path) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two classes of two videos, below a folder of a name that needs escaping."""
+    """Two classes of two videos, in a folder whose name needs escaping."""
     for place, name in enumerate(("a/1.pt", "a/2.pt", "b/1.pt", "b/2.pt")):
         clip(tmp_path / "data" / "train" / name, 50 * place)
     return tmp_path / "data" / "train"
@@ -84,14 +84,14 @@ CIRCLES = {
 
 
 @pytest.mark.parametrize("case", CIRCLES)
-def test_links_in_circles_end_and_show_no_video_twice(folder, case):
+def test_symlink_loops_end_and_list_no_video_twice(folder, case):
     CIRCLES[case](folder)
     videos, passed = survey(folder)
     assert names(videos, folder) == REAL and passed and "link" in passed[0]
 
 
 def test_many_folders_that_link_to_each_other_are_read_once(folder):
-    """By all paths there would be 10! of them."""
+    """There are 10! paths through them."""
     outside = folder.parent / "outside"
     for number in range(10):
         clip(outside / str(number) / "v.pt")
@@ -108,13 +108,13 @@ def test_links_to_folders_elsewhere_are_followed(folder):
     (folder / "a" / "frames").symlink_to(folder.parent / "disk" / "f")
     videos, passed = survey(folder)
     assert names(videos, folder) == ["a/1.pt", "a/2.pt", "a/frames", "b/1.pt", "b/2.pt", "c/v.pt"] and not passed
-    (folder.parent / "disk" / "f" / "up").symlink_to("..")  # a link in a folder of frames
+    (folder.parent / "disk" / "f" / "up").symlink_to("..")  # a link in a frame folder
     (folder.parent / "disk" / "f" / "here").symlink_to(".")
     assert names(survey(folder.parent / "disk")[0], folder.parent) == ["disk/f"]
 
 
 def test_folders_may_be_nested_deeply(folder):
-    """A thousand below each other are read; a path that the system refuses is one line."""
+    """A thousand nested folders are read; a path too long for the system is a one-line error."""
     code = (
         "import os, sys; os.chdir(sys.argv[1]); [(os.mkdir('d'), os.chdir('d')) for _ in range({})]; open('x.mp4', 'w')"
     )
@@ -126,11 +126,11 @@ def test_folders_may_be_nested_deeply(folder):
         with pytest.raises(ReadError, match="File name too long"):
             find_videos(folder)
     finally:
-        subprocess.run(["rm", "-rf", str(folder)], check=True)  # deeper than pytest's own cleaning goes
+        subprocess.run(["rm", "-rf", str(folder)], check=True)  # deeper than pytest can clean up
 
 
-def test_what_is_no_video_is_counted_and_named(folder, capsys):
-    """Special files and folders of the system, also inside frame folders; hidden files in silence; no hang."""
+def test_other_files_are_counted_and_named(folder, capsys):
+    """Special files and system folders, also inside frame folders. Hidden files are ignored, and nothing hangs."""
     os.mkfifo(folder / "a" / "pipe.mp4")
     os.mkfifo(frames(folder / "a" / "f") / "9.png")
     (folder / "a" / "zero.avi").symlink_to("/dev/zero")
@@ -166,7 +166,7 @@ def test_suffixes_may_be_upper_case(folder, tmp_path, capsys):
 
 def test_a_folder_that_cannot_be_read_is_one_line(folder, tmp_path, capsys, monkeypatch):
     def scandir(path):
-        if not isinstance(path, int) and Path(path).name == "b":  # a number where a folder is removed
+        if not isinstance(path, int) and Path(path).name == "b":  # an integer if a folder is removed
             raise PermissionError(13, "Permission denied", str(path))
         return original(path)
 
@@ -176,7 +176,7 @@ def test_a_folder_that_cannot_be_read_is_one_line(folder, tmp_path, capsys, monk
     assert error == f"error: cannot read {folder / 'b'}: Permission denied"
 
 
-def test_half_a_letter_is_no_text(folder, tmp_path, capsys):
+def test_half_a_character_is_not_text(folder, tmp_path, capsys):
     (folder / "metadata.jsonl").write_text('{"file_name": "a/0.pt", "caption": "\\ud800"}\n')
     assert "line 1: caption must be a string" in refused(capsys, train(folder.parent, tmp_path / "runs"))
 
@@ -185,7 +185,7 @@ ODD = ["①", "1²", "$", "line\nbreak", "\x1b[31mred\x07", "-c", "a b", "C:"]
 
 
 def test_odd_names_train_and_answer(tmp_path, capsys):
-    """As classes and as files, whatever they hold; nothing of them reaches the terminal raw, and an error is one line."""
+    """Any class and file name works. None reaches the terminal unescaped, and an error is one line."""
     for place, name in enumerate(ODD):
         for number in range(2):
             clip(tmp_path / "data" / "train" / name / f"{name}{number}.pt", 20 * place + number)
@@ -205,7 +205,7 @@ def test_odd_names_train_and_answer(tmp_path, capsys):
 
 @given(st.lists(st.text(st.sampled_from("0129a²①/-"), max_size=6), max_size=6))
 def test_natural_order_is_total_and_counts(parts):
-    """It agrees with the numbers in the names, never fails, and orders all but equal names."""
+    """It follows the numbers in the names, never fails, and only equal names tie."""
     ordered = sorted(parts, key=natural_key)
     assert sorted(reversed(parts), key=natural_key) == ordered
     numbers = [part for part in ordered if part.isascii() and part.isdigit()]
@@ -215,7 +215,7 @@ def test_natural_order_is_total_and_counts(parts):
 # -- what identifies a video -------------------------------------------------------------------------
 
 
-def test_a_digest_is_of_the_content_alone(tmp_path):
+def test_a_digest_depends_only_on_the_content(tmp_path):
     video, folder = clip(tmp_path / "v.pt"), frames(tmp_path / "f")
     before = digest(video), digest(folder)
     assert digest(Path(shutil.move(video, tmp_path / "w.pt"))) == before[0]
@@ -227,16 +227,16 @@ def test_a_digest_is_of_the_content_alone(tmp_path):
     assert digest(folder) != before[1]
 
 
-def test_a_stamp_changes_with_any_image_and_any_writing(tmp_path):
+def test_a_stamp_changes_with_any_image_and_any_write(tmp_path):
     folder = frames(tmp_path / "f")
     before = stamp(folder)
     assert stamp(folder) == before
-    frames(folder, 100)  # the same names and sizes; the folder's own time stays
+    frames(folder, 100)  # same names and sizes; the time of the folder does not change
     assert stamp(folder) != before
     video = clip(tmp_path / "v.pt")
     before, info = stamp(video), video.stat()
     clip(video, 9)
-    os.utime(video, ns=(info.st_atime_ns, info.st_mtime_ns))  # the time of the content can be set by anybody
+    os.utime(video, ns=(info.st_atime_ns, info.st_mtime_ns))  # anybody can set a file's modification time
     assert video.stat().st_size == info.st_size and stamp(video) != before
 
 
@@ -258,7 +258,7 @@ def test_a_video_that_cannot_be_read_has_no_digest(tmp_path, case):
 
 
 def test_every_new_video_is_read_once_and_remembered(folder, tmp_path, monkeypatch):
-    """By a run with the cache and by one without; another folder of runs starts anew; copies keep their digests."""
+    """By runs with and without the cache. Another folder of runs starts from scratch; copies keep their digests."""
     read: list[Path] = []
     original = readers.file_digest
     monkeypatch.setattr(readers, "file_digest", lambda file: read.append(file) or original(file))
@@ -277,7 +277,7 @@ def test_every_new_video_is_read_once_and_remembered(folder, tmp_path, monkeypat
     assert train(folder.parent, runs, "--run_name", "changed") == 0 and read == [folder / "a" / "1.pt"]
 
 
-def test_what_is_remembered_is_added_to_what_others_wrote(tmp_path):
+def test_records_are_merged_with_those_of_other_processes(tmp_path):
     file = tmp_path / "runs" / ".videos.json"
     first = {"/a": {"stamp": "0" * 32, "digest": "1" * 32, "decoded": ["two frames"]}}
     second = {os.fsdecode(b"/\xff"): {"stamp": "2" * 32, "digest": "3" * 32, "decoded": []}}
@@ -301,7 +301,7 @@ JUNK = [
 
 
 @pytest.mark.parametrize("content", JUNK, ids=range(len(JUNK)))
-def test_junk_in_the_remembered_file_is_passed_over(tmp_path, content):
+def test_junk_in_the_records_is_ignored(tmp_path, content):
     file = tmp_path / ".videos.json"
     file.write_text(content)
     assert read_records(file) == {}
@@ -335,7 +335,7 @@ def test_resume_takes_moved_videos_and_refuses_changed_ones(folder, tmp_path, ca
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_captions_may_hold_any_letter(folder, ends, mark):
+def test_captions_may_contain_any_character(folder, ends, mark):
     captions = ["one\u2028two", "one\x85two", "one\u2029two", "one\x0b\x0c\x1ctwo"]
     rows = [json.dumps({"file_name": n, "caption": c}, ensure_ascii=False) for n, c in zip(REAL, captions, strict=True)]
     (folder / "metadata.jsonl").write_bytes((mark + ends.join(rows)).encode())

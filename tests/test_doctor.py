@@ -1,4 +1,4 @@
-"""The doctor finds nothing in a healthy set-up, and each sabotage by its own check."""
+"""The doctor passes a healthy setup, and finds each sabotage with the right check."""
 
 import os
 import shutil
@@ -23,12 +23,12 @@ def examine(data: Path, tmp_path: Path, *flags: str) -> int:
     argv = ["--data_dir", str(data), "--output_dir", str(tmp_path / "runs"), "--num_workers", "0"]
     argv += ["--image_size", "32"]  # four times as fast
     status = doctor.main([*argv, *flags])
-    assert not (tmp_path / "runs").exists()  # it keeps nothing
+    assert not (tmp_path / "runs").exists()  # it leaves nothing behind
     return status
 
 
 @pytest.mark.parametrize("job", HEALTHY)
-def test_a_healthy_set_up_passes(dataset, tmp_path, capsys, job):
+def test_a_healthy_setup_passes(dataset, tmp_path, capsys, job):
     assert examine(dataset, tmp_path, *HEALTHY[job]) == 0
     out = capsys.readouterr().out
     assert "FAIL" not in out and f"all {8 if job == 'captioner' else 9} checks passed" in out
@@ -45,7 +45,7 @@ def failed_checks(out: str) -> list[str]:
 
 
 def dead_adapter(monkeypatch, data: Path) -> list[str]:
-    """A layer that is called past its adapter, as transformers before 5.6 did with VideoMAE's queries."""
+    """A layer that bypasses its adapter, as in transformers before 5.6 with VideoMAE's queries."""
     original = build_model.add_lora
 
     def add_lora(tower, rank):
@@ -80,7 +80,7 @@ def identical_classes(monkeypatch, data: Path) -> list[str]:
 
 
 def frame_mismatch(monkeypatch, data: Path) -> list[str]:
-    """The configuration is not told of the new length: TimeSformer's layers reshape by it."""
+    """The config keeps the old length, by which TimeSformer's layers reshape."""
     original = build_model.fit_embeddings
 
     def fit_embeddings(backbone, num_frames, image_size):
@@ -133,7 +133,7 @@ def test_odd_files_are_rows_of_the_table(data, tmp_path, capsys):
     assert examine(data, tmp_path) == 1
     out = capsys.readouterr().out
     assert failed_checks(out) == ["every frame decodes"] and "1 videos do not: cannot read" in out
-    assert "pipe.mp4 (a special file)" in out  # no video: passed over
+    assert "pipe.mp4 (a special file)" in out  # not a video: ignored
 
 
 def test_without_any_readable_video_the_data_is_still_examined(data, tmp_path, capsys):

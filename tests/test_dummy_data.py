@@ -1,4 +1,4 @@
-"""The dataset is what it claims: seeded, without twins, its class invisible in a single frame."""
+"""The dataset is as documented: seeded, without duplicates, and no single frame shows the class."""
 
 import hashlib
 import itertools
@@ -21,7 +21,7 @@ def hashes(folder):
     ]
 
 
-def test_no_video_occurs_twice_and_the_seed_decides(tmp_path, dataset):
+def test_no_video_occurs_twice_and_the_seed_determines_all(tmp_path, dataset):
     ours = hashes(dataset)
     assert len(ours) == 18 and len(set(ours)) == 18
     args = ["--classes", "3", "--videos_per_class", "4", "--test_per_class", "2", "--output"]
@@ -40,7 +40,7 @@ def test_layout(dataset):
     assert names == {"class_0": "circle moving right", "class_1": "circle moving left", "class_2": "circle moving down"}
 
 
-def test_every_caption_says_its_attributes_and_every_text_is_no_label(dataset):
+def test_captions_name_all_attributes_and_texts_do_not_give_the_label(dataset):
     rows = [json.loads(line) for line in (dataset / "train" / "metadata.jsonl").read_text().splitlines()]
     for row in rows:
         assert len(set(row["caption"])) == 5
@@ -60,7 +60,7 @@ def test_attributes_of_all_wordings_and_of_other_texts():
                 "motion": motion,
             }
     assert attributes_in("", LEXICON) == dict.fromkeys(("size", "colour", "shape", "motion"))
-    assert attributes_in("A RED or blue circle", LEXICON)["colour"] is None  # two colours name none
+    assert attributes_in("A RED or blue circle", LEXICON)["colour"] is None  # two colours are ambiguous
     assert attributes_in("A RED thing", LEXICON)["colour"] == "red"
 
 
@@ -82,10 +82,10 @@ def centroid(masks: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
-def test_the_shape_moves_as_its_class_says(motion):
+def test_the_shape_moves_as_its_class_name_says(motion):
     label = CLASSES.index(("square", motion))
     videos, _ = dummy_data.draw_class(label, 12, 16, 64, np.random.default_rng(5))
-    spread = videos.astype(float).std(axis=2)  # (B, T, H, W): the ground is nearly grey, most shapes are not
+    spread = videos.astype(float).std(axis=2)  # (B, T, H, W): the background is nearly grey, most shapes are not
     positions = centroid((spread > 40).astype(float))
     steps = np.angle(np.exp(1j * np.diff(positions, axis=1))) * 64 / (2 * np.pi)  # pixels
     steps = np.median(steps[[(s > 40).any() for s in spread]], axis=(0, 1))
@@ -93,8 +93,8 @@ def test_the_shape_moves_as_its_class_says(motion):
     assert np.allclose(np.sign(np.round(steps)), expected), steps
 
 
-def test_one_frame_holds_no_motion():
-    """Where the shape stands in any one frame has the same distribution for every motion."""
+def test_one_frame_shows_no_motion():
+    """The position in any single frame has the same distribution for every motion."""
     for frame in (0, 8, 15):
         means = []
         for motion in MOTIONS:
@@ -107,7 +107,7 @@ def test_one_frame_holds_no_motion():
 
 
 @pytest.mark.parametrize("kind", ["mp4", "frames"])
-def test_formats_hold_the_same_videos(tmp_path, dataset, kind):
+def test_all_formats_have_the_same_videos(tmp_path, dataset, kind):
     from conftest import read_clip
 
     dummy_data.main(

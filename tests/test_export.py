@@ -1,4 +1,4 @@
-"""What a run is written to for other programs gives our answers there."""
+"""An exported run gives the same predictions in other programs."""
 
 import ast
 import errno
@@ -109,20 +109,20 @@ def test_adapters_as_a_peft_folder(dataset, tmp_path, name, part):
         plain = base(**inputs).last_hidden_state
         expected = body(**inputs).last_hidden_state
         found = PeftModel.from_pretrained(base, out / f"adapter_{part}").eval()(**inputs).last_hidden_state
-    if name == "videomae_lora":  # AutoModel puts its own norm behind; compare before it
+    if name == "videomae_lora":  # AutoModel adds its own norm; compare before it
         assert len(list(adapters(model))) == 24
     assert (found - expected).abs().max() < 1e-5
     assert (plain - expected).abs().max() > 1e-3
 
 
-def test_what_cannot_be_exported_says_why(dataset, tmp_path, capsys):
+def test_runs_that_cannot_be_exported_say_why(dataset, tmp_path, capsys):
     odd = train(
         dataset, tmp_path, "odd", "--vision_model", "videomae", "--freeze_visionbackbone", "True", "--num_frames", "4"
     )
     both = train(
         dataset, tmp_path, "both", "--use_vlm", "--freeze_visionbackbone", "True", "--freeze_llmbackbone", "True"
     )
-    for run, message in ((odd, "cannot hold the interpolated one"), (both, "no Hugging Face class holds")):
+    for run, message in ((odd, "cannot load the interpolated ones"), (both, "no Hugging Face class holds")):
         capsys.readouterr()
         assert inference.main(["--checkpoint", str(run), "--export", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
@@ -147,7 +147,7 @@ def plain(dataset, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def differences(run: Path, predict, videos: list[Path]) -> dict[str, float]:
-    """The largest difference of a probability, for every video that inference reads; both must say the same."""
+    """The largest difference of a probability over all videos that inference reads. The labels must be equal."""
     predictor = inference.Predictor.from_checkpoint(run, top_k=99, num_workers=0)
     found = {}
     for video, answer in zip(videos, predictor.predict_many([Sample(v) for v in videos]), strict=True):
@@ -184,7 +184,7 @@ def turned(path: Path, source: Path, angle: int) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> list[Path]:
-    """Turned, short, wide, high, small videos, one with a name like an address, and one that is none."""
+    """Rotated, short, wide, tall and small videos, one with a name like a URL, and one that is not a video."""
     folder = tmp_path_factory.mktemp("made")
     wide = write_video(folder / "wide.mp4", counting_frames(41, 64, 200))
     turns = [turned(folder / f"turned{angle}.mp4", wide, angle) for angle in (90, 180, 270)]
@@ -231,8 +231,8 @@ def test_every_rule_of_resizing(plain, made):
             assert list(predict(video).values()) == pytest.approx(expected.tolist(), abs=1e-5), (video, size)
 
 
-def test_predict_as_a_program(plain, made):
-    """From another folder and by names that FFmpeg could misread; every unreadable video is one line."""
+def test_predict_as_a_script(plain, made):
+    """From another folder, and with names that FFmpeg could misread. Every unreadable video is one line."""
     predict = runpy.run_path(str(plain[1] / "predict.py"))["predict"]
     names = ["12:30.mp4", "broken.mp4", "no\nsuch", "wide.mp4"]
     command = [sys.executable, str(plain[1] / "predict.py"), *names]
@@ -263,11 +263,11 @@ def test_predict_needs_nothing_of_this_repository(plain):
 # -- whole or not at all ----------------------------------------------------------------------------
 
 
-def test_an_export_is_whole_or_not_at_all(dataset, tmp_path, capsys, monkeypatch):
+def test_an_export_is_complete_or_not_written(dataset, tmp_path, capsys, monkeypatch):
     run, out = train(dataset, tmp_path, "timesformer_lora"), tmp_path / "exports" / "out"
 
     def full(values, path):
-        assert any(path.parent.parent.glob(".out.*/adapter_vision"))  # so far it came
+        assert any(path.parent.parent.glob(".out.*/adapter_vision"))  # it got this far
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -278,7 +278,7 @@ def test_an_export_is_whole_or_not_at_all(dataset, tmp_path, capsys, monkeypatch
     assert not list(out.parent.iterdir())
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    half = out.parent / f".out.{platform.node()}.{dead.pid}.tmp"  # what a killed export leaves
+    half = out.parent / f".out.{platform.node()}.{dead.pid}.tmp"  # the leftovers of a killed export
     (half / "adapter_vision").mkdir(parents=True)
     out.mkdir()  # an empty folder is filled
     assert inference.main(["--checkpoint", str(run), "--export", str(out)]) == 0
@@ -289,7 +289,7 @@ def test_an_export_is_whole_or_not_at_all(dataset, tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("place", ["/dev/null/x", "file/x", "file"])
-def test_a_place_that_cannot_be_written_is_one_line(plain, tmp_path, capsys, place):
+def test_a_folder_that_cannot_be_written_is_one_line(plain, tmp_path, capsys, place):
     (tmp_path / "file").touch()
     assert inference.main(["--checkpoint", str(plain[0]), "--export", str(tmp_path / place)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

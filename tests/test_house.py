@@ -1,4 +1,4 @@
-"""The house: who may import whom, files that must agree, and one line for an old Python."""
+"""The layout: which module may import which, files that must agree, and one line for an old Python."""
 
 import ast
 import os
@@ -32,14 +32,14 @@ def imports(module: str) -> set[str]:
     return {name for name in found if name in LEVEL}
 
 
-def test_modules_import_from_lower_lines_only():
+def test_modules_import_only_from_lower_layers():
     modules = {p.stem for p in ROOT.glob("*.py")}
-    assert modules <= LEVEL.keys(), "a module that no line of the house names"
+    assert modules <= LEVEL.keys(), "a module that is missing in LAYERS"
     wrong = [(m, i) for m in modules for i in imports(m) if LEVEL[i] >= LEVEL[m]]
     assert not wrong
 
 
-def test_no_module_is_named_like_a_library():
+def test_no_module_has_the_name_of_a_library():
     for path in ROOT.glob("*.py"):
         code = f"import importlib.util, sys; sys.path = [p for p in sys.path if p]; sys.exit(importlib.util.find_spec({path.stem!r}) is not None)"
         assert subprocess.run([sys.executable, "-I", "-c", code], cwd="/").returncode == 0, path.stem
@@ -67,7 +67,7 @@ def test_an_older_python_gets_one_line():
 
 
 def test_an_older_python_can_parse_the_guard():
-    """The file that holds the check must be readable by the Pythons that it turns away."""
+    """The file with the version check must be parsable by the Pythons that it refuses."""
     source = (ROOT / "script.py").read_text(encoding="utf-8")
     ast.parse(source, feature_version=(3, 8))
     for script in ("main", "inference", "dummy_data", "create_dummy", "convert_dataset"):
@@ -90,7 +90,7 @@ def test_an_older_python_can_parse_the_guard():
         "experiments.make_report",
     ],
 )
-def test_help_teaches_and_does_nothing(name, tmp_path):
+def test_help_is_printed_and_nothing_else_happens(name, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", name, "--help"],
         cwd=tmp_path,

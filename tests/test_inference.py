@@ -1,4 +1,4 @@
-"""Many videos in: a file of answers that can be gone on with, errors beside answers, timelines of long videos."""
+"""Many videos: an output file that can be resumed, error rows among answers, and timelines of long videos."""
 
 import errno
 import gc
@@ -39,7 +39,7 @@ def run(dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def videos(tmp_path) -> Path:
-    """24 readable videos, the third of them replaced by one that is not."""
+    """24 videos, the third of them unreadable."""
     folder = tmp_path / "videos"
     folder.mkdir()
     for index in range(24):
@@ -69,13 +69,13 @@ def test_unreadable_videos_get_an_error_row_in_place(run, videos, tmp_path, caps
     assert "1 of 24 could not be read" in err and "24 answers in" in out
 
 
-def test_a_begun_file_is_gone_on_with(run, videos, tmp_path, capsys, monkeypatch):
-    """Done answers stay as they are and are not computed again; errors are tried again; a torn line is dropped."""
+def test_an_unfinished_output_is_resumed(run, videos, tmp_path, capsys, monkeypatch):
+    """Finished answers are kept and not computed again, errors are retried, and a torn last line is dropped."""
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     answer(run, videos, whole)
     lines = whole.read_text().splitlines(keepends=True)
     output.write_text("".join(lines[:10]) + lines[10][:30])
-    torch.save(torch.zeros(8, 3, 24, 24, dtype=torch.uint8), videos / "2.pt")  # mended
+    torch.save(torch.zeros(8, 3, 24, 24, dtype=torch.uint8), videos / "2.pt")  # repaired
     asked: list[str] = []
     original = inference.Predictor.predict_many
 
@@ -122,7 +122,7 @@ def test_odd_captions_are_printed_and_read_again(tmp_path):
     assert inference.answer_line({"file": "a.mp4", "caption": ""}, 8).strip() == "a.mp4"
 
 
-def test_a_killed_inference_ends_as_if_it_had_not_been(run, videos, tmp_path):
+def test_a_killed_inference_ends_with_the_same_output(run, videos, tmp_path):
     for index in range(24, 400):
         os.link(videos / "0.pt", videos / f"{index}.pt")
     output = tmp_path / "out.jsonl"
@@ -143,8 +143,8 @@ def test_a_killed_inference_ends_as_if_it_had_not_been(run, videos, tmp_path):
     assert all(r.get("label") == expected[r["file"]].get("label") for r in rows(output))
 
 
-def test_a_timeline_answers_for_every_window(run, tmp_path, capsys):
-    """Frames 0 to 29 and 30 to 59 show two things; each window is answered as a video of those frames alone."""
+def test_a_timeline_has_an_answer_for_every_window(run, tmp_path, capsys):
+    """Frames 0 to 29 and 30 to 59 differ. Each window gets the answer of a video with only those frames."""
     bright, dark = np.full((30, 32, 48, 3), 250, np.uint8), counting_frames(30)
     write_video(tmp_path / "long.mkv", np.concatenate([bright, dark]))
     output = tmp_path / "out.jsonl"
@@ -214,14 +214,14 @@ def test_predict_raises_for_an_unreadable_video(run, videos):
         inference.Predictor.from_checkpoint(run).predict(videos / "2.pt")
 
 
-def test_the_collector_rests_only_while_a_model_is_built(run, videos, capsys):
+def test_the_garbage_collector_is_off_only_while_a_model_is_built(run, videos, capsys):
     assert inference.main(["--checkpoint", str(run), "--video_dir", str(videos / "0.pt")]) == 0
     assert gc.isenabled()
     with pytest.raises(UserError), collector_off():
         assert not gc.isenabled()
         raise UserError("stop")
     assert gc.isenabled()
-    gc.disable()  # as a program that uses Predictor may have done
+    gc.disable()  # as a program that uses Predictor might
     try:
         with collector_off():
             pass
@@ -241,7 +241,7 @@ def test_a_file_in_use_is_refused(run, videos, tmp_path, capsys):
     output = tmp_path / "out.jsonl"
     assert answer(run, videos, output) == 1
     lines = output.read_text().splitlines(keepends=True)
-    output.write_text("".join(lines[:5]) + lines[5][:20])  # what a process that is writing it has there
+    output.write_text("".join(lines[:5]) + lines[5][:20])  # as left by a process that is writing it
     (tmp_path / "link.jsonl").symlink_to(output)
     code = "import sys; from answers import *; lock = FileLock(Path(sys.argv[1]), 'x'); print(flush=True); input()"
     holder = subprocess.Popen(
@@ -258,14 +258,14 @@ def test_a_file_in_use_is_refused(run, videos, tmp_path, capsys):
         error = capsys.readouterr().err
         assert f"in use by process {holder.pid}" in error and error.count("\n") == 1
     assert output.read_bytes() == before
-    holder.kill()  # the system gives its lock up
+    holder.kill()  # the system releases its lock
     holder.communicate()
     assert answer(run, videos, tmp_path / "link.jsonl") == 1
     assert len({r["file"] for r in rows(output)}) == len(rows(output)) == 24
     assert not leftovers(tmp_path) and (tmp_path / "link.jsonl").is_symlink()
 
 
-def test_what_is_no_file(run, videos, tmp_path, capsys):
+def test_outputs_that_are_not_regular_files(run, videos, tmp_path, capsys):
     video = videos / "0.pt"
     os.mkfifo(tmp_path / "pipe")
     cases = {"/dev/null": 0, "/dev/full": 2, tmp_path: 2, tmp_path / "pipe": 2, tmp_path / "no" / "out.jsonl": 2}
@@ -277,7 +277,7 @@ def test_what_is_no_file(run, videos, tmp_path, capsys):
     read: list[str] = []
     reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
     reader.start()
-    while answer(run, video, tmp_path / "pipe") == 2:  # until it is being read
+    while answer(run, video, tmp_path / "pipe") == 2:  # until a reader opens it
         time.sleep(0.1)
     reader.join(timeout=60)
     assert json.loads(read[0])["file"] == str(video)
@@ -285,18 +285,18 @@ def test_what_is_no_file(run, videos, tmp_path, capsys):
 
 
 def test_rows_and_text_on_one_redirected_output(run, videos, capfd):
-    """Standard output is a file here; neither is written over the other."""
+    """Standard output is a file here, and neither overwrites the other."""
     assert answer(run, videos / "0.pt", Path("/dev/stdout")) == 0
     found = capfd.readouterr().out.splitlines()
     assert len([line for line in found if line.startswith('{"file"')]) == 1
     assert sum("1 videos in" in line for line in found) == 1 and found[-1] == "wrote /dev/stdout"
 
 
-def test_a_full_disk_leaves_whole_rows(run, videos, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_leaves_complete_rows(run, videos, tmp_path, capsys, monkeypatch):
     output, write, room = tmp_path / "out.jsonl", os.write, [2500]
 
     def limited(file: int, data: bytes) -> int:
-        """As a disk that fills up: what fits is written, then nothing."""
+        """Like a disk that fills up: the first bytes are written, the rest is not."""
         if room[0] <= 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         done = write(file, data[: room[0]])
@@ -317,7 +317,7 @@ def test_the_same_videos_by_other_names(run, videos, tmp_path, monkeypatch):
     (videos / "2.pt").unlink()
     (videos / "deeper").mkdir()
     torch.save(torch.zeros(8, 3, 24, 24, dtype=torch.uint8), videos / "deeper" / "30.pt")
-    (videos / "again.pt").symlink_to(videos / "0.pt")  # another video, for all that is said here
+    (videos / "again.pt").symlink_to(videos / "0.pt")  # treated as another video
     (tmp_path / "link").symlink_to(videos)
     monkeypatch.chdir(tmp_path)
     assert answer(run, Path("videos"), tmp_path / "out.jsonl") == 0
@@ -338,7 +338,7 @@ def test_the_same_videos_by_other_names(run, videos, tmp_path, monkeypatch):
         assert (tmp_path / "out.jsonl").read_bytes() == before, name
 
 
-def test_answers_that_stand_twice_or_have_no_path(run, videos, tmp_path, monkeypatch, capsys):
+def test_duplicate_answers_and_answers_without_a_path(run, videos, tmp_path, monkeypatch, capsys):
     (videos / "2.pt").unlink()
     output = tmp_path / "out.jsonl"
     monkeypatch.chdir(tmp_path)
@@ -393,7 +393,7 @@ def test_right_means_the_same_label():
         assert inference.is_right({"label": label}, Sample(Path("x"), label=truth), swapped, None) is expected
 
 
-def test_names_do_not_steer_the_terminal(run, videos, tmp_path, capsys):
+def test_names_cannot_control_the_terminal(run, videos, tmp_path, capsys):
     name = "two\nlines\x1b[31m\udcff.pt"
     folder = tmp_path / "odd\n\x1b[1m"
     folder.mkdir()
@@ -409,7 +409,7 @@ def test_names_do_not_steer_the_terminal(run, videos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
-def test_weights_that_are_not_finite_give_no_answer(run, videos, tmp_path, value):
+def test_non_finite_weights_give_no_answer(run, videos, tmp_path, value):
     model, config, metadata = load_run(run)
     with torch.no_grad():
         model.head.weight.fill_(value)

@@ -1,4 +1,4 @@
-"""Scores against scikit-learn, scipy, pycocoevalcap and published figures; the script's own answers."""
+"""Scores against scikit-learn, scipy, pycocoevalcap and published numbers; and the metrics.py script."""
 
 import json
 import math
@@ -79,8 +79,8 @@ def test_the_calibration_error_is_the_mean_gap_of_the_bins():
     assert metrics.calibration_error(np.ones(3), np.array([True, True, True])) == 0
 
 
-def test_intervals_hold_the_spread_of_a_share():
-    """Of 400 clips 320 right: the normal approximation is 0.8 +- 1.96 * 0.02."""
+def test_intervals_match_the_spread_of_a_proportion():
+    """320 of 400 clips right: the normal approximation is 0.8 +- 1.96 * 0.02."""
     right = np.arange(400) < 320
     scores = metrics.with_intervals(lambda places: {"accuracy": float(right[places].mean())}, 400)
     low, high = scores["intervals"]["accuracy"]
@@ -103,8 +103,8 @@ def test_mcnemar_and_wilson_are_scipy_s(only_first, only_second, both):
     assert low == pytest.approx(oracle.low, abs=1e-6) and high == pytest.approx(oracle.high, abs=1e-6)
 
 
-def test_a_paired_difference_is_surer_than_two_intervals():
-    """The second model is right wherever the first is, and on 5 of 100 clips more."""
+def test_a_paired_difference_is_tighter_than_two_intervals():
+    """The second model is right wherever the first is, and on 5 more of 100 clips."""
     first, second = np.arange(100) < 60, np.arange(100) < 65
     one, two = ((lambda places, r=r: {"accuracy": float(r[places].mean())}) for r in (first, second))
     found = metrics.compared(one, two, 100)["accuracy"]
@@ -123,7 +123,7 @@ def random_captions(seed: int, count: int) -> tuple[list[str], list[list[str]]]:
 
     references = [[" ".join(sentence(1)) for _ in range(rng.integers(1, 6))] for _ in range(count)]
     captions = []
-    for refs in references:  # a reference with words exchanged, or something else, or nothing
+    for refs in references:  # a reference with swapped words, something else, or nothing
         tokens = refs[0].split() if rng.random() < 0.7 else sentence(0)
         captions.append(" ".join(w if rng.random() < 0.7 else rng.choice(vocabulary) for w in tokens))
     return captions, references
@@ -143,8 +143,8 @@ def test_caption_scores_are_pycocoevalcap_s_on_2000_items():
     assert found["ROUGE_L"] == pytest.approx(Rouge().compute_score(gts, res)[0], abs=1e-9)
 
 
-def test_the_published_scores_come_out(real_data, tmp_path, capsys):
-    """1,000 items of coco-caption's demo, through the script as a user calls it."""
+def test_the_published_scores_are_reproduced(real_data, tmp_path, capsys):
+    """The 1,000 items of coco-caption's demo, scored with the script."""
     given_data = json.loads((real_data / "caption_metrics" / "coco_fakecap_1000.json").read_text())
     for name in ("references", "candidates"):
         (tmp_path / f"{name}.json").write_text(json.dumps(given_data[name]))
@@ -171,11 +171,11 @@ def test_the_published_scores_come_out(real_data, tmp_path, capsys):
     ],
 )
 def test_words_are_coco_caption_s(text, expected):
-    """What its tokenizer (PTB 3600) gives for these."""
+    """The output of its tokenizer (PTB 3600) for these texts."""
     assert " ".join(metrics.words(text)) == expected
 
 
-def test_texts_that_were_tokenised_before_stay_as_they_are():
+def test_tokenised_texts_stay_unchanged():
     texts = [f"a bird sits on branch {i}" for i in range(1500)]
     mine, _ = metrics.tokenised(["a man ready to bat."], [texts])
     assert mine == [["a", "man", "ready", "to", "bat."]]
@@ -251,7 +251,7 @@ def test_bad_files_are_one_line(tmp_path, capsys, references, answers, message):
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_files_that_are_no_json_are_one_line(tmp_path, capsys):
+def test_files_that_are_not_json_are_one_line(tmp_path, capsys):
     (tmp_path / "p.json").write_text("nothing\n")
     assert metrics.main(["--predictions", str(tmp_path / "p.json")]) == 2
     assert "neither a JSON object" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The models against native ones: embeddings, token order, padding, what is trained, what is learned."""
+"""The models against native ones: embeddings, token order, padding, what is trained, and what is learned."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def clips(count: int = 8, frames: int = 8, size: int = 64) -> torch.Tensor:
 
 
 def batch_of(model, count: int = 8) -> dict[str, torch.Tensor]:
-    """Dummy videos of as many classes, with four labels, and captions and texts of different lengths."""
+    """A batch of dummy videos with four labels, and captions and texts of different lengths."""
     return model.collator()(items_of(count))
 
 
@@ -126,7 +126,7 @@ def test_at_its_own_size_the_encoder_is_the_published_classifier(tmp_path, famil
     with torch.no_grad():
         expected = model(vision.preprocessing.normalise(pixel_values)).logits
         logits = model.classifier(vision(pixel_values))
-    # TimeSformer's attention is fused, in another order of sums
+    # TimeSformer's attention is fused, so sums are in another order
     assert torch.equal(logits, expected) if family == "videomae" else torch.allclose(logits, expected, atol=1e-6)
 
 
@@ -139,7 +139,7 @@ def test_any_length_and_size_equals_a_native_model(tmp_path, family, num_frames,
     native = native_model(family, num_frames=num_frames, image_size=image_size)
     if family == "videomae":
         native.base_model.embeddings.position_embeddings = vision.backbone.embeddings.position_embeddings
-    native.base_model.load_state_dict(vision.backbone.state_dict())  # strict: every shape is the native one's
+    native.base_model.load_state_dict(vision.backbone.state_dict())  # strict: every shape equals the native one
     pixel_values = clips(2, num_frames, image_size)
     with torch.no_grad():
         expected = native.base_model(vision.preprocessing.normalise(pixel_values)).last_hidden_state
@@ -147,7 +147,7 @@ def test_any_length_and_size_equals_a_native_model(tmp_path, family, num_frames,
 
 
 def test_fused_attention_equals_transformers_own(tmp_path):
-    """Outputs and gradients of TimeSformer in training mode, to 1e-5 of the largest."""
+    """Outputs and gradients of TimeSformer in training mode agree to 1e-5 of the largest value."""
     native = native_model("timesformer")
     fused = load_vision(preprocessor_folder(tmp_path, native), Config()).backbone.train()
     native = native.base_model.train()
@@ -168,7 +168,7 @@ def test_fused_attention_equals_transformers_own(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_interpolated_along_their_own_axis(family):
-    """A table that is linear in t, h and w stays linear: the value at a token's centre."""
+    """A table that is linear in t, h and w stays linear, with the value at the centre of each token."""
     model = native_model(family).base_model
     tubelet = getattr(model.config, "tubelet_size", 1)
     times, side = 4 // tubelet, 4
@@ -215,7 +215,7 @@ def test_sizes_that_do_not_fit_are_refused(family, options, cause):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_order_finds_a_planted_patch(family):
-    """Without layers a token is its patch's embedding: only the planted one differs from the rest."""
+    """Without layers a token is the embedding of its patch, so only the planted one differs."""
     model = native_model(family).base_model
     model.encoder.layer = nn.ModuleList()
     tubelet = getattr(model.config, "tubelet_size", 1)
@@ -323,7 +323,7 @@ def test_every_adapter_is_live_and_switching_one_off_changes_the_output(options)
     kind = "gpt2" if options.get("captioning") else "bert" if options.get("use_vlm") else options["vision_model"]
     assert len(found) == layers * per_layer[kind]
     batch = batch_of(model)
-    for adapter in found.values():  # as after some training: B is no longer zero
+    for adapter in found.values():  # as after some training, when B is no longer zero
         nn.init.normal_(adapter.lora_B["default"].weight, std=0.3)
     model.eval()
     with torch.no_grad():
@@ -358,7 +358,7 @@ def test_gradients_reach_the_projector_through_a_frozen_language_model():
 
 
 def passes_through_layers(model, batch) -> tuple[dict[str, list[int]], dict[str, torch.Tensor]]:
-    """(how often each layer of each backbone computes its first module in a training step, the gradients)."""
+    """(how often each layer of each backbone runs its first module in a training step, the gradients)."""
     counts = {}
     for name, tower in model.backbones().items():
         counts[name] = []
@@ -476,7 +476,7 @@ def test_a_batch_of_eight_is_overfitted(options):
         optimizer.zero_grad()
     assert mean < 0.1
     if options.get("captioning"):
-        assert model.eval().generate(batch["video"], Config(max_new_tokens=40)) == CAPTIONS  # each ends by itself
+        assert model.eval().generate(batch["video"], Config(max_new_tokens=40)) == CAPTIONS  # each ends on its own
 
 
 def test_generate_in_a_batch_equals_one_by_one_and_beams_run():
@@ -513,7 +513,7 @@ DECODERS = {
 
 
 def language_folder(folder, model_type: str, **more):
-    """A random model of a family, two layers of width 16, with the tokenizer of the tiny one of its kind."""
+    """A random two-layer model of a family, width 16, with the tokenizer of the tiny backbone of its kind."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     encoder = model_type in ENCODERS
@@ -534,7 +534,7 @@ def language_folder(folder, model_type: str, **more):
 
 
 def run_of(dataset, tmp_path, folder, *flags: str) -> list[str]:
-    """Trains an epoch through main.py; the flags that inference.py takes for it."""
+    """Trains one epoch with main.py. Returns the flags that inference.py needs for the run."""
     argv = ["--use_vlm", "True", "--language_model", str(folder), "--freeze_visionbackbone", "True", *flags]
     argv += ["--output_dir", str(tmp_path), "--run_name", "r", "--num_workers", "0"]
     small = ["--num_frames", "2", "--image_size", "32", "--token_grid", "1", "--epochs", "1"]
@@ -592,8 +592,8 @@ def test_two_steps_train_what_they_should_of_other_encoders(tmp_path, family, op
         optimizer.zero_grad(set_to_none=True)
 
 
-def test_positions_behind_the_paddings_are_not_counted(tmp_path):
-    """RoBERTa's first position is 1 + the padding's: of 120 there are 120 - 6 left, and one more fails."""
+def test_positions_reserved_for_padding_are_not_counted(tmp_path):
+    """RoBERTa's positions start after the padding id: 120 - 6 of 120 are usable, and one more fails."""
     folder = language_folder(tmp_path, "xlm-roberta", pad_token_id=5)
     model = model_of(use_vlm=True, use_text=True, language_model=str(folder), num_frames=8, token_grid=2).eval()
     room = model.codec().max_tokens
@@ -649,7 +649,7 @@ def test_texts_that_are_cut_are_counted(dataset, tmp_path, capsys):
 # -- rates and decay --------------------------------------------------------------------------------
 
 
-BEHIND = re.compile(  # what follows the layers, by the names that the families give it
+BEHIND = re.compile(  # modules after the layers, by their names in each family
     r"(^backbone\.layernorm|fc_norm|final_norm|final_layer_norm|ln_f|^model\.norm|encoder\.LayerNorm)\.|project_out|lm_head|embed_out"
 )
 
@@ -666,7 +666,7 @@ def groups_of(model, config) -> dict[str, tuple[float, float]]:
 
 @pytest.mark.parametrize("family", ["timesformer", "videomae", *ENCODERS, *DECODERS])
 def test_layer_decay_slows_every_layer_below_another_and_embeddings_most(tmp_path, family):
-    """The rate of layer k of n is rate x 0.5^(n - k), of embeddings rate x 0.5^(n + 1), of what follows the full one."""
+    """Layer k of n: rate x 0.5^(n - k). Embeddings: rate x 0.5^(n + 1). Modules after the layers: the full rate."""
     options = {"layer_decay": 0.5, "learning_rate": 1.0, "num_frames": 2, "image_size": 32, "token_grid": 1}
     if family in FAMILIES:
         options |= {"vision_model": family}
@@ -698,7 +698,7 @@ def test_layer_decay_slows_every_layer_below_another_and_embeddings_most(tmp_pat
         {"use_vlm": True, "captioning": True},
     ],
 )
-def test_decay_spares_biases_norms_and_what_marks_a_place(options):
+def test_no_decay_on_biases_norms_and_position_embeddings(options):
     config = config_of(**options)
     model = build_model(config, 4)
     decays = {name: decay for name, (_, decay) in groups_of(model, config).items()}
@@ -717,7 +717,7 @@ def test_decay_spares_biases_norms_and_what_marks_a_place(options):
 
 
 @pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
-def test_decay_spares_the_positions_of_every_language_model_and_no_words(tmp_path, family):
+def test_no_decay_on_positions_of_any_language_model_but_on_words(tmp_path, family):
     folder = language_folder(tmp_path, family)
     options = {"num_frames": 2, "image_size": 32, "token_grid": 1, "freeze_visionbackbone": True}
     config = config_of(use_vlm=True, captioning=family in DECODERS, language_model=str(folder), **options)
@@ -737,7 +737,7 @@ F_TINY, F_HUB, L_TINY, L_HUB, H_TINY, H_HUB = 5e-4, 5e-5, 3e-3, 5e-4, 3e-3, 1e-3
 
 @pytest.mark.parametrize(
     "vision, language, options, rates",
-    [  # the table of README.md, by hand: vision, language, new layers
+    [  # the README's table, typed by hand: vision, language, new layers
         ("tiny", "tiny", {}, (F_TINY, F_TINY, 2 * F_TINY)),
         ("hub", "hub", {"use_lora_vision": True, "use_lora_llm": True}, (L_HUB, L_HUB, 2 * L_HUB)),
         ("tiny", "hub", {"freeze_visionbackbone": True}, (None, F_HUB, 10 * F_HUB)),
@@ -752,7 +752,7 @@ F_TINY, F_HUB, L_TINY, L_HUB, H_TINY, H_HUB = 5e-4, 5e-5, 3e-3, 5e-4, 3e-3, 1e-3
 )
 @pytest.mark.parametrize("typed", [1.0, 3.0])
 def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, language, options, rates, typed):
-    """A folder stands for weights of the hub. A rate that is typed is the freest backbone's; the others keep their ratio."""
+    """A folder counts as hub weights. A given rate is for the least frozen backbone; the others keep their ratio."""
     names = {"vision_model": "timesformer", "language_model": "gpt2"}
     for option, kind in (("vision_model", vision), ("language_model", language)):
         if kind == "hub":
@@ -821,7 +821,7 @@ def test_frames_at_evaluation_are_always_the_same(dataset):
     assert len({jittered[e, 1]["video"].numpy().tobytes() for e in range(6)}) > 3
 
 
-def test_locate_names_lead_where_the_table_says(tmp_path):
+def test_short_names_load_what_the_table_says(tmp_path):
     source = locate("timesformer", "hub")
     assert source.path == "facebook/timesformer-base-finetuned-k400"
     assert re.fullmatch("[0-9a-f]{40}", source.revision)  # a commit, not a branch
@@ -829,8 +829,8 @@ def test_locate_names_lead_where_the_table_says(tmp_path):
     assert np.all([locate(n, "tiny").local for n in ("timesformer", "videomae", "bert", "gpt2")])
 
 
-def test_freed_memory_is_used_again_without_page_faults():
-    """Tensors of 16 MB made and freed, by page faults of the process, before and after."""
+def test_freed_memory_is_reused_without_page_faults():
+    """Page faults of the process while tensors of 16 MB are made and freed, before and after."""
     script = """
 import resource, torch
 from train_code import keep_freed_memory

@@ -1,4 +1,4 @@
-"""Options for small and uneven sets, and testing with several views, each against a plain computation."""
+"""Options for small and imbalanced datasets, and tests with several views, each against a plain computation."""
 
 import itertools
 import json
@@ -48,12 +48,12 @@ def test_an_epoch_draws_every_class_equally_often(sizes, epoch):
     assert len(order) == len(classes) and len(set(order)) == len(order)  # a repeated clip is another draw
     counts = Counter(classes[place] for _, place in order)
     assert max(counts.values()) - min(counts.get(k, 0) for k in range(len(sizes))) <= 1
-    for k, size in enumerate(sizes):  # none of a class is drawn twice before all are drawn once
+    for k, size in enumerate(sizes):  # no clip of a class is drawn twice before all were drawn once
         drawn = Counter(place for _, place in order if classes[place] == k)
         assert not drawn or max(drawn.values()) - min(drawn[p] for p in drawn) <= 1
         assert len(drawn) == min(size, counts.get(k, 0))
     batches.epoch = epoch + 1
-    assert not {item for batch in batches for item in batch} & set(order)  # and so is the next epoch's
+    assert not {item for batch in batches for item in batch} & set(order)  # the next epoch's order is different, too
 
 
 def test_a_repeated_clip_shows_other_frames(tmp_path):
@@ -64,7 +64,7 @@ def test_a_repeated_clip_shows_other_frames(tmp_path):
 
 
 def test_balanced_training_sees_the_rare_class_as_often(dataset, tmp_path):
-    """By the loader that main builds: two of three classes keep one training video each."""
+    """With the loader of a real run: two of three classes have one training video each."""
     config, _ = parse(["--data_dir", str(dataset), "--class_balance", "True", "--num_workers", "0"], "main")
     config = replace(config, num_frames=8, batch_size=4)
     splits = read_splits(dataset)
@@ -141,7 +141,7 @@ def test_patience_counts_epochs_since_the_best(best, patience, stop):
 
 
 def test_patience_ends_a_run_early_and_keeps_its_best(dataset, tmp_path, capsys):
-    """A rate this small changes no prediction, and val loss decides: no epoch beats the first."""
+    """A rate this small changes no prediction, so no epoch beats the first."""
     flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--num_workers", "0", "--epochs", "6"]
     assert (
         main.main(
@@ -247,7 +247,7 @@ def test_views_are_the_clips_and_crops_that_a_plain_loop_takes(tmp_path):
     for clip in range(2):
         indices = sample_indices(40, 4, position=(clip + 0.5) / 2)
         resized = SQUARE.pixels(reader_frames[indices], 0.5)
-        for left in (0, 12, 24):  # a picture of 16 x 40
+        for left in (0, 12, 24):  # an image of 16 x 40
             expected = resize_frames(reader_frames[indices], (16, 40))[..., left : left + 16]
             assert torch.equal(views[row], expected)
             row += 1
@@ -302,7 +302,7 @@ def test_evaluation_with_views_counts_every_video_once(classifier, tmp_path):
 @pytest.mark.parametrize(
     "script, flag", [(inference, "test_clips"), (inference, "test_crops"), (main, "class_balance")]
 )
-def test_captioners_refuse_what_is_for_classifiers(dataset, capsys, script, flag):
+def test_captioners_refuse_options_of_classifiers(dataset, capsys, script, flag):
     argv = ["--use_vlm", "True", "--captioning", "True", "--video_dir", str(dataset / "test")]
     argv = argv if script is inference else [*argv[:-2], "--data_dir", str(dataset)]
     assert script.main([*argv, f"--{flag}", "True" if flag == "class_balance" else "2"]) == 2

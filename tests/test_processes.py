@@ -1,4 +1,4 @@
-"""Two processes under torchrun (gloo, CPU) train as one process with the same batches does."""
+"""Two processes under torchrun (gloo, CPU) train like one process with the same batches."""
 
 import json
 import os
@@ -18,7 +18,7 @@ CAPTIONER = ["--use_vlm", "True", "--captioning", "True", "--freeze_visionbackbo
 
 
 def start(processes: int, dataset: Path, runs: Path, *flags: str) -> subprocess.Popen:
-    """main.py under torchrun; batches of 3 leave a last batch of one clip, of which one process gets nothing."""
+    """Starts main.py under torchrun. Batches of 3 leave a last batch of one clip, so one process gets none."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [str(ROOT / "main.py"), "--data_dir", str(dataset), "--output_dir", str(runs), "--num_workers", "0"]
     command += ["--batch_size", "3", "--dropout", "0", *flags]
@@ -40,9 +40,9 @@ def log_of(run: Path) -> list[dict]:
     "job", [pytest.param(CLASSIFIER, id="lora", marks=pytest.mark.slow), pytest.param(CAPTIONER, id="captioner")]
 )
 def test_two_processes_give_the_log_of_one(dataset, tmp_path, job):
-    """Counts and scores are equal, losses to rounding; one log, one checkpoint, one voice."""
+    """Counts and scores are equal, losses agree to rounding, and only one process writes and prints."""
     runs, flags = tmp_path / "runs", ["--epochs", "2", "--run_name"]
-    if job is CLASSIFIER:  # adapters have dropout of their own, other in each process
+    if job is CLASSIFIER:  # adapters have dropout, which differs in each process
         flags = ["--lora_r", "2", *flags]
     one = finish(start(1, dataset, runs, *job, *flags, "one"))
     two = finish(start(2, dataset, runs, *job, *flags, "two"))
@@ -63,7 +63,7 @@ def test_two_processes_give_the_log_of_one(dataset, tmp_path, job):
 
 @pytest.mark.slow
 def test_full_training_agrees_to_rounding(dataset, tmp_path):
-    """No dropout anywhere: with the same sums of gradients the accuracies are the same, the losses to 1e-5."""
+    """Without dropout and with the same summed gradients, accuracies are equal and losses agree to 1e-5."""
     for processes in (1, 2):
         finish(start(processes, dataset, tmp_path, "--epochs", "2", "--run_name", str(processes)))
     for a, b in zip(log_of(tmp_path / "1"), log_of(tmp_path / "2"), strict=True):
@@ -74,8 +74,8 @@ def test_full_training_agrees_to_rounding(dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_of_two_processes_goes_on_exactly(dataset, tmp_path):
-    """LoRA has dropout: every process's random generator must be restored."""
+def test_a_stopped_run_of_two_processes_resumes_exactly(dataset, tmp_path):
+    """LoRA has dropout, so the random generator of every process must be restored."""
     flags = [*CLASSIFIER, "--epochs", "8", "--save_every", "1", "--run_name"]
     finish(start(2, dataset, tmp_path, *flags, "whole"))
     process = start(2, dataset, tmp_path, *flags, "stopped")

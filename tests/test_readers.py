@@ -1,4 +1,4 @@
-"""Every reader gives the same clip; nothing unreadable is replaced."""
+"""All readers return the same clip, and an unreadable video is an error, never replaced."""
 
 import gc
 import http.server
@@ -44,7 +44,7 @@ SMALL = Preprocessing(16, (16,), "bilinear", 1 / 255, (0.5,) * 3, (0.5,) * 3)
 
 
 def full_decode(path: Path) -> np.ndarray:
-    """Every frame in the decoder's order, the slow way: uint8 [T, C, H, W]."""
+    """All frames in decoder order, the slow way: uint8 [T, C, H, W]."""
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
         return torch.stack([upright(f) for f in container.decode(stream)]).permute(0, 3, 1, 2).numpy()
@@ -60,7 +60,7 @@ def test_readers_agree(tmp_path):
     paths = [dummy_data.save_video(video[0], tmp_path / name) for name in ("v.pt", "v", "v.mp4")]
     tensor, folder, file = (read_clip(path, 8).numpy().astype(int) for path in paths)
     assert (tensor == folder).all()
-    assert np.abs(tensor - file).mean() < 4  # lossy, but the same frames in the same channel order
+    assert np.abs(tensor - file).mean() < 4  # lossy, but with the same frames and channel order
     assert np.abs(tensor - file[::-1]).mean() > 2 * np.abs(tensor - file).mean()
 
 
@@ -105,8 +105,8 @@ def test_any_frames_equal_a_full_decode(tmp_path, name, codec, options):
         assert (reader.frames(np.array(indices)).numpy() == reference[indices]).all(), indices
 
 
-def test_a_clip_cut_without_encoding_anew(tmp_path):
-    """`ffmpeg -ss ... -c copy` starts at the keyframe before the cut and marks what lies between as not shown."""
+def test_a_clip_cut_without_reencoding(tmp_path):
+    """`ffmpeg -ss ... -c copy` starts at the keyframe before the cut and marks the frames up to it as hidden."""
     whole = write_video(tmp_path / "whole.mp4", counting_frames(60), g="20", bf="2")
     with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as target:
         copy = target.add_stream_from_template(source.streams.video[0])
@@ -139,8 +139,8 @@ def test_rotation_is_applied(tmp_path, rotation):
 
 
 def test_workers_survive_videos_that_were_decoded_before_they_were_forked(tmp_path, monkeypatch):
-    """Decoding threads of the main process must be gone by then, even where the garbage collector never ran."""
-    monkeypatch.setattr(readers, "LARGE", 0)  # several threads for small pictures too
+    """Decoding threads of the main process must have ended by then, even if the garbage collector never ran."""
+    monkeypatch.setattr(readers, "LARGE", 0)  # several threads even for small frames
     samples = [Sample(write_video(tmp_path / f"{i}.mp4", counting_frames(60, 64, 64)), "a") for i in range(12)]
     dataset = ClipDataset(samples, SMALL, 8, 0, ["a"])
 
@@ -250,7 +250,7 @@ def test_a_video_whose_picture_size_changes(tmp_path):
 
 
 def big_png(path: Path, width: int, height: int) -> Path:
-    """A PNG file that has a header and no pixels."""
+    """A PNG file with a header and no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     path.parent.mkdir(exist_ok=True)
     chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
@@ -258,7 +258,7 @@ def big_png(path: Path, width: int, height: int) -> Path:
     return path
 
 
-def test_pictures_and_clips_have_a_largest_size(tmp_path, monkeypatch, recwarn):
+def test_images_and_clips_have_a_maximum_size(tmp_path, monkeypatch, recwarn):
     big_png(tmp_path / "big" / "0.png", 17_000, 16_000)
     with pytest.raises(ReadError, match="17000x16000 pixels; at most 256 million"):
         read_clip(tmp_path / "big", 1)
@@ -280,7 +280,7 @@ def test_pictures_and_clips_have_a_largest_size(tmp_path, monkeypatch, recwarn):
     assert not recwarn.list
 
 
-def test_things_that_are_no_files(tmp_path):
+def test_special_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "frames").mkdir()
     os.mkfifo(tmp_path / "frames" / "0.png")
@@ -294,8 +294,8 @@ def test_things_that_are_no_files(tmp_path):
                 read_clip(tmp_path / name, 2)
 
 
-def test_a_path_is_never_taken_for_a_url(tmp_path, monkeypatch):
-    """In a folder named "http:" lies a text; a server would give a video for the same name."""
+def test_a_path_is_never_used_as_a_url(tmp_path, monkeypatch):
+    """A folder named "http:" contains a text file; a server would return a video for the same name."""
     (tmp_path / "served").mkdir()
     write_video(tmp_path / "served" / "v.ts", counting_frames(8), "mpeg2video")
     asked = []
@@ -330,7 +330,7 @@ def test_a_title_need_not_be_text(tmp_path):
     assert len(open_video(tmp_path / "v.mkv")) == 1
 
 
-def test_a_video_has_at_most_so_many_windows(tmp_path):
+def test_the_number_of_windows_is_limited(tmp_path):
     path = write_video(tmp_path / "v.mp4", counting_frames(8))
     for seconds in (1e-9, 1e-300):
         with pytest.raises(ReadError, match=r"v\.mp4: 0\.8 s would make more than 100000 windows"):
@@ -356,9 +356,9 @@ def write_tensor(path: Path) -> Path:
 
 
 def test_a_killed_worker_is_one_error(dataset, tmp_path, monkeypatch, capsys):
-    """As the system does where memory runs out: while training, and while the videos are looked through."""
+    """Killed as by the OOM killer, during training and during the scan."""
     waiting = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
-    monkeypatch.setattr(waiting, "__defaults__", (0.2,))  # seconds between two looks at the workers, instead of 5
+    monkeypatch.setattr(waiting, "__defaults__", (0.2,))  # seconds between two checks of the workers, instead of 5
     monkeypatch.setattr(ClipDataset, "pixels", killed)
     flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--image_size", "16", "--num_workers", "1"]
     assert main.main([*flags, "--cache_features", "False"]) == 2
@@ -389,7 +389,7 @@ def test_one_frame_is_repeated(tmp_path):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory) -> list[Path]:
-    """One video as each kind of file; the frames differ and none is square."""
+    """One video as each kind of file. The frames differ, and none is square."""
     folder = tmp_path_factory.mktemp("wide")
     frames = counting_frames(24, 40, 64)
     torch.save(torch.from_numpy(frames).permute(0, 3, 1, 2), folder / "v.pt")
@@ -412,7 +412,7 @@ def test_clips_equal_those_resized_as_a_whole(wide, resize, mode, views):
         assert torch.equal(found, expected[0] if views == (1, 1) else torch.stack(expected))
 
 
-def test_only_one_picture_is_held_at_full_size(wide):
+def test_only_one_frame_is_held_at_full_size(wide):
     for path in wide[1:]:
         alive: list[weakref.ref] = []
 
@@ -427,7 +427,7 @@ def test_only_one_picture_is_held_at_full_size(wide):
 
 
 def moving_cells() -> np.ndarray:
-    """Cells of which some move and some stand still, each with another texture every second. [60, H, W, C]"""
+    """Moving and still cells whose textures change every second: [60, H, W, C]."""
     rng = np.random.default_rng(7)
     textures = rng.integers(0, 256, (4, 55, 63, 3)).astype(np.uint8).repeat(4, 1).repeat(4, 2)
     frames = np.empty((60, 64, 96, 3), np.uint8)
@@ -440,8 +440,8 @@ def moving_cells() -> np.ndarray:
     return frames
 
 
-def test_mistakes_of_old_encoders_are_made_again_after_a_seek(tmp_path):
-    """FFmpeg decodes what x264 wrote up to build 33 in another way, if it has met the number, in the first packet."""
+def test_bugs_of_old_encoders_are_emulated_after_a_seek(tmp_path):
+    """FFmpeg decodes video of x264 builds up to 33 differently, if it has seen the build number (first packet)."""
     options = {"g": "20", "bf": "7", "x264-params": "b-pyramid=normal:direct=spatial:b-adapt=0:scenecut=0"}
     path, frames = tmp_path / "old.mp4", moving_cells()
     with av.open(str(path), "w") as container:
@@ -460,7 +460,7 @@ def test_mistakes_of_old_encoders_are_made_again_after_a_seek(tmp_path):
 # -- what a folder holds ----------------------------------------------------------------------------
 
 
-def test_val_is_the_same_tenth_whatever_the_order(dataset):
+def test_val_is_the_same_tenth_in_any_order(dataset):
     samples = read_folder(dataset / "train")
     train, val = hold_out(samples, dataset / "train")
     again = hold_out(samples[::-1], dataset / "train")[1]

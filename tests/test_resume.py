@@ -1,4 +1,4 @@
-"""A stopped run goes on as if it had not been; an interrupted save leaves the old checkpoint whole."""
+"""A resumed run ends like an uninterrupted one, and an interrupted save leaves the old checkpoint intact."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def flags(dataset: Path, runs: Path, *more: str) -> list[str]:
 
 
 def outcome(run: Path) -> tuple[list[dict], bytes, dict]:
-    """Log and metrics less what they say of time and memory, and the file of the weights."""
+    """Log and metrics without times and memory, and the bytes of the weights."""
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     metrics = json.loads((run / "metrics.json").read_text())
     for row in [*log, metrics]:
@@ -58,7 +58,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands in for the end of the process: nothing catches it."""
+    """Simulates the end of the process: nothing catches it."""
 
 
 def killed_after(monkeypatch, steps: int) -> None:
@@ -85,7 +85,7 @@ def killed_after(monkeypatch, steps: int) -> None:
     ],
 )
 def test_resumed_equals_uninterrupted(dataset, tmp_path, monkeypatch, job, workers, stop_after, save_every):
-    """9 training clips in batches of 4: 3 steps an epoch, 12 in all; stopped twice."""
+    """9 training clips in batches of 4: 3 steps per epoch, 12 in total, stopped twice."""
     more = [*JOBS[job], "--num_workers", workers, "--save_every", save_every]
     assert main.main(flags(dataset, tmp_path / "whole", *more)) == 0
     for resume, steps in (([], stop_after), (["--resume", "True"], 2)):
@@ -98,7 +98,7 @@ def test_resumed_equals_uninterrupted(dataset, tmp_path, monkeypatch, job, worke
 
 
 def test_resuming_keeps_count_of_skipped_videos_and_of_empty_batches(dataset, tmp_path, monkeypatch):
-    """Batches of one video, two of them unreadable in training: whole batches are left out."""
+    """Batches of one video, two of which are unreadable in training, so whole batches are skipped."""
     import VLoader
 
     broken = [s.path for s in VLoader.read_splits(dataset).train[:2]]
@@ -140,7 +140,7 @@ def start(argv: list[str]) -> subprocess.Popen:
 
 
 def wait_for(file: Path, process: subprocess.Popen) -> None:
-    """Until the process has written a file."""
+    """Waits until the process has written the file."""
     deadline = time.monotonic() + 120
     while not file.exists():
         assert process.poll() is None, process.communicate()[1]
@@ -242,7 +242,7 @@ def test_a_damaged_or_foreign_state_is_refused(stopped, tmp_path, capsys, damage
     assert told.get(damage, "does not hold a state of this run") in err and err.count("\n") == 1
 
 
-def test_a_state_written_before_there_were_digests_is_accepted(stopped, tmp_path):
+def test_a_state_without_digests_is_accepted(stopped, tmp_path):
     from safetensors.torch import save_file
 
     file = tmp_path / "r" / checkpoint.STATE
@@ -267,7 +267,7 @@ OPERATIONS = [
     ids=["killed", "full disk"],
 )
 @pytest.mark.parametrize("operation, when", OPERATIONS)
-def test_a_save_interrupted_at_each_operation_leaves_the_old_file_whole(
+def test_a_save_interrupted_at_any_operation_leaves_the_old_file_intact(
     stopped, tmp_path, monkeypatch, fault, operation, when
 ):
     run = tmp_path / "r"
@@ -297,7 +297,7 @@ def test_a_save_interrupted_at_each_operation_leaves_the_old_file_whole(
             if fault is not Killed:
                 assert "safetensors: No space left on device" in str(caught.value)
     assert before == {name: (run / name).read_bytes() for name in before}
-    assert main.main([*stopped, "--resume", "True"]) == 0  # what a killed save left behind is in nobody's way
+    assert main.main([*stopped, "--resume", "True"]) == 0  # leftovers of a killed save do no harm
     assert not list(run.rglob("*tmp*"))
 
 
@@ -314,8 +314,8 @@ def test_a_full_disk_is_named(tmp_path):
     assert (tmp_path / "x.json").read_text() == "old"
 
 
-def test_processes_that_write_one_file_leave_it_whole(tmp_path):
-    """As two runs in one folder of runs do with what they found readable."""
+def test_processes_that_write_one_file_leave_it_intact(tmp_path):
+    """As two runs do that share the records of the scan."""
     script = "import sys; from pathlib import Path; from script import replace_file\n"
     script += "for _ in range(300): replace_file(Path(sys.argv[1]), lambda p: p.write_text(1000 * sys.argv[2]))"
     command = [sys.executable, "-c", script, str(tmp_path / "file")]

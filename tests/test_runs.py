@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process, and a run that is killed at any moment can be resumed to the same end."""
+"""A run's folder belongs to one process, and a run killed at any moment can be resumed with the same result."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def flags(dataset: Path, runs: Path, *more: str) -> list[str]:
 
 
 def contents(run: Path) -> dict[str, object]:
-    """Every file of a run: its bytes, or its numbers less those of time and memory; pictures by name only."""
+    """Every file of a run: its bytes, or its numbers without times and memory; pictures by name only."""
     found: dict[str, object] = {}
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name = str(path.relative_to(run))
@@ -103,8 +103,8 @@ SELDOM = [
 
 
 @pytest.mark.parametrize("target, call", [*MOMENTS, *(pytest.param(*m, marks=pytest.mark.slow) for m in SELDOM)])
-def test_a_run_killed_anywhere_is_resumed_to_the_same_end(dataset, tmp_path, whole, target, call):
-    """Also before it has saved anything; nothing is missing or left over then."""
+def test_a_run_killed_anywhere_resumes_to_the_same_result(dataset, tmp_path, whole, target, call):
+    """Even before it has saved anything. Nothing is missing or left over at the end."""
     killed_at(flags(dataset, tmp_path, "--controls", "True"), target, call)
     assert main.main(["--resume", "True", "--run_name", "r", "--output_dir", str(tmp_path)]) == 0
     assert contents(tmp_path / "r") == contents(whole)
@@ -148,7 +148,7 @@ def start(argv: list[str]) -> subprocess.Popen:
 
 
 def test_a_running_run_is_left_alone_and_free_once_it_is_killed(dataset, tmp_path, capsys):
-    """Its loader's workers outlive it for a moment, and do not hold its lock."""
+    """Its loader workers outlive it for a moment, but do not hold its lock."""
     more = ["--use_lora_vision", "True", "--epochs", "300", "--save_every", "1", "--num_workers", "2"]
     process = start(flags(dataset, tmp_path, *more))
     state, deadline = tmp_path / "r" / "state" / "state.safetensors", time.monotonic() + 120
@@ -162,7 +162,7 @@ def test_a_running_run_is_left_alone_and_free_once_it_is_killed(dataset, tmp_pat
         assert f"r is in use by process {process.pid} on " in err and err.count("\n") == 1
     assert process.poll() is None
     for worker in workers:
-        os.kill(worker, signal.SIGSTOP)  # they cannot notice that the first process is gone
+        os.kill(worker, signal.SIGSTOP)  # they cannot notice that the first process has ended
     process.kill()
     process.wait()
     try:
@@ -201,7 +201,7 @@ def test_a_lock_is_refused_within_one_process_and_names_its_holder(tmp_path):
 # -- what is replaced -------------------------------------------------------------------------------
 
 
-def test_overwriting_removes_what_a_run_writes_and_nothing_else(dataset, tmp_path, whole):
+def test_overwriting_removes_only_files_that_a_run_writes(dataset, tmp_path, whole):
     run = tmp_path / "disk" / "r"
     shutil.copytree(whole, run)
     (tmp_path / "runs").mkdir()
@@ -221,7 +221,7 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(dataset, tmp_pat
     "files",
     [{"metadata.json": "{}"}, {"config.yaml": "lr: 1", "x": ""}, {"model.safetensors": ""}, {"config.yaml": "a: 1"}],
 )
-def test_a_folder_that_is_no_run_is_never_touched(dataset, tmp_path, capsys, files):
+def test_a_folder_that_is_not_a_run_is_never_touched(dataset, tmp_path, capsys, files):
     (tmp_path / "r").mkdir()
     for name, text in files.items():
         (tmp_path / "r" / name).write_text(text)
@@ -270,7 +270,7 @@ def test_a_flipped_bit_in_the_weights_is_noticed(dataset, tmp_path, whole, capsy
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "dangling"])
-def test_weights_that_are_no_file_are_refused(dataset, tmp_path, whole, capsys, kind):
+def test_weights_that_are_not_a_file_are_refused(dataset, tmp_path, whole, capsys, kind):
     import inference
 
     shutil.copytree(whole, tmp_path / "r")
@@ -284,7 +284,7 @@ def test_weights_that_are_no_file_are_refused(dataset, tmp_path, whole, capsys, 
 
 @pytest.mark.parametrize("change", ["mean", "lacking", "fifo", "patch_size"])
 def test_a_run_whose_backbone_files_changed_is_refused(dataset, tmp_path, capsys, change):
-    """The run is trained in full: its folder vision/ is all that tells how to build the model and prepare clips."""
+    """The run is trained in full, so only its vision/ folder says how to build the model and prepare clips."""
     import inference
 
     flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--run_name", "r", "--epochs", "1"]
@@ -312,7 +312,7 @@ def test_a_run_whose_backbone_files_changed_is_refused(dataset, tmp_path, capsys
 # -- scoring into another folder --------------------------------------------------------------------
 
 
-def test_a_run_is_scored_into_a_folder_of_its_own(dataset, tmp_path, whole, capsys):
+def test_scores_of_a_run_go_to_a_separate_folder(dataset, tmp_path, whole, capsys):
     before = contents(whole)
     argv = ["--checkpoint", str(whole), "--data_dir", str(dataset), "--output_dir", str(tmp_path)]
     assert score.main(argv) == 0

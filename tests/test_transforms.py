@@ -1,4 +1,4 @@
-"""Sampling and preprocessing, against arithmetic done by hand and transformers' own processor."""
+"""Sampling and preprocessing against arithmetic by hand and transformers' image processor."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_pixels_equal_the_image_processor(fields, shape):
     found = ours.normalise(ours.pixels(clip)[None])
     step = ours.rescale_factor / min(ours.std)  # one grey level
     assert found.shape == expected.shape
-    levels = 7 if ours.interpolation == "bicubic" else 1  # on noise; its overshoots are cut after each pass
+    levels = 7 if ours.interpolation == "bicubic" else 1  # on noise: overshoots are clipped after each pass
     assert (found - expected).abs().max() <= 1.01 * levels * step
     assert (found - expected).abs().mean() < 0.3 * step
 

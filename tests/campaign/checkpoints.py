@@ -1,7 +1,7 @@
-"""Damaged and crafted checkpoints, states, caches and backbones: one line, or the right answer.
+"""Damaged and crafted checkpoints, states, caches and backbones: a one-line error, or the right answer.
 
-A case damages one file of a small world (a backbone's folder, a run of adapters on it, a run trained in full, a cached
-run, a run stopped half way) and uses it. No code of theirs may run: it would leave a file named canary.
+Each case damages one file (of a backbone, a LoRA run on it, a run trained in full, a cached run or a run stopped half
+way) and uses it. No code in these files may run: it would leave a file named canary.
 """
 
 import json
@@ -22,7 +22,7 @@ LORA = f"{FLAGS} --vision_model backbone --use_lora_vision True"
 CACHED = f"{FLAGS} --vision_model backbone --freeze_visionbackbone True"
 EVIL = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoImageProcessor": "evil.Evil"}
 NAN = float("nan")
-EDITS = {  # of JSON files: (key, value); None as key: another text instead of the file
+EDITS = {  # edits of JSON files: (key, value); with None as key, the value replaces the whole file
     "config.json": [
         ("auto_map", EVIL),
         ("model_type", "evil"),
@@ -84,7 +84,7 @@ TEXTS = ("", "{", "[]", "null", "[" * 100_000, '{"a": 1', "\0", '"x"')
 
 
 class Payload:
-    """A pickle that would leave a canary."""
+    """A pickle that would write a canary file if it were loaded."""
 
     def __reduce__(self) -> tuple:
         return os.system, ("touch canary",)
@@ -94,7 +94,7 @@ class Payload:
 
 
 def damage_any(path: Path, rng: random.Random) -> str:
-    """What can befall any file."""
+    """Damage that any file can suffer."""
     import torch
 
     data = path.read_bytes()
@@ -116,7 +116,7 @@ def damage_any(path: Path, rng: random.Random) -> str:
 
 
 def damage_bytes(path: Path, rng: random.Random) -> str:
-    """Bits flipped anywhere or in the header, pieces lost or added."""
+    """Flipped bits anywhere or in the header, lost or added pieces."""
     data = path.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     if rng.random() < 0.3:
@@ -130,7 +130,7 @@ def damage_bytes(path: Path, rng: random.Random) -> str:
 
 
 def damage_tensors(path: Path, rng: random.Random) -> str:
-    """Tensors with other names, types, shapes, values, places; another header."""
+    """Tensors with other names, types, shapes, values or offsets, or another header."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
@@ -168,7 +168,7 @@ def damage_tensors(path: Path, rng: random.Random) -> str:
 
 
 def odd_facts(header: dict[str, str], rng: random.Random) -> dict[str, str]:
-    """The header's JSON with one of its facts changed."""
+    """The JSON header with one changed field."""
     changed = {}
     for key, text in header.items():
         if text.startswith("{"):
@@ -196,7 +196,7 @@ def damage(path: Path, rng: random.Random) -> str:
 
 
 def add_evil(folder: Path) -> str:
-    """Files that a library might run or unpickle."""
+    """Adds files that a library might execute or unpickle."""
     (folder / "evil.py").write_text("open('canary', 'w')\nclass Evil: pass\n")
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text("open('canary', 'w')\n")
@@ -222,7 +222,7 @@ class World:
         self.answers = {name: self.answer(name, self.folder)[1] for name in ("lora", "full")}
 
     def answer(self, name: str, folder: Path) -> tuple[Process, list[dict]]:
-        """The answers of a run for the test videos."""
+        """A run's answers for the test videos."""
         flags = f"--checkpoint out/{name} --video_dir {self.data / 'test'} --output a.jsonl --num_workers 0"
         process = Process(script("inference", flags), folder).wait(120)
         rows = (folder / "a.jsonl").read_text().splitlines() if (folder / "a.jsonl").exists() else []
@@ -234,7 +234,7 @@ Used = tuple[str, Process, bool]  # (what was damaged, the process that used it,
 
 
 def weights(world: World, folder: Path, rng: random.Random) -> Used:
-    """Of a finished run."""
+    """Damages the weights of a finished run."""
     name = rng.choice(("lora", "full"))
     what = damage(folder / "out" / name / "model.safetensors", rng)
     process, rows = world.answer(name, folder)
@@ -266,7 +266,7 @@ def cache(world: World, folder: Path, rng: random.Random) -> Used:
 
 
 def backbone(world: World, folder: Path, rng: random.Random) -> Used:
-    """What a finished run of adapters rests on."""
+    """Damages the backbone of a finished LoRA run."""
     file = rng.choice(("model.safetensors", "config.json", "preprocessor_config.json"))
     what = damage(folder / "backbone" / file, rng)
     process, rows = world.answer("lora", folder)
@@ -274,7 +274,7 @@ def backbone(world: World, folder: Path, rng: random.Random) -> Used:
 
 
 def new_run(world: World, folder: Path, rng: random.Random) -> Used:
-    """On a crafted backbone: whatever it learns is right."""
+    """Trains a new run on a crafted backbone: any result counts as right."""
     file = rng.choice(("model.safetensors", *2 * ("config.json", "preprocessor_config.json")))
     what = damage(folder / "backbone" / file, rng) + (add_evil(folder / "backbone") if rng.random() < 0.5 else "")
     process = Process(script("main", f"{LORA} --data_dir {world.data} --run_name new --epochs 1"), folder).wait(120)

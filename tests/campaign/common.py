@@ -1,5 +1,5 @@
-"""What the campaigns share: forks of a process that has imported everything, what is unwanted of their outcomes, tiny
-data and runs, the table at the end."""
+"""Shared by the campaigns: forks of a process that has imported everything, verdicts on their outcomes, tiny data and
+runs, and the final table."""
 
 import argparse
 import faulthandler
@@ -88,7 +88,7 @@ class Process:
             os._exit(status)
 
     def poll(self) -> bool:
-        """Whether it has ended."""
+        """Returns whether it has ended."""
         if not self.ended:
             pid, code = os.waitpid(self.pid, os.WNOHANG)
             self.ended = pid != 0
@@ -96,7 +96,7 @@ class Process:
         return self.ended
 
     def wait(self, limit: float = 600, until: Callable[[], bool] = lambda: False) -> "Process":
-        """Until it ends, or `until` says True, or has hung for `limit` seconds: then it is ended."""
+        """Waits until it ends or `until` returns True. After `limit` seconds without either it is killed as a hang."""
         while not self.poll() and not until():
             if time.monotonic() - self.started > limit:
                 self.kill()
@@ -106,14 +106,14 @@ class Process:
         return self
 
     def kill(self) -> None:
-        """SIGKILL for this process alone; its workers live on, as they would behind the OOM killer."""
+        """SIGKILL for this process only; its workers live on, as after the OOM killer."""
         if not self.poll():
             os.kill(self.pid, signal.SIGKILL)
             while not self.poll():
                 time.sleep(0.001)
 
     def close(self) -> None:
-        """Ends what it has left behind."""
+        """Kills the processes that it left behind."""
         self.kill()
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
@@ -128,18 +128,18 @@ class Process:
 
 
 def limit_memory() -> None:
-    """Keeps a fork from filling the machine."""
+    """Keeps a fork from using all memory."""
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MORE_MEMORY,) * 2)
 
 
 def script(name: str, flags: str | Sequence[str]) -> Callable[[], int]:
-    """A body that runs a script's main(argv)."""
+    """A body that runs the main(argv) of a script."""
     return lambda: importlib.import_module(name).main(flags.split() if isinstance(flags, str) else [*flags])
 
 
 def unwanted(status: int | None, out: str, err: str) -> str:
-    """What is wrong with how a script ended; "" if nothing."""
+    """What is wrong with the way a script ended; "" if nothing."""
     errors = re.findall(r"^error:.*", err, re.MULTILINE)
     if status is None:
         return "hang"
@@ -223,8 +223,8 @@ def run_here(name: str, argv: str | Sequence[str]) -> tuple[int | None, str, str
 
 
 def mutate(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """The data with bits flipped, pieces lost, zeroed, repeated, exchanged for extreme numbers or parts of `others`, or
-    with one of `others` behind it."""
+    """The data with flipped bits; with pieces lost, zeroed, repeated, or replaced by extreme numbers or parts of
+    `others`; or with one of `others` appended."""
     start = rng.randrange(len(data) + 1)
     end = min(len(data), start + int(len(data) ** rng.random()))
     kind, piece, other, changed = rng.randrange(10), data[start:end], rng.choice(others), bytearray(data)
@@ -243,7 +243,7 @@ def mutate(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
 
 
 class Tally:
-    """Counts outcomes, keeps unwanted ones, prints the table."""
+    """Counts outcomes, keeps unwanted ones and prints the table."""
 
     def __init__(self, about: str, count: int, argv: list[str] | None = None):
         parser = argparse.ArgumentParser(description=about)
@@ -258,11 +258,11 @@ class Tally:
         os.environ["PYTHONPATH"] = str(ROOT)
 
     def rng(self, number: int) -> random.Random:
-        """The randomness of one case."""
+        """The random generator of one case."""
         return random.Random(f"{self.seed} {number}")
 
     def add(self, kind: str, text: str = "", case: str = "", bad: bool = True) -> Path | None:
-        """Counts a case; of an unwanted one, returns the folder where its text is kept and its input belongs."""
+        """Counts a case. For an unwanted one, keeps its text and returns the folder for its input."""
         self.counts[kind] += 1
         if not bad:
             return None
@@ -291,7 +291,7 @@ class Tally:
 
 
 def signature(text: str) -> str:
-    """One line that cases with the same cause share: the exception and the last place of ours, or the first line."""
+    """One line that is equal for cases with the same cause: the exception and our innermost line, or the first line."""
     places = re.findall(rf'File "{re.escape(str(ROOT))}/(?!tests)([^"]+)", line (\d+)', text)
     places = [f" at {file}:{line}" for file, line in places if not file.startswith(".venv")]
     places = places[::-1] if "most recent call first" in text else places
@@ -302,7 +302,7 @@ def signature(text: str) -> str:
 
 @contextmanager
 def scratch() -> Generator[Path]:
-    """A folder that is removed at the end."""
+    """A temporary folder, removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix="campaign_scratch_")).resolve()
     try:
         yield folder
@@ -321,7 +321,7 @@ def tiny_data(folder: Path, form: str = "pt", per_class: int = 6) -> Path:
 
 
 def finished(name: str, flags: str, folder: Path) -> Process:
-    """A script run in `folder` to its end, with success."""
+    """Runs a script in `folder` to its end. It must succeed."""
     process = Process(script(name, flags), folder).wait(600)
     process.close()
     assert process.status == 0, process.out + process.err
@@ -329,11 +329,11 @@ def finished(name: str, flags: str, folder: Path) -> Process:
 
 
 PASSING = {"seconds", "seconds_per_epoch", "clips_per_second", "peak_mb", "device"}  # differ between equal runs
-PLACE = {"overwrite", "resume", "run_name", "num_workers", "cache_dir"}  # may differ in config.yaml
+PLACE = {"overwrite", "resume", "run_name", "num_workers", "cache_dir"}  # options that may differ in config.yaml
 
 
 def contents(run: Path) -> dict[str, Any]:
-    """Every file of a run that equal runs share, less times and memory; pictures by name alone."""
+    """Every file that equal runs share, without times and memory; pictures by name only."""
     found: dict[str, Any] = {}
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name = path.relative_to(run).as_posix()
@@ -350,7 +350,7 @@ def contents(run: Path) -> dict[str, Any]:
 
 
 def differences(run: Path, reference: dict[str, Any]) -> list[str]:
-    """The names of files that a run lacks, has beyond the reference, or holds otherwise."""
+    """The names of files that are missing, additional or different compared to the reference."""
     try:
         mine = contents(run)
     except (ValueError, OSError, AttributeError) as error:

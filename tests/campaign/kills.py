@@ -1,7 +1,7 @@
-"""SIGKILL at random moments of training, then --resume: the end must equal that of a run left alone.
+"""SIGKILL at random moments of training, then --resume: the result must equal that of an uninterrupted run.
 
-Seven configurations; a sixth of the runs are real `python main.py` processes, the others forks. Every run is killed one
-to three times, resumed each time with nothing but its name and folder.
+Seven configurations; a sixth of the runs are real `python main.py` processes, the others are forks. Every run is killed one
+to three times, and resumed each time by its name and folder alone.
 """
 
 import random
@@ -41,7 +41,7 @@ def start_flags(name: str, data: Path) -> str:
 
 
 def until(moment: str, process: Process, out: Path, duration: float, rng: random.Random) -> Callable[[], bool]:
-    """Whether the moment to kill has come."""
+    """Returns whether the moment to kill has come."""
     share, seen = rng.random(), []
     delays = {"uniform": share * duration, "early": 0.6 * share, "temporary": 0.003 * share, "metrics": 0.5 * share}
     appeared = {
@@ -60,7 +60,7 @@ def until(moment: str, process: Process, out: Path, duration: float, rng: random
 
 
 def trial(name: str, data: Path, lone: tuple[dict[str, Any], float], folder: Path, real: bool, rng: random.Random):
-    """One run, killed and resumed to its end: (moments of its kills, verdict, text)."""
+    """One run, killed and resumed until it finishes: (moments of its kills, verdict, text)."""
     reference, duration = lone
     moments, wanted, processes = [], rng.choice((1, 1, 2, 3)), []
     moment = rng.choice(MOMENTS)

@@ -1,7 +1,7 @@
-"""Damaged videos: each is opened, counted and sampled, and either answers or raises ReadError.
+"""Damaged videos: each is opened, counted and sampled, and either gives frames or raises ReadError.
 
-Seeds are written with PyAV and PIL, and the small clips of VIDTUNE_TEST_DATA join them. A case flips bytes, cuts,
-splices, writes odd numbers and codecs' names, repeats chunks, or joins two seeds.
+Seeds are written with PyAV and PIL; small clips of VIDTUNE_TEST_DATA are added. A case flips bytes, cuts, splices,
+writes odd numbers or codec names, repeats chunks, or joins two seeds.
 """
 
 import io
@@ -25,7 +25,7 @@ FILMS = {
     "wmv": [("wmv2", "yuv420p")],
 }
 IMAGES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF", "ppm": "PPM"}
-LARGEST = 300_000  # bytes of a real clip that is used
+LARGEST = 300_000  # size limit for real clips
 MEMORY_MB, LIMIT = 2048, 60
 
 
@@ -77,14 +77,14 @@ def make_seeds(folder: Path) -> list[tuple[str, bytes]]:
 
 
 def rename(data: bytes, rng: random.Random) -> bytes:
-    """One of the four-letter names in the file becomes another."""
+    """Renames one of the four-letter atoms of the file."""
     places = [i for i in range(min(len(data), 5000) - 4) if data[i : i + 4].isalnum()]
     at = rng.choice(places or [0])
     return data[:at] + rng.choice((b"ZZZZ", b"avc1", b"FMP4", b"\0\0\0\0", b"moov")) + data[at + 4 :]
 
 
 def damaged(seeds: list[tuple[str, bytes]], rng: random.Random) -> tuple[str, bytes]:
-    """(suffix, bytes); a twentieth is whole."""
+    """(suffix, bytes); one in twenty is undamaged."""
     suffix, data = rng.choice(seeds)
     others = [other for s, other in seeds if s == suffix or rng.random() < 0.05]
     for _ in range(rng.choice((1, 1, 1, 2, 3)) if rng.random() > 0.05 else 0):

@@ -1,6 +1,6 @@
-"""Two processes at once on one run, one file of answers, one cache: whoever ends with 0 has what it would have had alone.
+"""Two processes at once on one run, output file or cache: one that ends with 0 has the result it would have alone.
 
-The other one ends with 2 and one line that says who is there. Nothing is ever mixed, deleted or half removed.
+The other one ends with 2 and one line that names the holder. Nothing is mixed, deleted or half removed.
 """
 
 import re
@@ -17,7 +17,7 @@ from tests.campaign.common import Process, script
 RUN = "--output_dir out --run_name r"
 REFUSALS = re.compile(r"process \d+|exists|is finished|no readable|does not exist|no run|did not finish")
 Result = tuple[str, str]  # (verdict, text)
-#: the folder that it begins with, and what the two processes do
+#: the folder at the start, and the jobs of the two processes
 RACES = {
     "two starts": (None, "start", "start anew"),
     "overwriting a run that goes on": (None, "start", "overwrite"),
@@ -62,7 +62,7 @@ class World:
 
 
 def both(commands: list[tuple[str, str]], folder: Path, delay: float) -> list[Process]:
-    """Two processes, each of a script with its flags, the second `delay` seconds behind the first, at their ends."""
+    """Runs two scripts with their flags, the second one `delay` seconds after the first, to their ends."""
     processes = [Process(script(*commands[0]), folder)]
     time.sleep(delay)
     processes.append(Process(script(*commands[1]), folder))
@@ -72,7 +72,7 @@ def both(commands: list[tuple[str, str]], folder: Path, delay: float) -> list[Pr
 
 
 def judge(processes: list[Process], outcomes: list[dict[str, Any]], folder: Path, name: str = "r") -> Result:
-    """`outcomes`: what each process would leave alone. The run must be that of one that ended with 0."""
+    """`outcomes`: the run that each process would write alone. The real one must match a process that ended with 0."""
     text = "\n".join(f"-- {p.status}\n{p.out[-1500:]}\n{p.err[-3000:]}" for p in processes)
     for process in processes:
         bad = common.unwanted(process.status, process.out, process.err)
@@ -99,14 +99,14 @@ def train_twice(world: World, name: str, folder: Path, delay: float, order: int)
     processes = both(commands[::order], folder, delay)[::order]
     outcomes = [world.lone[job in ("start anew", "overwrite")] for job in jobs]
     if "score" in jobs and processes[1].status == 0:
-        outcomes[0] = outcomes[1]  # the run that it looked at is no more
+        outcomes[0] = outcomes[1]  # the run that it checked is gone
     verdict, text = judge(processes, outcomes, folder)
     exclusive = not {"overwrite", "score"} & {*jobs}
     return ("both went in" if verdict == "both" and exclusive else verdict), text
 
 
 def orphans(world: World, folder: Path, delay: float, order: int) -> Result:
-    """The holder is killed; its loader's workers live on for seconds. The next one must get in."""
+    """The holder is killed, and its loader workers live on for seconds. The next process must get the lock."""
     holder = Process(script("main", world.flags["start"]), folder)
     holder.wait(until=lambda: (folder / "out" / "r").exists() and time.monotonic() - holder.started > delay)
     holder.kill()
@@ -118,7 +118,7 @@ def orphans(world: World, folder: Path, delay: float, order: int) -> Result:
 
 
 def cache(world: World, folder: Path, delay: float, order: int) -> Result:
-    """Two runs fill one cache: both succeed, and equal each other."""
+    """Two runs fill one cache: both succeed, with equal results."""
     flags = [f"{world.start(0)} --freeze_visionbackbone True --run_name {name}" for name in "rs"]
     processes = both([("main", f) for f in flags], folder, delay)
     if not (folder / "out" / "r").is_dir():
@@ -127,7 +127,7 @@ def cache(world: World, folder: Path, delay: float, order: int) -> Result:
 
 
 def inferences(world: World, folder: Path, delay: float, order: int) -> Result:
-    """Two inferences write one file of answers: every video stands in it once."""
+    """Two inferences write one output file: every video is in it once."""
     processes = both(2 * [("inference", world.inference)], folder, delay)
     for process in processes:
         bad = common.unwanted(process.status, process.out, process.err)

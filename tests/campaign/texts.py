@@ -1,7 +1,8 @@
-"""Damaged texts: flags, settings, metadata, class names, annotations, runs' descriptions, captions to score. Every script
-answers, or refuses in one line.
+"""Damaged texts: flags, options, metadata, class names, annotations, run descriptions, captions to score. Every script
+works, or refuses with one line.
 
-The scripts run in-process, many cases a fork. No step is trained: train_code.lr_at, asked before each, raises UserError.
+The scripts run in-process, many cases per fork. Nothing is trained: train_code.lr_at, called before each step, raises
+UserError.
 """
 
 import json
@@ -134,7 +135,7 @@ ANNOTATIONS = {
 
 
 def make_base(folder: Path) -> None:
-    """A data folder, a run trained on it, videos to convert."""
+    """Makes a data folder, a run trained on it, and videos to convert."""
     from PIL import Image
 
     data = common.tiny_data(folder / "data", per_class=3)
@@ -205,7 +206,7 @@ def flags(base: Path, folder: Path, rng: random.Random) -> tuple[str, list[str]]
     name, text = rng.choice((train, train, infer(base, base / "out" / "r")))
     argv = text.split()
     for _ in range(rng.choice((1, 1, 2, 3, 5))):
-        flag = rng.choice([f for f in FIELDS if f != "doctor"])  # that one trains
+        flag = rng.choice([f for f in FIELDS if f != "doctor"])  # because that one trains
         sensible = ("True", "True", "False", FIELDS[flag].default, "bert", "gpt2", "videomae", "strong", "3", "0.5")
         value = rng.choice((*VALUES, *sensible))
         argv += rng.choice(([f"--{flag}", str(value)], [f"--{flag}={value}"], [f"--{flag}"], [str(value)]))
