@@ -225,9 +225,7 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
     model.to(accelerator.device)
 
     def loader_of(samples: list[Sample]) -> DataLoader:
-        return build_loaders(model, config, replace(splits, train=[], val=[], test=samples), accelerator=accelerator)[
-            "test"
-        ]
+        return build_loaders(model, config, replace(splits, train=[], val=[], test=samples), accelerator=accelerator)["test"]
 
     def scores(loader: Any, name: str) -> dict[str, float]:
         if config.captioning:
