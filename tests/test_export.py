@@ -122,7 +122,7 @@ def test_runs_that_cannot_be_exported_say_why(dataset, tmp_path, capsys):
     both = train(
         dataset, tmp_path, "both", "--use_vlm", "--freeze_visionbackbone", "True", "--freeze_llmbackbone", "True"
     )
-    for run, message in ((odd, "cannot load the interpolated ones"), (both, "no Hugging Face class holds")):
+    for run, message in ((odd, "cannot load the interpolated ones"), (both, "Hugging Face has no class")):
         capsys.readouterr()
         assert inference.main(["--checkpoint", str(run), "--export", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
