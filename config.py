@@ -242,7 +242,8 @@ class Config:
     """clips per batch, over all processes; lower it if you run out of memory. auto: 16, or 8 for inference"""
     learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", "main doctor")
     """peak learning rate: linear warmup over 10 % of the steps, then cosine decay to zero. auto: see the table in
-    docs/runs.md. It applies to the least restricted backbone; the other backbone and new layers keep the table's ratios"""
+    docs/runs.md. It applies to the least restricted backbone; the other backbone and new layers keep the table's
+    ratios"""
     weight_decay: float = option(0.05, number(float, 0), "training", "main")
     """AdamW weight decay, on weight matrices only: not on biases, norms, adapters, CLS, position or time embeddings"""
     layer_decay: float = option(1.0, number(float, 0.1, 1), "training", "main")
