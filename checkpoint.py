@@ -159,7 +159,8 @@ def is_unstarted(run_dir: Path) -> bool:
     if not names or CONFIG_YAML not in names or foreign_files(run_dir):
         return not names
     with contextlib.suppress(UserError):
-        return bool(read_yaml(run_dir / CONFIG_YAML))
+        # a run writes every option; a shorter file is the user's own, perhaps the very one named by --config
+        return read_yaml(run_dir / CONFIG_YAML).keys() == FIELDS.keys()
     return False
 
 

@@ -17,7 +17,7 @@ from build_model import VideoModel, adapters, trained_tensors
 from config import Config
 from pretrained import load_preprocessor, read_config
 from readers import SYSTEM_FOLDERS, ReadError, corner, digest, find_videos, open_video
-from script import UserError
+from script import LONGEST_MESSAGE, UserError, printable
 from train_code import first_steps_checked, loss_sum, to_device
 from transforms import Preprocessing
 from VLoader import Splits
@@ -226,7 +226,8 @@ def table(findings: list[Finding]) -> str:
     width = max(len(f.check) for f in findings)
     lines = []
     for f in findings:
-        lines.append(f"{'FAIL' if f.advice else 'ok':<5} {f.check:<{width}}  {f.result}")
+        result = printable(f.result)[:LONGEST_MESSAGE]  # it may hold names of files
+        lines.append(f"{'FAIL' if f.advice else 'ok':<5} {f.check:<{width}}  {result}")
         if f.advice:
             lines.append(f"{'':<5} {'':<{width}}  -> {f.advice}")
     return "\n".join(lines)

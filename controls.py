@@ -25,6 +25,7 @@ from config import Config
 from feature_cache import compute_missing, open_store, video_ids
 from metrics import Lexicon, attribute_summary, attributes_in, caption_summary
 from pretrained import locate
+from script import UserError
 from train_code import build_loaders, caption_all, evaluate, loss_sum, to_device
 from transforms import Preprocessing
 from VLoader import Sample, Splits
@@ -105,15 +106,20 @@ def nearest(splits: Splits, asked: list[Sample], config: Config, accelerator: An
     )
     encoder = build_model(plain, 1, locate(config.vision_model, config.weights))
     store = open_store(encoder, plain)
-    compute_missing(store, encoder, replace(splits, val=[], test=asked), plain, accelerator)
+    bad = compute_missing(store, encoder, replace(splits, val=[], test=asked), plain, accelerator)
+    # training reads other frames of a video, so a damaged one may show only now
+    readable = [place for place, sample in enumerate(splits.train) if sample.path not in bad]
+    if bad and (not config.skip_unreadable or not readable or any(s.path in bad for s in asked)):
+        raise UserError(next(iter(bad.values())))
 
     def pooled(samples: list[Sample]) -> torch.Tensor:
         return torch.stack([store.read(p)[0].float() for p in store.index.find(video_ids(samples))])  # (n, D)
 
-    known = pooled(splits.train)
+    known = pooled([splits.train[place] for place in readable])
     centre = known.mean(0)
     known = unit(known - centre).T  # (D, n)
-    return torch.cat([(part @ known).argmax(1) for part in unit(pooled(asked) - centre).split(256)]).numpy()
+    places = torch.cat([(part @ known).argmax(1) for part in unit(pooled(asked) - centre).split(256)])
+    return np.array(readable)[places.numpy()]
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,10 @@ SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system vo
 LARGE = 1280 * 720  # pixels of a picture that several threads decode faster than one
 
 
+#: FFmpeg's formats that only name other files: what these show may change while the list's own digest stays the same
+PLAYLISTS = {"concat", "hls", "applehttp", "dash", "webm_dash_manifest", "imf", "sdp", "rtsp"}
+
+
 LARGEST_CLIP = 2**30  # bytes of the frames that are held at once
 
 
@@ -346,6 +350,8 @@ def open_stream(path: Path) -> tuple[Any, Any]:
 
     # a bare path may be taken for a URL: in a folder named "http:" FFmpeg would fetch it
     container = av.open(f"file:{path}", metadata_errors="replace")
+    if PLAYLISTS & {*container.format.name.split(",")}:
+        raise ReadError(path, f"a list of other files ({container.format.name}), not a video")
     stream = container.streams.best("video")
     if stream is None:
         raise ReadError(path, "no video in this file")

@@ -219,7 +219,13 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(dataset, tmp_pat
 
 @pytest.mark.parametrize(
     "files",
-    [{"metadata.json": "{}"}, {"config.yaml": "lr: 1", "x": ""}, {"model.safetensors": ""}, {"config.yaml": "a: 1"}],
+    [
+        {"metadata.json": "{}"},
+        {"config.yaml": "lr: 1", "x": ""},
+        {"model.safetensors": ""},
+        {"config.yaml": "a: 1"},
+        {"config.yaml": "epochs: 1"},  # options of this program, but written by hand
+    ],
 )
 def test_a_folder_that_is_no_run_is_never_touched(dataset, tmp_path, capsys, files):
     (tmp_path / "r").mkdir()
@@ -228,7 +234,7 @@ def test_a_folder_that_is_no_run_is_never_touched(dataset, tmp_path, capsys, fil
     for more in ([], ["--overwrite", "True"], ["--resume", "True"]):
         assert main.main(flags(dataset, tmp_path, *more)) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "no run of this program" in err
+        assert err.count("\n") == 1 and "not a vidtune run" in err
     assert {p.name: p.read_text() for p in (tmp_path / "r").iterdir()} == files
 
 
