@@ -95,7 +95,7 @@ class Process:
             self.status = os.waitstatus_to_exitcode(code) if self.ended else None
         return self.ended
 
-    def wait(self, limit: float = 600, until: Callable[[], bool] = lambda: False) -> "Process":
+    def wait(self, limit: float = 1800, until: Callable[[], bool] = lambda: False) -> "Process":
         """Until it ends, or `until` says True, or has hung for `limit` seconds: then it is ended."""
         while not self.poll() and not until():
             if time.monotonic() - self.started > limit:

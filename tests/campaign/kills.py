@@ -18,7 +18,7 @@ from tests.campaign.common import Process, Tally, script
 VLM = "--use_vlm True --use_text True --freeze_visionbackbone True --use_lora_llm True"
 CONFIGURATIONS = {
     "lora": "--use_lora_vision True --save_every 1 --num_workers 0",
-    "captioner": f"{VLM} --captioning True --max_new_tokens 6 --num_workers 0",
+    "captioner": f"{VLM} --captioning True --num_workers 0",
     "cached": "--freeze_visionbackbone True --save_every 2 --num_workers 0",
     "workers": "--class_balance True --num_workers 2 --use_lora_vision True",
     "accumulate": "--gradient_accumulation_steps 2 --augment light --save_every 1 --num_workers 0",

@@ -26,7 +26,7 @@ FILMS = {
 }
 IMAGES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF", "ppm": "PPM"}
 LARGEST = 300_000  # bytes of a real clip that is used
-MEMORY_MB, LIMIT = 2048, 60
+MEMORY_MB, LIMIT = 2048, 300
 
 
 def write_film(path: Path, codec: str, pixels: str, size: int) -> bytes:

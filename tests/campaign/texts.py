@@ -16,7 +16,7 @@ import yaml
 
 from tests.campaign import common
 
-LIMIT, MEMORY_MB = 60, 3072
+LIMIT, MEMORY_MB = 300, 3072
 VALUES = (
     None,
     True,
