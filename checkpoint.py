@@ -133,6 +133,8 @@ def make_run(run_dir: Path, config: Config) -> FileLock | None:
             lock.release()
             return None
         return lock
+    except OSError as error:  # a full disk
+        raise UserError(f"cannot write {run_dir}: {error.strerror}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

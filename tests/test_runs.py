@@ -1,5 +1,6 @@
 """A run's folder belongs to one process, and a run that is killed at any moment can be resumed to the same end."""
 
+import errno
 import json
 import os
 import shutil
@@ -196,6 +197,16 @@ def test_a_lock_is_refused_within_one_process_and_names_its_holder(tmp_path):
         assert f"the file is in use by process {os.getpid()} on " in done.stderr
     assert not list(tmp_path.iterdir())
     FileLock(tmp_path / "lock", "the file").release()
+
+
+def test_a_full_disk_at_the_very_start_names_the_run_and_leaves_nothing(dataset, tmp_path, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_yaml", full)
+    assert main.main(flags(dataset, tmp_path / "runs")) == 2
+    assert f"error: cannot write {tmp_path}/runs/r: No space left on device" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").iterdir())
 
 
 # -- what is replaced -------------------------------------------------------------------------------

@@ -7,5 +7,6 @@ the tests.
     python -m tests.campaign.texts --seed 0 --count 16000        damaged flags, settings, metadata, annotations
     python -m tests.campaign.checkpoints --seed 0 --count 200    damaged runs, states, caches, backbones
 
-Each prints one table and exits with 1 if anything unwanted was seen; --keep FOLDER gets a file for every such case.
+Each prints one table and exits with 1 if anything unwanted was seen; --keep FOLDER gets a file for every such case,
+--minutes M ends it early.
 """

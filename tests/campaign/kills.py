@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             common.finished("main", start_flags(name, data[name]), work / name)
             lone[name] = common.contents(work / name / "out" / "r"), time.monotonic() - begin
         number = 0
-        while tally.counts["+kills"] < tally.total:
+        while tally.counts["+kills"] < tally.total and not tally.time_is_up():
             name, real = list(CONFIGURATIONS)[number % len(CONFIGURATIONS)], number % 6 == 0
             folder = work / "trial"
             moments, verdict, text = trial(name, data[name], lone[name], folder, real, tally.rng(number))

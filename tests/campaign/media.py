@@ -131,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
             folder = tally.add(verdict, text, str(case), bad=verdict not in ("read", "refused"))
             if folder is not None:
                 write_case(seeds, tally.rng(case), folder)
+            if tally.time_is_up():
+                break
     return tally.finish("read", "refused", "exception", "odd frames", "unnamed", "crash", "hang", "memory")
 
 

@@ -302,6 +302,8 @@ def main(argv: list[str] | None = None) -> int:
             if folder is not None:
                 rng = tally.rng(case)
                 rng.choice(CASES)(base, folder, rng)
+            if tally.time_is_up():
+                break
     return tally.finish(
         "ok", "refused", "traceback", "control characters", "long message", "hang", "memory", "code run"
     )
