@@ -140,6 +140,8 @@ def make_run(run_dir: Path, config: Config) -> FileLock | None:
             lock.release()
             return None
         return lock
+    except OSError as error:  # a full disk
+        raise UserError(f"cannot write {run_dir}: {error.strerror}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -169,7 +171,8 @@ def is_unstarted(run_dir: Path) -> bool:
     if not names or CONFIG_YAML not in names or foreign_files(run_dir):
         return not names
     with suppress(UserError):
-        return bool(read_yaml(run_dir / CONFIG_YAML))
+        # a run writes every option; a shorter file is the user's own, perhaps the very one named by --config
+        return read_yaml(run_dir / CONFIG_YAML).keys() == FIELDS.keys()
     return False
 
 

@@ -24,6 +24,7 @@ from build_model import VideoModel, build_model
 from config import Config
 from feature_cache import compute_missing, open_store, video_ids
 from metrics import Lexicon, attribute_summary, attributes_in, caption_summary
+from script import UserError
 from train_code import build_loaders, caption_all, evaluate, loss_sum, to_device
 from transforms import Preprocessing
 from VLoader import Sample, Splits
@@ -106,16 +107,22 @@ def nearest_neighbours(splits: Splits, samples: list[Sample], config: Config, ac
 
     # the feature cache may have most of them already
     store = open_store(model, frozen_config)
-    compute_missing(store, model, replace(splits, val=[], test=samples), frozen_config, accelerator)
+    bad = compute_missing(store, model, replace(splits, val=[], test=samples), frozen_config, accelerator)
+
+    # training read other frames of these videos, so a damaged one may show up only now
+    readable = [index for index, sample in enumerate(splits.train) if sample.path not in bad]
+    if bad and (not config.skip_unreadable or not readable or any(s.path in bad for s in samples)):
+        raise UserError(next(iter(bad.values())))
 
     def pooled(samples: list[Sample]) -> torch.Tensor:
         return torch.stack([store.read(slot)[0].float() for slot in store.index.find(video_ids(samples))])  # (n, D)
 
     # centred, because all features share a large common part; in chunks, because the product of all could be huge
-    train = pooled(splits.train)  # (n, D)
+    train = pooled([splits.train[index] for index in readable])  # (n, D)
     centre = train.mean(0)
     train = unit(train - centre).T  # (D, n)
-    return torch.cat([(chunk @ train).argmax(1) for chunk in unit(pooled(samples) - centre).split(256)]).numpy()
+    nearest = torch.cat([(chunk @ train).argmax(1) for chunk in unit(pooled(samples) - centre).split(256)])
+    return np.array(readable)[nearest.numpy()]
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, parse
-from script import UserError, leave, script
+from script import LONGEST_MESSAGE, UserError, leave, printable, script
 
 if TYPE_CHECKING:
     from build_model import VideoModel
@@ -258,7 +258,8 @@ def table(findings: list[Finding]) -> str:
     width = max(len(f.check) for f in findings)
     lines = []
     for f in findings:
-        lines.append(f"{'FAIL' if f.advice else 'ok':<5} {f.check:<{width}}  {f.result}")
+        result = printable(f.result)[:LONGEST_MESSAGE]  # it may contain file names
+        lines.append(f"{'FAIL' if f.advice else 'ok':<5} {f.check:<{width}}  {result}")
         if f.advice:
             lines.append(f"{'':<5} {'':<{width}}  -> {f.advice}")
     return "\n".join(lines)

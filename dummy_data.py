@@ -220,7 +220,7 @@ def save_mp4(video: np.ndarray, path: Path, fps: int) -> None:
     """Saves uint8 [T, C, H, W] as H.264 in 4:4:4, nearly lossless, so that small shapes keep their colour."""
     import av
 
-    with av.open(str(path), "w") as container:
+    with av.open(f"file:{path}", "w") as container:  # a bare path may be taken for a URL
         stream = container.add_stream("libx264", rate=fps, options={"crf": "4"})
         stream.height, stream.width, stream.pix_fmt = *video.shape[2:], "yuv444p"
         for frame in video.transpose(0, 2, 3, 1):  # [T, H, W, C]

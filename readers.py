@@ -41,6 +41,9 @@ REPEATED = "a link to a folder that was already read"
 LARGE = 1280 * 720  # pixels of a frame from which several decoding threads are faster than one
 LARGEST_CLIP = 2**30  # bytes of all frames of a clip
 
+# FFmpeg formats that only name other files. What they show may change while their own digest stays the same
+PLAYLISTS = {"concat", "hls", "applehttp", "dash", "webm_dash_manifest", "imf", "sdp", "rtsp"}
+
 # turns uint8 [n, 3, H, W] into [n, ...]; must treat frames independently, because a reader may pass them one by one
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -368,6 +371,8 @@ def open_stream(path: Path) -> tuple[Any, Any]:
 
     # the prefix keeps FFmpeg from taking a path for a URL: a folder may be named "http:"
     container = av.open(f"file:{path}", metadata_errors="replace")
+    if PLAYLISTS & {*container.format.name.split(",")}:
+        raise ReadError(path, f"a list of other files ({container.format.name}), not a video")
     stream = container.streams.best("video")
     if stream is None:
         raise ReadError(path, "no video in this file")

@@ -19,8 +19,8 @@ import metrics
 import score
 from build_model import build_model
 from checkpoint import load_run
-from config import ROOT, Config
-from script import read_rows
+from config import ROOT, Config, fill_auto
+from script import UserError, read_rows
 from train_code import build_accelerator, build_loaders
 from VLoader import Sample, read_splits
 
@@ -125,6 +125,24 @@ def test_the_nearest_neighbour_is_the_nearest(runs, dataset, tmp_path, job):
     known, asked = known - known.mean(0), asked - known.mean(0)
     cosine = (asked @ known.T) / np.linalg.norm(asked, axis=1)[:, None] / np.linalg.norm(known, axis=1)
     assert np.allclose(cosine[range(6), found], cosine.max(1), atol=1e-3)
+
+
+def test_a_neighbour_that_cannot_be_read_is_named_or_left_out(dataset, tmp_path):
+    """Training reads other frames of a video than the neighbours do, so it may have missed the damaged one."""
+    config = Config(data_dir=str(dataset), cache_dir=str(tmp_path), num_workers=0)
+    config = fill_auto(config, num_frames=8, image_size=64)
+    splits = read_splits(dataset)
+    whole = controls.nearest_neighbours(splits, splits.test, config, build_accelerator(config))
+    junk = tmp_path / "junk.pt"
+    junk.write_bytes(b"junk")
+    splits = replace(splits, train=[replace(splits.train[0], path=junk), *splits.train])
+    with pytest.raises(UserError, match=r"cannot read .*junk\.pt"):
+        controls.nearest_neighbours(splits, splits.test, config, build_accelerator(config))
+    config = replace(config, skip_unreadable=True)
+    assert (
+        controls.nearest_neighbours(splits, splits.test, config, build_accelerator(config)).tolist()
+        == (whole + 1).tolist()
+    )
 
 
 def test_the_line_says_how_much_motion_and_text_matter():

@@ -136,6 +136,13 @@ def test_odd_files_are_rows_of_the_table(data, tmp_path, capsys):
     assert "pipe.mp4 (a special file)" in out  # not a video: ignored
 
 
+def test_odd_names_do_not_steer_the_terminal(data, tmp_path, capsys):
+    (data / "train" / "class_0" / "a\x1b[31m\n.pt").write_bytes(b"junk")
+    assert examine(data, tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "a\\x1b[31m\\n.pt" in out and "\x1b" not in out
+
+
 def test_without_any_readable_video_the_data_is_still_examined(data, tmp_path, capsys):
     for path in (data / "train").rglob("*.pt"):
         path.write_bytes(b"junk " + path.name.encode() + path.parent.name.encode())

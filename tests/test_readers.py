@@ -319,6 +319,13 @@ def test_a_path_is_never_used_as_a_url(tmp_path, monkeypatch):
     assert len(read_clip(Path("12:30:05.mp4"), 2)) == 2
 
 
+def test_a_list_of_other_videos_is_no_video(tmp_path):
+    write_video(tmp_path / "v.mp4", counting_frames(8))
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile v.mp4\n")
+    with pytest.raises(ReadError, match=r"list\.mp4: a list of other files \(concat\), not a video"):
+        open_video(tmp_path / "list.mp4")
+
+
 def test_a_title_need_not_be_text(tmp_path):
     with av.open(str(tmp_path / "v.mkv"), "w") as container:
         container.metadata["title"] = "Caf##"

@@ -1,5 +1,6 @@
 """A run's folder belongs to one process, and a run killed at any moment can be resumed with the same result."""
 
+import errno
 import json
 import os
 import shutil
@@ -198,6 +199,16 @@ def test_a_lock_is_refused_within_one_process_and_names_its_holder(tmp_path):
     FileLock(tmp_path / "lock", "the file").release()
 
 
+def test_a_full_disk_at_the_very_start_names_the_run_and_leaves_nothing(dataset, tmp_path, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_yaml", full)
+    assert main.main(flags(dataset, tmp_path / "runs")) == 2
+    assert f"error: cannot write {tmp_path}/runs/r: No space left on device" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").iterdir())
+
+
 # -- what is replaced -------------------------------------------------------------------------------
 
 
@@ -219,7 +230,13 @@ def test_overwriting_removes_only_files_that_a_run_writes(dataset, tmp_path, who
 
 @pytest.mark.parametrize(
     "files",
-    [{"metadata.json": "{}"}, {"config.yaml": "lr: 1", "x": ""}, {"model.safetensors": ""}, {"config.yaml": "a: 1"}],
+    [
+        {"metadata.json": "{}"},
+        {"config.yaml": "lr: 1", "x": ""},
+        {"model.safetensors": ""},
+        {"config.yaml": "a: 1"},
+        {"config.yaml": "epochs: 1"},  # options of this program, but written by hand
+    ],
 )
 def test_a_folder_that_is_not_a_run_is_never_touched(dataset, tmp_path, capsys, files):
     (tmp_path / "r").mkdir()

@@ -7,5 +7,6 @@ pytest runs none.
     python -m tests.campaign.texts --seed 0 --count 16000        damaged flags, options, metadata, annotations
     python -m tests.campaign.checkpoints --seed 0 --count 200    damaged runs, states, caches, backbones
 
-Each prints one table and exits with 1 if there was any unwanted outcome. --keep FOLDER saves a file per such case.
+Each prints one table and exits with 1 if there was any unwanted outcome. --keep FOLDER saves a file per such case,
+--minutes M ends it early.
 """

@@ -307,6 +307,8 @@ def main(argv: list[str] | None = None) -> int:
             verdict, text = judge(world, case, work / "case", tally.rng(number))
             tally.add(verdict, text, f"{number} {case.__name__}", bad=verdict not in ("right", "refused"))
             shutil.rmtree(work / "case")
+            if tally.time_is_up():
+                break
     return tally.finish("right", "refused", "silently wrong", "code run", "traceback", "hang")
 
 

@@ -95,7 +95,7 @@ class Process:
             self.status = os.waitstatus_to_exitcode(code) if self.ended else None
         return self.ended
 
-    def wait(self, limit: float = 600, until: Callable[[], bool] = lambda: False) -> "Process":
+    def wait(self, limit: float = 1800, until: Callable[[], bool] = lambda: False) -> "Process":
         """Waits until it ends or `until` returns True. After `limit` seconds without either it is killed as a hang."""
         while not self.poll() and not until():
             if time.monotonic() - self.started > limit:
@@ -170,7 +170,11 @@ def judge_many(count: int, judge: Judge, folder: Path, limit: int, memory_mb: in
         os.close(write)
         with os.fdopen(read, encoding="utf-8") as lines:
             for line in lines:
-                yield tuple(json.loads(line))
+                try:
+                    yield tuple(json.loads(line))
+                except GeneratorExit:  # time is up
+                    process.close()
+                    raise
                 done += 1
         process.wait(limit=float("inf"))
         if process.status != 0:  # it died with case `done`
@@ -249,13 +253,19 @@ class Tally:
         parser = argparse.ArgumentParser(description=about)
         parser.add_argument("--seed", type=int, default=0)
         parser.add_argument("--count", type=int, default=count)
+        parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these, with fewer cases")
         parser.add_argument("--keep", type=Path, help="folder for unwanted cases; default: a temporary one")
         args = parser.parse_args(argv)
         self.seed, self.total, self.keep = args.seed, args.count, args.keep
         self.counts, self.signatures = Counter(), Counter()
         self.started = time.monotonic()
+        self.until = self.started + 60 * args.minutes
+        self.shown = self.started
         sys.path.insert(0, str(ROOT))
         os.environ["PYTHONPATH"] = str(ROOT)
+
+    def time_is_up(self) -> bool:
+        return time.monotonic() > self.until
 
     def rng(self, number: int) -> random.Random:
         """The random generator of one case."""
@@ -264,6 +274,9 @@ class Tally:
     def add(self, kind: str, text: str = "", case: str = "", bad: bool = True) -> Path | None:
         """Counts a case. For an unwanted one, keeps its text and returns the folder for its input."""
         self.counts[kind] += 1
+        if time.monotonic() > self.shown + 60:
+            self.shown = time.monotonic()
+            print(f"{(self.shown - self.started) / 60:.0f} minutes: {dict(self.counts)}", flush=True)
         if not bad:
             return None
         self.signatures[f"{kind}: {signature(text)}"] += 1

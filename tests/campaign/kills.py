@@ -18,7 +18,7 @@ from tests.campaign.common import Process, Tally, script
 VLM = "--use_vlm True --use_text True --freeze_visionbackbone True --use_lora_llm True"
 CONFIGURATIONS = {
     "lora": "--use_lora_vision True --save_every 1 --num_workers 0",
-    "captioner": f"{VLM} --captioning True --max_new_tokens 6 --num_workers 0",
+    "captioner": f"{VLM} --captioning True --num_workers 0",
     "cached": "--freeze_visionbackbone True --save_every 2 --num_workers 0",
     "workers": "--class_balance True --num_workers 2 --use_lora_vision True",
     "accumulate": "--gradient_accumulation_steps 2 --augment light --save_every 1 --num_workers 0",
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             common.finished("main", start_flags(name, data[name]), work / name)
             lone[name] = common.contents(work / name / "out" / "r"), time.monotonic() - begin
         number = 0
-        while tally.counts["+kills"] < tally.total:
+        while tally.counts["+kills"] < tally.total and not tally.time_is_up():
             name, real = list(CONFIGURATIONS)[number % len(CONFIGURATIONS)], number % 6 == 0
             folder = work / "trial"
             moments, verdict, text = trial(name, data[name], lone[name], folder, real, tally.rng(number))

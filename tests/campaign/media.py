@@ -26,7 +26,7 @@ FILMS = {
 }
 IMAGES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF", "ppm": "PPM"}
 LARGEST = 300_000  # size limit for real clips
-MEMORY_MB, LIMIT = 2048, 60
+MEMORY_MB, LIMIT = 2048, 300
 
 
 def write_film(path: Path, codec: str, pixels: str, size: int) -> bytes:
@@ -131,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
             folder = tally.add(verdict, text, str(case), bad=verdict not in ("read", "refused"))
             if folder is not None:
                 write_case(seeds, tally.rng(case), folder)
+            if tally.time_is_up():
+                break
     return tally.finish("read", "refused", "exception", "odd frames", "unnamed", "crash", "hang", "memory")
 
 

@@ -156,6 +156,8 @@ def main(argv: list[str] | None = None) -> int:
             about = f"{name}, {world.workers} workers, {delay:.3f} s apart, order {order}"
             tally.add(verdict, f"{name}: {text}\n{about}", f"{number} {about}", bad=verdict not in ("one", "both"))
             shutil.rmtree(work / "race", ignore_errors=True)
+            if tally.time_is_up():
+                break
     return tally.finish("one", "both", "both went in", "mixed", "nobody", "unnamed", "leftovers", "traceback", "hang")
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from tests.campaign import common
 
-LIMIT, MEMORY_MB = 60, 3072
+LIMIT, MEMORY_MB = 300, 3072
 VALUES = (
     None,
     True,
@@ -303,6 +303,8 @@ def main(argv: list[str] | None = None) -> int:
             if folder is not None:
                 rng = tally.rng(case)
                 rng.choice(CASES)(base, folder, rng)
+            if tally.time_is_up():
+                break
     return tally.finish(
         "ok", "refused", "traceback", "control characters", "long message", "hang", "memory", "code run"
     )
