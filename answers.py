@@ -1,4 +1,4 @@
-"""The answers of inference: what is to be answered, whether it is right, and the file that --output names.
+"""The answers of inference: which ones to compute, whether they are right, and the file that --output names.
 
 That file has one JSON object per line. It is locked while it is written, and an unfinished one is continued.
 """
@@ -104,7 +104,7 @@ def is_right(
 
 
 def find_lexicon(video_dir: Path) -> Lexicon | None:
-    """The lexicon of the data set; --video_dir is the data set or one of its splits."""
+    """The lexicon of the dataset; --video_dir is the dataset or one of its splits."""
     from VLoader import read_lexicon
 
     return read_lexicon(video_dir) or read_lexicon(video_dir.absolute().parent)

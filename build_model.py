@@ -101,7 +101,7 @@ def resize_grid(grid: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
 class Family(NamedTuple):
     """How a family of video backbones differs from the others."""
 
-    has_cls: bool  # pools by taking the CLS token, which comes first; else by averaging the tokens, then a norm
+    has_cls: bool  # True: pools to the CLS token, which comes first. False: to the mean of all tokens, then a norm
     token_order: str  # order of the patch tokens: "hwt" or "thw"
     fit: Callable[[nn.Module, Any, int, int], None]  # interpolates the embeddings to (times, side)
     overrides: tuple[tuple[str, Any], ...] = ()  # fields of the configuration to change before loading
@@ -125,8 +125,8 @@ def token_grid(tokens: torch.Tensor, config: Any) -> torch.Tensor:
 
 
 def fuse_attention(backbone: nn.Module) -> None:
-    """Makes TimeSformer use torch's fused attention, which transformers does for the other families only. The weights
-    are the same, and the outputs equal up to rounding."""
+    """Makes TimeSformer use torch's fused attention, as transformers already makes the other families do. The weights
+    stay the same, and so do the outputs, up to rounding."""
     from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention
 
     for module in backbone.modules():
@@ -332,7 +332,7 @@ class VideoModel(nn.Module):
         self._frozen: list[nn.Module] = []
 
     def backbones(self) -> dict[str, nn.Module]:
-        """The pretrained parts, {"vision": ..., "language": ...}; a classifier without text has the first only."""
+        """The pretrained parts, {"vision": ..., "language": ...}; a video classifier has only the first."""
         language = {"language": self.language_model} if hasattr(self, "language_model") else {}
         return {"vision": self.vision_encoder} | language
 
@@ -393,14 +393,14 @@ class VideoClassifier(VideoModel):
 
 
 class VisionLanguageModel(VideoModel):
-    """A vision encoder, a language model, and a projector that turns video tokens into the latter's embeddings."""
+    """A vision encoder, a language model, and a projector that turns video tokens into embeddings of that model."""
 
     def __init__(self, vision_encoder: VisionEncoder, language_model: nn.Module, tokenizer: Any, config: Config):
         super().__init__(vision_encoder)
         vision_encoder.fc_norm = None  # only the pooled token passes it, and that is not used here
         self.language_model, self.tokenizer = language_model, tokenizer
         self.grid, self.max_text_tokens = config.token_grid, config.max_text_tokens
-        width = language_model.get_input_embeddings().embedding_dim  # in ELECTRA and OPT not the hidden size
+        width = language_model.get_input_embeddings().embedding_dim  # not the hidden size in ELECTRA and OPT
         self.projector = Projector(vision_encoder, width, config.token_grid, config.dropout)
 
     def video_tokens(self, video: torch.Tensor) -> torch.Tensor:
@@ -557,7 +557,7 @@ class VideoCaptioner(VisionLanguageModel):
         bos = self.embed(torch.full((len(video), 1), self.bos, device=video.device))
         embeds = torch.cat([video, bos.to(video.dtype)], dim=1)  # (B, N + 1, D)
 
-        # a GenerationConfig of our own: generate() would fill gaps from the backbone's, such as sampling
+        # a GenerationConfig of our own: generate() would otherwise use the backbone's, which may ask for sampling
         eos = self.tokenizer.eos_token_id
         options = GenerationConfig(
             max_new_tokens=config.max_new_tokens,

@@ -221,7 +221,7 @@ class Config:
     # three values, because auto must not fail where True must: with augmentation or a trained backbone
     cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main score")
     """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
-    uses centre frames without jitter. auto: True if the video backbone is frozen and clips are not augmented"""
+    always takes the centred frames. auto: True if the video backbone is frozen and clips are not augmented"""
     cache_dir: str = option("auto", path_value, "data", "main score", free_at_resume=True)
     """folder of cached features; safe to delete. auto: .features in --output_dir"""
     skip_unreadable: bool = option(False, to_bool, "data", "main preview score")
@@ -242,8 +242,8 @@ class Config:
     """clips per batch, over all processes; lower it if you run out of memory. auto: 16, or 8 for inference"""
     learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", "main doctor")
     """peak learning rate: linear warmup over 10 % of the steps, then cosine decay to zero. auto: see the table in
-    docs/runs.md. It applies to the least restricted backbone; the other backbone and new layers keep the table's
-    ratios"""
+    docs/runs.md. With two backbones it is the rate of the less restricted one; the other one and new layers keep the
+    table's ratios"""
     weight_decay: float = option(0.05, number(float, 0), "training", "main")
     """AdamW weight decay, on weight matrices only: not on biases, norms, adapters, CLS, position or time embeddings"""
     layer_decay: float = option(1.0, number(float, 0.1, 1), "training", "main")
@@ -283,7 +283,7 @@ class Config:
     """make one prediction for every window of this many seconds. 0: one prediction per video"""
     output: str | None = option(None, path_value, "inference", "inference")
     """also write the predictions to this file, one JSON object per line; an unfinished file of the same run is
-    resumed"""
+    continued"""
     export: str | None = option(None, path_value, "inference", "inference")
     """export the run to this folder for other programs: a classifier as a merged Hugging Face model, adapters in peft
     format"""
@@ -310,9 +310,10 @@ class Config:
     tensorboard: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True, package="tensorboardX")
     """also write TensorBoard logs to the run's folder; needs tensorboardX (requirements-extra.txt)"""
     device: str = option("auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", ALL, free_at_resume=True)
-    """where to compute. auto: cuda if available, else mps, else cpu"""
+    """where to compute: cpu, cuda or mps. auto: cuda if available, else mps, else cpu"""
     mixed_precision: str = option("auto", one_of("auto", "no", "bf16", "fp16"), "run and machine", ALL)
-    """16-bit autocast. auto: bf16 on a GPU that supports it, else no"""
+    """compute in 16 bit where that is safe (autocast): bf16 or fp16, or no for 32 bit. auto: bf16 on a GPU that supports
+    it, else no"""
     num_workers: int = option(2, number(int, 0, 256), "run and machine", ALL, free_at_resume=True)
     """number of processes that decode videos. 0: decode in the main process"""
 

@@ -4,7 +4,7 @@ majority            the most frequent class (or caption) of the training videos,
 nearest_neighbour   the answer of the nearest training video, by the frozen backbone's features (cosine, centred)
 one_frame           every frame replaced by the middle one: no motion
 shuffled reversed   the same frames in another order
-blank_video         every pixel replaced by the backbone's mean grey; if the model reads text, it has only the text then
+blank_video         every pixel replaced by the backbone's mean grey; a model that reads text then has nothing else
 text_shuffled       every clip with the text of another one
 """
 
@@ -223,7 +223,7 @@ def answer_scores(model: VideoModel, items: list[dict], accelerator: Any) -> tor
 
 
 def caption_row(captions: list[str], samples: list[Sample], lexicon: Lexicon | None) -> dict[str, float]:
-    """CIDEr; if the data set has a lexicon, also the fraction of captions with each attribute, and with all, right."""
+    """CIDEr; if the dataset has a lexicon, also the fraction of captions with each attribute right, and with all."""
     everything = np.arange(len(samples))
     row = {"CIDEr": caption_summary(captions, [s.captions for s in samples])(everything)["CIDEr"]}
     if lexicon and all(s.attributes for s in samples):

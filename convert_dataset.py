@@ -229,7 +229,7 @@ def msrvtt_rows(file: Path) -> Iterator[Row]:
 
 
 def msvd_rows(file: Path) -> Iterator[Row]:
-    """`<id>_<start>_<end> caption` lines, # for comments; or the published csv, of which English captions are used
+    """`<id>_<start>_<end> caption` lines, # for comments; or the published csv, whose English captions are used
 
     Columns of the csv: VideoID, Start, End, Language, Description.
     """

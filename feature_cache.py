@@ -204,7 +204,7 @@ def open_store(model: VideoModel, config: Config) -> FeatureStore:
         "backbone": model.sources["vision"].path,
         "fingerprint": model.sources["vision"].fingerprint,
         "preprocessing": asdict(model.vision_encoder.preprocessing),
-        "format": 1,
+        "format": 1,  # raise it when the same options give other features, for example other frames
     } | {name: getattr(config, name) for name in options_with("in_feature_key")}
     # leave out the path: the same weights may be stored elsewhere
     hashed = {name: value for name, value in description.items() if name != "backbone"}

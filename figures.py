@@ -41,7 +41,7 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
     best = [row for row in log if row["best"]][-1]
     panels = ["loss", "accuracy"] if "val_accuracy" in log[0] else ["loss"]
 
-    # train and val in one panel show where they part: overfitting
+    # train and val in one panel show where they diverge: overfitting
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], panels, strict=True):
         for split, style in (("train", "--"), ("val", "-")):
@@ -110,7 +110,7 @@ def draw_captions(
     rows: list[dict], scores: dict[str, Any], read_clip: Callable[[int], Any], folder: Path
 ) -> list[Path]:
     """Draws all pictures of a captioner on one split: a sheet with the captions that are furthest from their
-    references, by ROUGE-L, and with exact ones; bars for attributes, if the data set has a lexicon."""
+    references, by ROUGE-L, and with exact ones; bars for attributes, if the dataset has a lexicon."""
     # half of the sheet shows failures, the other half what success looks like
     overlaps = [rouge_l(words(row["caption"]), [words(r) for r in row["references"]]) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: overlaps[index])

@@ -88,7 +88,7 @@ class Predictor:
         )
         collator = self.model.collator()
         if config.captioning:
-            collator = replace(collator, codec=None)  # the captions are to be written, so there are none to encode
+            collator = replace(collator, codec=None)  # captions are generated, so there are none to encode
         batch_size = 8 if config.batch_size == "auto" else config.batch_size
         workers = config.num_workers if len(samples) > FEW else 0
         loader = build_loader(dataset, collator, workers, EpochBatches(dataset, batch_size))

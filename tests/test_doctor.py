@@ -48,9 +48,9 @@ def dead_adapter(monkeypatch, data: Path) -> list[str]:
     """A layer that bypasses its adapter, as in transformers before 5.6 with VideoMAE's queries."""
     original = build_model.add_lora
 
-    def add_lora(tower, rank):
-        original(tower, rank)
-        adapter = next(m for n, m in build_model.adapters(tower) if n.endswith("query"))
+    def add_lora(backbone, rank):
+        original(backbone, rank)
+        adapter = next(m for n, m in build_model.adapters(backbone) if n.endswith("query"))
         adapter.forward = adapter.get_base_layer().forward
 
     monkeypatch.setattr(build_model, "add_lora", add_lora)

@@ -128,7 +128,7 @@ def test_runs_that_cannot_be_exported_say_why(dataset, tmp_path, capsys):
         assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-# -- predict.py, beside an exported classifier ------------------------------------------------------
+# -- predict.py, next to an exported classifier -----------------------------------------------------
 
 
 def export(run: Path, out: Path):

@@ -283,8 +283,8 @@ def test_what_is_trained_is_what_the_flags_say_and_a_step_changes_only_that(fami
     config = config_of(vision_model=family, **options)
     torch.manual_seed(0)
     model = build_model(config, 4)
-    for name, tower in model.backbones().items():
-        kinds = {(".lora_" in n, p.requires_grad) for n, p in tower.named_parameters()}
+    for name, backbone in model.backbones().items():
+        kinds = {(".lora_" in n, p.requires_grad) for n, p in backbone.named_parameters()}
         assert (
             kinds
             == {"all": {(False, True)}, "none": {(False, False)}, "lora": {(False, False), (True, True)}}[
@@ -360,9 +360,9 @@ def test_gradients_reach_the_projector_through_a_frozen_language_model():
 def passes_through_layers(model, batch) -> tuple[dict[str, list[int]], dict[str, torch.Tensor]]:
     """(how often each layer of each backbone runs its first module in a training step, the gradients)."""
     counts = {}
-    for name, tower in model.backbones().items():
+    for name, backbone in model.backbones().items():
         counts[name] = []
-        for layer in (m for m in tower.modules() if isinstance(m, GradientCheckpointingLayer)):
+        for layer in (m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer)):
             leaf = next(m for m in layer.modules() if not [*m.children()] and [*m.parameters()])
             leaf.register_forward_pre_hook(
                 lambda *_, index=len(counts[name]), row=counts[name]: row.__setitem__(index, row[index] + 1)
@@ -395,7 +395,7 @@ def test_gradient_checkpointing_computes_each_layer_again_and_gives_the_same_gra
         grads.append(found)
         for name, times in again.items():
             assert counts[name] == [times if checkpointing else 1] * 4, name
-        frozen = [n for n, tower in model.backbones().items() if not trained_tensors(tower)]
+        frozen = [n for n, backbone in model.backbones().items() if not trained_tensors(backbone)]
         assert not any(m.training for n in frozen for m in model.backbones()[n].modules())
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-5) for n in grads[0])
 
@@ -752,7 +752,7 @@ F_TINY, F_HUB, L_TINY, L_HUB, H_TINY, H_HUB = 5e-4, 5e-5, 3e-3, 5e-4, 3e-3, 1e-3
 )
 @pytest.mark.parametrize("typed", [1.0, 3.0])
 def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, language, options, rates, typed):
-    """A folder counts as hub weights. A given rate is for the least frozen backbone; the others keep their ratio."""
+    """A folder counts as hub weights. A given rate is for the less restricted backbone; the others keep their ratio."""
     names = {"vision_model": "timesformer", "language_model": "gpt2"}
     for option, kind in (("vision_model", vision), ("language_model", language)):
         if kind == "hub":

@@ -217,9 +217,9 @@ def test_layer_decay_slows_lower_layers(name, layers):
 
 def test_layers_of_language_models_are_found_too():
     model = build_model(Config(use_vlm=True, captioning=True, language_model="gpt2", use_lora_llm=True), 3)
-    tower, count = model.language_model, model.language_model.config.num_hidden_layers
-    above = layers_above(tower)
-    assert {above[n] for n, p in tower.named_parameters() if p.requires_grad} == set(range(1, count + 1))
+    backbone, count = model.language_model, model.language_model.config.num_hidden_layers
+    above = layers_above(backbone)
+    assert {above[n] for n, p in backbone.named_parameters() if p.requires_grad} == set(range(1, count + 1))
     assert above["transformer.wte.weight"] == count + 1 and above["transformer.ln_f.weight"] == 0
 
 

@@ -203,7 +203,7 @@ def add_evil(folder: Path) -> str:
     for name in ("pytorch_model.bin", "adapter_model.bin", "model.pt"):
         (folder / name).write_bytes(pickle.dumps(Payload()))
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "evil"}')
-    return " beside evil files"
+    return " next to evil files"
 
 
 # -- cases: each damages a copy of the world, uses it, and says whether that gave the right answer ----------------

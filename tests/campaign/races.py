@@ -19,10 +19,10 @@ REFUSALS = re.compile(r"process \d+|exists|is finished|no readable|does not exis
 Result = tuple[str, str]  # (verdict, text)
 #: the folder at the start, and the jobs of the two processes
 RACES = {
-    "two starts": (None, "start", "start anew"),
+    "two starts": (None, "start", "start other"),
     "overwriting a run that goes on": (None, "start", "overwrite"),
     "two resumes": ("stopped", "resume", "resume"),
-    "start and resume": ("stopped", "resume", "start anew"),
+    "start and resume": ("stopped", "resume", "start other"),
     "overwrite and resume": ("stopped", "resume", "overwrite"),
     "score while training": ("done_0", "score", "overwrite"),
 }
@@ -37,7 +37,7 @@ class World:
         self.data = common.tiny_data(work / "data")
         self.flags = {
             "start": self.start(0),
-            "start anew": self.start(1),
+            "start other": self.start(1),
             "overwrite": f"{self.start(1)} --overwrite True",
             "resume": f"--resume True {RUN}",
             "score": f"--checkpoint out/r --num_workers {workers}",
@@ -97,7 +97,7 @@ def train_twice(world: World, name: str, folder: Path, delay: float, order: int)
         shutil.copytree(world.work / begin, folder)
     commands = [("score" if job == "score" else "main", world.flags[job]) for job in jobs]
     processes = both(commands[::order], folder, delay)[::order]
-    outcomes = [world.lone[job in ("start anew", "overwrite")] for job in jobs]
+    outcomes = [world.lone[job in ("start other", "overwrite")] for job in jobs]
     if "score" in jobs and processes[1].status == 0:
         outcomes[0] = outcomes[1]  # the run that it checked is gone
     verdict, text = judge(processes, outcomes, folder)
