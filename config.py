@@ -312,8 +312,8 @@ class Config:
     device: str = option("auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", ALL, free_at_resume=True)
     """where to compute: cpu, cuda or mps. auto: cuda if available, else mps, else cpu"""
     mixed_precision: str = option("auto", one_of("auto", "no", "bf16", "fp16"), "run and machine", ALL)
-    """compute in 16 bit where that is safe (autocast): bf16 or fp16, or no for 32 bit. auto: bf16 on a GPU that supports
-    it, else no"""
+    """compute in 16 bit where that is safe (autocast): bf16 or fp16, or no for 32 bit. auto: bf16 on a GPU that
+    supports it, else no"""
     num_workers: int = option(2, number(int, 0, 256), "run and machine", ALL, free_at_resume=True)
     """number of processes that decode videos. 0: decode in the main process"""
 

@@ -1,6 +1,6 @@
 """Convert the annotation files of public datasets to metadata.jsonl. Videos are referenced, never copied.
 
-    python convert_dataset.py --format ucf101 --annotations trainlist01.txt testlist01.txt --videos UCF-101 --output data
+    python convert_dataset.py --format ucf101 --annotations trainlist01.txt testlist01.txt --videos UCF-101 --output out
 
 Each format has one generator that turns a file into rows. The rest is shared: find the video of every row, drop the
 missing, unreadable and refused ones, list them in <output>/<split>/conversion.json, and print the counts.
