@@ -219,7 +219,7 @@ def read_splits(data_dir: Path, class_names: list[str] | None = None) -> Splits:
     note = ""
     if "train" in splits and "val" not in splits:
         splits["train"], splits["val"] = hold_out(splits["train"], data_dir / "train")
-        note = f"no val/ folder: {len(splits['val'])} training videos are held out, the same ones in every run"
+        note = "no val/ folder: a tenth of each training class is held out (at least one video), the same in every run"
     if class_names is None:
         class_names = sorted({s.label for s in splits["train"] if s.label is not None}, key=natural_key)
     return Splits(*(splits.get(name, []) for name in SPLITS), class_names, note, read_lexicon(data_dir))

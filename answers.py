@@ -95,12 +95,12 @@ def is_right(
         named = attributes_in(answer["caption"], lexicon)
         return all(named.get(name) == value for name, value in sample.attributes.items())
 
-    # the folder of a video may have the label or its display name
+    # the folder of a video may have the label or its display name; any other folder says nothing about its class
     if sample.label is None or "error" in answer:
         return None
     if sample.label in display_names:
         return sample.label == answer["label"]
-    return sample.label == display_names[answer["label"]]
+    return sample.label == display_names[answer["label"]] if sample.label in display_names.values() else None
 
 
 def find_lexicon(video_dir: Path) -> Lexicon | None:
@@ -110,14 +110,20 @@ def find_lexicon(video_dir: Path) -> Lexicon | None:
     return read_lexicon(video_dir) or read_lexicon(video_dir.absolute().parent)
 
 
-def answer_line(answer: dict[str, Any], width: int) -> str:
-    """What is printed for an answer; `width` is the length of the longest file name."""
+def short_name(path: str | Path, folder: str) -> str:
+    """A video's path below --video_dir, which may be the video itself."""
+    relative = os.path.relpath(path, folder)
+    return printable(Path(path).name if relative == os.curdir else relative)
+
+
+def answer_line(name: str, answer: dict[str, Any]) -> str:
+    """What is printed for an answer to the video `name`."""
     text = answer.get("caption", answer.get("error"))  # a caption may be empty
     if text is None:
         text = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer["top_k"])
     times = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
     mark = {None: "", True: "  right", False: "  WRONG"}[answer.get("right")]
-    return printable(f"{printable(Path(answer['file']).name):<{width}}  {times}{text[:LONGEST_ANSWER]}{mark}")
+    return printable(f"{name}  {times}{text[:LONGEST_ANSWER]}{mark}")
 
 
 # -- the file of answers ----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from build_model import VideoModel, adapters, body_of, lora_config, merge_adapte
 from config import ROOT, Config
 from pretrained import read_config
 from readers import open_video
-from script import UserError, make_folder, printable, remove_leftovers, temporary, write_json
+from script import UserError, give_default_mode, make_folder, printable, remove_leftovers, temporary, write_json
 from transforms import INTERPOLATION, Preprocessing, sample_indices
 
 
@@ -68,6 +68,8 @@ def whole_folder(output: Path) -> Generator[Path]:
     try:
         folder.mkdir()
         yield folder
+        for file in folder.rglob("*.safetensors"):
+            give_default_mode(file)
         os.replace(folder, output)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--export: cannot write {output}: {getattr(error, 'strerror', None) or error}") from None

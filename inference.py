@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from answers import Job, answer_line, find_lexicon, fingerprint_answers, is_right, list_jobs, open_output
+from answers import Job, answer_line, find_lexicon, fingerprint_answers, is_right, list_jobs, open_output, short_name
 from config import FIELDS, Config, parse, refuse_classifier_options
 from metrics import Lexicon
 from script import UserError, leave, printable, script
@@ -73,7 +73,7 @@ class Predictor:
         return answer
 
     def predict_many(self, samples: list["Sample"]) -> Iterator[dict[str, Any]]:
-        """Yields the answers for many videos, in their order, computed in batches; {"file", "error"} for a video that
+        """Yields the predictions for many videos, in their order, in batches; {"file", "error"} for a video that
         cannot be read."""
         import torch
 
@@ -93,7 +93,7 @@ class Predictor:
         workers = config.num_workers if len(samples) > FEW else 0
         loader = build_loader(dataset, collator, workers, EpochBatches(dataset, batch_size))
 
-        # a video that cannot be read must not cost the answers for the others
+        # one unreadable video must not stop the others
         try:
             for batch, errors in loader.with_errors():
                 answers = {index: {"error": cause} for index, cause in errors.items()}
@@ -107,7 +107,7 @@ class Predictor:
             loader.close()
 
     def answer(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """The answers for a batch, without the names of the files. Raises UserError if the scores are not finite."""
+        """The predictions for a batch, without the file names. Raises UserError if the scores are not finite."""
         # captioner
         if self.config.captioning:
             texts = self.model.generate(batch["video"], self.config)
@@ -178,14 +178,14 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
         # append each row at once: whatever ends this, nothing has to be computed twice
         rows = [done[job.key] for job in jobs if job.key in done]
         show = output is None or len(jobs) <= SHOWN
-        width = max(len(printable(s.path.name)) for s in samples)
+        width = max(len(short_name(s.path, config.video_dir)) for s in samples)
         count, quiet = len(jobs) + len(failed), len(todo) <= FEW
         with tqdm(total=count, initial=len(rows), unit="answer", disable=quiet, leave=False) as bar:
             for row in chain(failed, predict_jobs(predictor, todo, find_lexicon(Path(config.video_dir)))):
                 rows.append(row)
                 bar.update()
                 if show:
-                    tqdm.write(answer_line(row, width))
+                    tqdm.write(answer_line(f"{short_name(row['file'], config.video_dir):<{width}}", row))
                 append(row | {"run": run})
     print_summary(rows, len(todo), time.perf_counter() - started, output)
     return int(any("error" in row for row in rows))
@@ -207,7 +207,7 @@ def print_summary(rows: list[dict[str, Any]], computed: int, seconds: float, out
     if judged:
         print(f"{sum(judged)} of {len(judged)} right")
     if computed > FEW:
-        print(f"{computed} answers in {seconds:.1f} s, {computed / seconds:.1f} per second")
+        print(f"{computed} clips in {seconds:.1f} s, {computed / seconds:.1f} per second")
     if errors:
         where = f"; their rows in {output} have an `error`" if output else ""
         message = f"{len(errors)} of {len(rows)} could not be read{where}, first: {errors[0]}"

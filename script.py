@@ -207,6 +207,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         folder.mkdir(exist_ok=True)
         write(folder / path.name)
+        give_default_mode(folder / path.name)
         # the contents must reach the disk before the rename does: a power cut could leave an empty file otherwise
         with (folder / path.name).open("rb") as file:
             os.fsync(file.fileno())
@@ -215,6 +216,12 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def give_default_mode(file: Path) -> None:
+    """Gives a file the permissions that other new files get. safetensors lets only the owner read its files, so that
+    nobody else could use a run on a shared disk."""
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def is_temporary(path: Path) -> bool:

@@ -173,7 +173,7 @@ class Stopped(Exception):  # noqa: N818, not an error
     """Training was stopped by the signal `number`, after its state was saved."""
 
     def __init__(self, number: int):
-        super().__init__(f"stopped by signal {number}")
+        super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
 
 

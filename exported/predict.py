@@ -49,7 +49,7 @@ def predict(path: str | Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    failed = 0
+    failed: int | str = 0 if sys.argv[1:] else str(__doc__)  # without a video, exit with the usage
     for path in sys.argv[1:]:
         try:
             label, probability = max(predict(path).items(), key=lambda item: item[1])

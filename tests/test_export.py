@@ -286,6 +286,8 @@ def test_an_export_is_complete_or_not_written(dataset, tmp_path, capsys, monkeyp
     assert {"adapter_vision", "config.json", "model.safetensors", "predict.py", "README.md"} <= {
         p.name for p in out.iterdir()
     }
+    modes = {file.stat().st_mode for file in (out / "config.json", *out.rglob("*.safetensors"))}
+    assert len(modes) == 1  # safetensors alone would let only the owner read its files
 
 
 @pytest.mark.parametrize("place", ["/dev/null/x", "file/x", "file"])

@@ -66,7 +66,7 @@ def test_unreadable_videos_get_an_error_row_in_place(run, videos, tmp_path, caps
     assert ["error" in r for r in found] == [i == 2 for i in range(24)]
     assert "cannot read" in found[2]["error"] and "label" not in found[2]
     out, err = capsys.readouterr()
-    assert "1 of 24 could not be read" in err and "24 answers in" in out
+    assert "1 of 24 could not be read" in err and "24 clips in" in out
 
 
 def test_an_unfinished_output_is_resumed(run, videos, tmp_path, capsys, monkeypatch):
@@ -119,7 +119,7 @@ def test_odd_captions_are_printed_and_read_again(tmp_path):
     output.write_text(answers.as_line(row) + '{"fi', encoding="utf-8")
     assert list(answers.read_answers(output, "r 1", ".").values()) == [row]
     assert output.read_text(encoding="utf-8") == answers.as_line(row)
-    assert inference.answer_line({"file": "a.mp4", "caption": ""}, 8).strip() == "a.mp4"
+    assert inference.answer_line("a.mp4", {"caption": ""}).strip() == "a.mp4"
 
 
 def test_a_killed_inference_ends_with_the_same_output(run, videos, tmp_path):
@@ -387,6 +387,7 @@ def test_right_means_the_same_label():
         ("running", "c", True),
         ("running", "a", False),
         ("c", "c", True),
+        ("camera_1", "a", None),
         (None, "a", None),
     ]
     for truth, label, expected in cases:
@@ -405,7 +406,7 @@ def test_names_cannot_control_the_terminal(run, videos, tmp_path, capsys):
     assert len(out.splitlines()) == 4 and "two\\nlines\\x1b[31m" in out
     assert not {"\x1b", "\r"} & {*out, *err} and err.count("\n") == 1
     assert rows(tmp_path / "out\n.jsonl")[1]["file"] == str(folder / name)
-    assert inference.answer_line({"file": "a.mp4", "caption": "a\nb\x1b]0;"}, 8) == "a.mp4     a\\nb\\x1b]0;"
+    assert inference.answer_line("a.mp4", {"caption": "a\nb\x1b]0;"}) == "a.mp4  a\\nb\\x1b]0;"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])

@@ -104,6 +104,8 @@ def test_a_run_describes_itself(runs, job):
 @pytest.mark.parametrize("job", JOBS)
 def test_the_checkpoint_holds_exactly_what_is_trained_and_loads_to_the_same_output(runs, dataset, job):
     stored = load_file(runs[job] / "model.safetensors")
+    modes = {(runs[job] / name).stat().st_mode for name in ("model.safetensors", "log.jsonl")}
+    assert len(modes) == 1  # colleagues on a shared disk can read the weights too
     one, config, _ = load_run(runs[job])
     other, _, _ = load_run(runs[job])
     assert stored.keys() == {n for n, p in one.named_parameters() if p.requires_grad}

@@ -292,8 +292,8 @@ def test_what_is_trained_is_what_the_flags_say_and_a_step_changes_only_that(fami
             ]
         )
         assert not (expected[name] == "none" and any(m.training for m in model.train().backbones()[name].modules()))
-    tower_parameters = {id(p) for t in model.backbones().values() for p in t.parameters()}
-    assert all(p.requires_grad for p in model.parameters() if id(p) not in tower_parameters)  # head, projector
+    of_backbones = {id(p) for t in model.backbones().values() for p in t.parameters()}
+    assert all(p.requires_grad for p in model.parameters() if id(p) not in of_backbones)  # head, projector
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = build_optimizer(model, resolved(config, model))
     model.train()

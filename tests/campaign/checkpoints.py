@@ -222,7 +222,7 @@ class World:
         self.answers = {name: self.answer(name, self.folder)[1] for name in ("lora", "full")}
 
     def answer(self, name: str, folder: Path) -> tuple[Process, list[dict]]:
-        """A run's answers for the test videos."""
+        """A run's predictions for the test videos."""
         flags = f"--checkpoint out/{name} --video_dir {self.data / 'test'} --output a.jsonl --num_workers 0"
         process = Process(script("inference", flags), folder).wait(120)
         rows = (folder / "a.jsonl").read_text().splitlines() if (folder / "a.jsonl").exists() else []
