@@ -4,6 +4,11 @@
     video + language classifier     [CLS] video tokens [SEP] text [SEP] -> BERT-like encoder -> head on [CLS]
     video captioner                 video tokens, BOS, caption, EOS -> causal language model
 
+With --head attentive (heads.py) a query attends to each time step of the video:
+
+    video classifier                learned query, video tokens -> attentive head
+    video + language classifier     [CLS] text [SEP] -> BERT-like encoder -> query, video tokens -> attentive head
+
 Shapes: B batch, T frames, C channels, H W pixels, N video tokens, L text tokens, D width, V vocabulary, K classes.
 t, h and w are the numbers of tokens along time, height and width.
 A `video` argument is either RGB uint8 (B, T, C, H, W), which the vision encoder normalises on the device, or the
@@ -24,7 +29,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import Config, training_mode
+from config import Config, head_of, training_mode
+from heads import AttentiveHead, TextQuery
 from pretrained import Source, fingerprint, load_backbone, load_language, load_preprocessor, locate, read_config, takes
 from script import UserError, collector_off
 from transforms import Preprocessing
@@ -293,6 +299,13 @@ class Collator:
 # -- models -----------------------------------------------------------------------------------------
 
 
+def check_grid(vision: VisionEncoder, grid: int) -> None:
+    """Raises UserError if a time step has fewer patches than the tokens that it is pooled to."""
+    side = patch_side(vision.config)
+    if grid > side:
+        raise UserError(f"--token_grid {grid}: this backbone has {side} x {side} patches at this size")
+
+
 class Projector(nn.Module):
     """Maps video tokens to a language model's width: norm, 2-layer MLP, plus a learned time embedding.
 
@@ -301,9 +314,7 @@ class Projector(nn.Module):
 
     def __init__(self, vision: VisionEncoder, width: int, grid: int, dropout: float):
         super().__init__()
-        if grid > patch_side(vision.config):
-            side = patch_side(vision.config)
-            raise UserError(f"--token_grid {grid}: this backbone has {side} x {side} patches at this size")
+        check_grid(vision, grid)
         hidden = vision.config.hidden_size
         layers = nn.Linear(hidden, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.LayerNorm(hidden), *layers)
@@ -392,6 +403,23 @@ class VideoClassifier(VideoModel):
         return self.head(self.dropout(self.vision_encoder(video)))
 
 
+class AttentiveClassifier(VideoModel):
+    """Vision encoder, attentive head with a learned query on its grid tokens."""
+
+    task = "classification"
+
+    def __init__(self, vision_encoder: VisionEncoder, num_classes: int, config: Config):
+        super().__init__(vision_encoder)
+        vision_encoder.fc_norm = None  # only the pooled token passes it, and that is not used here
+        check_grid(vision_encoder, config.token_grid)
+        self.grid = config.token_grid
+        self.head = AttentiveHead(vision_encoder, num_classes, config.dropout)
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        """A video -> logits (B, K)."""
+        return self.head(self.vision_encoder.encode_video(video, self.grid))
+
+
 class VisionLanguageModel(VideoModel):
     """A vision encoder, a language model, and a projector that turns video tokens into embeddings of that model."""
 
@@ -437,7 +465,9 @@ class VisionLanguageModel(VideoModel):
         # either the option is the limit, or what the language model has left after the video
         advice = "train with a larger --max_text_tokens to keep them whole"
         if codec.max_tokens < self.max_text_tokens:
-            advice = "the language model has no more positions; train with a lower --token_grid or --num_frames"
+            advice = "the language model has no more positions"
+            if hasattr(self, "projector"):  # the video takes some of them
+                advice += "; train with a lower --token_grid or --num_frames"
         too_long = f"{cut} of {texts.total()} {self.text_field}s are longer than {codec.max_tokens} tokens"
         return f"note: {too_long} and are cut; {advice}"
 
@@ -453,6 +483,12 @@ def positions_of(language_model: nn.Module) -> int | None:
     return positions
 
 
+def check_marks(tokenizer: Any) -> None:
+    """Raises UserError if a tokenizer lacks the special tokens that a classifier needs."""
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise UserError("the language model's tokenizer has no [CLS] or [SEP] token")
+
+
 class VisionLanguageClassifier(VisionLanguageModel):
     """[CLS] video [SEP] text [SEP] through a BERT-like encoder; the head reads [CLS]."""
 
@@ -460,8 +496,7 @@ class VisionLanguageClassifier(VisionLanguageModel):
 
     def __init__(self, vision_encoder, language_model, tokenizer, config: Config, num_classes: int):
         super().__init__(vision_encoder, language_model, tokenizer, config)
-        if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
-            raise UserError("the language model's tokenizer has no [CLS] or [SEP] token")
+        check_marks(tokenizer)
         self.text_field = "text" if config.use_text else None
         types = getattr(language_model.config, "type_vocab_size", None) or 0
         self.has_types = types > 1 and takes(language_model, "token_type_ids")
@@ -501,6 +536,40 @@ class VisionLanguageClassifier(VisionLanguageModel):
             inputs["token_type_ids"] = types
         hidden = self.language_model(**inputs).last_hidden_state
         return self.head(self.dropout(hidden[:, 0]))
+
+
+class AttentiveLanguageClassifier(VisionLanguageModel):
+    """[CLS] text [SEP] through a BERT-like encoder makes the query of an attentive head."""
+
+    task = "vision-language classification"
+
+    def __init__(self, vision_encoder, language_model, tokenizer, config: Config, num_classes: int):
+        super().__init__(vision_encoder, language_model, tokenizer, config)
+        check_marks(tokenizer)
+        del self.projector  # the head reads the vision encoder's own tokens
+        self.text_field = "text" if config.use_text else None
+        embeddings = language_model.get_input_embeddings().weight
+        sizes = (language_model.config.hidden_size, vision_encoder.config.hidden_size)
+        self.head = AttentiveHead(vision_encoder, num_classes, config.dropout, TextQuery(embeddings, *sizes))
+
+    def codec(self) -> TextCodec | None:
+        if self.text_field is None:
+            return None
+        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        return TextCodec(self.tokenizer, bos=(cls,), eos=sep, max_tokens=self.room_for_text(2))
+
+    def forward(
+        self, video: torch.Tensor, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A video, and [CLS] text [SEP], right-padded (B, L) -> logits (B, K)."""
+        # without texts all clips share the query of the empty text, [CLS] [SEP]
+        tokens = self.vision_encoder.encode_video(video, self.grid)  # (B, N, D)
+        if input_ids is None:
+            marks = [[self.tokenizer.cls_token_id, self.tokenizer.sep_token_id]]
+            input_ids = torch.tensor(marks, device=tokens.device)  # (1, 2)
+            attention_mask = torch.ones_like(input_ids)
+        outputs = self.language_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.head(tokens, self.embed(input_ids), outputs, attention_mask)
 
 
 class VideoCaptioner(VisionLanguageModel):
@@ -685,9 +754,13 @@ def build_model(config: Config, num_classes: int, sources: dict[str, Source] | N
 
     # sources -> pretrained backbones -> model with new layers
     vision_encoder = load_vision(sources["vision"], config)
+    attentive = head_of(config) == "attentive"
     if config.use_vlm:
+        language_classifier = AttentiveLanguageClassifier if attentive else VisionLanguageClassifier
         parts = (vision_encoder, *load_language(sources["language"], config.captioning), config)
-        model = VideoCaptioner(*parts) if config.captioning else VisionLanguageClassifier(*parts, num_classes)
+        model = VideoCaptioner(*parts) if config.captioning else language_classifier(*parts, num_classes)
+    elif attentive:
+        model = AttentiveClassifier(vision_encoder, num_classes, config)
     else:
         model = VideoClassifier(vision_encoder, num_classes, config.dropout)
     model.sources = sources

@@ -188,11 +188,17 @@ class Config:
     """weights that the short names load: tiny (in backbones/, for the synthetic dataset only) or hub (published; use
     these for real videos)"""
     token_grid: int = option(2, number(int, 1, 32), "model", TRAIN, in_feature_key=True)
-    """pool the video tokens of each time step to N x N for the language model; a larger N keeps finer detail and takes
-    more memory"""
+    """pool the video tokens of each time step to N x N for the language model or the attentive head; a larger N keeps
+    finer detail and takes more memory"""
     max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN)
     """longest text or caption in tokens; longer ones are truncated and counted. The language model's own maximum also
     applies"""
+    head: str = option(
+        "auto", one_of("auto", "linear", "attentive"), "model", ALL, names_run=True, classifiers_only=True
+    )
+    """linear: one layer on the pooled token, or on [CLS] of the language model. attentive: a query, learned or made
+    from the text, attends to each time step, and a small transformer reads the results in order. It learns order and
+    really uses the text. auto: linear"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
     """dropout before the new head and in the projector; raise it if val falls behind train"""
 
@@ -589,6 +595,11 @@ def default_rates(config: Config) -> tuple[float, dict[str, float]]:
     return rate, {part: LEARNING_RATES[kind][0] / rate for part, kind in kinds.items()} | {"new layers": factor}
 
 
+def head_of(config: Config) -> str:
+    """The head of a classifier, "linear" or "attentive"; decides what `auto` means."""
+    return "linear" if config.head == "auto" else config.head
+
+
 def fill_auto(config: Config, num_frames: int, image_size: int, batch_size: int = 16) -> Config:
     """Replaces every `auto` that depends on the model. num_frames and image_size are those of the backbone.
 
@@ -596,6 +607,8 @@ def fill_auto(config: Config, num_frames: int, image_size: int, batch_size: int 
     """
     values = {"num_frames": num_frames, "image_size": image_size, "batch_size": batch_size}
     values["learning_rate"] = default_rates(config)[0]
+    if not config.captioning:
+        values["head"] = head_of(config)
     return replace(config, **{name: value for name, value in values.items() if getattr(config, name) == "auto"})
 
 
@@ -624,6 +637,8 @@ def default_run_name(config: Config) -> str:
             parts.append("caption")
         elif config.use_text:
             parts.append("text")
+    if head_of(config) == "attentive":
+        parts.append("attentive")
     parts += [FIELDS[name].metadata["mark"] for name in options_with("mark") if getattr(config, name)]
     if config.weights == "hub" and (config.vision_model in BACKBONES or config.language_model in BACKBONES):
         parts.append("hub")
@@ -632,6 +647,8 @@ def default_run_name(config: Config) -> str:
 
 def as_flags(config: Config) -> str:
     """The flags that identify a run and differ from their defaults, as one would type them."""
+    if config.head == head_of(replace(config, head="auto")):
+        config = replace(config, head="auto")
     pairs = ((name, getattr(config, name)) for name in options_with("names_run"))
     return " ".join(f"--{name} {value}" for name, value in pairs if value not in (None, FIELDS[name].default))
 

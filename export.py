@@ -45,6 +45,11 @@ def export(
             f"--export: {run_dir} joins two models, for which Hugging Face has no class, and has no adapters; only "
             "video classifiers and adapters can be exported"
         )
+    if not config.use_vlm and config.head == "attentive":
+        raise UserError(
+            f"--export: {run_dir} has an attentive head, for which Hugging Face has no class; train with --head linear "
+            "to export the classifier"
+        )
 
     # adapters first, because exporting the classifier merges them
     with whole_folder(output) as folder:

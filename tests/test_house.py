@@ -14,7 +14,7 @@ from config import ROOT
 LAYERS = [
     {"script", "transforms"},
     {"config", "metrics", "readers"},
-    {"dummy_data", "VLoader", "augment", "pretrained"},
+    {"dummy_data", "VLoader", "augment", "pretrained", "heads"},
     {"build_model"},
     {"feature_cache", "checkpoint"},
     {"scan", "export", "train_code", "figures", "answers"},

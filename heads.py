@@ -1,0 +1,123 @@
+"""The attentive head: a query attends to each time step of a video, and a small transformer reads the results in order.
+
+    query      a learned vector, or made from the clip's text                    (B, D)
+    steps      attention of the query to the tokens of each time step            (B, t, D)
+    logits     transformer block over [CLS,] query and steps, mean, linear       (B, K)
+
+The linear head reads one pooled token, which has lost the order of events and which object did what. A single attention
+over all tokens loses the order too: it averages what comes before a turn with what comes after. One result per time
+step keeps both, and a query made from the text follows the object that the text names. Attentive probes without time
+steps or text are in CoCa (arXiv:2205.01917) and V-JEPA (arXiv:2404.08471).
+
+Shapes: B batch, N video tokens, L text tokens, D width, K classes, t time steps, n tokens per time step, h heads.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class StepAttention(nn.Module):
+    """Multi-head attention of one query to the tokens of each time step.
+
+    With a single query there is no need to project every token to a key and a value: q . (K x) = (K^T q) . x, and a
+    weighted mean of V x is V times the weighted mean of x. So the weights are applied to the query and to the mean.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.scale = heads, (width // heads) ** -0.5
+        self.query, self.value, self.out = (nn.Linear(width, width) for _ in range(3))
+        self.key = nn.Linear(width, width, bias=False)  # softmax would cancel a bias
+
+    def forward(self, query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Query (B or 1, D) and tokens (B, t, n, D) -> (B, t, D)."""
+        # K^T q of each head: what it looks for, as a vector in the space of the tokens
+        key = self.key.weight.unflatten(0, (self.heads, -1))  # (h, D / h, D)
+        query = self.query(query).unflatten(-1, (self.heads, -1)) * self.scale  # (B, h, D / h)
+        query = torch.einsum("bhd,hde->bhe", query, key)  # (B, h, D)
+
+        # V times the weighted mean token of each head and time step
+        weights = (query[:, None] @ tokens.transpose(2, 3)).softmax(-1)  # (B, t, h, n)
+        value = self.value.weight.unflatten(0, (self.heads, -1))  # (h, D / h, D)
+        steps = torch.einsum("bthe,hde->bthd", weights @ tokens, value).flatten(2)  # (B, t, D)
+        return self.out(steps + self.value.bias)
+
+
+class AttentiveHead(nn.Module):
+    """The grid tokens of a video -> logits. The query is a learned vector, or what `text_query` makes from a text."""
+
+    def __init__(self, vision: Any, num_classes: int, dropout: float, text_query: "TextQuery | None" = None):
+        """`vision` is the VisionEncoder whose tokens the head reads."""
+        super().__init__()
+        # backbones differ in the scale of their tokens
+        width, heads = vision.config.hidden_size, vision.config.num_attention_heads
+        self.times, self.num_cls = vision.num_times, int(vision.has_cls)
+        self.norm = nn.LayerNorm(width)
+
+        # attention to each time step; tokens need no position embedding, they carry their position from the backbone
+        self.query = nn.Parameter(torch.randn(width)) if text_query is None else text_query
+        self.query_norm = nn.LayerNorm(width)
+        self.attention = StepAttention(width, heads)
+        self.time_embedding = nn.Parameter(0.1 * torch.randn(self.times, width))
+
+        # a second block was no better
+        block = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout, F.gelu, batch_first=True, norm_first=True)
+        self.reader = nn.Sequential(block, nn.LayerNorm(width))
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(width, num_classes)
+        nn.init.normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, tokens: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
+        """Tokens from VisionEncoder.encode_video (B, N, D) and, if there is text, TextQuery's arguments -> (B, K)."""
+        # CLS belongs to no time step
+        tokens = self.norm(tokens)
+        cls, grid = tokens[:, : self.num_cls], tokens[:, self.num_cls :].unflatten(1, (self.times, -1))
+
+        # one query for all time steps; the time embedding keeps their order
+        query = self.query(*text) if text else self.query[None]  # (B or 1, D)
+        steps = self.attention(query, grid) + self.time_embedding  # (B, t, D)
+
+        # the block reads the query too, because a text may tell something about the class by itself
+        query = self.query_norm(query)[:, None].expand(len(tokens), -1, -1)  # (B, 1, D)
+        hidden = self.reader(torch.cat([cls, query, steps], dim=1))
+        return self.classifier(self.dropout(hidden.mean(1)))
+
+
+class TextQuery(nn.Module):
+    """A text -> a query (B, D). The language model's outputs decide which words count; their embeddings are the query.
+
+    The outputs make a bad query themselves. They are nearly parallel whatever the text says (arXiv:1909.00512): those
+    of "red" and "blue" have cosine 0.997 in BERT-tiny. Training then finds a query that suits all texts, and stays.
+    The word embeddings are alike too, with cosine 0.92, but they can be whitened before training (arXiv:2103.15316), so
+    that different words make different queries from the first step on.
+    """
+
+    def __init__(self, embeddings: torch.Tensor, hidden: int, width: int):
+        super().__init__()
+        self.whiten = whitening(embeddings)
+        self.gate = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 1))
+        self.project = nn.Sequential(nn.LayerNorm(embeddings.shape[1]), nn.Linear(embeddings.shape[1], width))
+
+    def forward(self, embeddings: torch.Tensor, outputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Word embeddings and language model's outputs (B, L, *), mask (B, L) with a 1 in each row -> (B, D)."""
+        gate = self.gate(outputs).masked_fill(mask[..., None] == 0, -torch.inf).softmax(1)  # (B, L, 1)
+        return self.project((gate * self.whiten(embeddings)).sum(1))
+
+
+def whitening(vectors: torch.Tensor) -> nn.Linear:
+    """A layer that starts as the affine map which gives the vectors (n, D) mean 0 and covariance 1 (ZCA whitening)."""
+    vectors = vectors.detach().float()
+    mean, width = vectors.mean(0), vectors.shape[1]
+    variances, axes = torch.linalg.eigh((vectors - mean).T @ (vectors - mean) / len(vectors))
+
+    # where the vectors hardly vary, a thousandth of the mean variance keeps noise small
+    scale = (variances.clamp(min=0) + 1e-3 * variances.mean()).rsqrt()
+    layer = nn.Linear(width, width)
+    with torch.no_grad():
+        layer.weight.copy_((axes * scale) @ axes.T)
+        layer.bias.copy_(-layer.weight @ mean)
+    return layer
