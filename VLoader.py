@@ -44,9 +44,14 @@ class Sample:
     label: str | None = None
     captions: tuple[str, ...] = ()
     text: str | None = None
-    attributes: dict[str, str] = field(default_factory=dict, hash=False)
+    other_text: str | None = None  # a text about another object in the same clip, for controls.py
+    objects: tuple[dict[str, str], ...] = field(default=(), hash=False)  # the attributes of each object
     span: tuple[int, int] | None = None  # first and last frame, for a part of a video
     digest: str | None = field(default=None, compare=False)  # set by identified()
+
+    def has_attributes(self, lexicon: Lexicon) -> bool:
+        """Whether all attributes of the lexicon are known."""
+        return bool(self.objects) and all(item.keys() == lexicon.keys() for item in self.objects)
 
     @property
     def identity(self) -> str:
@@ -145,16 +150,20 @@ def check_row(row: Any, where: str) -> str:
     """Checks the types of a row of metadata.jsonl and returns its file_name. Raises UserError."""
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
         raise UserError(f'{where}: expected {{"file_name": "...", ...}}')
-    for key in ("text", "label"):
+    for key in ("text", "other_text", "label"):
         if row.get(key) is not None and not is_text(row[key]):
             raise UserError(f"{where}: {key} must be a string")
-    captions = row.get("caption", [])
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not all(is_text(c) and c.strip() for c in captions):
+    if not all(is_text(c) and c.strip() for c in as_list(row.get("caption", []))):
         raise UserError(f"{where}: caption must be a string or a list of strings, none of them empty")
-    if not isinstance(row.get("attributes", {}), dict):
-        raise UserError(f'{where}: attributes must be {{"name": "value"}}')
+    items = as_list(row.get("attributes", []))
+    if not all(isinstance(item, dict) and all(map(is_text, item.values())) for item in items):
+        raise UserError(f'{where}: attributes must be {{"name": "value"}}, or a list of these, one for each object')
     return row["file_name"]
+
+
+def as_list(value: Any) -> list[Any]:
+    """A value of metadata.jsonl that may be one or several."""
+    return value if isinstance(value, list) else [value]
 
 
 def is_text(value: Any) -> bool:
@@ -180,9 +189,8 @@ def make_sample(path: Path, row: dict[str, Any], folder: Path) -> Sample:
     if label is None:  # use the class folder, if the video is in one
         parts = Path(os.path.relpath(path, folder)).parts
         label = parts[0] if len(parts) > 1 and parts[0] != os.pardir else None
-    captions = row.get("caption", ())
-    captions = (captions,) if isinstance(captions, str) else tuple(captions)
-    return Sample(path, label, captions, row.get("text"), row.get("attributes", {}))
+    captions, objects = (tuple(as_list(row.get(key, []))) for key in ("caption", "attributes"))
+    return Sample(path, label, captions, row.get("text"), row.get("other_text"), objects)
 
 
 # -- the splits of a data folder --------------------------------------------------------------------

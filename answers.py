@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, options_with
-from metrics import Lexicon, attributes_in
+from metrics import Lexicon, right_attributes
 from script import FileLock, UserError, printable, replace_file
 
 if TYPE_CHECKING:
@@ -90,10 +90,9 @@ def is_right(
     """Whether an answer is right. None if the truth is not known; for captions, if there is no lexicon."""
     # a caption is right if it names all attributes of the video
     if "caption" in answer:
-        if lexicon is None or not sample.attributes:
+        if lexicon is None or not sample.has_attributes(lexicon):
             return None
-        named = attributes_in(answer["caption"], lexicon)
-        return all(named.get(name) == value for name, value in sample.attributes.items())
+        return right_attributes(answer["caption"], sample.objects, lexicon)["all"]
 
     # the folder of a video may have the label or its display name; any other folder says nothing about its class
     if sample.label is None or "error" in answer:

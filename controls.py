@@ -6,6 +6,7 @@ one_frame           every frame replaced by the middle one: no motion
 shuffled reversed   the same frames in another order
 blank_video         every pixel replaced by the backbone's mean grey; a model that reads text then has nothing else
 text_shuffled       every clip with the text of another one
+text_other_object   clips with several objects, with the text of another object in the same clip (`other_text`)
 """
 
 from collections import Counter
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from build_model import VideoModel, build_model
 from config import Config
 from feature_cache import compute_missing, open_store, video_ids
-from metrics import Lexicon, attribute_summary, attributes_in, caption_summary
+from metrics import Lexicon, attribute_summary, caption_summary
 from script import UserError
 from train_code import build_loaders, caption_all, evaluate, loss_sum, to_device
 from transforms import Preprocessing
@@ -226,9 +227,8 @@ def caption_row(captions: list[str], samples: list[Sample], lexicon: Lexicon | N
     """CIDEr; if the dataset has a lexicon, also the fraction of captions with each attribute right, and with all."""
     everything = np.arange(len(samples))
     row = {"CIDEr": caption_summary(captions, [s.captions for s in samples])(everything)["CIDEr"]}
-    if lexicon and all(s.attributes for s in samples):
-        named = [attributes_in(c, lexicon) for c in captions]
-        scores = attribute_summary(named, [s.attributes for s in samples])(everything)
+    if lexicon and all(s.has_attributes(lexicon) for s in samples):
+        scores = attribute_summary(captions, [s.objects for s in samples], lexicon)(everything)
         row |= scores | {"all_attributes": scores.pop("all")}
     return row
 
@@ -278,6 +278,25 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
         loader = loader_of(with_texts_of_others(samples))
         table["text_shuffled"] = score(loader, "text shuffled")
         loader.close()
+        several = [sample for sample in samples if sample.other_text]
+        if several:
+            table |= other_object_scores(several, loader_of, score)
+    return table
+
+
+def other_object_scores(
+    samples: list[Sample],
+    loader_of: Callable[[list[Sample]], DataLoader],
+    score: Callable[[DataLoader, str], dict[str, float]],
+) -> dict[str, dict[str, float]]:
+    """{"several_objects": ..., "text_other_object": ...}: the scores of clips with several objects, as they are and with
+    the text of another object. A model that finds the object by its text then answers for the wrong one."""
+    texts = {"several_objects": samples, "text_other_object": [replace(s, text=s.other_text) for s in samples]}
+    table = {}
+    for name, changed in texts.items():
+        loader = loader_of(changed)
+        table[name] = score(loader, name.replace("_", " ")) | {"count": len(samples)}
+        loader.close()
     return table
 
 
@@ -303,4 +322,9 @@ def control_line(table: dict[str, Any]) -> str:
     ]
     if "text_shuffled" in table:
         parts.append(f"text: shuffled costs {lost('text_shuffled')}, alone it gives {value('text_only')}")
+    if "text_other_object" in table:
+        parts.append(
+            f"clips with several objects: {value('several_objects')}, with another object's text "
+            f"{value('text_other_object')}"
+        )
     return "; ".join(parts)

@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
             for start in range(0, len(reader), CHUNK):
                 frames = reader.frames(range(start, min(start + CHUNK, len(reader))))
                 save_frames(frames.numpy(), args.output / name, start)
-            row = {"file_name": name, "label": sample.label, "caption": list(sample.captions), "text": sample.text}
-            rows[name] = {k: v for k, v in row.items() if v not in (None, [])} | {"attributes": sample.attributes}
+            row = {"file_name": name, "label": sample.label, "caption": sample.captions, "text": sample.text}
+            row |= {"other_text": sample.other_text, "attributes": sample.objects}
+            rows[name] = {k: v for k, v in row.items() if v not in (None, ())}
 
         # with labels, captions and lexicon, inference.py can say which of its answers are right
         lines = "".join(json.dumps(row) + "\n" for row in rows.values())

@@ -14,9 +14,10 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,7 +75,11 @@ HINTS = {
     },
 }
 CAPTIONS_PER_VIDEO = 5
-CONTENT = ("train", "test", "classes.json", "lexicon.json")  # what the dataset's folder contains
+COUNTS = {"train": "videos_per_class", "val": "val_per_class", "test": "test_per_class"}  # the flag of each split
+SPLIT_WORDS = {"train": "training", "val": "validation", "test": "test"}
+CONTENT = (*COUNTS, "classes.json", "lexicon.json")  # what a dataset's folder may contain
+# draw(label, split, count, args) yields `count` videos uint8 [T, C, H, W], each with its row of metadata.jsonl
+Draw = Callable[[int, str, int, argparse.Namespace], Iterator[tuple[np.ndarray, dict]]]
 # the range of each number on the command line
 LIMITS = {
     "classes": (2, len(CLASSES)),
@@ -238,32 +243,47 @@ def save_frames(video: np.ndarray, folder: Path, first: int = 0) -> None:
         Image.fromarray(frame).save(folder / f"frame_{index:03d}.png")
 
 
-def write_split(folder: Path, split: str, per_class: int, args: argparse.Namespace, bar) -> None:
-    """Draws one split, saves its videos and writes its metadata.jsonl. `bar` is a tqdm progress bar."""
+def draw_rows(label: int, split: str, count: int, args: argparse.Namespace) -> Iterator[tuple[np.ndarray, dict]]:
+    """Yields `count` videos of one class, uint8 [T, C, H, W], each with its row of metadata.jsonl."""
     # every class has its own generator, so that its videos do not depend on --classes
-    rows = []
-    suffix = "" if args.format == "frames" else f".{args.format}"
-    for label in range(args.classes):
-        rng = np.random.default_rng([args.seed, split == "test", label])
-        name = f"class_{label}"
-        (folder / split / name).mkdir(parents=True)
-        videos, truths = draw_class(label, per_class, args.frames, args.size, rng)
+    rng = np.random.default_rng([args.seed, split == "test", label])
+    videos, truths = draw_class(label, count, args.frames, args.size, rng)
+    for video, truth in zip(videos, truths, strict=True):
+        chosen = rng.permutation(len(TEMPLATES))[:CAPTIONS_PER_VIDEO]  # every caption of a video uses another template
+        captions = [write_caption(TEMPLATES[i], truth, rng) for i in chosen]
+        yield video, {"caption": captions, "text": write_hint(truth, rng), "attributes": truth}
 
-        # every caption of a video uses another template
-        for index, (video, truth) in enumerate(zip(videos, truths, strict=True)):
-            save_video(video, folder / split / name / f"video_{index}{suffix}")
-            chosen = rng.permutation(len(TEMPLATES))[:CAPTIONS_PER_VIDEO]
-            rows.append(
-                {
-                    "file_name": f"{name}/video_{index}{suffix}",
-                    "caption": [write_caption(TEMPLATES[i], truth, rng) for i in chosen],
-                    "text": write_hint(truth, rng),
-                    "attributes": truth,
-                }
-            )
+
+def write_split(folder: Path, draw: Draw, count: int, args: argparse.Namespace, bar: Any) -> None:
+    """Draws the split that the folder is named after: videos and metadata.jsonl. `bar` is a tqdm progress bar."""
+    rows, suffix = [], "" if args.format == "frames" else f".{args.format}"
+    for label in range(args.classes):
+        name = f"class_{label}"
+        (folder / name).mkdir(parents=True)
+        for index, (video, row) in enumerate(draw(label, folder.name, count, args)):
+            save_video(video, folder / name / f"video_{index}{suffix}")
+            rows.append({"file_name": f"{name}/video_{index}{suffix}"} | row)
             bar.update()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / split / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+
+
+def write_dataset(args: argparse.Namespace, draw: Draw, class_names: list[str], lexicon: dict) -> None:
+    """Writes all splits, classes.json and lexicon.json to args.output. Raises UserError if the folder is in use."""
+    from tqdm import tqdm  # imported late, so that --help is fast
+
+    clear_dataset(args.output, args.overwrite)
+    counts = {split: getattr(args, flag) for split, flag in COUNTS.items() if hasattr(args, flag)}
+    total = args.classes * sum(counts.values())
+    names = {f"class_{label}": name for label, name in enumerate(class_names[: args.classes])}
+
+    # a dataset that is not complete would be used as if it were, so remove it if anything fails
+    with whole_or_none(*(args.output / name for name in CONTENT)), tqdm(total=total, unit="video") as bar:
+        for split, count in counts.items():
+            write_split(args.output / split, draw, count, args, bar)
+        for name, content in (("classes.json", names), ("lexicon.json", lexicon)):
+            (args.output / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {bar.n} videos of {args.classes} classes to {printable(args.output)}/")
 
 
 def display_name(label: int) -> str:
@@ -272,22 +292,21 @@ def display_name(label: int) -> str:
     return f"{shape} standing still" if motion == "still" else f"{shape} moving {motion}"
 
 
-@script
-def main(argv: list[str] | None = None) -> None:
-    """Draws the dataset that the command line describes. Raises UserError for a bad flag or an unusable folder."""
+def dataset_parser(description: str, classes: int, counts: dict[str, int], output: str) -> Parser:
+    """The flags of a script that draws a dataset of at most `classes` classes. `counts` are the videos per class."""
     # all flags have defaults, and the defaults make the dataset of the README
-    parser = Parser(
-        description="Draw a synthetic video dataset: a shape that moves or stands still on a plain background.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--classes", type=int, default=classes, help=f"use the first N of {classes} classes (at least 2)"
     )
-    parser.add_argument("--classes", type=int, default=10, help="use the first N of the ten classes (2 to 10)")
-    parser.add_argument("--videos_per_class", type=int, default=80, help="training videos per class")
-    parser.add_argument("--test_per_class", type=int, default=20, help="test videos per class")
+    for split, count in counts.items():
+        parser.add_argument(
+            f"--{COUNTS[split]}", type=int, default=count, help=f"{SPLIT_WORDS[split]} videos per class"
+        )
     parser.add_argument("--frames", type=int, default=16, help="frames per video")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels, at least 16")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--output", type=Path, default=Path("synthetic_dataset"), help="folder to create")
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder to create")
     parser.add_argument(
         "--format",
         choices=("pt", "mp4", "frames"),
@@ -295,22 +314,21 @@ def main(argv: list[str] | None = None) -> None:
         help="save each video as a tensor, an H.264 file, or a folder of PNGs",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset in --output")
+    return parser
+
+
+@script
+def main(argv: list[str] | None = None) -> None:
+    """Draws the dataset that the command line describes. Raises UserError for a bad flag or an unusable folder."""
+    parser = dataset_parser(
+        "Draw a synthetic video dataset: a shape that moves or stands still on a plain background.",
+        classes=len(CLASSES),
+        counts={"train": 80, "test": 20},
+        output="synthetic_dataset",
+    )
     args = parser.parse_args(argv)
-    check_flags(args)
-    clear_dataset(args.output, args.overwrite)
-
-    # imported late, so that --help is fast
-    from tqdm import tqdm
-
-    # a dataset that is not complete would be used as if it were, so remove it if anything fails
-    total = args.classes * (args.videos_per_class + args.test_per_class)
-    names = {f"class_{label}": display_name(label) for label in range(args.classes)}
-    with whole_or_none(*(args.output / name for name in CONTENT)), tqdm(total=total, unit="video") as bar:
-        write_split(args.output, "train", args.videos_per_class, args, bar)
-        write_split(args.output, "test", args.test_per_class, args, bar)
-        for name, content in (("classes.json", names), ("lexicon.json", LEXICON)):
-            (args.output / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {bar.n} videos of {args.classes} classes to {printable(args.output)}/")
+    check_flags(args, LIMITS)
+    write_dataset(args, draw_rows, [display_name(label) for label in range(len(CLASSES))], LEXICON)
 
 
 @contextmanager
@@ -332,9 +350,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace, limits: Mapping[str, tuple[int, int]]) -> None:
     """Raises UserError for a number that is out of range."""
-    for name, (low, high) in LIMITS.items():
+    for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
     if args.format == "mp4" and args.size % 2:

@@ -359,10 +359,28 @@ def attributes_in(caption: str, lexicon: Lexicon) -> dict[str, str | None]:
     return {attribute: values[0] if len(values) == 1 else None for attribute, values in matches.items()}
 
 
-def attribute_summary(predicted: Sequence[dict[str, str | None]], truth: Sequence[dict[str, str]]) -> Summary:
-    """For each attribute, the fraction of captions that name it correctly; under "all", of those without any error."""
-    right = {n: np.array([p.get(n) == t[n] for p, t in zip(predicted, truth, strict=True)]) for n in truth[0]}
-    right["all"] = np.logical_and.reduce([right[n] for n in truth[0]])
+def right_attributes(caption: str, objects: Sequence[dict[str, str]], lexicon: Lexicon) -> dict[str, bool]:
+    """Whether a caption gives each attribute its true value, for all objects; under "all", whether it makes no error.
+
+    A caption of several objects describes one after the other, in any order, with a semicolon in between.
+    """
+    parts = caption.split(";") if len(objects) > 1 else [caption]
+    named = [attributes_in(part, lexicon) for part in parts]
+
+    def equal(names: Sequence[str]) -> bool:
+        counts = [Counter(tuple(item.get(n) for n in names) for item in items) for items in (named, objects)]
+        return counts[0] == counts[1]
+
+    names = [*objects[0]]
+    return {name: equal([name]) for name in names} | {"all": equal(names)}
+
+
+def attribute_summary(
+    captions: Sequence[str], objects: Sequence[Sequence[dict[str, str]]], lexicon: Lexicon
+) -> Summary:
+    """The fraction of captions that are right about each attribute, and about "all": see right_attributes()."""
+    rows = [right_attributes(caption, items, lexicon) for caption, items in zip(captions, objects, strict=True)]
+    right = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return lambda indices: {name: float(r[indices].mean()) for name, r in right.items()}
 
 

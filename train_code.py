@@ -29,7 +29,7 @@ from augment import Augment
 from build_model import VideoModel, adapters, body_of, trained_tensors
 from checkpoint import STATE, load_state, load_weights, save_state, save_weights
 from config import Config, default_rates
-from metrics import attribute_summary, attributes_in, caption_scores, label_scores, with_intervals
+from metrics import attribute_summary, caption_scores, label_scores, with_intervals
 from script import UserError, keep_freed_memory, make_folder, write_rows
 from VLoader import SPLITS, ClipDataset, EpochBatches, Splits, build_loader
 
@@ -398,9 +398,8 @@ def score_captions(captions: list[str], dataset: ClipDataset) -> dict[str, Any]:
     """Bleu, ROUGE-L, CIDEr and exact match; if the dataset has a lexicon, also the fraction of captions that name each
     attribute correctly."""
     scores: dict[str, Any] = caption_scores(captions, [s.captions for s in dataset.samples])
-    if dataset.lexicon and all(s.attributes.keys() == dataset.lexicon.keys() for s in dataset.samples):
-        named = [attributes_in(caption, dataset.lexicon) for caption in captions]
-        summary = attribute_summary(named, [s.attributes for s in dataset.samples])
+    if dataset.lexicon and all(s.has_attributes(dataset.lexicon) for s in dataset.samples):
+        summary = attribute_summary(captions, [s.objects for s in dataset.samples], dataset.lexicon)
         scores["attributes"] = with_intervals(summary, len(captions))
     return scores
 

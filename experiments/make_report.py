@@ -157,14 +157,16 @@ def summary_of_run(row: Row, run_dir: Path) -> Summary:
     # other datasets have no attributes in their captions: then only the usual caption scores are shown
     captions = [r["caption"] for r in rows]
     scores = caption_summary(captions, [r["references"] for r in rows])
-    truth = [attributes_in(r["references"][0], LEXICON) for r in rows]
-    if any(None in t.values() for t in truth):
+    truths = [attributes_in(r["references"][0], LEXICON) for r in rows]
+    if any(None in truth.values() for truth in truths):
         return scores
 
     # attributes named in the generated captions, against those of the first reference
+    attributes = attribute_summary(captions, [[truth] for truth in truths], LEXICON)
     named = [attributes_in(c, LEXICON) for c in captions]
-    attributes = attribute_summary(named, truth)
-    joint = np.array([all(n[name] == t[name] for name in JOINT) for n, t in zip(named, truth, strict=True)])  # (clips,)
+    joint = np.array(
+        [all(n[name] == t[name] for name in JOINT) for n, t in zip(named, truths, strict=True)]
+    )  # (clips,)
     return lambda indices: scores(indices) | attributes(indices) | {"+".join(JOINT): float(joint[indices].mean())}
 
 
