@@ -71,7 +71,8 @@ def test_pixels_equal_the_image_processor(fields, shape):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"offset": False, "rescale_factor": 1 / 255}, {"do_normalize": False}, {"image_mean": [0.1, 0.2, 0.3]}]
+    "fields",
+    [{}, {"offset": False, "rescale_factor": 1 / 255}, {"do_normalize": False}, {"image_mean": [0.1, 0.2, 0.3]}],
 )
 def test_offset_means_what_it_means_to_vivit(fields):
     """By default VivitImageProcessor maps the greys 0 to 255 to -1 to 1, then subtracts the mean."""
