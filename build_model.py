@@ -38,12 +38,24 @@ from transforms import Preprocessing
 # -- families of video backbones --------------------------------------------------------------------
 
 
-def patch_side(config: Any) -> int:
-    """The number of patches along each side of a frame."""
-    return side_of(config.image_size) // side_of(config.patch_size)
+def patch_shape(config: Any) -> tuple[int, int]:
+    """The size of the patch that becomes a token: (frames, pixels along each side).
+
+    The families say it differently: TimeSformer's patches have one frame and no tubelet_size, VideoMAE has both numbers,
+    and ViViT has one list [frames, height, width] and no patch_size.
+    """
+    tubelet = getattr(config, "tubelet_size", 1)
+    tubelet, *sides = [tubelet] if isinstance(tubelet, int) else tubelet
+    return tubelet, side_of(sides or config.patch_size)
 
 
-def side_of(size: int | list[int] | tuple[int, int]) -> int:
+def grid_shape(config: Any) -> tuple[int, int]:
+    """The numbers of tokens along time, t, and along each side of a frame, h = w."""
+    tubelet, patch = patch_shape(config)
+    return config.num_frames // tubelet, side_of(config.image_size) // patch
+
+
+def side_of(size: int | list[int] | tuple[int, ...]) -> int:
     """The side of a square, which a configuration gives as one number or as two."""
     if isinstance(size, int):
         return size
@@ -62,7 +74,7 @@ def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> Non
     """
     # a convolution would silently drop the pixels of an incomplete patch, and the frames of an incomplete tubelet
     config, embeddings = backbone.config, backbone.embeddings
-    patch, tubelet = side_of(config.patch_size), getattr(config, "tubelet_size", 1)
+    tubelet, patch = patch_shape(config)
     if image_size % patch:
         raise UserError(f"--image_size {image_size}: this backbone needs a multiple of its patch size, {patch}")
     if num_frames % tubelet:
@@ -72,27 +84,30 @@ def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> Non
     side, times = image_size // patch, num_frames // tubelet
     FAMILIES[config.model_type].fit(embeddings, config, times, side)
 
-    # the patch embedding checks its input against these numbers
-    config.num_frames, config.image_size = num_frames, image_size
+    # the embeddings check their input against these numbers; a pair stays a pair
+    pair = (image_size, image_size)
+    config.num_frames = num_frames
+    config.image_size = image_size if isinstance(config.image_size, int) else type(config.image_size)(pair)
     patches = embeddings.patch_embeddings
-    patches.image_size = (image_size, image_size)
+    embeddings.image_size = patches.image_size = pair
     patches.num_patches = embeddings.num_patches = side**2 * times if tubelet > 1 else side**2
 
 
 def fit_timesformer(embeddings: nn.Module, config: Any, times: int, side: int) -> None:
     """TimeSformer has one table for space, which starts with the CLS token, and one for time."""
-    old_side = patch_side(config)
+    _, old_side = grid_shape(config)
     space = embeddings.position_embeddings.data  # (1, 1 + h w, D)
     grid = resize_grid(space[:, 1:].unflatten(1, (1, old_side, old_side)), (1, side, side))
     embeddings.position_embeddings = nn.Parameter(torch.cat([space[:, :1], grid.flatten(1, 3)], dim=1))
     time = embeddings.time_embeddings.data[:, :, None, None]  # (1, t, 1, 1, D)
     embeddings.time_embeddings = nn.Parameter(resize_grid(time, (times, 1, 1)).flatten(1, 3))
+    config.image_size = side_of(config.image_size)  # its layers divide it
 
 
 def fit_videomae(embeddings: nn.Module, config: Any, times: int, side: int) -> None:
     """VideoMAE has one table for all tokens."""
-    shape = (config.num_frames // config.tubelet_size, patch_side(config), patch_side(config))
-    table = embeddings.position_embeddings.unflatten(1, shape)  # (1, t, h, w, D)
+    old_times, old_side = grid_shape(config)
+    table = embeddings.position_embeddings.unflatten(1, (old_times, old_side, old_side))  # (1, t, h, w, D)
     embeddings.position_embeddings = resize_grid(table, (times, side, side)).flatten(1, 3)
 
 
@@ -123,7 +138,7 @@ FAMILIES = {
 
 def token_grid(tokens: torch.Tensor, config: Any) -> torch.Tensor:
     """Brings the patch tokens of any family into one order, without the CLS token: (B, N, D) -> (B, t, h, w, D)."""
-    family, side = FAMILIES[config.model_type], patch_side(config)
+    family, (_, side) = FAMILIES[config.model_type], grid_shape(config)
     patches = tokens[:, int(family.has_cls) :]
     if family.token_order == "hwt":
         return patches.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2, 4)
@@ -172,7 +187,7 @@ class VisionEncoder(nn.Module):
     @property
     def num_times(self) -> int:
         """Time steps of the tokens: one per tubelet, that is, frames / tubelet size."""
-        return self.config.num_frames // getattr(self.config, "tubelet_size", 1)
+        return grid_shape(self.config)[0]
 
     def tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """uint8 (B, T, C, H, W) -> all tokens of the backbone (B, N', D), without gradients if it is frozen."""
@@ -301,7 +316,7 @@ class Collator:
 
 def check_grid(vision: VisionEncoder, grid: int) -> None:
     """Raises UserError if a time step has fewer patches than the tokens that it is pooled to."""
-    side = patch_side(vision.config)
+    _, side = grid_shape(vision.config)
     if grid > side:
         raise UserError(f"--token_grid {grid}: this backbone has {side} x {side} patches at this size")
 

@@ -110,7 +110,8 @@ def export_classifier(
     # two random clips, and a video to be read from a file
     vision = model.vision_encoder
     check_position_table(model)
-    size = (2, vision.config.num_frames, 3, vision.config.image_size, vision.config.image_size)
+    side = vision.preprocessing.image_size
+    size = (2, vision.config.num_frames, 3, side, side)
     clips = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     video = draw_video(folder / "video.mp4", vision.config.num_frames)
     reader = open_video(video)

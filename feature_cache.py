@@ -3,7 +3,7 @@
     <cache_dir>/<key>/<number>.safetensors     a shard: features (n, 1 + N, D) fp16 and ids (n, 16) of n videos
                       about.json               what the key stands for
 
-The key is a hash of the backbone's fingerprint, its preprocessing, how frames are sampled, and token_grid. The id of a
+The key is a hash of the backbone's fingerprint, its preprocessing, the sampled frames, and token_grid. The id of a
 video is the digest of its content. So moved or copied videos still hit the cache, and a changed video or another
 backbone never does. Shards are written atomically, so a killed extraction resumes after its last shard. Each contains a
 digest of its ids and features, which is checked before a run uses them. Files are only added: several runs may write at
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from build_model import VideoModel, VisionEncoder
 from config import Config, options_with
 from script import UserError, make_folder, printable, remove_leftovers, replace_file
+from transforms import sample_indices
 from VLoader import ClipDataset, EpochBatches, Sample, Splits, build_loader
 
 SHARD = 256  # videos per file
@@ -204,7 +205,9 @@ def open_store(model: VideoModel, config: Config) -> FeatureStore:
         "backbone": model.sources["vision"].path,
         "fingerprint": model.sources["vision"].fingerprint,
         "preprocessing": asdict(model.vision_encoder.preprocessing),
-        "format": 1,  # raise it when the same options give other features, for example other frames
+        # not only the options of the sampling but what it takes, from a short and a long video
+        "frames": [sample_indices(n, config.num_frames, config.frame_stride).tolist() for n in (10, 1000)],
+        "format": 1,  # raise it when the same frames and options give other features
     } | {name: getattr(config, name) for name in options_with("in_feature_key")}
     # leave out the path: the same weights may be stored elsewhere
     hashed = {name: value for name, value in description.items() if name != "backbone"}

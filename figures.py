@@ -37,8 +37,9 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
 
     # a captioner has no accuracy while it trains: captions are generated at the end only
     plt = pyplot()
-    epochs = [row["epoch"] for row in log]
-    best = [row for row in log if row["best"]][-1]
+    steps = max(1, log[-1]["step"]) / log[-1]["epoch"]  # per epoch
+    epochs = [row["step"] / steps for row in log]
+    best = [epoch for epoch, row in zip(epochs, log, strict=True) if row["best"]][-1]
     panels = ["loss", "accuracy"] if "val_accuracy" in log[0] else ["loss"]
 
     # train and val in one panel show where they diverge: overfitting
@@ -47,7 +48,7 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
         for split, style in (("train", "--"), ("val", "-")):
             if f"{split}_{name}" in log[0]:
                 axis.plot(epochs, [row[f"{split}_{name}"] for row in log], style, marker="o", ms=3, label=split)
-        axis.axvline(best["epoch"], color="0.7", lw=1, zorder=0, label="best on val (kept)")
+        axis.axvline(best, color="0.7", lw=1, zorder=0, label="best on val (kept)")
         axis.set(xlabel="epoch", ylabel="loss (nats)" if name == "loss" else "accuracy")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if name == "accuracy":

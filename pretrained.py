@@ -124,7 +124,8 @@ def check_sizes(source: Source, hf_config: Any) -> None:
     layers, width = size("num_hidden_layers"), size("hidden_size")
     attention = max(width, size("num_attention_heads") * size("head_dim"))
     layer = 4 * width * attention + 2 * width * (size("intermediate_size") or 4 * width)
-    tokens = size("num_frames") * (size("image_size") // max(1, size("patch_size"))) ** 2
+    patch = max(1, size("patch_size") or size("tubelet_size"))  # ViViT's tubelet_size has the sides of a patch too
+    tokens = size("num_frames") * (size("image_size") // patch) ** 2
     rows = size("vocab_size") + size("max_position_embeddings") + size("type_vocab_size") + tokens
     parameters = layers * layer + rows * width
     if layers > MOST_LAYERS or tokens > MOST_TOKENS or parameters > MOST_PARAMETERS:

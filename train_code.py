@@ -190,7 +190,7 @@ class Progress:
     seconds: float = 0.0  # training time of this epoch
     best: tuple[float, ...] | None = None  # rank of the best epoch
     skipped: list[str] = field(default_factory=list)  # errors of the videos skipped so far
-    log: list[dict[str, Any]] = field(default_factory=list)  # one row per finished epoch
+    log: list[dict[str, Any]] = field(default_factory=list)  # one row per evaluation on val
 
     def next_epoch(self) -> None:
         """Starts the sums of a new epoch."""
@@ -232,11 +232,12 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> No
             if accumulate_gradients(model, group, loader, engine):
                 optimizer_step(model, engine)
 
-            # bookkeeping; after_step may stop here, so everything must be up to date
+            # bookkeeping; after_step may stop here, so everything must be up to date; its own time is not training time
             progress.groups += 1
-            progress.seconds, clock = progress.seconds + time.perf_counter() - clock, time.perf_counter()
+            progress.seconds += time.perf_counter() - clock
             bar.set_postfix(loss=f"{progress.loss / max(1, progress.count):.3f}", refresh=False)
             engine.after_step()
+            clock = time.perf_counter()
 
 
 def groups_of(loader: DataLoader, size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -343,27 +344,38 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
 # -- evaluation -------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model: VideoModel) -> Generator[None]:
+    """Inside, the model is in eval() and without gradients. Then its mode is what it was, so that training can go on."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str = "val") -> dict[str, Any]:
     """The mean loss over all targets and the number of clips. For classifiers also accuracy and, for every clip,
     `truth` (n,), the most likely classes `ranked` (n, min(5, K)) and their `probabilities`, best first."""
     # this process scores its part of every batch; the loss is summed, since a mean of means would weight small batches
-    model.eval()
     total, count = 0.0, 0
     rows: list[tuple] = []  # index; for classifiers also true class, most likely classes, their probabilities
-    for batch in tqdm(loader, desc=desc, leave=False, unit="batch"):
-        if batch is None:  # nothing for this process in a small last batch
-            continue
-        batch = to_device(batch, accelerator.device)
-        with accelerator.autocast():
-            loss, logits, targets = loss_sum(model, batch)
-        total += loss.item()
-        count += int((targets != -100).sum())
-        columns = [batch["index"].tolist()]
-        if targets.ndim == 1:
-            best = logits.softmax(-1).topk(min(5, logits.shape[-1]))
-            columns += [targets.tolist(), best.indices.tolist(), best.values.tolist()]
-        rows += zip(*columns, strict=True)
+    with evaluating(model):
+        for batch in tqdm(loader, desc=desc, leave=False, unit="batch"):
+            if batch is None:  # nothing for this process in a small last batch
+                continue
+            batch = to_device(batch, accelerator.device)
+            with accelerator.autocast():
+                loss, logits, targets = loss_sum(model, batch)
+            total += loss.item()
+            count += int((targets != -100).sum())
+            columns = [batch["index"].tolist()]
+            if targets.ndim == 1:
+                best = logits.softmax(-1).topk(min(5, logits.shape[-1]))
+                columns += [targets.tolist(), best.indices.tolist(), best.values.tolist()]
+            rows += zip(*columns, strict=True)
 
     # every clip must have been scored exactly once, by whichever process
     total, count = summed(accelerator, total, count)
@@ -378,18 +390,17 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
     return result
 
 
-@torch.no_grad()
 def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config: Config) -> list[str]:
     """The generated captions of all samples, in the order of the samples."""
-    model.eval()
     captions: dict[int, str] = {}
-    for batch in tqdm(loader, desc="captions", leave=False, unit="batch"):
-        if batch is None:
-            continue
-        batch = to_device(batch, accelerator.device)
-        with accelerator.autocast():
-            texts = model.generate(batch["video"], config)
-        captions |= dict(zip(batch["index"].tolist(), texts, strict=True))
+    with evaluating(model):
+        for batch in tqdm(loader, desc="captions", leave=False, unit="batch"):
+            if batch is None:
+                continue
+            batch = to_device(batch, accelerator.device)
+            with accelerator.autocast():
+                texts = model.generate(batch["video"], config)
+            captions |= dict(zip(batch["index"].tolist(), texts, strict=True))
     captions = dict(gathered(accelerator, list(captions.items())))
     return [captions[i] for i in range(len(loader.dataset))]
 
@@ -563,7 +574,7 @@ def train(
         "seconds": round(time.perf_counter() - started, 1),
         "peak_mb": peak_memory(accelerator),
         "device": device_name(accelerator),
-        "seconds_per_epoch": round(sum(row["seconds"] for row in log) / len(log), 2),
+        "seconds_per_epoch": round(sum({row["epoch"]: row["seconds"] for row in log}.values()) / log[-1]["epoch"], 2),
         "log": log,
     }
 
@@ -580,7 +591,10 @@ def build_engine(model: VideoModel, loader: DataLoader, config: Config, accelera
 def evaluate_and_log(
     model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config, run_dir: Path
 ) -> None:
-    """Evaluates on val, saves the weights if they are the best so far, and writes a row of the log."""
+    """Evaluates on val, saves the weights if they are the best so far, and writes a row of the log.
+
+    It may be called after any step. The row then is about the current epoch so far.
+    """
     progress = engine.progress
     val = evaluate(model, loaders["val"], engine.accelerator)
     train_loss = progress.loss / progress.count
@@ -593,7 +607,8 @@ def evaluate_and_log(
     row["best"] = progress.best is None or rank > tuple(progress.best)
     row["skipped"] = len(all_skipped(loaders["train"], engine.accelerator))
     row["seconds"] = round(progress.seconds, 2)
-    row["clips_per_second"] = round(len(loaders["train"].dataset) / progress.seconds, 1)
+    clips = min(progress.groups * engine.accumulate * config.batch_size, len(loaders["train"].dataset))
+    row["clips_per_second"] = round(clips / progress.seconds, 1)
 
     # only the best weights are kept, so the file on disk is always the one to score
     if row["best"]:
@@ -618,7 +633,8 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
 
 def out_of_patience(log: list[dict[str, Any]], patience: int) -> bool:
     """Whether the last `patience` epochs brought no improvement on val. Never with patience 0."""
-    return 0 < patience < len(log) and not any(row["best"] for row in log[-patience:])
+    best = max((row["epoch"] for row in log if row["best"]), default=math.inf)
+    return 0 < patience <= max((row["epoch"] for row in log), default=0) - best
 
 
 def all_skipped(loader: DataLoader, accelerator: Any) -> list[str]:
@@ -645,8 +661,11 @@ def resumed_progress(model: VideoModel, engine: Engine, epochs: int, run_dir: Pa
         fits = values.keys() == asdict(progress).keys()
         counts = (progress.epoch, progress.step, progress.groups, progress.count, progress.right)
         fits = fits and progress.epoch <= epochs and progress.step <= engine.total_steps and min(counts) >= 0
-        fits = fits and progress.groups * epochs <= engine.total_steps and len(progress.log) == progress.epoch
-    except TypeError:
+        fits = fits and progress.groups * epochs <= engine.total_steps
+        # val was evaluated in every finished epoch, perhaps more than once, and perhaps in the current one
+        evaluated = {row["epoch"] for row in progress.log} - {progress.epoch + 1}
+        fits = fits and evaluated == {*range(1, progress.epoch + 1)}
+    except (TypeError, KeyError):
         fits = False
     if not fits:
         raise UserError(f"{run_dir / STATE} does not hold a state of this run")
@@ -654,7 +673,7 @@ def resumed_progress(model: VideoModel, engine: Engine, epochs: int, run_dir: Pa
 
 
 def tensorboard_row(row: dict[str, Any], folder: Path) -> None:
-    """Writes the numbers of a finished epoch for TensorBoard, over optimizer steps."""
+    """Writes the numbers of an evaluation for TensorBoard, over optimizer steps."""
     # not SummaryWriter: it writes in a thread, which would print a traceback when the disk is full
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
@@ -663,7 +682,7 @@ def tensorboard_row(row: dict[str, Any], folder: Path) -> None:
     make_folder(folder)
     names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "clips_per_second")
     try:
-        events = EventsWriter(str(folder / "events"), f".epoch{row['epoch']}")
+        events = EventsWriter(str(folder / "events"), f".step{row['step']}")
         for name in (n for n in names if n in row):
             events.write_event(Event(summary=scalar(name, row[name]), step=row["step"], wall_time=time.time()))
         events.close()

@@ -99,6 +99,10 @@ class Preprocessing:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         if values.get("do_normalize", True):
             mean, std = _channels(values, "image_mean"), _channels(values, "image_std")
+        if values.get("offset"):  # ViViT subtracts 1 before the mean
+            if not values.get("do_rescale", True):
+                raise ValueError("offset needs do_rescale")
+            mean = tuple(m + 1.0 for m in mean)
         if min(std) <= 0:
             raise ValueError(f"image_std must be above 0, not {std}")
         return cls(image_size, resize, INTERPOLATION[code], float(rescale), mean, std)

@@ -194,6 +194,7 @@ PREPROCESSOR_FIELDS = [
     "image_std",
     "do_normalize",
     "do_rescale",
+    "offset",
 ]
 ODD = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),

@@ -174,6 +174,18 @@ def test_another_backbone_has_another_store(parts):
     assert open_store(model, replace(config, token_grid=1)).folder != store.folder
 
 
+@pytest.mark.parametrize("length", [8, 100])
+def test_other_sampled_frames_have_another_store(parts, monkeypatch, length):
+    """A change of the sampling itself, even if it concerns only short or only long videos."""
+    store, model, _, config, _ = parts
+    assert open_store(model, config).folder == store.folder
+    original = feature_cache.sample_indices
+    monkeypatch.setattr(
+        feature_cache, "sample_indices", lambda n, *args: original(n, *args) // (1 + ((n < 50) == (length < 50)))
+    )
+    assert open_store(model, config).folder != store.folder
+
+
 def test_damaged_and_unfinished_shards_are_ignored(parts):
     store, model, splits, config, accelerator = parts
     compute_missing(store, model, splits, config, accelerator)

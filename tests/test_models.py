@@ -18,7 +18,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import dummy_data
 import inference
 import main
-from build_model import adapters, build_model, fit_embeddings, fused_attention, load_vision, token_grid, trained_tensors
+from build_model import FAMILIES as FAMILIES_TABLE
+from build_model import (
+    Family,
+    adapters,
+    build_model,
+    fit_embeddings,
+    fused_attention,
+    grid_shape,
+    load_vision,
+    patch_shape,
+    resize_grid,
+    token_grid,
+    trained_tensors,
+)
 from config import ROOT, Config, check_options, default_rates
 from pretrained import Source, locate
 from runs import rates_line
@@ -144,6 +157,68 @@ def test_any_length_and_size_equals_a_native_model(tmp_path, family, num_frames,
     with torch.no_grad():
         expected = native.base_model(vision.preprocessing.normalise(pixel_values)).last_hidden_state
         assert torch.allclose(vision.tokens(pixel_values), expected, atol=1e-6)
+
+
+def vivit_family() -> Family:
+    """What CONTRIBUTING.md asks of someone who adds a family: a row, and a function that fits the embeddings."""
+
+    def fit_vivit(embeddings, config, times, side):
+        old_times, old_side = grid_shape(config)
+        table = embeddings.position_embeddings.data  # (1, 1 + t h w, D)
+        grid = resize_grid(table[:, 1:].unflatten(1, (old_times, old_side, old_side)), (times, side, side))
+        embeddings.position_embeddings = nn.Parameter(torch.cat([table[:, :1], grid.flatten(1, 3)], dim=1))
+
+    return Family(has_cls=True, token_order="thw", fit=fit_vivit)
+
+
+@pytest.mark.parametrize("num_frames, image_size", [("auto", "auto"), (8, 48), (2, 16)])
+def test_a_family_with_a_list_for_its_tubelet_needs_only_a_row_and_a_function(
+    tmp_path, monkeypatch, num_frames, image_size
+):
+    """ViViT has no patch_size, a pair as image_size, and pixels from -1 to 1."""
+    from transformers import AutoModelForVideoClassification, VivitConfig, VivitImageProcessor
+
+    def native(frames: int, side: int):
+        config = VivitConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            num_frames=frames,
+            image_size=[side, side],
+            tubelet_size=[2, 8, 8],
+        )
+        model = AutoModelForVideoClassification.from_config(config).eval()
+        nn.init.normal_(model.base_model.embeddings.position_embeddings, std=0.5)
+        return model
+
+    monkeypatch.setitem(FAMILIES_TABLE, "vivit", vivit_family())
+    small = native(4, 32)
+    small.save_pretrained(tmp_path)
+    processor = VivitImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    config = Config(num_frames=num_frames, image_size=image_size)
+    vision = load_vision(Source(str(tmp_path)), config).eval()
+    frames, side = (4, 32) if num_frames == "auto" else (num_frames, image_size)
+
+    # its tokens and their order are those of a native model of that size
+    same = native(frames, side)
+    same.base_model.load_state_dict(vision.backbone.state_dict())
+    assert vision.config.image_size == same.config.image_size and patch_shape(vision.config) == (2, 8)
+    pixel_values = clips(2, frames, side)
+    with torch.no_grad():
+        expected = same.base_model(vision.preprocessing.normalise(pixel_values)).last_hidden_state
+        assert torch.allclose(vision.tokens(pixel_values), expected, atol=1e-6)
+    assert token_grid(expected, vision.config).shape == (2, frames // 2, side // 8, side // 8, 32)
+    assert torch.equal(token_grid(expected, vision.config)[:, 0, 0, 1], expected[:, 2])
+    assert vision.num_tokens(2) == 1 + 4 * frames // 2
+
+    # at its own size it is the published classifier, pixels and all
+    if num_frames == "auto":
+        clip = [*pixel_values[0].numpy()]
+        inputs = processor(clip, return_tensors="pt", do_resize=False, input_data_format="channels_first")
+        with torch.no_grad():
+            assert torch.allclose(small(**inputs).logits, small.classifier(vision(pixel_values[:1])), atol=1e-5)
 
 
 def test_fused_attention_equals_transformers_own(tmp_path):

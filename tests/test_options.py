@@ -137,7 +137,10 @@ def test_which_caption_is_drawn_is_known_before_the_video_is_read(tmp_path):
     ],
 )
 def test_patience_counts_epochs_since_the_best(best, patience, stop):
-    assert out_of_patience([{"best": b == "T"} for b in best], patience) is stop
+    log = [{"epoch": epoch, "best": b == "T"} for epoch, b in enumerate(best, start=1)]
+    assert out_of_patience(log, patience) is stop
+    twice = [row | {"best": row["best"] and whole} for row in log for whole in (False, True)]
+    assert out_of_patience(twice, patience) is stop  # with another evaluation in the middle of every epoch
 
 
 def test_patience_ends_a_run_early_and_keeps_its_best(dataset, tmp_path, capsys):

@@ -97,6 +97,39 @@ def test_resumed_equals_uninterrupted(dataset, tmp_path, monkeypatch, job, worke
     assert not (tmp_path / "stopped" / "r" / "state").exists()
 
 
+def test_a_run_may_be_evaluated_within_epochs_too(dataset, tmp_path, monkeypatch):
+    """An evaluation after every second step, 3 steps in an epoch: training goes on as before it, and can be resumed."""
+    train, train_one_epoch = train_code.train, train_code.train_one_epoch
+
+    def train_with_more(model, loaders, config, accelerator, run_dir):
+        def after_step(engine, save) -> None:
+            if engine.progress.step % 2 == 0:
+                train_code.evaluate_and_log(model, loaders, engine, config, run_dir)
+                assert model.training
+            save()
+
+        def epoch(model, loader, engine) -> None:
+            save = engine.after_step
+            engine.after_step = lambda: after_step(engine, save)
+            train_one_epoch(model, loader, engine)
+            engine.after_step = save
+
+        monkeypatch.setattr(train_code, "train_one_epoch", epoch)
+        return train(model, loaders, config, accelerator, run_dir)
+
+    monkeypatch.setattr(train_code, "train", train_with_more)
+    more = [*JOBS["classifier"], "--num_workers", "0", "--save_every", "1", "--epochs", "2"]
+    assert main.main(flags(dataset, tmp_path / "whole", *more)) == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, 4)
+        main.main(flags(dataset, tmp_path / "stopped", *more))
+    assert main.main([*flags(dataset, tmp_path / "stopped", *more), "--resume", "True"]) == 0
+    assert_same(tmp_path / "whole" / "r", tmp_path / "stopped" / "r")
+    log, _, metrics = outcome(tmp_path / "whole" / "r")
+    assert [(row["epoch"], row["step"]) for row in log] == [(1, 2), (1, 3), (2, 4), (2, 6), (2, 6)]
+    assert metrics["best_epoch"] == [row["epoch"] for row in log if row["best"]][-1]
+
+
 def test_resuming_keeps_count_of_skipped_videos_and_of_empty_batches(dataset, tmp_path, monkeypatch):
     """Batches of one video, two of which are unreadable in training, so whole batches are skipped."""
     import VLoader

@@ -70,6 +70,23 @@ def test_pixels_equal_the_image_processor(fields, shape):
     assert (found - expected).abs().mean() < 0.3 * step
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"offset": False, "rescale_factor": 1 / 255}, {"do_normalize": False}, {"image_mean": [0.1, 0.2, 0.3]}],
+)
+def test_offset_means_what_it_means_to_vivit(fields):
+    """By default VivitImageProcessor maps the greys 0 to 255 to -1 to 1, then subtracts the mean."""
+    from transformers import VivitImageProcessor
+
+    processor = VivitImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, **fields)
+    clip = torch.arange(256, dtype=torch.uint8).repeat(27).view(1, 3, 48, 48)
+    expected = torch.from_numpy(np.stack(processor([list(clip.numpy())])["pixel_values"][0]))
+    ours = Preprocessing.from_dict(processor.to_dict(), 48)
+    assert torch.allclose(ours.normalise(ours.pixels(clip)[None])[0], expected, atol=1e-6)
+    with pytest.raises(ValueError, match="offset needs do_rescale"):
+        Preprocessing.from_dict(processor.to_dict() | {"offset": True, "do_rescale": False}, 48)
+
+
 def test_image_size_scales_resize_and_crop():
     fields = {
         "size": {"shortest_edge": 256},
