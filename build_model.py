@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import Config, head_of, training_mode
+from config import Config, fill_auto, training_mode
 from heads import AttentiveHead, TextQuery
 from pretrained import Source, fingerprint, load_backbone, load_language, load_preprocessor, locate, read_config, takes
 from script import UserError, collector_off
@@ -193,6 +193,11 @@ class VisionEncoder(nn.Module):
         """uint8 (B, T, C, H, W) -> all tokens of the backbone (B, N', D), without gradients if it is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.backbone(self.preprocessing.normalise(pixel_values)).last_hidden_state
+
+    def fill_auto(self, config: Config) -> Config:
+        """The options with every `auto` that depends on the model filled in."""
+        _, side = grid_shape(self.config)
+        return fill_auto(config, self.config.num_frames, self.preprocessing.image_size, side)
 
     def num_tokens(self, grid: int) -> int:
         """The number of tokens that encode_video returns: num_times * grid^2, and 1 for CLS."""
@@ -769,7 +774,8 @@ def build_model(config: Config, num_classes: int, sources: dict[str, Source] | N
 
     # sources -> pretrained backbones -> model with new layers
     vision_encoder = load_vision(sources["vision"], config)
-    attentive = head_of(config) == "attentive"
+    config = vision_encoder.fill_auto(config)
+    attentive = config.head == "attentive"
     if config.use_vlm:
         language_classifier = AttentiveLanguageClassifier if attentive else VisionLanguageClassifier
         parts = (vision_encoder, *load_language(sources["language"], config.captioning), config)

@@ -187,9 +187,9 @@ class Config:
     weights: str = option("tiny", one_of("tiny", "hub"), "model", ALL, names_run=True)
     """weights that the short names load: tiny (in backbones/, for the synthetic dataset only) or hub (published; use
     these for real videos)"""
-    token_grid: int = option(2, number(int, 1, 32), "model", TRAIN, in_feature_key=True)
+    token_grid: int | str = option("auto", auto_or(number(int, 1, 32)), "model", TRAIN, in_feature_key=True)
     """pool the video tokens of each time step to N x N for the language model or the attentive head; a larger N keeps
-    finer detail and takes more memory"""
+    finer detail and takes more memory. auto: 4 for the attentive head, else 2"""
     max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN)
     """longest text or caption in tokens; longer ones are truncated and counted. The language model's own maximum also
     applies"""
@@ -198,7 +198,7 @@ class Config:
     )
     """linear: one layer on the pooled token, or on [CLS] of the language model. attentive: a query, learned or made
     from the text, attends to each time step, and a small transformer reads the results in order. It learns order and
-    really uses the text. auto: linear"""
+    really uses the text. auto: attentive with --use_text True, else linear"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
     """dropout before the new head and in the projector; raise it if val falls behind train"""
 
@@ -597,16 +597,20 @@ def default_rates(config: Config) -> tuple[float, dict[str, float]]:
 
 def head_of(config: Config) -> str:
     """The head of a classifier, "linear" or "attentive"; decides what `auto` means."""
-    return "linear" if config.head == "auto" else config.head
+    if config.head != "auto":
+        return config.head
+    return "attentive" if config.use_text and not config.captioning else "linear"
 
 
-def fill_auto(config: Config, num_frames: int, image_size: int, batch_size: int = 16) -> Config:
-    """Replaces every `auto` that depends on the model. num_frames and image_size are those of the backbone.
+def fill_auto(config: Config, num_frames: int, image_size: int, side: int, batch_size: int = 16) -> Config:
+    """Replaces every `auto` that depends on the model. The backbone reads num_frames frames of image_size x image_size
+    pixels, in side x side patches.
 
     Options that depend on the machine stay `auto`: device, mixed_precision, cache_features, cache_dir.
     """
     values = {"num_frames": num_frames, "image_size": image_size, "batch_size": batch_size}
     values["learning_rate"] = default_rates(config)[0]
+    values["token_grid"] = min(side, 4 if head_of(config) == "attentive" else 2)
     if not config.captioning:
         values["head"] = head_of(config)
     return replace(config, **{name: value for name, value in values.items() if getattr(config, name) == "auto"})
@@ -637,7 +641,7 @@ def default_run_name(config: Config) -> str:
             parts.append("caption")
         elif config.use_text:
             parts.append("text")
-    if head_of(config) == "attentive":
+    if config.head == "attentive" and not config.use_text:
         parts.append("attentive")
     parts += [FIELDS[name].metadata["mark"] for name in options_with("mark") if getattr(config, name)]
     if config.weights == "hub" and (config.vision_model in BACKBONES or config.language_model in BACKBONES):

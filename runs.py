@@ -13,7 +13,7 @@ import figures
 import train_code
 from build_model import VideoModel, build_model, parameter_table
 from checkpoint import check_same, claimed_run, clear_run, finish_run, git_commit, run_metadata, write_run_files
-from config import BACKBONES, Config, as_flags, default_rates, fill_auto, training_mode
+from config import BACKBONES, Config, as_flags, default_rates, training_mode
 from controls import control_line, control_scores, occlusion_maps
 from scan import prepare_data
 from script import UserError, is_main, printable, read_rows
@@ -80,8 +80,7 @@ def prepare(config: Config, folder: Path) -> Run:
     model = build_model(config, len(splits.class_names))
 
     # the backbone's own frames and size are known only now
-    vision = model.vision_encoder
-    config = fill_auto(config, vision.config.num_frames, vision.preprocessing.image_size)
+    config = model.vision_encoder.fill_auto(config)
     return Run(config, model, splits, read_display_names(data_dir, splits.class_names), accelerator, folder)
 
 

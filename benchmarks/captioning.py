@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import alternate
 from build_model import VideoModel, build_model
-from config import fill_auto, parse
+from config import parse
 from feature_cache import compute_missing, open_store, read_features
 from script import UserError
 from train_code import (
@@ -87,7 +87,7 @@ def compare(argv: list[str], cache: str) -> None:
     accelerator = build_accelerator(config)
     torch.manual_seed(0)
     model = build_model(config, len(splits.class_names)).to(accelerator.device)
-    config = fill_auto(config, model.vision_encoder.config.num_frames, model.vision_encoder.preprocessing.image_size)
+    config = model.vision_encoder.fill_auto(config)
 
     # fill the feature cache before timing: the warm cache is what every epoch but the first reads
     store = open_store(model, config)

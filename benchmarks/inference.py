@@ -22,7 +22,7 @@ import torch
 from benchmarks import alternate
 from build_model import VideoModel
 from checkpoint import PROVIDED, load_run
-from config import ROOT, Config, fill_auto
+from config import ROOT, Config
 from inference import Predictor
 from script import UserError
 from train_code import build_loaders
@@ -113,7 +113,7 @@ def main() -> None:
 
     # four batches in memory, so that decoding is not part of the measurement
     model, config, metadata = load_run(args.captioner)
-    config = fill_auto(config, config.num_frames, config.image_size)  # load_run leaves the batch size to its caller
+    config = model.vision_encoder.fill_auto(config)  # load_run leaves the batch size to its caller
     loader = build_loaders(model, config, splits)["test"]
     batches = [batch["video"] for batch in loader if batch is not None][:4]
     loader.close()

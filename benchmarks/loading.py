@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import alternate
 from build_model import build_model
-from config import fill_auto, parse
+from config import parse
 from script import UserError
 from train_code import build_accelerator, build_loaders, build_optimizer, loss_sum
 from VLoader import read_splits
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     # the setup of a training run; one loader per number of workers
     splits = read_splits(Path(config.data_dir))
     model = build_model(config, len(splits.class_names))
-    config = fill_auto(config, model.vision_encoder.config.num_frames, model.vision_encoder.preprocessing.image_size)
+    config = model.vision_encoder.fill_auto(config)
     accelerator = build_accelerator(config)
     model.to(accelerator.device)
     optimizer = build_optimizer(model, config)

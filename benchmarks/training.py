@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 
-from config import fill_auto
 from feature_cache import compute_missing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +62,7 @@ def run_vidtune(row: str, args: argparse.Namespace) -> dict[str, float]:
     accelerator = build_accelerator(config)
     torch.manual_seed(0)
     model = build_model(config, len(splits.class_names)).to(accelerator.device)
-    config = fill_auto(config, model.vision_encoder.config.num_frames, model.vision_encoder.preprocessing.image_size)
+    config = model.vision_encoder.fill_auto(config)
 
     # the clock includes feature extraction, which is most of a cold run and nothing of a warm one
     start, features = time.perf_counter(), None

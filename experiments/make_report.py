@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from config import ROOT, Config, as_flags, fill_auto, read_yaml, run_name, write_yaml
+from config import ROOT, Config, as_flags, read_yaml, run_name, write_yaml
 from dummy_data import LEXICON
 from metrics import Summary, attribute_summary, attributes_in, bounds, caption_summary, label_rows_summary, resampled
 from script import UserError, make_folder, replace_file, script
@@ -560,7 +560,7 @@ def rescored(run_dir: Path, data_dir: Path) -> dict[str, float]:
 
     # test only: nothing is trained or selected here
     model, config, _ = load_run(run_dir, Config(num_workers=0))
-    config = fill_auto(config, config.num_frames, config.image_size)  # load_run leaves the batch size to its caller
+    config = model.vision_encoder.fill_auto(config)  # load_run leaves the batch size to its caller
     splits = replace(read_splits(data_dir), train=[], val=[])
     accelerator = train_code.build_accelerator(config)
     loader = train_code.build_loaders(model, config, splits)["test"]
@@ -580,7 +580,7 @@ def control_table(run_dir: Path, data_dir: Path, runs: Path) -> dict[str, Any]:
     from VLoader import read_splits
 
     model, config, _ = load_run(run_dir, Config(num_workers=0, output_dir=str(runs)))
-    config = fill_auto(config, config.num_frames, config.image_size)
+    config = model.vision_encoder.fill_auto(config)
     return control_scores(model, read_splits(data_dir), config, train_code.build_accelerator(config))
 
 

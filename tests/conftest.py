@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, settings
 
 import controls
 import dummy_data
-from config import fill_auto
 from readers import open_video
 from transforms import sample_indices
 
@@ -73,5 +72,4 @@ def counting_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray
 
 def resolved(config, model):
     """The options with every `auto` filled in, as a run does it."""
-    vision = model.vision_encoder
-    return fill_auto(config, vision.config.num_frames, vision.preprocessing.image_size)
+    return model.vision_encoder.fill_auto(config)

@@ -130,7 +130,7 @@ def test_the_nearest_neighbour_is_the_nearest(runs, dataset, tmp_path, job):
 def test_a_neighbour_that_cannot_be_read_is_named_or_left_out(dataset, tmp_path):
     """Training reads other frames of a video than the neighbours do, so it may have missed the damaged one."""
     config = Config(data_dir=str(dataset), cache_dir=str(tmp_path), num_workers=0)
-    config = fill_auto(config, num_frames=8, image_size=64)
+    config = fill_auto(config, num_frames=8, image_size=64, side=4)
     splits = read_splits(dataset)
     whole = controls.nearest_neighbours(splits, splits.test, config, build_accelerator(config))
     junk = tmp_path / "junk.pt"

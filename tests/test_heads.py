@@ -82,7 +82,7 @@ def test_with_texts_equals_a_slow_reference():
     batch, tok = batch_of(model), model.tokenizer
     with torch.no_grad():
         logits = model(batch["video"], batch["input_ids"], batch["attention_mask"])
-        tokens = model.vision_encoder.encode_video(batch["video"], 2)
+        tokens = model.vision_encoder.encode_video(batch["video"], model.grid)
         for item, clip, row in zip(items_of(), tokens, logits, strict=True):
             ids = [tok.cls_token_id, *tok(item["text"], add_special_tokens=False)["input_ids"], tok.sep_token_id]
             ids = torch.tensor(ids)

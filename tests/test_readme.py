@@ -19,6 +19,7 @@ import convert_dataset
 import create_dummy
 import doctor
 import dummy_data
+import dummy_text_data
 import inference
 import main
 import metrics
@@ -37,6 +38,7 @@ SCRIPTS = {
     "preview.py": preview.main,
     "metrics.py": metrics.main,
     "dummy_data.py": dummy_data.main,
+    "dummy_text_data.py": dummy_text_data.main,
     "create_dummy.py": create_dummy.main,
     "convert_dataset.py": convert_dataset.main,
 }
@@ -207,6 +209,11 @@ def make_other_formats() -> None:
     Path("chat_train.json").write_text(json.dumps([{"messages": messages, "videos": ["a.mp4"]}]))
 
 
+def make_texts() -> None:
+    counts = ["--videos_per_class", "4", "--val_per_class", "1", "--test_per_class", "2"]
+    assert run("dummy_text_data.py", "--classes", "3", *counts) == 0
+
+
 def make_caption_files() -> None:
     Path("captions.json").write_text(json.dumps({"1": ["a bar grows", "a growing bar"], "2": ["a bar shrinks"]}))
     for name in ("mine", "other"):
@@ -216,6 +223,7 @@ def make_caption_files() -> None:
 #: page and mark -> what makes the stand-in, and what the last command prints
 USES = {
     ("README.md", "class folders"): (make_class_folders, "of 6 right"),
+    ("README.md", "texts"): (make_texts, "with another object's text"),
     ("README.md", "csv"): (make_csv, "next: python main.py --data_dir my_data"),
     ("datasets.md", "csv"): (make_csv, "wrote predictions.jsonl"),
     ("datasets.md", "frames"): (make_frames, "8 videos in"),
@@ -251,7 +259,7 @@ def test_the_commands_of_a_block_work(use, workplace, capsys):
     make, words = USES[use]
     make()
     for script, *flags in commands(*use):
-        if script in ("dummy_data.py", "create_dummy.py"):  # see test_drawing_commands_run_as_they_stand
+        if script in ("dummy_data.py", "create_dummy.py", "dummy_text_data.py"):  # drawn before, and smaller
             continue
         flags = [name for flag in flags for name in (sorted(glob(flag)) if "*" in flag else [flag])]
         more = {
