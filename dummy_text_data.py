@@ -8,7 +8,7 @@ stands still. Half of the clips have one object, the others two of different col
 best guess in a clip with two objects is right 1 time in 2. Shape, size, colour, start, speed, background and noise are
 random and independent of the class. A text is never false; clips with one object lack it in 15 of 100 cases.
 
-Shapes: B videos, T frames, H W pixels. A video is RGB uint8 [T, C, H, W].
+Shapes: T frames, H W pixels. A video is RGB uint8 [T, C, H, W].
 """
 
 import argparse
@@ -196,35 +196,26 @@ def motion_of(path: np.ndarray) -> str | None:
 # -- pictures ---------------------------------------------------------------------------------------
 
 
-def draw_videos(clips: list[list[dict[str, Any]]], args: argparse.Namespace, rng: np.random.Generator) -> np.ndarray:
-    """Draws clips, each a list of one or two objects, the later one on top. Returns uint8 (B, T, C, H, W)."""
-    frames = draw_backgrounds(rng, len(clips), args.size)
-    for layer in (0, 1):
-        items = [clip[layer] if layer < len(clip) else None for clip in clips]
-        masks = np.zeros((len(clips), args.frames, args.size, args.size), np.float32)  # (B, T, H, W)
-        for shape in SHAPES:
-            rows = [i for i, item in enumerate(items) if item and item["shape"] == shape]
-            if rows:
-                positions = np.stack([trajectory(items[i], args.frames) for i in rows]) % 1 * args.size  # (n, T, 2)
-                radius = np.array([items[i]["radius"] for i in rows]) * args.size
-                masks[rows] = draw_masks(shape, positions, radius, args.size)
-        shades = np.array([COLOURS[item["colour"]] if item else (0, 0, 0) for item in items])
-        frames = paint(frames, masks, np.clip(shades + rng.uniform(-0.04, 0.04, shades.shape), 0, 1))
-    return to_uint8(frames, rng)
+def draw_video(items: list[dict[str, Any]], args: argparse.Namespace, rng: np.random.Generator) -> np.ndarray:
+    """Draws one or two objects, the later one on top. Returns uint8 [T, C, H, W]."""
+    frames = draw_backgrounds(rng, 1, args.size)
+    for item in items:
+        positions = trajectory(item, args.frames)[None] % 1 * args.size  # (1, T, 2)
+        masks = draw_masks(item["shape"], positions, np.array([item["radius"] * args.size]), args.size)
+        shade = COLOURS[item["colour"]] + rng.uniform(-0.04, 0.04, 3)
+        frames = paint(frames, masks, np.clip(shade, 0, 1)[None])  # (1, T, C, H, W)
+    return to_uint8(frames, rng)[0]
 
 
 def draw_rows(label: int, split: str, count: int, args: argparse.Namespace) -> Iterator[tuple[np.ndarray, dict]]:
     """Yields `count` videos of one class, uint8 [T, C, H, W], each with its row of metadata.jsonl."""
     rng = np.random.default_rng([args.seed, *split.encode(), label])
-    for start in range(0, count, 40):  # in chunks, because arrays of float32 hold the videos of each
-        clips = [draw_pair(label, i % 2 == 1, args, rng) for i in range(start, min(start + 40, count))]
-
-        # the named object is on top as often as the other
-        videos = draw_videos([clip[:: rng.choice((1, -1))] for clip in clips], args, rng)
-        for video, items in zip(videos, clips, strict=True):
-            attributes = [{name: item[name] for name in LEXICON} for item in items]
-            row = {"caption": write_captions(items, rng), **write_texts(items, rng)}
-            yield video, row | {"attributes": attributes, "objects": items}
+    for index in range(count):
+        items = draw_pair(label, index % 2 == 1, args, rng)
+        video = draw_video(items[:: rng.choice((1, -1))], args, rng)  # the named object is on top as often as below
+        attributes = [{name: item[name] for name in LEXICON} for item in items]
+        row = {"caption": write_captions(items, rng), **write_texts(items, rng)}
+        yield video, row | {"attributes": attributes, "objects": items}
 
 
 # -- ceilings ---------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_the_pixels_follow_the_path(motion):
     rng = np.random.default_rng(2)
     args = argparse.Namespace(classes=9, frames=16, size=64)
     item = draw_pair(MOTIONS.index(motion), False, args, rng)[0] | {"colour": "white", "size": "large", "radius": 0.18}
-    video = dummy_text_data.draw_videos([[item]], args, rng)[0]  # (T, C, H, W)
+    video = dummy_text_data.draw_video([item], args, rng)  # (T, C, H, W)
     bright = (video.min(1) > 180).astype(float)  # (T, H, W)
     wave = np.exp(2j * np.pi * (np.arange(64) + 0.5) / 64)
     seen = np.stack([np.angle(bright.sum(1) @ wave), np.angle(bright.sum(2) @ wave)], axis=1)  # (T, 2)
