@@ -41,8 +41,8 @@ from transforms import Preprocessing
 def patch_shape(config: Any) -> tuple[int, int]:
     """The size of the patch that becomes a token: (frames, pixels along each side).
 
-    The families say it differently: TimeSformer's patches have one frame and no tubelet_size, VideoMAE has both numbers,
-    and ViViT has one list [frames, height, width] and no patch_size.
+    The families say it differently: TimeSformer's patches have one frame and no tubelet_size, VideoMAE has two numbers,
+    and ViViT has one list, [frames, height, width], and no patch_size.
     """
     tubelet = getattr(config, "tubelet_size", 1)
     tubelet, *sides = [tubelet] if isinstance(tubelet, int) else tubelet

@@ -174,7 +174,7 @@ class Config:
     """All options of all scripts. None means "not set"."""
 
     vision_model: str = option("timesformer", path_value, "model", ALL, names_run=True)
-    """video backbone: timesformer, videomae, or a folder (from save_pretrained) or hub id of either family"""
+    """video backbone: timesformer, videomae, or a folder (from save_pretrained) or hub id of these families"""
     language_model: str | None = option(None, path_value, "model", ALL, names_run=True, needs_vlm=True)
     """language backbone for --use_vlm True: bert for classification, gpt2 for captioning, or a folder or hub id of a
     similar model"""

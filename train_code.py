@@ -346,7 +346,7 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
 
 @contextmanager
 def evaluating(model: VideoModel) -> Generator[None]:
-    """Inside, the model is in eval() and without gradients. Then its mode is what it was, so that training can go on."""
+    """Inside, the model is in eval() and without gradients. Then it is in its old mode, so that training can go on."""
     training = model.training
     model.eval()
     try:
