@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,19 @@ def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
         raise UserError(f"cannot load the {what} of {source.path} from the hub: {cause} -- {advice}") from None
 
 
+@cache
+def check_hub() -> None:
+    """Asks the hub once whether it can be reached, and uses only cached files if not. huggingface_hub itself would
+    retry every missing file for half a minute, with a warning each time."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # no network, no such host, a proxy that refuses, offline mode, ...
+        constants.HF_HUB_OFFLINE = True
+
+
 def find_file(source: Source, name: str) -> Path | None:
     """The path of a source's file. None if there is no such file, or the hub cannot be reached."""
     if source.local:
@@ -86,6 +100,8 @@ def read_config(source: Source) -> Any:
     """The configuration of a backbone. Raises UserError if the source is not a backbone, or too large to build."""
     from transformers import AutoConfig
 
+    if not source.local:
+        check_hub()
     check_files(source)
     hf_config = from_source(AutoConfig, source, "configuration (config.json)")
     check_sizes(source, hf_config)
