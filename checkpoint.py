@@ -485,6 +485,8 @@ def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path
 
 def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
     """A run's options and metadata. Raises UserError if the folder is not a run, is damaged, or has another format."""
+    if not os.path.isdir(run_dir):
+        raise UserError(f"{run_dir} is not a vidtune run: there is no such folder")
     try:
         metadata = json.loads((run_dir / METADATA).read_text(encoding="utf-8"))
         version = metadata["format_version"]

@@ -274,6 +274,8 @@ def damage(run: Path, how: str) -> None:
         weights.unlink()
     elif how == "no metadata":
         metadata.unlink()
+    elif how == "no folder":
+        shutil.rmtree(run)
     elif how == "later format":
         metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"format_version": 99}))
     elif how == "another backbone":
@@ -291,7 +293,8 @@ def damage(run: Path, how: str) -> None:
         ("another shape", "head.bias is [5], not [3]"),
         ("pickle", "is not a complete safetensors file"),
         ("no weights", "stopped before the first epoch ended"),
-        ("no metadata", "is not a vidtune run"),
+        ("no metadata", "is not a vidtune run: metadata.json is missing"),
+        ("no folder", "is not a vidtune run: there is no such folder"),
         ("later format", "checkpoint format 99"),
         ("another backbone", "another vision backbone"),
     ],
