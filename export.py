@@ -19,7 +19,16 @@ from build_model import VideoModel, adapters, body_of, lora_config, merge_adapte
 from config import ROOT, Config
 from pretrained import read_config
 from readers import open_video
-from script import UserError, give_default_mode, make_folder, printable, remove_leftovers, temporary, write_json
+from script import (
+    UserError,
+    cause_of,
+    give_default_mode,
+    make_folder,
+    printable,
+    remove_leftovers,
+    temporary,
+    write_json,
+)
 from transforms import INTERPOLATION, Preprocessing, sample_indices
 
 
@@ -72,7 +81,7 @@ def whole_folder(output: Path) -> Generator[Path]:
             give_default_mode(file)
         os.replace(folder, output)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--export: cannot write {output}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"--export: cannot write {output}: {cause_of(error)}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from script import Parser, UserError, script, shown
+from script import Parser, UserError, cause_of, script, shown
 
 RESAMPLES = 1000
 BINS = 15  # confidence bins of the calibration error
@@ -375,7 +375,7 @@ def read_by_id(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {cause_of(error)}") from None
     try:
         values = json.loads(text)
         if isinstance(values, dict) and not isinstance(values.get("file"), str):
