@@ -66,7 +66,7 @@ def test_unreadable_videos_get_an_error_row_in_place(run, videos, tmp_path, caps
     assert ["error" in r for r in found] == [i == 2 for i in range(24)]
     assert "cannot read" in found[2]["error"] and "label" not in found[2]
     out, err = capsys.readouterr()
-    assert "1 of 24 could not be read" in err and "24 clips in" in out
+    assert "1 of 24 could not be read" in err and "23 clips in" in out
 
 
 def test_an_unfinished_output_is_resumed(run, videos, tmp_path, capsys, monkeypatch):
@@ -94,7 +94,10 @@ def test_an_unfinished_output_is_resumed(run, videos, tmp_path, capsys, monkeypa
         name = Path(row["file"]).name
         assert name == "2.pt" or found[name]["top_k"] == row["top_k"]
     before = output.read_bytes()
+    capsys.readouterr()
     assert answer(run, videos, output) == 0 and output.read_bytes() == before
+    out = capsys.readouterr().out
+    assert "already has 24 of the 24 answers" in out and "wrote" not in out
 
 
 def test_answers_of_another_run_or_with_other_options_are_not_mixed(run, videos, tmp_path, capsys):
@@ -182,6 +185,22 @@ def test_a_timeline_of_something_without_times_is_an_error_row(run, videos, tmp_
         == 1
     )
     assert "--timeline needs a video file" in rows(output)[0]["error"]
+
+
+def test_a_timeline_keeps_the_order_of_the_videos(run, videos, tmp_path):
+    folder, output = tmp_path / "mixed", tmp_path / "out.jsonl"
+    folder.mkdir()
+    for name in ("a", "c"):
+        write_video(folder / f"{name}.mkv", counting_frames(20))
+    shutil.copy(videos / "0.pt", folder / "b.pt")
+    assert answer(run, folder, output, "--timeline", "1") == 1
+    assert [(Path(r["file"]).name, "error" in r) for r in rows(output)] == [
+        ("a.mkv", False),
+        ("a.mkv", False),
+        ("b.pt", True),
+        ("c.mkv", False),
+        ("c.mkv", False),
+    ]
 
 
 def test_captions_of_a_timeline(dataset, tmp_path):
