@@ -42,7 +42,6 @@ class Predictor:
         self.accelerator = build_accelerator(config)
         if self.accelerator.num_processes > 1:
             raise UserError("inference runs in one process: start several with python, each with its own --video_dir")
-        check_weights(model)
 
         # merged adapters give the same answers and take less time
         if config.use_lora_vision or config.use_lora_llm:
@@ -139,13 +138,6 @@ class Predictor:
             )
 
 
-def check_weights(model: Any) -> None:
-    """Raises UserError if a weight is not a finite number."""
-    for name, parameter in model.named_parameters():
-        if not all(extreme.isfinite() for extreme in parameter.detach().aminmax()):  # a NaN would be both extremes
-            raise UserError(f"the weights are damaged: {name} holds numbers that are not finite; train the run again")
-
-
 # -- the script -------------------------------------------------------------------------------------
 
 
@@ -222,7 +214,6 @@ def print_export(run_dir: Path, model: Any, config: Config, metadata: dict[str, 
     """Exports the run and prints how closely the export agrees with it. Raises UserError if it cannot be exported."""
     from export import export
 
-    check_weights(model)
     output = Path(os.path.abspath(config.export))
     differences = export(run_dir, model, config, metadata, output)
     if differences is not None:
