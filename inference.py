@@ -229,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     read."""
     config, typed_flags = parse(argv, "inference")
     from checkpoint import find_run, load_run
+    from pretrained import warn_of_tiny
     from VLoader import read_folder
 
     # the videos first: finding them takes less time than loading a model
@@ -240,6 +241,8 @@ def main(argv: list[str] | None = None) -> int:
         if model.text_field != "text":
             raise UserError(f"--text_input: {run_dir} was trained without a text input; leave this flag out")
         samples = [replace(s, text=config.text_input) for s in samples]
+
+    warn_of_tiny(config, find_lexicon(Path(config.video_dir)) if samples else None)
 
     # answer
     status = 0

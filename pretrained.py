@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import BACKBONES, ROOT
+from config import BACKBONES, ROOT, Config
+from metrics import Lexicon
 from script import UserError, shown
 
 # a damaged or hostile configuration beyond these would keep the machine busy for minutes before anything fails
@@ -51,6 +52,15 @@ def locate(name: str, weights: str) -> Source:
     if weights == "hub":
         return Source(backbone.hub, backbone.revision)
     return Source(str(tiny_folder(name)))
+
+
+def warn_of_tiny(config: Config, lexicon: Lexicon | None) -> None:
+    """Prints a warning if a run uses a tiny backbone on videos without a lexicon, so on other than synthetic ones."""
+    if config.weights == "tiny" and config.vision_model in BACKBONES and lexicon is None:
+        print(
+            "warning: the tiny backbones were trained on synthetic shapes only and do not understand real videos; for "
+            "these, train with --weights hub"
+        )
 
 
 def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:

@@ -423,10 +423,25 @@ def test_names_cannot_control_the_terminal(run, videos, tmp_path, capsys):
     capsys.readouterr()
     assert answer(run, folder, tmp_path / "out\n.jsonl") == 1
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 4 and "two\\nlines\\x1b[31m" in out
+    assert len(out.splitlines()) == 5 and "two\\nlines\\x1b[31m" in out
     assert not {"\x1b", "\r"} & {*out, *err} and err.count("\n") == 1
     assert rows(tmp_path / "out\n.jsonl")[1]["file"] == str(folder / name)
     assert inference.answer_line("a.mp4", {"caption": "a\nb\x1b]0;"}) == "a.mp4  a\\nb\\x1b]0;"
+
+
+def test_tiny_weights_say_once_that_they_do_not_understand_real_videos(run, dataset, videos, tmp_path, capsys):
+    without = Path(shutil.copytree(dataset, tmp_path / "data"))
+    (without / "lexicon.json").unlink()
+    for script, flags, times in (
+        (inference, ["--video_dir", str(videos / "0.pt")], 1),
+        (inference, ["--video_dir", str(dataset / "test")], 0),
+        (inference, ["--video_dir", str(videos / "0.pt"), "--export", str(tmp_path / "both")], 1),
+        (inference, ["--export", str(tmp_path / "export")], 1),
+        (score, ["--data_dir", str(without), "--output_dir", str(tmp_path / "scores"), "--num_workers", "0"], 1),
+    ):
+        capsys.readouterr()
+        assert script.main(["--checkpoint", str(run), *flags]) == 0
+        assert capsys.readouterr().out.count("do not understand real videos") == times, flags
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
