@@ -25,7 +25,7 @@ from torch.utils.data._utils import signal_handling
 
 from metrics import Lexicon
 from readers import VIDEO_SUFFIXES, Reader, ReadError, VideoFile, as_read_error, digest, natural_key, open_video, survey
-from script import UserError, printable, shown
+from script import UserError, cause_of, printable, shown
 from transforms import Preprocessing, sample_indices, view_indices
 
 SPLITS = ("train", "val", "test")
@@ -120,7 +120,7 @@ def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split at U+2028 in a caption
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
+        raise UserError(f"cannot read {file}: {cause_of(error)}") from None
 
     # check every row before any video is opened, because opening all videos takes long
     rows: dict[Path, dict[str, Any]] = {}
@@ -178,8 +178,7 @@ def exists(path: Path, where: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:
-        cause = getattr(error, "strerror", None) or error
-        raise UserError(f"{where}: file_name {shown(str(path))}: {cause}") from None
+        raise UserError(f"{where}: file_name {shown(str(path))}: {cause_of(error)}") from None
     return True
 
 
@@ -261,7 +260,7 @@ def read_display_names(data_dir: Path, class_names: list[str]) -> dict[str, str]
     try:
         names = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
+        raise UserError(f"cannot read {file}: {cause_of(error)}") from None
     if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
         raise UserError(f'{file}: expected {{"class": "display name", ...}}')
     return {name: names.get(name, name) for name in class_names}

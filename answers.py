@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ class Job:
     sample: "Sample"
     path: str  # identifies the video, see absolute_path
     times: dict[str, float] = field(default_factory=dict)  # start and end of the window in seconds
+    error: str = ""  # why the video could not be split into windows
 
     @property
     def key(self) -> tuple[str, float | None]:
@@ -52,23 +53,23 @@ def absolute_path(path: str | Path, folder: str | Path) -> str:
     return os.path.normpath(os.path.join(os.path.realpath(root), below))
 
 
-def list_jobs(samples: list["Sample"], folder: str, seconds: float) -> tuple[list[Job], list[dict[str, Any]]]:
-    """(the jobs, rows of the videos that could not be split into windows of `seconds`). 0 seconds: no windows."""
+def list_jobs(samples: list["Sample"], folder: str, seconds: float) -> list[Job]:
+    """A job for every video, or for every window of `seconds` if that is not 0. They are in the order of the videos."""
     jobs = [Job(sample, absolute_path(sample.path, folder)) for sample in samples]
     if not seconds:
-        return jobs, []
+        return jobs
     from tqdm import tqdm
 
     from VLoader import split_into_windows
 
-    parts, failed = [], []
+    parts = []
     for job in tqdm(jobs, desc="lengths", unit="video", leave=False):
         try:
             windows = split_into_windows(job.sample, seconds)
             parts += [Job(part, job.path, {"start": start, "end": end}) for part, start, end in windows]
         except UserError as error:
-            failed.append({"file": str(job.sample.path), "path": job.path, "error": str(error)})
-    return parts, failed
+            parts.append(replace(job, error=str(error)))
+    return parts
 
 
 def fingerprint_answers(run_dir: Path, config: Config) -> str:

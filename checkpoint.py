@@ -485,6 +485,8 @@ def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path
 
 def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
     """A run's options and metadata. Raises UserError if the folder is not a run, is damaged, or has another format."""
+    if not os.path.isdir(run_dir):
+        raise UserError(f"{run_dir} is not a vidtune run: there is no such folder")
     try:
         metadata = json.loads((run_dir / METADATA).read_text(encoding="utf-8"))
         version = metadata["format_version"]
@@ -559,6 +561,13 @@ def list_runs(folder: Path) -> list[tuple[Path, Config]]:
     return runs
 
 
+def check_weights(model: VideoModel) -> None:
+    """Raises UserError if a weight is not a finite number."""
+    for name, parameter in model.named_parameters():
+        if not all(extreme.isfinite() for extreme in parameter.detach().aminmax()):  # a NaN would be both extremes
+            raise UserError(f"the weights are damaged: {name} holds numbers that are not finite; train the run again")
+
+
 def load_run(
     run_dir: Path, config: Config = Config(), typed_flags: Set[str] = frozenset()
 ) -> tuple[VideoModel, Config, dict[str, Any]]:
@@ -567,7 +576,8 @@ def load_run(
     The run's own options decide what the model is. `config` adds the options that inference reads, and the folders of
     backbones that were moved since.
 
-    Raises UserError if the folder is not a run, a typed flag contradicts it, or backbones or tensors are not the run's.
+    Raises UserError if the folder is not a run, a typed flag contradicts it, backbones or tensors are not the run's, or
+    a weight is not a finite number.
     """
     # a moved backbone may be anywhere: its fingerprint is compared below
     saved, metadata = read_run(run_dir)
@@ -593,5 +603,6 @@ def load_run(
     check_fingerprints(run_dir, metadata, sources)
     check_preprocessing(run_dir, metadata, model)
     load_weights(run_dir, model)
+    check_weights(model)
     of_inference = {name for name, f in FIELDS.items() if "inference" in f.metadata["scripts"]} - own_options
     return model.eval(), replace(saved, **{name: getattr(config, name) for name in of_inference}), metadata

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from script import Parser, UserError, replace_file, shown
+from script import Parser, UserError, cause_of, replace_file, shown
 
 ROOT = Path(__file__).resolve().parent  # contains backbones/ and config_file.yaml
 CONFIG_FILE = ROOT / "config_file.yaml"
@@ -391,7 +391,7 @@ def yaml_pairs(path: Path) -> Iterator[tuple[str, str | None]]:
     except RecursionError:
         raise UserError(f"cannot read {path}: it is nested too deeply") from None
     except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read {path}: {' '.join(cause_of(error).split())}") from None
     if not isinstance(root, yaml.MappingNode | None):
         raise UserError(f"{path}: expected lines of `key: value`")
 
@@ -440,6 +440,8 @@ ABOUT = {
     "doctor": "Check data, backbone and options before training. Takes the flags of main.py and saves nothing.",
     "preview": "Draw the first training clips as the model will see them. Takes the flags of main.py.",
 }
+# which flag a path without a flag most likely lacks
+INPUT = {"inference": "--video_dir", "score": "--checkpoint"} | dict.fromkeys(TRAIN.split(), "--data_dir")
 
 
 def build_parser(script: str) -> Parser:
@@ -480,7 +482,7 @@ def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
     # unknown flags are an error here, not in argparse, to suggest the closest name
     args, unknown = build_parser(script).parse_known_args(argv)
     if unknown:
-        raise UserError(unknown_flag(unknown[0].split("=")[0]))
+        raise UserError(unknown_flag(unknown[0], script))
 
     # default < yaml file < flag
     flags = vars(args)
@@ -500,13 +502,16 @@ def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
     return config, set(typed_flags)
 
 
-def unknown_flag(flag: str) -> str:
-    """The error message for a flag that does not exist."""
+def unknown_flag(word: str, script: str) -> str:
+    """The error message for a flag that does not exist, or for a word without a flag."""
+    if not word.startswith("-") and word not in FIELDS:
+        return f"unexpected word {shown(word)}: every value needs its flag, for example {INPUT[script]} {word}"
+
     # options of earlier versions get a hint of their own, others the closest name
+    flag = word.split("=")[0]
     if flag.removeprefix("--") in RETIRED:
         return f"{flag} is no longer an option: {RETIRED[flag.removeprefix('--')]}"
-    problem = "unknown flag" if flag.startswith("-") else "unexpected word"
-    return f"{problem} {shown(flag)}; {closest(flag, ['--config', *(f'--{name}' for name in FIELDS)])}"
+    return f"unknown flag {shown(flag)}; {closest(flag, ['--config', *(f'--{name}' for name in FIELDS)])}"
 
 
 def refuse_foreign(script: str, typed_flags: dict[str, Any]) -> None:

@@ -530,7 +530,10 @@ def join_rows(group: list[Row], path: Path, outcome: Outcome) -> None:
 
 
 def drop_unreadable(outcomes: dict[str, Outcome], workers: int) -> None:
-    """Moves videos that cannot be read to `unreadable`. Decodes first and last frame, as the scan before training."""
+    """Moves videos that cannot be read to `unreadable`. Decodes first and last frame, as the scan before training.
+
+    Raises UserError if none can be read.
+    """
     from scan import scan_videos
 
     # 0 clips: only the first and the last frame are decoded, so num_frames and stride do not matter
@@ -539,6 +542,8 @@ def drop_unreadable(outcomes: dict[str, Outcome], workers: int) -> None:
     for outcome in outcomes.values():
         outcome.unreadable += [bad[path] for path in outcome.samples if path in bad]
         outcome.samples = {path: s for path, s in outcome.samples.items() if path not in bad}
+    if not any(outcome.samples for outcome in outcomes.values()):
+        raise UserError(f"no video can be read; the first error: {next(iter(bad.values()))}")
 
 
 def write_rows(outcomes: dict[str, Outcome], output: Path) -> None:
@@ -640,15 +645,18 @@ def check_outcomes(outcomes: dict[str, Outcome], index: VideoIndex) -> None:
 
 
 def next_command(outcomes: dict[str, Outcome], output: Path) -> str:
-    """What to do next, with the command that trains on the converted data."""
+    """What to do next, with the commands that train on the converted data."""
     if not (output / "train").is_dir():
         hint = "its file name contains `train`, or pass --split train"
         return f"next: convert the training list into {printable(output)} too ({hint})"
 
-    # only data without any label gets the captioner's flags: a classifier is the cheaper first run
-    captions = all(s.captions and s.label is None for o in outcomes.values() for s in o.samples.values())
-    task = " --use_vlm True --captioning True --freeze_visionbackbone True --use_lora_llm True" if captions else ""
-    return f"next: python main.py --data_dir {printable(output)} --weights hub{task}"
+    # with labels and captions both are possible; a classifier is the cheaper first run
+    samples = [s for o in outcomes.values() for s in o.samples.values()]
+    classify = f"python main.py --data_dir {printable(output)} --weights hub"
+    caption = f"{classify} --use_vlm True --captioning True --freeze_visionbackbone True --use_lora_llm True"
+    if not all(s.captions for s in samples):
+        return f"next: {classify}"
+    return f"next: {classify}\nor, for captions: {caption}" if all(s.label for s in samples) else f"next: {caption}"
 
 
 @script

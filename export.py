@@ -19,7 +19,16 @@ from build_model import VideoModel, adapters, body_of, lora_config, merge_adapte
 from config import ROOT, Config
 from pretrained import read_config
 from readers import open_video
-from script import UserError, give_default_mode, make_folder, printable, remove_leftovers, temporary, write_json
+from script import (
+    UserError,
+    cause_of,
+    give_default_mode,
+    make_folder,
+    printable,
+    remove_leftovers,
+    temporary,
+    write_json,
+)
 from transforms import INTERPOLATION, Preprocessing, sample_indices
 
 
@@ -77,7 +86,7 @@ def whole_folder(output: Path) -> Generator[Path]:
             give_default_mode(file)
         os.replace(folder, output)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--export: cannot write {output}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"--export: cannot write {output}: {cause_of(error)}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -136,7 +145,7 @@ def export_classifier(
     predicted = runpy.run_path(str(folder / "predict.py"))["predict"](video)
     difference = max(abs(a - b) for a, b in zip(predicted.values(), probabilities.tolist(), strict=True))
     video.unlink()
-    write_readme(folder / "README.md", run, config, logit_difference, difference)
+    write_readme(folder, run, config, logit_difference, difference)
     return logit_difference, difference
 
 
@@ -191,20 +200,24 @@ def draw_video(path: Path, num_frames: int) -> Path:
     return path
 
 
-def write_readme(file: Path, run: str, config: Config, logits: float, probabilities: float) -> None:
-    """Writes the export's README: how it chooses frames, and how much its logits and probabilities differ."""
+def write_readme(folder: Path, run: str, config: Config, logits: float, probabilities: float) -> None:
+    """Writes the export's README: its files, how it chooses frames, how much its logits and probabilities differ."""
+    adapters = ""
+    if (folder / "adapter_vision").is_dir():
+        adapters = "| `adapter_vision/` | the adapters alone, for `PeftModel.from_pretrained` |\n"
     rule = "the middle frames of equally long parts"
     if config.frame_stride:
         rule = f"one frame in {config.frame_stride}, from the middle of the video"
     text = Template((ROOT / "exported" / "README.md").read_text(encoding="utf-8")).substitute(
         run=printable(run),
+        adapters=adapters,
         frames=f"{config.num_frames} frames",
         rule=rule,
         count=config.num_frames,
         logits=f"{logits:.1e}",
         probabilities=f"{probabilities:.1e}",
     )
-    file.write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def preprocessor_fields(preprocessing: Preprocessing) -> dict[str, Any]:

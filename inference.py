@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,6 @@ class Predictor:
         self.accelerator = build_accelerator(config)
         if self.accelerator.num_processes > 1:
             raise UserError("inference runs in one process: start several with python, each with its own --video_dir")
-        check_weights(model)
 
         # merged adapters give the same answers and take less time
         if config.use_lora_vision or config.use_lora_llm:
@@ -140,13 +138,6 @@ class Predictor:
             )
 
 
-def check_weights(model: Any) -> None:
-    """Raises UserError if a weight is not a finite number."""
-    for name, parameter in model.named_parameters():
-        if not all(extreme.isfinite() for extreme in parameter.detach().aminmax()):  # a NaN would be both extremes
-            raise UserError(f"the weights are damaged: {name} holds numbers that are not finite; train the run again")
-
-
 # -- the script -------------------------------------------------------------------------------------
 
 
@@ -170,7 +161,7 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
     output = Path(config.output) if config.output is not None else None
     started = time.perf_counter()
     with open_output(output, run, config.video_dir) as (done, append):
-        jobs, failed = list_jobs(samples, config.video_dir, config.timeline)
+        jobs = list_jobs(samples, config.video_dir, config.timeline)
         todo = [job for job in jobs if job.key not in done]
         if len(todo) < len(jobs):
             print(printable(f"{output} already has {len(jobs) - len(todo)} of the {len(jobs)} answers"))
@@ -179,9 +170,9 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
         rows = [done[job.key] for job in jobs if job.key in done]
         show = output is None or len(jobs) <= SHOWN
         width = max(len(short_name(s.path, config.video_dir)) for s in samples)
-        count, quiet = len(jobs) + len(failed), len(todo) <= FEW
-        with tqdm(total=count, initial=len(rows), unit="answer", disable=quiet, leave=False) as bar:
-            for row in chain(failed, predict_jobs(predictor, todo, find_lexicon(Path(config.video_dir)))):
+        lexicon, quiet = find_lexicon(Path(config.video_dir)), len(todo) <= FEW
+        with tqdm(total=len(jobs), initial=len(rows), unit="clip", disable=quiet, leave=False) as bar:
+            for row in predict_jobs(predictor, todo, lexicon):
                 rows.append(row)
                 bar.update()
                 if show:
@@ -193,26 +184,29 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
 
 def predict_jobs(predictor: Predictor, jobs: list[Job], lexicon: Lexicon | None) -> Iterator[dict[str, Any]]:
     """Yields a row for every job: file, path, times, the answer or error, and whether it is right if that is known."""
-    answers = predictor.predict_many([job.sample for job in jobs]) if jobs else iter(())
-    for job, answer in zip(jobs, answers, strict=True):
+    answers = predictor.predict_many([job.sample for job in jobs if not job.error])
+    for job in jobs:
+        answer = {"file": str(job.sample.path), "error": job.error} if job.error else next(answers)
         right = is_right(answer, job.sample, predictor.display_names, lexicon)
         video = {"file": answer.pop("file"), "path": job.path}
         yield video | job.times | answer | ({} if right is None else {"right": right})
 
 
 def print_summary(rows: list[dict[str, Any]], computed: int, seconds: float, output: Path | None) -> None:
-    """How many answers are right, how fast they came, which videos could not be read, where the answers are."""
+    """How many answers are right, how fast they came, which videos could not be read, where the answers are. `computed`
+    counts the rows that are new."""
     judged = [row["right"] for row in rows if "right" in row]
     errors = [row["error"] for row in rows if "error" in row]
+    clips = computed - len(errors)  # errors are always new, because they are tried again
     if judged:
         print(f"{sum(judged)} of {len(judged)} right")
-    if computed > FEW:
-        print(f"{computed} clips in {seconds:.1f} s, {computed / seconds:.1f} per second")
+    if clips > FEW:
+        print(f"{clips} clips in {seconds:.1f} s, {clips / seconds:.1f} per second")
     if errors:
         where = f"; their rows in {output} have an `error`" if output else ""
         message = f"{len(errors)} of {len(rows)} could not be read{where}, first: {errors[0]}"
         print(printable(message), file=sys.stderr)
-    if output is not None:
+    if output is not None and computed:
         print(printable(f"wrote {output}"))
 
 
@@ -220,7 +214,6 @@ def print_export(run_dir: Path, model: Any, config: Config, metadata: dict[str, 
     """Exports the run and prints how closely the export agrees with it. Raises UserError if it cannot be exported."""
     from export import export
 
-    check_weights(model)
     output = Path(os.path.abspath(config.export))
     differences = export(run_dir, model, config, metadata, output)
     if differences is not None:
@@ -236,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     read."""
     config, typed_flags = parse(argv, "inference")
     from checkpoint import find_run, load_run
+    from pretrained import warn_of_tiny
     from VLoader import read_folder
 
     # the videos first: finding them takes less time than loading a model
@@ -247,6 +241,8 @@ def main(argv: list[str] | None = None) -> int:
         if model.text_field != "text":
             raise UserError(f"--text_input: {run_dir} was trained without a text input; leave this flag out")
         samples = [replace(s, text=config.text_input) for s in samples]
+
+    warn_of_tiny(config, find_lexicon(Path(config.video_dir)) if samples else None)
 
     # answer
     status = 0

@@ -1,4 +1,5 @@
-"""Scores predictions against references, each score with a 95 % bootstrap interval. Prints one JSON object.
+"""Scores predictions against references, each score with a 95 % interval: the bootstrap's, or Wilson's for a score of
+exactly 0 or 1. Prints one JSON object.
 
 python metrics.py --references R.json --predictions P.json [--compare P2.json]
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from script import Parser, UserError, script, shown
+from script import Parser, UserError, cause_of, script, shown
 
 RESAMPLES = 1000
 BINS = 15  # confidence bins of the calibration error
@@ -48,11 +49,26 @@ def bounds(draws: np.ndarray) -> list[float]:
     return np.quantile(draws, [0.025, 0.975]).tolist()
 
 
+def wilson(right: int, count: int) -> list[float]:
+    """The 95 % interval of a proportion (Wilson 1927). Unlike the bootstrap's, it has a width at 0 and 1 too."""
+    z = 1.959964  # 97.5 % quantile of the normal distribution
+    centre = (right + z * z / 2) / (count + z * z)
+    half = z / (count + z * z) * math.sqrt(right * (count - right) / count + z * z / 4)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
 def with_intervals(summary: Summary, count: int) -> dict[str, Any]:
-    """The scores of all `count` clips and their "intervals" {name: [low, high]}, by the percentile bootstrap over clips
-    (Efron 1979)."""
-    (draws,) = resampled([summary], count)
-    return summary(np.arange(count)) | {"intervals": {name: bounds(values) for name, values in draws.items()}}
+    """The scores of all `count` clips and their "intervals" {name: [low, high]}.
+
+    The intervals are those of the percentile bootstrap over clips (Efron 1979). It has no width if all draws are equal,
+    as when every clip is right, so a score of exactly 0 or 1 gets the Wilson interval instead.
+    """
+    scores, (draws,) = summary(np.arange(count)), resampled([summary], count)
+    intervals = {name: bounds(values) for name, values in draws.items()}
+    for name, score in scores.items():
+        if score in (0, 1) and name != "CIDEr":  # the other scores end at 1
+            intervals[name] = wilson(round(score * count), count)
+    return scores | {"intervals": intervals}
 
 
 def compared(first: Summary, second: Summary, count: int) -> dict[str, dict[str, float]]:
@@ -78,14 +94,6 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
     n = only_first + only_second
     tail = sum(math.comb(n, i) for i in range(min(only_first, only_second) + 1))
     return {"only_first_right": only_first, "only_second_right": only_second, "p": min(1.0, 2 * tail / 2**n)}
-
-
-def wilson(right: int, count: int) -> list[float]:
-    """The 95 % interval of a proportion (Wilson 1927). Unlike the bootstrap's, it has a width at 0 and 1 too."""
-    z = 1.959964  # 97.5 % quantile of the normal distribution
-    centre = (right + z * z / 2) / (count + z * z)
-    half = z / (count + z * z) * math.sqrt(right * (count - right) / count + z * z / 4)
-    return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
 # -- labels -----------------------------------------------------------------------------------------
@@ -393,7 +401,7 @@ def read_by_id(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {cause_of(error)}") from None
     try:
         values = json.loads(text)
         if isinstance(values, dict) and not isinstance(values.get("file"), str):

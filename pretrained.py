@@ -5,13 +5,15 @@ import inspect
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from config import BACKBONES, ROOT
+from config import BACKBONES, ROOT, Config
+from metrics import Lexicon
 from script import UserError, shown
 
 # a damaged or hostile configuration beyond these would keep the machine busy for minutes before anything fails
@@ -52,6 +54,15 @@ def locate(name: str, weights: str) -> Source:
     return Source(str(tiny_folder(name)))
 
 
+def warn_of_tiny(config: Config, lexicon: Lexicon | None) -> None:
+    """Prints a warning if a run uses a tiny backbone on videos without a lexicon, so on other than synthetic ones."""
+    if config.weights == "tiny" and config.vision_model in BACKBONES and lexicon is None:
+        print(
+            "warning: the tiny backbones were trained on synthetic shapes only and do not understand real videos; for "
+            "these, train with --weights hub"
+        )
+
+
 def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
     """loader.from_pretrained(source, ...), with every exception turned into a UserError that says what to do. `what`
     names the part of the backbone that is loaded."""
@@ -63,6 +74,19 @@ def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
             raise UserError(f"cannot load the {what} in {source.path}: {cause}") from None
         advice = "use --weights tiny, or give the path of a folder with a copy of it"
         raise UserError(f"cannot load the {what} of {source.path} from the hub: {cause} -- {advice}") from None
+
+
+@cache
+def check_hub() -> None:
+    """Asks the hub once whether it can be reached, and uses only cached files if not. huggingface_hub itself would
+    retry every missing file for half a minute, with a warning each time."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # no network, no such host, a proxy that refuses, offline mode, ...
+        constants.HF_HUB_OFFLINE = True
 
 
 def find_file(source: Source, name: str) -> Path | None:
@@ -86,6 +110,8 @@ def read_config(source: Source) -> Any:
     """The configuration of a backbone. Raises UserError if the source is not a backbone, or too large to build."""
     from transformers import AutoConfig
 
+    if not source.local:
+        check_hub()
     check_files(source)
     hf_config = from_source(AutoConfig, source, "configuration (config.json)")
     check_sizes(source, hf_config)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import parse, run_name
-from script import leave, make_folder, script
+from script import UserError, leave, make_folder, script
 
 if TYPE_CHECKING:
     from runs import Run
@@ -45,6 +45,8 @@ def training_clips(run: "Run", count: int) -> list[tuple[Any, str]]:
         if len(clips) >= count:
             break
     loader.close()
+    if not clips:
+        raise UserError(f"no training video can be read; the first error: {min(loader.skipped)}")
     return clips[:count]
 
 

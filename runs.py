@@ -15,6 +15,7 @@ from build_model import VideoModel, build_model, parameter_table
 from checkpoint import check_same, claimed_run, clear_run, finish_run, git_commit, run_metadata, write_run_files
 from config import BACKBONES, Config, as_flags, default_rates, training_mode
 from controls import control_line, control_scores, occlusion_maps
+from pretrained import warn_of_tiny
 from scan import prepare_data
 from script import UserError, is_main, printable, read_rows
 from train_code import build_accelerator, build_loaders
@@ -226,11 +227,7 @@ def print_hints(run: Run) -> None:
         )
     if config.captioning and not config.use_text:
         print("note: --use_text has no effect on captioners; captions are the targets with and without it")
-    if config.weights == "tiny" and config.vision_model in BACKBONES and run.splits.lexicon is None:
-        print(
-            "warning: the tiny backbones were trained on synthetic shapes only, and these videos look like real ones; "
-            "add --weights hub"
-        )
+    warn_of_tiny(config, run.splits.lexicon)
 
 
 def print_data(run: Run) -> None:

@@ -71,6 +71,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     `flags` are the options as typed, which may say where a backbone was moved to. Returns the exit status.
     """
     from checkpoint import METRICS, load_run, load_weights, read_metrics
+    from pretrained import warn_of_tiny
     from runs import Run, memory_advice, only, report
     from scan import prepare_data
     from train_code import build_accelerator, score_splits
@@ -80,6 +81,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     model, _, metadata = load_run(run_dir, flags, typed_flags)
     splits = read_splits(Path(config.data_dir), metadata["class_names"])
     check_samples(splits, config.captioning, config.use_text)
+    warn_of_tiny(config, splits.lexicon)
     if config.controls and not splits.train:
         raise UserError(f"--controls True needs the training videos too, and {config.data_dir} has no train/")
     if not config.controls:  # else nearest_neighbour reads the training videos

@@ -57,6 +57,11 @@ def printable(text: object) -> str:
     return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
+def cause_of(error: Exception) -> str:
+    """What went wrong. Of an OSError without its number and its path, which the messages name themselves."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 def shown(value: object) -> str:
     """repr(value), shortened to fit in a message."""
     short = reprlib.Repr()
@@ -183,7 +188,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: the name contains a NUL
-        raise UserError(f"cannot create the folder {folder}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"cannot create the folder {folder}: {cause_of(error)}") from None
 
 
 def temporary(path: Path) -> Path:
@@ -213,7 +218,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(folder / path.name, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"cannot write {path}: {cause_of(error)}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

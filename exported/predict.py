@@ -56,5 +56,6 @@ if __name__ == "__main__":
             print(f"{path!r} {label!r} {probability:.4f}")
         except (av.FFmpegError, OSError, ValueError) as error:
             failed = 1
-            print(f"error: cannot read {path!r}: {error}", file=sys.stderr)
+            cause = getattr(error, "strerror", None) or error  # without FFmpeg's number and its own name of the file
+            print(f"error: cannot read {path!r}: {cause}", file=sys.stderr)
     sys.exit(failed)

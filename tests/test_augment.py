@@ -128,6 +128,15 @@ def test_strong_without_kornia_says_what_to_install(monkeypatch):
         Augment("strong", False)
 
 
+def test_preview_without_a_readable_video_is_one_line(tmp_path, capsys):
+    for name in ("a/0.mp4", "a/1.mp4", "b/0.mp4", "b/1.mp4"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(b"broken")
+    argv = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--num_workers", "0"]
+    assert preview.main([*argv, "--skip_unreadable", "True"]) == 2
+    assert "no training video can be read; the first error: cannot read" in capsys.readouterr().err
+
+
 def test_preview_shows_what_the_model_sees(dataset, tmp_path, capsys):
     flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--num_workers", "0", "--num_frames", "4"]
     assert preview.main([*flags, "--count", "3"]) == 0

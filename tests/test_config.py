@@ -43,7 +43,8 @@ def test_precedence_and_converters(tmp_path):
     [
         (["--lerning_rate", "1"], "unknown flag '--lerning_rate'; did you mean --learning_rate?"),
         (["--epoch", "1"], "unknown flag '--epoch'; did you mean --epochs?"),  # no abbreviations
-        (["extra"], "unexpected word 'extra'"),
+        (["epochs", "1"], "unknown flag 'epochs'; did you mean --epochs?"),
+        (["my_clips"], "unexpected word 'my_clips': every value needs its flag, for example --data_dir my_clips"),
         (["--epochs", "many"], "--epochs: expected a whole number from 1 to 100000, not 'many'"),
         (["--epochs", "0"], "from 1 to 100000"),
         (["--dropout", "nan"], "from 0 to 0.9"),
@@ -62,7 +63,7 @@ def test_precedence_and_converters(tmp_path):
         (["--use_lora_llm"], "--use_lora_llm needs --use_vlm True"),
         (["--vision_model", "timesfomer"], "did you mean timesformer?"),
         (["--vision_model", "bert"], "cannot be bert"),
-        (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "cannot read nowhere.yaml: No such file or directory"),
     ],
 )
 def test_errors_are_one_line_with_status_2(capsys, argv, message):

@@ -84,6 +84,14 @@ def test_numbered_classes_get_their_names(tmp_path, name, text):
     assert labels(tmp_path, "val") == {"x.pt": "run", "y.pt": "jump"}
 
 
+def test_without_a_readable_video_nothing_is_written(tmp_path, capsys):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "x.mp4").write_bytes(b"broken")
+    assert convert(tmp_path, "list", {"train.csv": "x.mp4,a\n"}) == 2
+    assert "no video can be read; the first error: cannot read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_table_with_captions_texts_and_splits(tmp_path):
     make_videos(tmp_path / "videos", "x", "y")
     table = (
@@ -92,6 +100,24 @@ def test_table_with_captions_texts_and_splits(tmp_path):
     assert convert(tmp_path, "list", {"all.csv": table}) == 0
     assert rows(tmp_path, "train") == [{"file_name": "x.pt", "caption": ["a man runs", "he runs"], "text": "sports"}]
     assert rows(tmp_path, "val") == [{"file_name": "y.pt", "caption": ["it rains"]}]
+
+
+CAPTIONER = "--weights hub --use_vlm True --captioning True --freeze_visionbackbone True --use_lora_llm True"
+
+
+@pytest.mark.parametrize(
+    "table, hints",
+    [
+        ("video,label\nx.pt,a\n", ["next: {} --weights hub"]),
+        ("video,caption\nx.pt,it rains\n", [f"next: {{}} {CAPTIONER}"]),
+        ("video,label,caption\nx.pt,a,it rains\n", ["next: {} --weights hub", f"or, for captions: {{}} {CAPTIONER}"]),
+    ],
+)
+def test_the_last_lines_are_the_commands_that_the_data_allows(tmp_path, capsys, table, hints):
+    make_videos(tmp_path / "videos", "x")
+    assert convert(tmp_path, "list", {"train.csv": table}) == 0
+    command = f"python main.py --data_dir {tmp_path / 'out'}"
+    assert capsys.readouterr().out.splitlines()[-len(hints) :] == [hint.format(command) for hint in hints]
 
 
 def test_several_labels_are_refused_by_name(tmp_path, capsys):

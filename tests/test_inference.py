@@ -21,8 +21,9 @@ from conftest import counting_frames, write_video
 import answers
 import inference
 import main
+import score
 import VLoader
-from checkpoint import load_run
+from checkpoint import WEIGHTS, load_run, read_tensors, save_tensors
 from config import ROOT
 from readers import open_video
 from script import UserError, collector_off
@@ -66,7 +67,7 @@ def test_unreadable_videos_get_an_error_row_in_place(run, videos, tmp_path, caps
     assert ["error" in r for r in found] == [i == 2 for i in range(24)]
     assert "cannot read" in found[2]["error"] and "label" not in found[2]
     out, err = capsys.readouterr()
-    assert "1 of 24 could not be read" in err and "24 clips in" in out
+    assert "1 of 24 could not be read" in err and "23 clips in" in out
 
 
 def test_an_unfinished_output_is_resumed(run, videos, tmp_path, capsys, monkeypatch):
@@ -94,7 +95,10 @@ def test_an_unfinished_output_is_resumed(run, videos, tmp_path, capsys, monkeypa
         name = Path(row["file"]).name
         assert name == "2.pt" or found[name]["top_k"] == row["top_k"]
     before = output.read_bytes()
+    capsys.readouterr()
     assert answer(run, videos, output) == 0 and output.read_bytes() == before
+    out = capsys.readouterr().out
+    assert "already has 24 of the 24 answers" in out and "wrote" not in out
 
 
 def test_answers_of_another_run_or_with_other_options_are_not_mixed(run, videos, tmp_path, capsys):
@@ -182,6 +186,22 @@ def test_a_timeline_of_something_without_times_is_an_error_row(run, videos, tmp_
         == 1
     )
     assert "--timeline needs a video file" in rows(output)[0]["error"]
+
+
+def test_a_timeline_keeps_the_order_of_the_videos(run, videos, tmp_path):
+    folder, output = tmp_path / "mixed", tmp_path / "out.jsonl"
+    folder.mkdir()
+    for name in ("a", "c"):
+        write_video(folder / f"{name}.mkv", counting_frames(20))
+    shutil.copy(videos / "0.pt", folder / "b.pt")
+    assert answer(run, folder, output, "--timeline", "1") == 1
+    assert [(Path(r["file"]).name, "error" in r) for r in rows(output)] == [
+        ("a.mkv", False),
+        ("a.mkv", False),
+        ("b.pt", True),
+        ("c.mkv", False),
+        ("c.mkv", False),
+    ]
 
 
 def test_captions_of_a_timeline(dataset, tmp_path):
@@ -403,22 +423,48 @@ def test_names_cannot_control_the_terminal(run, videos, tmp_path, capsys):
     capsys.readouterr()
     assert answer(run, folder, tmp_path / "out\n.jsonl") == 1
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 4 and "two\\nlines\\x1b[31m" in out
+    assert len(out.splitlines()) == 5 and "two\\nlines\\x1b[31m" in out
     assert not {"\x1b", "\r"} & {*out, *err} and err.count("\n") == 1
     assert rows(tmp_path / "out\n.jsonl")[1]["file"] == str(folder / name)
     assert inference.answer_line("a.mp4", {"caption": "a\nb\x1b]0;"}) == "a.mp4  a\\nb\\x1b]0;"
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
-def test_non_finite_weights_give_no_answer(run, videos, tmp_path, value):
+def test_tiny_weights_say_once_that_they_do_not_understand_real_videos(run, dataset, videos, tmp_path, capsys):
+    without = Path(shutil.copytree(dataset, tmp_path / "data"))
+    (without / "lexicon.json").unlink()
+    for script, flags, times in (
+        (inference, ["--video_dir", str(videos / "0.pt")], 1),
+        (inference, ["--video_dir", str(dataset / "test")], 0),
+        (inference, ["--video_dir", str(videos / "0.pt"), "--export", str(tmp_path / "both")], 1),
+        (inference, ["--export", str(tmp_path / "export")], 1),
+        (score, ["--data_dir", str(without), "--output_dir", str(tmp_path / "scores"), "--num_workers", "0"], 1),
+    ):
+        capsys.readouterr()
+        assert script.main(["--checkpoint", str(run), *flags]) == 0
+        assert capsys.readouterr().out.count("do not understand real videos") == times, flags
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights_give_no_answer(run, videos, tmp_path, capsys, value):
+    damaged = Path(shutil.copytree(run, tmp_path / "run"))
+    tensors, header = read_tensors(damaged / WEIGHTS)
+    save_tensors(tensors | {"head.weight": torch.full_like(tensors["head.weight"], value)}, header, damaged / WEIGHTS)
+    output = tmp_path / "out"
+    for script, *flags in (
+        (inference, "--video_dir", str(videos)),
+        (inference, "--export", str(output)),
+        (score, "--output_dir", str(output)),
+    ):
+        assert script.main(["--checkpoint", str(damaged), *flags]) == 2
+        assert "the weights are damaged: head.weight" in capsys.readouterr().err
+
+
+def test_scores_that_are_not_finite_are_no_answer(run, videos):
     model, config, metadata = load_run(run)
     with torch.no_grad():
-        model.head.weight.fill_(value)
+        model.head.weight.fill_(1e38)
     with pytest.raises(UserError, match="weights are damaged"):
         inference.Predictor(model, config, metadata).predict(videos / "0.pt")
-    if value != 1e38:
-        with pytest.raises(UserError, match=r"head\.weight"):
-            inference.print_export(run, model, config, metadata)
 
 
 def test_any_error_of_a_timeline_is_a_row(run, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import readers
 from checkpoint import load_run
 from config import ROOT, Config
 from inference import Predictor
+from pretrained import check_hub
 from readers import find_videos
 from scan import clips_to_decode, scan_videos
 from script import UserError
@@ -273,6 +274,8 @@ def damage(run: Path, how: str) -> None:
         weights.unlink()
     elif how == "no metadata":
         metadata.unlink()
+    elif how == "no folder":
+        shutil.rmtree(run)
     elif how == "later format":
         metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"format_version": 99}))
     elif how == "another backbone":
@@ -290,7 +293,8 @@ def damage(run: Path, how: str) -> None:
         ("another shape", "head.bias is [5], not [3]"),
         ("pickle", "is not a complete safetensors file"),
         ("no weights", "stopped before the first epoch ended"),
-        ("no metadata", "is not a vidtune run"),
+        ("no metadata", "is not a vidtune run: metadata.json is missing"),
+        ("no folder", "is not a vidtune run: there is no such folder"),
         ("later format", "checkpoint format 99"),
         ("another backbone", "another vision backbone"),
     ],
@@ -534,10 +538,14 @@ def test_a_base_size_folder_trains_one_step(tmp_path, capsys, family, weights):
 
 
 def test_an_unreachable_hub_names_both_alternatives(dataset, tmp_path, monkeypatch, capsys):
-    import huggingface_hub.constants
+    """It is asked once. The retries of huggingface_hub would take a minute and print a page."""
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it tries again"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    check_hub.cache_clear()
     assert train(dataset, tmp_path, "--weights", "hub") == 2
     err = capsys.readouterr().err
     assert "facebook/timesformer-base-finetuned-k400" in err and "--weights tiny" in err and "folder" in err

@@ -103,6 +103,16 @@ def test_mcnemar_and_wilson_are_scipy_s(only_first, only_second, both):
     assert low == pytest.approx(oracle.low, abs=1e-6) and high == pytest.approx(oracle.high, abs=1e-6)
 
 
+def test_a_score_of_0_or_1_has_an_interval_too():
+    """All draws are equal there, so the bootstrap alone would say "100.0 to 100.0" of two clips."""
+    scores = {"accuracy": 1.0, "exact_match": 0.0, "CIDEr": 0.0}
+    found = metrics.with_intervals(lambda places: scores, 2)["intervals"]
+    for name, right in (("accuracy", 2), ("exact_match", 0)):
+        oracle = binomtest(right, 2).proportion_ci(method="wilson")
+        assert found[name] == pytest.approx([oracle.low, oracle.high], abs=1e-6) and found[name][0] < found[name][1]
+    assert found["CIDEr"] == [0, 0]  # not a proportion
+
+
 def test_a_paired_difference_is_tighter_than_two_intervals():
     """The second model is right wherever the first is, and on 5 more of 100 clips."""
     first, second = np.arange(100) < 60, np.arange(100) < 65
