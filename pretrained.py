@@ -95,7 +95,7 @@ def read_config(source: Source) -> Any:
 
     check_files(source)
     hf_config = from_source(AutoConfig, source, "configuration (config.json)")
-    for part in (hf_config, getattr(hf_config, "vision_config", None)):
+    for part in filter(None, (hf_config, getattr(hf_config, "vision_config", None))):
         check_sizes(source, part)
     return hf_config
 
