@@ -26,9 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from build_model import VideoModel, build_model, trained_tensors
+from build_model import VideoModel, build_model, read_vision_config, trained_tensors, vision_preprocessor
 from config import FIELDS, ROOT, Config, as_flags, options_with, read_yaml, run_name, training_mode, write_yaml
-from pretrained import Source, load_preprocessor, locate, read_config
+from pretrained import Source, locate, read_config
 from script import (
     FileLock,
     UserError,
@@ -275,7 +275,7 @@ def save_backbone_files(model: VideoModel, name: str, folder: Path) -> None:
     hf_config = read_config(source)
     hf_config.save_pretrained(folder)
     if name == "vision":
-        write_json(load_preprocessor(source, hf_config.model_type), folder / "preprocessor_config.json")
+        write_json(vision_preprocessor(source, read_vision_config(source)), folder / "preprocessor_config.json")
     else:
         model.tokenizer.save_pretrained(folder)
 

@@ -174,7 +174,8 @@ class Config:
     """All options of all scripts. None means "not set"."""
 
     vision_model: str = option("timesformer", path_value, "model", ALL, names_run=True)
-    """video backbone: timesformer, videomae, or a folder (from save_pretrained) or hub id of these families"""
+    """vision backbone: timesformer, videomae, or a folder (from save_pretrained) or hub id. Of these families: V-JEPA 2,
+    DINOv3, SigLIP, DINOv2, CLIP, ViViT, VideoPrism, TimeSformer, VideoMAE"""
     language_model: str | None = option(None, path_value, "model", ALL, names_run=True, needs_vlm=True)
     """language backbone for --use_vlm True: bert for classification, gpt2 for captioning, or a folder or hub id of a
     similar model"""
@@ -218,7 +219,8 @@ class Config:
     """dataset folder with train/, test/ and optionally val/; each has one folder per class or a metadata.jsonl"""
     # "auto" means the backbone's own value; fill_auto() replaces it once the backbone is known
     num_frames: int | str = option("auto", auto_or(number(int, 1, 1024)), "data", TRAIN, in_feature_key=True)
-    """frames per clip; more show finer motion but take longer. auto: as many as the backbone was trained with"""
+    """frames per clip; more show finer motion but take longer. auto: as many as the backbone was trained with, or 8
+    for an image encoder"""
     image_size: int | str = option("auto", auto_or(number(int, 8, 2048)), "data", TRAIN)
     """height and width of the model's input in pixels. auto: the size that the backbone was trained with"""
     frame_stride: int = option(0, number(int, 0, 1000), "data", TRAIN, in_feature_key=True)

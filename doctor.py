@@ -120,11 +120,11 @@ def check_captions(splits: "Splits") -> Finding:
 
 def check_preprocessing(model: "VideoModel") -> Finding:
     """Compares mean and std with those in the backbone's own file."""
-    from pretrained import load_preprocessor
+    from build_model import vision_preprocessor
     from transforms import Preprocessing
 
     used = model.vision_encoder.preprocessing
-    values = load_preprocessor(model.sources["vision"], model.vision_encoder.config.model_type)
+    values = vision_preprocessor(model.sources["vision"], model.vision_encoder.config)
     own = Preprocessing.from_dict(values, used.image_size)
     if (used.mean, used.std, used.rescale_factor) != (own.mean, own.std, own.rescale_factor):
         result = f"mean {used.mean}, std {used.std}; the backbone's file has {own.mean}, {own.std}"
@@ -135,18 +135,21 @@ def check_preprocessing(model: "VideoModel") -> Finding:
 def check_frames(model: "VideoModel", config: Config) -> Finding:
     """Compares the number of frames in clips, the backbone's configuration and its embeddings. TimeSformer would run
     with any number, and be wrong without an error."""
-    from pretrained import read_config
+    from build_model import own_frames, read_vision_config
 
-    hf_config, embeddings = model.vision_encoder.config, model.vision_encoder.backbone.embeddings
-    embedded = hf_config.num_frames
-    if hasattr(embeddings, "time_embeddings"):
-        embedded = embeddings.time_embeddings.shape[1]
-    if len({hf_config.num_frames, embedded, config.num_frames}) > 1:
-        counts = f"clips have {config.num_frames} frames, the configuration {hf_config.num_frames}"
+    vision = model.vision_encoder
+    if vision.family.frames is None:
+        return Finding("frames fit the backbone", f"{vision.num_frames} frames, encoded one at a time")
+    configured = embedded = own_frames(vision.config)
+    time_embeddings = getattr(getattr(vision.backbone, "embeddings", None), "time_embeddings", None)
+    if time_embeddings is not None:
+        embedded = time_embeddings.shape[1]
+    if len({configured, embedded, config.num_frames}) > 1:
+        counts = f"clips have {config.num_frames} frames, the configuration {configured}"
         advice = "these must agree, or the backbone mixes up space and time"
         return Finding("frames fit the backbone", f"{counts}, the embeddings {embedded}", advice)
-    pretrained = read_config(model.sources["vision"]).num_frames
-    note = "" if pretrained == embedded else f" (pretrained with {pretrained}: its time embeddings are interpolated)"
+    pretrained = own_frames(read_vision_config(model.sources["vision"]))
+    note = "" if pretrained == embedded else f" (pretrained with {pretrained}: its positions in time are adapted)"
     return Finding("frames fit the backbone", f"{embedded} frames{note}")
 
 

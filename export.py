@@ -15,9 +15,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from build_model import VideoModel, adapters, body_of, lora_config, merge_adapters
+from build_model import (
+    VideoModel,
+    adapters,
+    body_of,
+    lora_config,
+    merge_adapters,
+    own_frames,
+    own_size,
+    read_vision_config,
+)
 from config import ROOT, Config
-from pretrained import read_config
 from readers import open_video
 from script import (
     UserError,
@@ -58,6 +66,13 @@ def export(
         raise UserError(
             f"--export: {run_dir} has an attentive head, for which Hugging Face has no class; train with --head linear "
             "to export the classifier"
+        )
+
+    vision = model.vision_encoder
+    if not config.use_vlm and (vision.family.frames is None or vision.family.pooling == "attentive"):
+        raise UserError(
+            f"--export: {run_dir} has a linear head on {vision.config.model_type}, for which Hugging Face has no class; "
+            "only video classifiers of TimeSformer, VideoMAE and ViViT can be exported"
         )
 
     # adapters first, because exporting the classifier merges them
@@ -120,9 +135,9 @@ def export_classifier(
     vision = model.vision_encoder
     check_position_table(model)
     side = vision.preprocessing.image_size
-    size = (2, vision.config.num_frames, 3, side, side)
+    size = (2, vision.num_frames, 3, side, side)
     clips = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    video = draw_video(folder / "video.mp4", vision.config.num_frames)
+    video = draw_video(folder / "video.mp4", vision.num_frames)
     reader = open_video(video)
     frames = reader.frames(sample_indices(len(reader), config.num_frames, config.frame_stride))
 
@@ -151,14 +166,15 @@ def export_classifier(
 
 def check_position_table(model: VideoModel) -> None:
     """Raises UserError if transformers' class cannot hold the run's position embeddings."""
-    # TimeSformer's tables are parameters, so any length can be saved; VideoMAE's is computed from the configuration
+    # tables that are parameters can have any length; VideoMAE's is computed from the configuration
     vision = model.vision_encoder
-    native = read_config(model.sources["vision"])
-    own_size = (native.num_frames, native.image_size) == (vision.config.num_frames, vision.config.image_size)
-    if not vision.has_cls and not own_size:
+    native = read_vision_config(model.sources["vision"])
+    native_sizes = own_frames(native), own_size(native)
+    computed = not isinstance(vision.backbone.embeddings.position_embeddings, torch.nn.Parameter)
+    if computed and native_sizes != (own_frames(vision.config), own_size(vision.config)):
         raise UserError(
             "--export: transformers' VideoMAE computes its position embeddings and cannot load the interpolated ones "
-            f"of this run; to export, train with --num_frames {native.num_frames} --image_size {native.image_size}"
+            "of this run; to export, train with --num_frames {} --image_size {}".format(*native_sizes)
         )
 
 

@@ -19,6 +19,13 @@ from script import UserError, shown
 # a damaged or hostile configuration beyond these would keep the machine busy for minutes before anything fails
 MOST_LAYERS, MOST_TOKENS, MOST_PARAMETERS = 1000, 10**6, 10**11
 
+LAYER_FIELDS = tuple(
+    f"{kind}_layers" for kind in ["num_hidden", "num_spatial", "num_temporal", "num_pooler", "pred_num_hidden"]
+)
+
+PREPROCESSOR_FILES = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
 
 @dataclass
 class Source:
@@ -114,7 +121,8 @@ def read_config(source: Source) -> Any:
         check_hub()
     check_files(source)
     hf_config = from_source(AutoConfig, source, "configuration (config.json)")
-    check_sizes(source, hf_config)
+    for part in filter(None, (hf_config, getattr(hf_config, "vision_config", None))):
+        check_sizes(source, part)
     return hf_config
 
 
@@ -147,11 +155,12 @@ def check_sizes(source: Source, hf_config: Any) -> None:
         return value if isinstance(value, int) else 0
 
     # a rough count of the parameters: attention, MLP, embeddings
-    layers, width = size("num_hidden_layers"), size("hidden_size")
+    layers, width = sum(map(size, LAYER_FIELDS)), max(size("hidden_size"), size("pred_hidden_size"))
     attention = max(width, size("num_attention_heads") * size("head_dim"))
     layer = 4 * width * attention + 2 * width * (size("intermediate_size") or 4 * width)
     patch = max(1, size("patch_size") or size("tubelet_size"))  # ViViT's tubelet_size has the sides of a patch too
-    tokens = size("num_frames") * (size("image_size") // patch) ** 2
+    frames = max(size("num_frames"), size("frames_per_clip"), 1)
+    tokens = frames * (max(size("image_size"), size("crop_size")) // patch) ** 2 + size("num_register_tokens")
     rows = size("vocab_size") + size("max_position_embeddings") + size("type_vocab_size") + tokens
     parameters = layers * layer + rows * width
     if layers > MOST_LAYERS or tokens > MOST_TOKENS or parameters > MOST_PARAMETERS:
@@ -203,20 +212,30 @@ def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tupl
     return model
 
 
-def load_preprocessor(source: Source, model_type: str) -> dict[str, Any]:
-    """The fields of preprocessor_config.json. Without that file, VideoMAE's defaults, with a warning.
+def load_preprocessor(source: Source, model_type: str, usual: dict[str, Any]) -> dict[str, Any]:
+    """The fields of preprocessor_config.json, or of the newer files for videos and for several inputs. Without a file,
+    the `usual` fields of this family, with a warning.
 
     Raises UserError if the file is damaged: a wrong mean would cost accuracy silently.
     """
-    from transformers import AutoImageProcessor
-    from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
-
-    if find_file(source, "preprocessor_config.json") or find_file(source, "processor_config.json"):
-        return from_source(AutoImageProcessor, source, "preprocessor_config.json", backend="pil").to_dict()
-    values = VideoMAEImageProcessorPil().to_dict()
+    # transformers' own processors need torchvision for most families
+    for name in PREPROCESSOR_FILES:
+        path = find_file(source, name)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8")) if path else {}
+            if path and name == "processor_config.json":  # each kind of input has fields of its own
+                values = values.get("video_processor") or values.get("image_processor") or {}
+            if not isinstance(values, dict):
+                raise ValueError("expected an object with fields")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{source.path}: {name}: {error}; copy the folder again") from None
+        if values or (path and name != "processor_config.json"):
+            return values
+    values = IMAGENET | usual
+    mean, std = (values[f"image_{name}"] if values.get("do_normalize", True) else "none" for name in ("mean", "std"))
     print(
-        f"warning: {source.path} has no preprocessor_config.json; using VideoMAE's defaults for this "
-        f"{model_type}: mean {values['image_mean']}, std {values['image_std']}"
+        f"warning: {source.path} has no preprocessor_config.json; using the usual values of {model_type}: "
+        f"mean {mean}, std {std}"
     )
     return values
 

@@ -205,7 +205,7 @@ def print_backbones(run: Run) -> None:
         size = sum(p.numel() for n, p in backbone.named_parameters() if ".lora_" not in n) / 1e6
         text = f"{size:.1f} M parameters"
         if part == "vision":
-            text += f", {vision.preprocessing.image_size}², {vision.config.num_frames} frames"
+            text += f", {vision.preprocessing.image_size}², {vision.num_frames} frames"
 
         # the tiny ones work on nothing but the synthetic data: say so in every run
         name = getattr(run.config, f"{part}_model")

@@ -34,8 +34,11 @@ from script import UserError, keep_freed_memory, make_folder, write_rows
 from VLoader import SPLITS, ClipDataset, EpochBatches, Splits, build_loader
 
 WARMUP = 0.1  # fraction of all steps
-# weight decay is for weight matrices; it would blur CLS, position and time embeddings
-NO_DECAY = re.compile(r"\.lora_|cls_token|position|time_embedding|rel_embeddings|\bwpe\b")
+# weight decay is for weight matrices; it would blur CLS, position and time embeddings, and the queries of poolers
+NO_DECAY = re.compile(
+    r"\.lora_|cls_token|class_embedding|register_tokens|position|time_embedding|rel_embeddings|\bwpe\b|"
+    r"query_tokens|attention_query|\.probe"
+)
 
 
 # -- schedule and optimizer -------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def operations_per_clip(backbone: str, kind: str, num_classes: int) -> float:
     config, _ = parse(["--vision_model", backbone, *FLAGS[kind]], "main")
     model = build_model(config, num_classes)
     encoder = model.vision_encoder
-    clips = torch.zeros(2, encoder.config.num_frames, 3, *(2 * (encoder.preprocessing.image_size,)), dtype=torch.uint8)
+    clips = torch.zeros(2, encoder.num_frames, 3, *(2 * (encoder.preprocessing.image_size,)), dtype=torch.uint8)
     # two clips: a batch of one could take another code path
     with FlopCounterMode(display=False) as counter:
         model(clips).sum().backward()

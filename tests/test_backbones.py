@@ -220,7 +220,10 @@ def test_only_a_missing_preprocessor_config_is_guessed_with_a_warning(dataset, c
     (folder / "preprocessor_config.json").unlink()
     argv = ["--vision_model", str(folder), "--data_dir", str(dataset), "--output_dir", str(folder.parent / "runs")]
     assert main.main([*argv, "--num_workers", "0", "--epochs", "1", "--freeze_visionbackbone", "True"]) == 0
-    assert f"warning: {folder} has no preprocessor_config.json; using VideoMAE's defaults" in capsys.readouterr().out
+    assert (
+        f"warning: {folder} has no preprocessor_config.json; using the usual values of videomae: mean [0.485, 0.456"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

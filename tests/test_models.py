@@ -18,17 +18,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import dummy_data
 import inference
 import main
-from build_model import FAMILIES as FAMILIES_TABLE
 from build_model import (
-    Family,
     adapters,
     build_model,
     fit_embeddings,
     fused_attention,
-    grid_shape,
     load_vision,
     patch_shape,
-    resize_grid,
     token_grid,
     trained_tensors,
 )
@@ -156,26 +152,12 @@ def test_any_length_and_size_equals_a_native_model(tmp_path, family, num_frames,
     pixel_values = clips(2, num_frames, image_size)
     with torch.no_grad():
         expected = native.base_model(vision.preprocessing.normalise(pixel_values)).last_hidden_state
-        assert torch.allclose(vision.tokens(pixel_values), expected, atol=1e-6)
-
-
-def vivit_family() -> Family:
-    """What CONTRIBUTING.md asks of someone who adds a family: a row, and a function that fits the embeddings."""
-
-    def fit_vivit(embeddings, config, times, side):
-        old_times, old_side = grid_shape(config)
-        table = embeddings.position_embeddings.data  # (1, 1 + t h w, D)
-        grid = resize_grid(table[:, 1:].unflatten(1, (old_times, old_side, old_side)), (times, side, side))
-        embeddings.position_embeddings = nn.Parameter(torch.cat([table[:, :1], grid.flatten(1, 3)], dim=1))
-
-    return Family(has_cls=True, token_order="thw", fit=fit_vivit)
+        assert torch.allclose(vision.encode(pixel_values)[1], token_grid(expected, vision.config), atol=1e-6)
 
 
 @pytest.mark.parametrize("num_frames, image_size", [("auto", "auto"), (8, 48), (2, 16)])
-def test_a_family_with_a_list_for_its_tubelet_needs_only_a_row_and_a_function(
-    tmp_path, monkeypatch, num_frames, image_size
-):
-    """ViViT has no patch_size, a pair as image_size, and pixels from -1 to 1."""
+def test_vivit_has_a_list_for_its_tubelet_and_pixels_from_minus_one_to_one(tmp_path, num_frames, image_size):
+    """It also has no patch_size, and a pair as image_size."""
     from transformers import AutoModelForVideoClassification, VivitConfig, VivitImageProcessor
 
     def native(frames: int, side: int):
@@ -192,7 +174,6 @@ def test_a_family_with_a_list_for_its_tubelet_needs_only_a_row_and_a_function(
         nn.init.normal_(model.base_model.embeddings.position_embeddings, std=0.5)
         return model
 
-    monkeypatch.setitem(FAMILIES_TABLE, "vivit", vivit_family())
     small = native(4, 32)
     small.save_pretrained(tmp_path)
     processor = VivitImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
@@ -204,11 +185,11 @@ def test_a_family_with_a_list_for_its_tubelet_needs_only_a_row_and_a_function(
     # its tokens and their order are those of a native model of that size
     same = native(frames, side)
     same.base_model.load_state_dict(vision.backbone.state_dict())
-    assert vision.config.image_size == same.config.image_size and patch_shape(vision.config) == (2, 8)
+    assert vision.config.image_size == side and patch_shape(vision.config) == (2, 8)
     pixel_values = clips(2, frames, side)
     with torch.no_grad():
         expected = same.base_model(vision.preprocessing.normalise(pixel_values)).last_hidden_state
-        assert torch.allclose(vision.tokens(pixel_values), expected, atol=1e-6)
+        assert torch.allclose(vision.encode(pixel_values)[1], token_grid(expected, vision.config), atol=1e-6)
     assert token_grid(expected, vision.config).shape == (2, frames // 2, side // 8, side // 8, 32)
     assert torch.equal(token_grid(expected, vision.config)[:, 0, 0, 1], expected[:, 2])
     assert vision.num_tokens(2) == 1 + 4 * frames // 2
@@ -309,14 +290,13 @@ def test_encode_video_averages_blocks_of_tokens(family):
     vision = model_of(vision_model=family).vision_encoder.eval()
     pixel_values = clips(2)
     with torch.no_grad():
-        tokens = vision.tokens(pixel_values)
+        pooled, grid = vision.encode(pixel_values)
         found = vision.encode_video(pixel_values, grid=2)
-    grid = token_grid(tokens, vision.config)
     half = grid.shape[2] // 2
     first = int(vision.has_cls)
     assert found.shape[1] == first + vision.num_times * 4
     if first:
-        assert torch.equal(found[:, 0], tokens[:, 0])
+        assert torch.equal(found[:, 0], pooled)
     for time, row, column in ((0, 0, 0), (1, 0, 1), (vision.num_times - 1, 1, 0)):
         block = grid[:, time, row * half : (row + 1) * half, column * half : (column + 1) * half].mean((1, 2))
         assert torch.allclose(found[:, first + time * 4 + row * 2 + column], block, atol=1e-5)

@@ -1,0 +1,367 @@
+"""Every family of backbones, from a tiny random folder: its own outputs, sizes, pooling, training and caching."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from test_resume import Killed, assert_same, flags, killed_after
+from torch import nn
+
+import main
+from build_model import FAMILIES, adapters, build_model, load_vision, patch_shape, read_vision_config, trained_tensors
+from config import Config, check_options
+from export import export
+from inference import Predictor
+from pretrained import Source
+from script import UserError
+from train_code import build_optimizer, first_steps_checked, loss_sum
+
+SIDE, FRAMES = 32, 4  # of every tiny model, in patches of 8 pixels
+SMALL = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+MLP, PATCH, VIDEO = {"intermediate_size": 64}, {"image_size": SIDE, "patch_size": 8}, {"num_frames": FRAMES}
+VJEPA2 = {"frames_per_clip": FRAMES, "crop_size": SIDE, "patch_size": 8, "num_pooler_layers": 1} | {
+    f"pred_{name}": size for name, size in (SMALL | {"num_hidden_layers": 1}).items()
+}
+VIDEOPRISM = {"image_size": SIDE, "tubelet_size": [1, 8, 8], "num_spatial_layers": 2, "num_temporal_layers": 1}
+# transformers' class and the fields of its configuration; the key's first word is the family
+MODELS = {
+    "timesformer": ("TimesformerForVideoClassification", SMALL | MLP | PATCH | VIDEO),
+    "videomae": ("VideoMAEForVideoClassification", SMALL | MLP | PATCH | VIDEO),
+    "vivit": ("VivitForVideoClassification", SMALL | MLP | VIDEO | {"image_size": SIDE, "tubelet_size": [2, 8, 8]}),
+    "vjepa2": ("VJEPA2ForVideoClassification", SMALL | VJEPA2),
+    "vjepa2 bare": ("VJEPA2Model", SMALL | VJEPA2),
+    "videoprism_vision_model": ("VideoPrismForVideoClassification", SMALL | MLP | VIDEO | VIDEOPRISM),
+    "videoprism_vision_model bare": ("VideoPrismVisionModel", SMALL | MLP | VIDEO | VIDEOPRISM),
+    "dinov2": ("Dinov2Model", SMALL | PATCH),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", SMALL | PATCH),
+    "dinov3_vit": ("DINOv3ViTModel", SMALL | MLP | PATCH | {"num_register_tokens": 3}),
+    "siglip_vision_model": ("SiglipVisionModel", SMALL | MLP | PATCH),
+    "siglip_vision_model bare": ("SiglipVisionModel", SMALL | MLP | PATCH | {"vision_use_head": False}),
+    "clip_vision_model": ("CLIPVisionModel", SMALL | MLP | PATCH),
+}
+IMAGES = {key for key in MODELS if FAMILIES[key.split()[0]].frames is None}
+EVERY = pytest.mark.parametrize("key", MODELS)
+
+
+def native_model(key: str, **more) -> nn.Module:
+    """A random model of transformers, with weights that are large enough for every part of it to matter."""
+    name, fields = MODELS[key]
+    torch.manual_seed(0)
+    model_class = getattr(transformers, name)
+    model = model_class(model_class.config_class(**(fields | more)))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """A function from the key of a model to a folder with it."""
+    made = {}
+
+    def folder(key: str) -> Path:
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(key.replace(" ", "_"))
+            native_model(key).save_pretrained(made[key])
+            fields = {"size": {"shortest_edge": SIDE}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+            (made[key] / "preprocessor_config.json").write_text(json.dumps(fields))
+        return made[key]
+
+    return folder
+
+
+def clips(count: int, frames: int = FRAMES, size: int = SIDE) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, frames, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def own_pooled(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """What transformers' own class makes of a clip: the input of its classifier, or of a linear probe."""
+    if isinstance(getattr(model, "classifier", None), nn.Linear):
+        model.classifier, classifier = nn.Identity(), model.classifier
+        pooled = model(pixels).logits
+        model.classifier = classifier
+        return pooled.reshape(len(pixels), -1)
+    if pixels.shape[1] == 3:  # images
+        output = model(pixels)
+        return output.last_hidden_state.mean(1) if output.pooler_output is None else output.pooler_output
+    more = {"skip_predictor": True} if hasattr(model, "predictor") else {}
+    return model(pixels, **more).last_hidden_state.mean(1)
+
+
+# -- outputs ----------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_at_its_own_size_the_pooled_token_is_that_of_the_native_class(folder_of, key):
+    model = native_model(key)
+    vision = load_vision(Source(str(folder_of(key))), Config(num_frames=FRAMES)).eval()
+    pixels = vision.preprocessing.normalise(clips(2))
+    with torch.no_grad():
+        found = vision(clips(2))
+        if key in IMAGES:
+            expected = own_pooled(model, pixels.flatten(0, 1)).unflatten(0, (2, FRAMES)).mean(1)
+        else:
+            expected = own_pooled(model, pixels)
+    difference = float((found - expected).abs().max())
+    print(f"{key}: {difference:.1e} of {float(expected.abs().max()):.1f}")
+    assert difference <= 1e-5 * max(1, float(expected.abs().max()))
+
+
+@EVERY
+@pytest.mark.parametrize("frames, size", [(2, 48), (8, 16)])
+def test_any_number_of_frames_and_size_finds_a_planted_patch(folder_of, key, frames, size):
+    """A change of one patch moves the token of its cell, and its time step, more than any other."""
+    vision = load_vision(Source(str(folder_of(key))), Config(num_frames=frames, image_size=size)).eval()
+    for layer in (m for m in vision.backbone.modules() if isinstance(m, nn.Linear)):
+        layer.weight.data *= 0.1  # random layers mix tokens more than trained ones
+    (tubelet, patch), plain = patch_shape(vision.config), clips(1, frames, size)
+    for time, row, column in ((0, 0, 1), (frames // tubelet - 1, 1, 0)):
+        planted = plain.clone()
+        rows, columns = (slice(patch * k, patch * (k + 1)) for k in (row, column))
+        planted[:, tubelet * time : tubelet * (time + 1), :, rows, columns] ^= 128
+        with torch.no_grad():
+            (_, before), (_, after) = vision.encode(plain), vision.encode(planted)
+        moved = (after - before).norm(dim=-1)[0]  # (t, h, w)
+        assert moved.shape == (frames // tubelet, size // patch, size // patch)
+        assert [int(i) for i in torch.unravel_index(moved.argmax(), moved.shape)] == [time, row, column]
+
+
+@pytest.mark.parametrize("key", ["vivit", "vjepa2", "videoprism_vision_model", "dinov2", "siglip_vision_model"])
+def test_another_size_equals_a_native_model_of_that_size(folder_of, key):
+    """Where transformers can compute it: rotary positions and its own interpolation; ViViT gets our table."""
+    frames, size = (FRAMES, 48) if key in IMAGES else (8, 48)
+    vision = load_vision(Source(str(folder_of(key))), Config(num_frames=frames, image_size=size)).eval()
+    if key in ("vivit", "vjepa2"):
+        fields = {
+            "vivit": {"num_frames": frames, "image_size": size},
+            "vjepa2": {"frames_per_clip": 8, "crop_size": 48},
+        }
+        native = native_model(key, **fields[key]).base_model
+        native.load_state_dict(vision.backbone.state_dict(), strict=False)
+    else:
+        native = native_model(key)
+        native = native.base_model if key.startswith("videoprism") else native
+    pixels = vision.preprocessing.normalise(clips(1, frames, size))
+    pixels = pixels.flatten(0, 1) if key in IMAGES else pixels
+    with torch.no_grad():
+        expected = native(pixels, **vision.family.arguments).last_hidden_state
+        found = vision.backbone(**{vision.family.input: pixels}, **vision.family.arguments).last_hidden_state
+        patches = vision.encode(clips(1, frames, size))[1]
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(patches.flatten(1, 3)[0, -1], expected[-1, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "key, options, cause",
+    [
+        ("vjepa2", {"num_frames": 3}, "--num_frames 3: this backbone needs a multiple of its tubelet size, 2"),
+        ("vivit", {"num_frames": 5}, "multiple of its tubelet size, 2"),
+        ("dinov2", {"image_size": 36}, "--image_size 36: this backbone needs a multiple of its patch size, 8"),
+    ],
+)
+def test_a_size_that_a_family_cannot_take_is_an_error_that_says_what_it_takes(folder_of, key, options, cause):
+    with pytest.raises(UserError, match=cause):
+        load_vision(Source(str(folder_of(key))), Config(**options))
+
+
+def test_an_unknown_family_is_an_error_that_lists_the_known_ones(tmp_path):
+    transformers.ResNetConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"is a resnet; video backbones are {', '.join(FAMILIES)}"):
+        load_vision(Source(str(tmp_path)), Config())
+
+
+@pytest.mark.parametrize(
+    "key, field",
+    [("vjepa2", "pred_num_hidden_layers"), ("videoprism_vision_model", "num_spatial_layers"), ("vjepa2", "crop_size")],
+)
+def test_a_configuration_that_is_too_large_is_refused_before_it_is_built(folder_of, tmp_path, key, field):
+    values = json.loads((folder_of(key) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {field: 10**6}))
+    with pytest.raises(UserError, match="too large to build"):
+        load_vision(Source(str(tmp_path)), Config())
+
+
+# -- files ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+def test_the_vision_part_of_a_model_with_text_is_loaded(tmp_path, kind):
+    """Published SigLIP and CLIP weights come with a text part."""
+    text = SMALL | MLP | {"vocab_size": 50, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+    name = {"siglip": "Siglip", "clip": "CLIP"}[kind]
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=SMALL | MLP | PATCH)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    model.save_pretrained(tmp_path)
+    vision = load_vision(Source(str(tmp_path)), Config(num_frames=1)).eval()
+    pixels = vision.preprocessing.normalise(clips(2, 1))
+    with torch.no_grad():
+        expected = model.vision_model(pixels[:, 0]).pooler_output
+        assert torch.allclose(vision(clips(2, 1)), expected, atol=1e-6)
+    assert read_vision_config(Source(str(tmp_path))).model_type == f"{kind}_vision_model"
+
+
+@pytest.mark.parametrize("key, mean", [("siglip_vision_model", 0.5), ("videoprism_vision_model", 0.0), ("vivit", 1.5)])
+def test_without_a_preprocessor_config_a_family_has_values_of_its_own(tmp_path, capsys, key, mean):
+    native_model(key).save_pretrained(tmp_path)
+    vision = load_vision(Source(str(tmp_path)), Config())
+    assert vision.preprocessing.mean == (mean,) * 3
+    assert f"using the usual values of {key}" in capsys.readouterr().out
+    white = torch.full((1, FRAMES, 3, SIDE, SIDE), 255, dtype=torch.uint8)
+    assert torch.allclose(vision.preprocessing.normalise(white), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", ["video_preprocessor_config.json", "processor_config.json"])
+def test_the_files_of_video_processors_are_read(tmp_path, name):
+    """V-JEPA 2 comes with the first; its frames are resized to more than the crop, at any size."""
+    native_model("vjepa2").save_pretrained(tmp_path)
+    fields = {"size": {"shortest_edge": 292}, "crop_size": {"height": 256, "width": 256}, "do_center_crop": True}
+    fields |= {
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+        "video_processor_type": "VJEPA2VideoProcessor",
+    }
+    values = {"video_processor": fields} if name == "processor_config.json" else fields
+    (tmp_path / name).write_text(json.dumps(values))
+    found = load_vision(Source(str(tmp_path)), Config(image_size=64)).preprocessing
+    assert (found.image_size, found.resize, found.mean) == (64, (73,), (0.1, 0.2, 0.3))
+
+
+def test_the_fingerprint_knows_the_pooler(tmp_path, folder_of):
+    """Published V-JEPA 2 classifiers share their frozen backbone, and differ in the pooler that the cache depends on."""
+    model = native_model("vjepa2")
+    nn.init.zeros_(model.pooler.query_tokens)
+    model.save_pretrained(tmp_path)
+    sources = Source(str(tmp_path)), Source(str(folder_of("vjepa2")))
+    for source in sources:
+        load_vision(source, Config())
+    assert sources[0].fingerprint != sources[1].fingerprint
+
+
+# -- training ---------------------------------------------------------------------------------------
+
+MODES = {"full": {}, "frozen": {"freeze_visionbackbone": True}, "lora": {"use_lora_vision": True}}
+JOBS = {
+    "linear": {"head": "linear"},
+    "attentive": {"head": "attentive"},
+    "bert": {"use_vlm": True},
+    "bert text": {"use_vlm": True, "use_text": True},
+    "gpt2": {"use_vlm": True, "captioning": True},
+}
+# every family in every mode, and every job with several families; the full product is slow
+CYCLE = [*JOBS]
+FAST = {(key, mode, CYCLE[(i + j) % len(CYCLE)]) for i, key in enumerate(MODELS) for j, mode in enumerate(MODES)}
+PRODUCT = [
+    pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+    for case in ((key, mode, job) for key in MODELS for mode in MODES for job in JOBS)
+]
+
+
+def batch_of(model) -> dict[str, torch.Tensor]:
+    texts = ["a red circle", "it goes up and down"]
+    return model.collator()(
+        [{"video": v, "index": i, "label": i, "caption": texts[i], "text": texts[i]} for i, v in enumerate(clips(2))]
+    )
+
+
+@pytest.mark.parametrize("key, mode, job", PRODUCT)
+def test_two_steps_change_what_is_trained_and_every_adapter_is_live(folder_of, key, mode, job):
+    """Gradient checkpointing changes neither the loss nor the gradients."""
+    options = {"num_frames": FRAMES, "dropout": 0.0} | MODES[mode] | JOBS[job]
+    config = check_options(Config(vision_model=str(folder_of(key)), **options))
+    losses, gradients = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = build_model(replace(config, gradient_checkpointing=checkpointing), 3)
+        for adapter in dict(adapters(model)).values():
+            adapter.lora_dropout["default"].p = 0.0
+        model.vision_encoder.config.pos_embed_rescale = None  # DINOv3 draws another scale in every training step
+        losses.append(loss_sum(model.train(), batch_of(model))[0])
+        losses[-1].backward()
+        gradients.append({n: p.grad.clone() for n, p in trained_tensors(model).items()})
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for name, gradient in gradients[0].items():
+        scale = float(gradient.abs().max()) + 1e-3
+        assert torch.allclose(gradients[1][name], gradient, rtol=1e-3, atol=1e-4 * scale), name
+
+    # the second model goes on
+    assert bool(dict(adapters(model))) == (mode == "lora")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = build_optimizer(model, model.vision_encoder.fill_auto(config))
+    for step in range(2):
+        with first_steps_checked(model, step):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss_sum(model, batch_of(model))[0].backward()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    # softmax cancels this bias, so its gradient is zero, or rounding noise that the optimizer follows
+    assert changed | {"head.query.gate.1.bias"} == set(trained_tensors(model)) | {"head.query.gate.1.bias"}
+
+
+# -- caching, resuming, predicting, exporting -------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("head", ["linear", "attentive"])
+def test_features_stand_for_pixels(folder_of, key, head):
+    """The cache holds them as fp16."""
+    config = check_options(Config(vision_model=str(folder_of(key)), num_frames=FRAMES, head=head, **MODES["frozen"]))
+    model = build_model(config, 3).eval()
+    grid = model.vision_encoder.fill_auto(config).token_grid
+    with torch.no_grad():
+        features = model.vision_encoder.features(clips(2), grid)
+        assert features.shape == (2, 1 + model.vision_encoder.num_tokens(grid), 48)
+        assert torch.allclose(model(features), model(clips(2)), atol=1e-5)
+        assert torch.allclose(model(features.half()), model(clips(2)), atol=0.02)
+
+
+FEW = {("vjepa2", "frozen"), ("dinov3_vit", "full")}
+RUNS = [
+    pytest.param(*case, marks=() if case in FEW else pytest.mark.slow)
+    for case in ((key, mode) for key in MODELS for mode in MODES)
+]
+
+
+@pytest.mark.parametrize("key, mode", RUNS)
+def test_a_run_is_resumed_exactly_and_predicts(dataset, tmp_path, monkeypatch, folder_of, key, mode):
+    """6 steps, stopped after 3. A frozen backbone's features are read from the cache; DINOv3 draws random scales."""
+    backbone = shutil.copytree(folder_of(key), tmp_path / "backbone")
+    options = {"num_frames": FRAMES, "num_workers": 0, "save_every": 2, "gradient_checkpointing": True} | MODES[mode]
+    more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    more += ["--vision_model", str(backbone), "--epochs", "2"]
+    assert main.main(flags(dataset, tmp_path / "whole", *more)) == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, 3)
+        main.main(flags(dataset, tmp_path / "stopped", *more))
+    assert main.main([*flags(dataset, tmp_path / "stopped", *more), "--resume", "True"]) == 0
+    assert_same(tmp_path / "whole" / "r", tmp_path / "stopped" / "r")
+    assert any((tmp_path / "whole" / ".features").rglob("*")) == (mode == "frozen")
+
+    # a backbone that was trained in full is in the run
+    if mode == "full":
+        shutil.rmtree(backbone)
+    video = next((dataset / "test").rglob("*.pt"))
+    assert Predictor.from_checkpoint(tmp_path / "whole" / "r").predict(video)["label"]
+
+
+@pytest.mark.parametrize("key", ["vjepa2", "clip_vision_model"])
+def test_a_classifier_without_a_native_class_is_not_exported(folder_of, tmp_path, key):
+    config = check_options(Config(vision_model=str(folder_of(key)), num_frames=FRAMES))
+    with pytest.raises(UserError, match=f"a linear head on {key}, for which Hugging Face has no class"):
+        export(tmp_path / "r", build_model(config, 3), config, {}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_frames": 6, "image_size": 48}])
+def test_vivit_is_exported_at_any_size(folder_of, tmp_path, options):
+    names = ["a", "b", "c"]
+    config = check_options(Config(vision_model=str(folder_of("vivit")), **options))
+    torch.manual_seed(0)
+    model = build_model(config, 3)
+    metadata = {"class_names": names, "display_names": dict(zip(names, names, strict=True))}
+    config = model.vision_encoder.fill_auto(config)
+    logits, probabilities = export(tmp_path / "r", model, config, metadata, tmp_path / "out")
+    assert logits < 1e-5 and probabilities < 1e-3
