@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from build_model import VideoModel, build_model, read_vision_config, trained_tensors, vision_preprocessor
+from build_model import VideoModel, build_model, trained_tensors
 from config import FIELDS, ROOT, Config, as_flags, options_with, read_yaml, run_name, training_mode, write_yaml
 from pretrained import Source, locate, read_config
 from script import (
@@ -40,6 +40,7 @@ from script import (
     temporary,
     write_json,
 )
+from vision import read_vision_config, vision_preprocessor
 
 FORMAT_VERSION = 1  # of metadata.json; raise it when older programs could no longer load a run
 WEIGHTS, CONFIG_YAML, METADATA = "model.safetensors", "config.yaml", "metadata.json"

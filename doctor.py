@@ -120,8 +120,8 @@ def check_captions(splits: "Splits") -> Finding:
 
 def check_preprocessing(model: "VideoModel") -> Finding:
     """Compares mean and std with those in the backbone's own file."""
-    from build_model import vision_preprocessor
     from transforms import Preprocessing
+    from vision import vision_preprocessor
 
     used = model.vision_encoder.preprocessing
     values = vision_preprocessor(model.sources["vision"], model.vision_encoder.config)
@@ -135,7 +135,7 @@ def check_preprocessing(model: "VideoModel") -> Finding:
 def check_frames(model: "VideoModel", config: Config) -> Finding:
     """Compares the number of frames in clips, the backbone's configuration and its embeddings. TimeSformer would run
     with any number, and be wrong without an error."""
-    from build_model import own_frames, read_vision_config
+    from vision import own_frames, read_vision_config
 
     vision = model.vision_encoder
     if vision.family.frames is None:

@@ -15,16 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from build_model import (
-    VideoModel,
-    adapters,
-    body_of,
-    lora_config,
-    merge_adapters,
-    own_frames,
-    own_size,
-    read_vision_config,
-)
+from build_model import VideoModel, adapters, body_of, lora_config, merge_adapters
 from config import ROOT, Config
 from readers import open_video
 from script import (
@@ -38,6 +29,7 @@ from script import (
     write_json,
 )
 from transforms import INTERPOLATION, Preprocessing, sample_indices
+from vision import own_frames, own_size, read_vision_config
 
 
 def export(

@@ -26,10 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from build_model import VideoModel, VisionEncoder
+from build_model import VideoModel
 from config import Config, options_with
 from script import UserError, make_folder, printable, remove_leftovers, replace_file
 from transforms import sample_indices
+from vision import VisionEncoder
 from VLoader import ClipDataset, EpochBatches, Sample, Splits, build_loader
 
 SHARD = 256  # videos per file

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dummy_data
-from build_model import token_grid
+from vision import token_grid
 
 SEED = 20260
 IMAGE_SIZE, NUM_FRAMES = 64, 8

@@ -10,6 +10,7 @@ import torch
 
 import build_model
 import doctor
+import vision
 
 HEALTHY = {
     "classifier": [],
@@ -61,9 +62,9 @@ def wrong_mean(monkeypatch, data: Path) -> list[str]:
     original = build_model.load_vision
 
     def load_vision(*args):
-        vision = original(*args)
-        vision.preprocessing = replace(vision.preprocessing, mean=(0.0, 0.0, 0.0))
-        return vision
+        encoder = original(*args)
+        encoder.preprocessing = replace(encoder.preprocessing, mean=(0.0, 0.0, 0.0))
+        return encoder
 
     monkeypatch.setattr(build_model, "load_vision", load_vision)
     return ["--freeze_visionbackbone", "True"]
@@ -81,14 +82,14 @@ def identical_classes(monkeypatch, data: Path) -> list[str]:
 
 def frame_mismatch(monkeypatch, data: Path) -> list[str]:
     """The config keeps the old length, by which TimeSformer's layers reshape."""
-    original = build_model.fit_embeddings
+    original = vision.fit_embeddings
 
     def fit_embeddings(backbone, num_frames, image_size):
         before = backbone.config.num_frames
         original(backbone, num_frames, image_size)
         backbone.config.num_frames = before
 
-    monkeypatch.setattr(build_model, "fit_embeddings", fit_embeddings)
+    monkeypatch.setattr(vision, "fit_embeddings", fit_embeddings)
     return ["--num_frames", "16"]
 
 

@@ -12,13 +12,14 @@ from test_resume import Killed, assert_same, flags, killed_after
 from torch import nn
 
 import main
-from build_model import FAMILIES, adapters, build_model, load_vision, patch_shape, read_vision_config, trained_tensors
+from build_model import adapters, build_model, trained_tensors
 from config import Config, check_options
 from export import export
 from inference import Predictor
 from pretrained import Source
 from script import UserError
 from train_code import build_optimizer, first_steps_checked, loss_sum
+from vision import FAMILIES, load_vision, patch_shape, read_vision_config
 
 SIDE, FRAMES = 32, 4  # of every tiny model, in patches of 8 pixels
 SMALL = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}

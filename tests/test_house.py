@@ -15,6 +15,7 @@ LAYERS = [
     {"script", "transforms"},
     {"config", "metrics", "readers"},
     {"dummy_data", "VLoader", "augment", "pretrained", "heads"},
+    {"vision"},
     {"build_model"},
     {"feature_cache", "checkpoint"},
     {"scan", "export", "train_code", "figures", "answers"},

@@ -18,22 +18,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import dummy_data
 import inference
 import main
-from build_model import (
-    adapters,
-    build_model,
-    fit_embeddings,
-    fused_attention,
-    load_vision,
-    patch_shape,
-    token_grid,
-    trained_tensors,
-)
+from build_model import adapters, build_model, trained_tensors
 from config import ROOT, Config, check_options, default_rates
 from pretrained import Source, locate
 from runs import rates_line
 from script import UserError
 from train_code import build_accelerator, build_optimizer, first_steps_checked, loss_sum
 from transforms import Preprocessing
+from vision import fit_embeddings, fused_attention, load_vision, patch_shape, token_grid
 
 FAMILIES = ("timesformer", "videomae")
 CAPTIONS = [
