@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from script import Parser, UserError, cause_of, script, shown
+from script import Parser, UserError, cause_of, counted, script, shown
 
 RESAMPLES = 1000
 BINS = 15  # confidence bins of the calibration error
@@ -425,8 +425,8 @@ def match_ids(references: dict[str, Any] | None, predictions: dict[str, Any], pa
         predictions = by_name
     missing = [k for k in references if k not in predictions]
     if missing:
-        count, example = f"{len(missing)} of {len(references)}", shown(missing[0])
-        raise UserError(f"{path} has no prediction for {count} ids, for example {example}")
+        count = f"{len(missing)} of {counted(len(references), 'id')}"
+        raise UserError(f"{path} has no prediction for {count}, for example {shown(missing[0])}")
     return [predictions[k] for k in references], [*references.values()]
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from config import ROOT, Config, as_flags, fill_auto, read_yaml, run_name, write_yaml
 from dummy_data import LEXICON
 from metrics import Summary, attribute_summary, attributes_in, bounds, caption_summary, label_rows_summary, resampled
-from script import UserError, make_folder, replace_file, script
+from script import UserError, counted, make_folder, replace_file, script
 
 EXPERIMENTS = ROOT / "experiments"
 NAMES = {"timesformer": "TimeSformer", "videomae": "VideoMAE", "bert": "BERT", "gpt2": "GPT-2"}
@@ -632,7 +632,7 @@ def main(argv: list[str] | None = None) -> None:
 
         ready = [row for row in rows if row.dirs[0] in row.finished()]
         size = sum(provide(row, PROVIDED, args.data_dir) for row in ready)
-        print(f"{len(ready)} checkpoints, {size / 1e6:.1f} MB in {PROVIDED}")
+        print(f"{counted(len(ready), 'checkpoint')}, {size / 1e6:.1f} MB in {PROVIDED}")
 
 
 if __name__ == "__main__":
