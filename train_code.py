@@ -394,7 +394,7 @@ def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config:
 
 
 def score_captions(captions: list[str], dataset: ClipDataset) -> dict[str, Any]:
-    """Bleu, ROUGE-L, CIDEr and exact match; if the dataset has a lexicon, also the fraction of captions that name each
+    """BLEU, ROUGE-L, CIDEr and exact match; if the dataset has a lexicon, also the fraction of captions that name each
     attribute correctly."""
     scores: dict[str, Any] = caption_scores(captions, [s.captions for s in dataset.samples])
     if dataset.lexicon and all(s.attributes.keys() == dataset.lexicon.keys() for s in dataset.samples):

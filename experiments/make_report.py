@@ -214,7 +214,7 @@ def trained_parameters(run_dir: Path) -> int:
 
 def result_cells(row: Row, scores: dict[str, Any]) -> list[str]:
     """A row of the table of captioners or of classifiers. The cells match HEADS."""
-    # Bleu and CIDEr are shown as papers do, all other scores in percent
+    # BLEU and CIDEr are shown as papers do, all other scores in percent
     seeds = f"{len(row.finished())} of {len(row.dirs)}"
     if row.config.captioning:
         return [
@@ -545,7 +545,7 @@ Licence: Apache-2.0.
 
 
 def show_all(scores: dict[str, float]) -> str:
-    """`accuracy 98.5 %, macro_f1 98.5 %`; Bleu and CIDEr are no percentages."""
+    """`accuracy 98.5 %, macro_f1 98.5 %`; BLEU and CIDEr are no percentages."""
     plain = ("CIDEr", "Bleu_4")
     return ", ".join(f"{n} {v:.3f}" if n in plain else f"{n} {100 * v:.1f} %" for n, v in scores.items())
 
