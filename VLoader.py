@@ -25,7 +25,7 @@ from torch.utils.data._utils import signal_handling
 
 from metrics import Lexicon
 from readers import VIDEO_SUFFIXES, Reader, ReadError, VideoFile, as_read_error, digest, natural_key, open_video, survey
-from script import UserError, cause_of, printable, shown
+from script import UserError, cause_of, counted, printable, shown
 from transforms import Preprocessing, sample_indices, view_indices
 
 SPLITS = ("train", "val", "test")
@@ -103,7 +103,8 @@ def read_folder(folder: Path) -> list[Sample]:
     rows = read_metadata(folder) if folder.is_dir() else {}
     videos, ignored = survey(folder)
     if ignored:
-        print(printable(f"ignored {len(ignored)} entries in {folder} that are not videos, for example {ignored[0]}"))
+        count = counted(len(ignored), "entry that is not a video", "entries that are not videos")
+        print(printable(f"ignored in {folder}: {count}, for example {ignored[0]}"))
     paths = sorted({*rows, *videos}, key=natural_key)
     if not paths:
         kinds = ", ".join(sorted(VIDEO_SUFFIXES))
@@ -142,7 +143,7 @@ def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
 
     # count all of them: many missing files mean that the metadata was written for another folder layout
     if missing:
-        raise UserError(f"{file} names {len(missing)} files that do not exist, for example {missing[0]}")
+        raise UserError(f"{file} names {counted(len(missing), 'missing file')}, for example {missing[0]}")
     return rows
 
 

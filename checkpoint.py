@@ -32,6 +32,7 @@ from pretrained import Source, locate, read_config
 from script import (
     FileLock,
     UserError,
+    counted,
     is_temporary,
     make_folder,
     remove_leftovers,
@@ -347,7 +348,8 @@ def load_state(
         # every process has its own stream of random numbers and continues it
         generators = {int(n.removeprefix("cpu.")): t for n, t in kinds["rng"].items() if n.startswith("cpu.")}
         if len(generators) != processes:
-            raise UserError(f"{run_dir} was stopped with {len(generators)} processes; resume it with as many")
+            stopped = counted(len(generators), "process", "processes")
+            raise UserError(f"{run_dir} was stopped with {stopped}; resume it with as many")
         torch.set_rng_state(generators[process])
         if "cuda" in kinds["rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state(kinds["rng"]["cuda"])
@@ -478,7 +480,7 @@ def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path
             differences.append(f"{name} is {list(tensors[name].shape)}, not {list(trained[name].shape)}")
     if differences:
         first = "; ".join(sorted(differences)[:4])  # there may be hundreds
-        raise UserError(f"{file} does not fit the model ({len(differences)} tensors): {first}")
+        raise UserError(f"{file} does not fit the model ({counted(len(differences), 'tensor')}): {first}")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[name])

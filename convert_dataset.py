@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from script import Parser, UserError, make_folder, printable, replace_file, script, shown
+from script import Parser, UserError, counted, make_folder, printable, replace_file, script, shown
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -107,7 +107,7 @@ def table_of(cells: list[list[str]]) -> Iterator[dict[str, str]]:
     for row in cells[1:]:
         if any(row[len(titles) :]):
             raise ValueError(
-                f"a row has {len(row)} cells for {len(titles)} columns: {shown(', '.join(row))}; "
+                f"a row has {len(row)} cells for {counted(len(titles), 'column')}: {shown(', '.join(row))}; "
                 "put quotes around cells that contain commas"
             )
         yield dict(zip(titles, row + [""] * (len(titles) - len(row)), strict=False))
@@ -616,7 +616,7 @@ def print_classes(counts: dict[str, dict[str, dict[str, int]]]) -> None:
     names = sorted({name for classes in counts.values() for name in classes})
     for number, name in enumerate(names):
         if number == PRINTED_CLASSES:
-            print(f"  and {len(names) - PRINTED_CLASSES} more classes, in {REPORT}")
+            print(f"  and {counted(len(names) - PRINTED_CLASSES, 'more class', 'more classes')}, in {REPORT}")
             break
         parts = (f"{s} {c[name]['videos']} of {c[name]['rows']}" for s, c in counts.items() if name in c)
         print(f"  {brief(name)}: {', '.join(parts)}")
@@ -632,7 +632,7 @@ def check_outcomes(outcomes: dict[str, Outcome], index: VideoIndex) -> None:
         refused = [text for o in outcomes.values() for text in o.refused]
         missing = [name for o in outcomes.values() for name in o.missing]
         causes = [f"{len(refused)} refused, first {refused[0]}"] if refused else []
-        contents = f"{len(index.videos)} videos, first {index.videos[0]}" if index.videos else "no videos"
+        contents = f"{counted(len(index.videos), 'video')}, first {index.videos[0]}" if index.videos else "no videos"
         if missing:
             causes.append(f"{len(missing)} not found in {index.folder}, first {missing[0]}; it contains {contents}")
         raise UserError(f"no row could be converted: {'; '.join(causes)}")
@@ -641,7 +641,7 @@ def check_outcomes(outcomes: dict[str, Outcome], index: VideoIndex) -> None:
     split_counts = Counter(path for o in outcomes.values() for path in o.samples)
     overlap = [path for path, count in split_counts.items() if count > 1]
     if overlap:
-        print(f"warning: {len(overlap)} videos are in two splits, first {printable(overlap[0])}")
+        print(f"warning: {counted(len(overlap), 'video')} in two splits, first {printable(overlap[0])}")
 
 
 def next_command(outcomes: dict[str, Outcome], output: Path) -> str:

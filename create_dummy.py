@@ -12,7 +12,7 @@ from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
 
-from script import Parser, UserError, make_folder, printable, script
+from script import Parser, UserError, counted, make_folder, printable, script
 
 CHUNK = 32  # frames in memory at a time
 
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         (args.output / "metadata.jsonl").write_text(lines, encoding="utf-8")
         if (args.data_dir / "lexicon.json").is_file():
             shutil.copyfile(args.data_dir / "lexicon.json", args.output / "lexicon.json")
-    print(f"wrote {len(rows)} folders of frames and a metadata.jsonl to {printable(args.output)}/")
+    count = counted(len(rows), "folder of frames", "folders of frames")
+    print(f"wrote {count} and a metadata.jsonl to {printable(args.output)}/")
     return 0
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, parse
-from script import LONGEST_MESSAGE, UserError, leave, printable, script
+from script import LONGEST_MESSAGE, UserError, counted, leave, printable, script
 
 if TYPE_CHECKING:
     from build_model import VideoModel
@@ -54,9 +54,9 @@ def check_readable(splits: "Splits") -> Finding:
         except UserError as error:
             errors.append(str(error))
     if errors:
-        result = f"{len(errors)} videos do not: {errors[0]}"
+        result = f"not in {counted(len(errors), 'video')}: {errors[0]}"
         return Finding("every frame decodes", result, "fix or remove them, or add --skip_unreadable True")
-    return Finding("every frame decodes", f"{len(samples)} videos")
+    return Finding("every frame decodes", counted(len(samples), "video"))
 
 
 def check_classes(splits: "Splits", folder: Path) -> Finding:
@@ -100,9 +100,9 @@ def check_copies(splits: "Splits") -> Iterator[Finding]:
     ):
         if groups:
             pair = " = ".join(str(sample.path) for _, sample in groups[0][:2])
-            yield Finding(check, f"{len(groups)} copied videos, first {pair}", advice)
+            yield Finding(check, f"{counted(len(groups), 'copied video')}, first {pair}", advice)
         else:
-            yield Finding(check, f"{len(copies)} different videos")
+            yield Finding(check, counted(len(copies), "different video"))
 
 
 def check_captions(splits: "Splits") -> Finding:
@@ -110,9 +110,9 @@ def check_captions(splits: "Splits") -> Finding:
     samples = [*splits.train, *splits.val, *splits.test]
     without = [s for s in samples if not s.captions]
     if without:
-        result = f"{len(without)} have none, first {without[0].path}"
+        result = f"{counted(len(without), 'video')} without one, first {without[0].path}"
         return Finding("every video has a caption", result, "add captions to metadata.jsonl")
-    return Finding("every video has a caption", f"{sum(len(s.captions) for s in samples)} captions")
+    return Finding("every video has a caption", counted(sum(len(s.captions) for s in samples), "caption"))
 
 
 # -- the model --------------------------------------------------------------------------------------
@@ -139,18 +139,18 @@ def check_frames(model: "VideoModel", config: Config) -> Finding:
 
     vision = model.vision_encoder
     if vision.family.frames is None:
-        return Finding("frames fit the backbone", f"{vision.num_frames} frames, encoded one at a time")
+        return Finding("frames fit the backbone", f"{counted(vision.num_frames, 'frame')}, encoded one at a time")
     configured = embedded = own_frames(vision.config)
     time_embeddings = getattr(getattr(vision.backbone, "embeddings", None), "time_embeddings", None)
     if time_embeddings is not None:
         embedded = time_embeddings.shape[1]
     if len({configured, embedded, config.num_frames}) > 1:
-        counts = f"clips have {config.num_frames} frames, the configuration {configured}"
+        counts = f"clips have {counted(config.num_frames, 'frame')}, the configuration {configured}"
         advice = "these must agree, or the backbone mixes up space and time"
         return Finding("frames fit the backbone", f"{counts}, the embeddings {embedded}", advice)
     pretrained = own_frames(read_vision_config(model.sources["vision"]))
     note = "" if pretrained == embedded else f" (pretrained with {pretrained}: its positions in time are adapted)"
-    return Finding("frames fit the backbone", f"{embedded} frames{note}")
+    return Finding("frames fit the backbone", f"{counted(embedded, 'frame')}{note}")
 
 
 def check_first_loss(model: "VideoModel", batch: dict[str, Any], num_classes: int) -> Finding:

@@ -21,6 +21,7 @@ from readers import open_video
 from script import (
     UserError,
     cause_of,
+    counted,
     give_default_mode,
     make_folder,
     printable,
@@ -219,7 +220,7 @@ def write_readme(folder: Path, run: str, config: Config, logits: float, probabil
     text = Template((ROOT / "exported" / "README.md").read_text(encoding="utf-8")).substitute(
         run=printable(run),
         adapters=adapters,
-        frames=f"{config.num_frames} frames",
+        frames=counted(config.num_frames, "frame"),
         rule=rule,
         count=config.num_frames,
         logits=f"{logits:.1e}",

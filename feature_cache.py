@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from build_model import VideoModel
 from config import Config, options_with
-from script import UserError, make_folder, printable, remove_leftovers, replace_file
+from script import UserError, counted, make_folder, printable, remove_leftovers, replace_file
 from transforms import sample_indices
 from vision import VisionEncoder
 from VLoader import ClipDataset, EpochBatches, Sample, Splits, build_loader
@@ -250,11 +250,11 @@ def compute_missing(
     tokens, width = store.shape
     if store.ignored:
         print(
-            f"feature cache: ignored {len(store.ignored)} damaged or foreign files, for example "
-            f"{printable(next(iter(store.ignored)))}; features that were only in them are computed again"
+            f"feature cache: ignored {counted(len(store.ignored), 'damaged or foreign file')}, for example "
+            f"{printable(next(iter(store.ignored)))}; features that were only there are computed again"
         )
     print(
-        f"feature cache: {len(samples) - len(missing)} of {len(samples)} videos are in {store.folder}; "
+        f"feature cache: {len(samples) - len(missing)} of {counted(len(samples), 'video')} in {store.folder}; "
         f"{tokens} x {width} numbers each, {2 * tokens * width * len(samples) / 1e6:.1f} MB in total"
     )
 

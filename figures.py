@@ -58,8 +58,9 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
     save(figure, path)
 
 
-def plot_clips(clips: list[tuple[Any, str]], path: Path) -> Path:
-    """Draws a contact sheet: one row per (clip uint8 [T, C, H, W], title), with the frames side by side."""
+def plot_clips(clips: list[tuple[Any, str]], path: Path, heading: str = "") -> Path:
+    """Draws a contact sheet: one row per (clip uint8 [T, C, H, W], title), with the frames side by side, below a line
+    with the heading."""
     from PIL import Image, ImageDraw, ImageFont
 
     # small frames are enlarged, but no more than twice
@@ -68,12 +69,13 @@ def plot_clips(clips: list[tuple[Any, str]], path: Path) -> Path:
     height, width = max(1, int(height * scale)), max(1, int(width * scale))
 
     # each row is a line of text above a strip of frames
-    font = ImageFont.load_default(13)
-    line = 22
-    sheet = Image.new("RGB", (max(times * (width + 2), 640), len(clips) * (height + line)), "white")
+    font, line = ImageFont.load_default(13), 22
+    first = line if heading else 0
+    sheet = Image.new("RGB", (max(times * (width + 2), 640), first + len(clips) * (height + line)), "white")
     draw = ImageDraw.Draw(sheet)
+    draw.text((2, 3), heading, fill="black", font=font, stroke_width=0.3)
     for row, (clip, title) in enumerate(clips):
-        top = row * (height + line)
+        top = first + row * (height + line)
         draw.text((2, top + 3), printable(title)[:LONGEST_TITLE], fill="black", font=font)
         for column, frame in enumerate(clip):
             image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
@@ -99,11 +101,12 @@ def draw_labels(
         title = f"recall of the {MOST_NAMES} worst classes, 95 % intervals, n = {scores['count']}"
         recalls = dict(sorted(recalls.items(), key=lambda item: item[1][0])[:MOST_NAMES])
     sheet = [(read_clip(index), text) for index, text in worst_clips(rows, display_names)]
+    heading = f"worst {len(sheet)} of n = {len(rows)}: the surest wrong answers, then the least sure right ones"
     return [
         plot_confusion(scores["classes"], display_names, folder / "confusion.png"),
         plot_bars(recalls, title, folder / "classes.png", display_names=display_names),
         plot_reliability(scores["calibration"], scores["calibration_error"], folder / "reliability.png"),
-        plot_clips(sheet, folder / "worst.png"),
+        plot_clips(sheet, folder / "worst.png", heading),
     ]
 
 
@@ -118,7 +121,9 @@ def draw_captions(
     exact = [index for index in order if rows[index]["caption"] in rows[index]["references"]]
     worst = [index for index in order if rows[index]["caption"] not in rows[index]["references"]]
     chosen = [*worst[: MOST_CLIPS // 2], *exact[: MOST_CLIPS // 2]]
-    pictures = [plot_clips([(read_clip(i), caption_title(rows[i])) for i in chosen], folder / "captions.png")]
+    heading = f"captions furthest from their references (lowest ROUGE-L), then exact ones, n = {len(rows)}"
+    sheet = [(read_clip(index), caption_title(rows[index])) for index in chosen]
+    pictures = [plot_clips(sheet, folder / "captions.png", heading)]
 
     # the scores hold a value and an interval for every attribute
     if "attributes" in scores:
@@ -184,6 +189,7 @@ def plot_confusion(classes: dict[str, Any], display_names: dict[str, str], path:
                 if fraction:
                     colour = "white" if fraction > 0.5 else "black"
                     axis.text(j, i, f"{100 * fraction:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    axis.set_title(f"confusion matrix, n = {sum(c['count'] for c in classes.values())}", fontsize=9)
     figure.colorbar(image, ax=axis, label="fraction of the true class (numbers: %)", shrink=0.8)
     return save(figure, path)
 
@@ -234,7 +240,8 @@ def plot_reliability(bins: list[tuple[int, float, float]], error: float, path: P
     most = max(count for count, _, _ in bins)
     sizes = [12 + 150 * count / most for count, _, _ in bins]
     confidences, accuracies = [c for _, c, _ in bins], [a for _, _, a in bins]
-    axis.scatter(confidences, accuracies, s=sizes, color=COLOUR, alpha=0.8, label="clips of similar confidence")
+    label = "clips of similar confidence\n(the larger, the more clips)"
+    axis.scatter(confidences, accuracies, s=sizes, color=COLOUR, alpha=0.8, label=label)
     axis.set(xlim=(0, 1.04), ylim=(-0.02, 1.04), xlabel="confidence", ylabel="accuracy")
     axis.set_title(f"expected calibration error {error:.3f}, n = {sum(count for count, _, _ in bins)}", fontsize=9)
     axis.legend(frameon=False, fontsize=8, loc="upper left")

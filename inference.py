@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from answers import Job, answer_line, find_lexicon, fingerprint_answers, is_right, list_jobs, open_output, short_name
 from config import FIELDS, Config, parse, refuse_classifier_options
 from metrics import Lexicon
-from script import UserError, leave, printable, script
+from script import UserError, counted, leave, printable, script
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -131,9 +131,10 @@ class Predictor:
         """Raises UserError unless every sample has the text that the run reads."""
         without = [s for s in samples if s.text is None]
         if self.model.text_field == "text" and without:
+            count = f"{len(without)} of {counted(len(samples), 'video')}"
             raise UserError(
-                f"this run was trained with --use_text True and {len(without)} of {len(samples)} videos have no text, "
-                f"first {without[0].path}: add --text_input '...' for all of them, or a metadata.jsonl in the video "
+                f"this run was trained with --use_text True, but {count} came without a text, first "
+                f"{without[0].path}: add --text_input '...' for all of them, or a metadata.jsonl in the video "
                 'folder with a text for each: {"file_name": "...", "text": "..."}'
             )
 
@@ -164,7 +165,7 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
         jobs = list_jobs(samples, config.video_dir, config.timeline)
         todo = [job for job in jobs if job.key not in done]
         if len(todo) < len(jobs):
-            print(printable(f"{output} already has {len(jobs) - len(todo)} of the {len(jobs)} answers"))
+            print(printable(f"{output} already has {len(jobs) - len(todo)} of {counted(len(jobs), 'answer')}"))
 
         # append each row at once: whatever ends this, nothing has to be computed twice
         rows = [done[job.key] for job in jobs if job.key in done]
@@ -249,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     if samples:
         predictor = Predictor(model, config, metadata)
         predictor.check_texts(samples)
-        print(printable(f"{run_dir}: {metadata['task']}, {len(samples)} videos in {config.video_dir}"))
+        print(printable(f"{run_dir}: {metadata['task']}, {counted(len(samples), 'video')} in {config.video_dir}"))
         if not config.captioning and (note := model.truncation_note(samples)):
             print(note)
         status = answer_all(predictor, samples, run_dir)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from script import Parser, UserError, cause_of, script, shown
+from script import Parser, UserError, cause_of, counted, script, shown
 
 RESAMPLES = 1000
 BINS = 15  # confidence bins of the calibration error
@@ -244,7 +244,7 @@ def ngrams(tokens: list[str]) -> list[Counter]:
 
 
 def bleu_counts(tokens: list[str], references: list[list[str]]) -> list[int]:
-    """What one caption adds to the corpus counts of Bleu. (10,)
+    """What one caption adds to the corpus counts of BLEU. (10,)
 
     For n = 1 to 4 its number of n-grams, then the number of these that a reference has too, then its own length and the
     length of the reference that is closest in length.
@@ -262,8 +262,8 @@ def bleu_counts(tokens: list[str], references: list[list[str]]) -> list[int]:
 
 
 def bleu(counts: np.ndarray) -> dict[str, float]:
-    """Bleu-1 to -4 of a corpus (Papineni 2002) from rows of bleu_counts(). The small constants are coco-caption's."""
-    # sums over the corpus first, then geometric means of the precisions: Bleu is not a mean over captions
+    """BLEU-1 to -4 of a corpus (Papineni 2002) from rows of bleu_counts(). The small constants are coco-caption's."""
+    # sums over the corpus first, then geometric means of the precisions: BLEU is not a mean over captions
     totals = counts.sum(0).astype(float)
     precisions = (totals[4:8] + 1e-15) / (totals[:4] + 1e-9)
     means = np.cumprod(precisions) ** (1 / np.arange(1, 5))
@@ -330,7 +330,7 @@ def exact_matches(captions: Sequence[str], references: Sequence[Sequence[str]]) 
 
 
 def caption_summary(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Summary:
-    """Bleu-1 to -4, ROUGE-L, CIDEr and the fraction of exact matches.
+    """BLEU-1 to -4, ROUGE-L, CIDEr and the fraction of exact matches.
 
     Everything that depends on one clip is computed once, because the bootstrap calls the summary a thousand times. So
     CIDEr uses the document frequencies of all references, whichever clips are drawn. The metrics are written here, not
@@ -443,8 +443,8 @@ def match_ids(references: dict[str, Any] | None, predictions: dict[str, Any], pa
         predictions = by_name
     missing = [k for k in references if k not in predictions]
     if missing:
-        count, example = f"{len(missing)} of {len(references)}", shown(missing[0])
-        raise UserError(f"{path} has no prediction for {count} ids, for example {example}")
+        count = f"{len(missing)} of {counted(len(references), 'id')}"
+        raise UserError(f"{path} has no prediction for {count}, for example {shown(missing[0])}")
     return [predictions[k] for k in references], [*references.values()]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from config import BACKBONES, ROOT, Config
 from metrics import Lexicon
-from script import UserError, shown
+from script import UserError, counted, shown
 
 # a damaged or hostile configuration beyond these would keep the machine busy for minutes before anything fails
 MOST_LAYERS, MOST_TOKENS, MOST_PARAMETERS = 1000, 10**6, 10**11
@@ -207,7 +207,7 @@ def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tupl
     misfits = sorted(str(k[0] if isinstance(k, tuple) else k) for k in report["mismatched_keys"])
     if missing or misfits:
         names = ", ".join((missing + misfits)[:4])
-        count = f"{len(missing)} tensors are missing and {len(misfits)} have another shape than config.json says"
+        count = f"{counted(len(missing), 'tensor')} missing, {len(misfits)} of another shape than config.json says"
         raise UserError(f"{source.path}: {count}: {names}; copy the folder again")
     return model
 

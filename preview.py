@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import parse, run_name
-from script import UserError, leave, make_folder, script
+from script import UserError, counted, leave, make_folder, script
 
 if TYPE_CHECKING:
     from runs import Run
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     run = prepare(config, path.parent)
     clips = training_clips(run, config.count)
     plot_clips(clips, path)
-    print(f"wrote {path}: {len(clips)} training clips, {run.config.num_frames} frames each")
+    print(f"wrote {path}: {counted(len(clips), 'training clip')}, {counted(run.config.num_frames, 'frame')} each")
     return 0
 
 

@@ -17,7 +17,7 @@ from config import BACKBONES, Config, as_flags, default_rates, training_mode
 from controls import control_line, control_scores, occlusion_maps
 from pretrained import warn_of_tiny
 from scan import prepare_data
-from script import UserError, is_main, printable, read_rows
+from script import UserError, counted, is_main, printable, read_rows
 from train_code import build_accelerator, build_loaders
 from VLoader import SPLITS, Splits, check_samples, fingerprint_data, read_display_names, read_splits
 
@@ -179,8 +179,11 @@ def result_line(metrics: dict[str, Any]) -> str:
     split = "test" if "test" in metrics else "val"
     scores = metrics[split]
     views = scores.get("views", {"clips": 1, "crops": 1})
-    each = "" if set(views.values()) == {1} else f", {views['clips']} clips x {views['crops']} crops of each"
-    parts = [f"{split} of epoch {metrics['best_epoch']} on {scores['count']} videos{each}: loss {scores['loss']:.3f}"]
+    each = ""
+    if set(views.values()) != {1}:
+        each = f", {counted(views['clips'], 'clip')} x {counted(views['crops'], 'crop')} of each"
+    videos = counted(scores["count"], "video")
+    parts = [f"{split} of epoch {metrics['best_epoch']} on {videos}{each}: loss {scores['loss']:.3f}"]
 
     # a score without its interval says little on a small test split
     if "accuracy" in scores:
@@ -205,7 +208,7 @@ def print_backbones(run: Run) -> None:
         size = sum(p.numel() for n, p in backbone.named_parameters() if ".lora_" not in n) / 1e6
         text = f"{size:.1f} M parameters"
         if part == "vision":
-            text += f", {vision.preprocessing.image_size}², {vision.num_frames} frames"
+            text += f", {vision.preprocessing.image_size}², {counted(vision.num_frames, 'frame')}"
 
         # the tiny ones work on nothing but the synthetic data: say so in every run
         name = getattr(run.config, f"{part}_model")
@@ -234,7 +237,8 @@ def print_data(run: Run) -> None:
     """What the run trains on: the sizes of the splits, how val was made, and texts that are cut."""
     splits = run.splits
     sizes = ", ".join(f"{len(getattr(splits, name))} {name}" for name in ("train", "val", "test"))
-    print(f"data: {sizes} videos, {len(splits.class_names)} classes in {run.config.data_dir}")
+    classes = counted(len(splits.class_names), "class", "classes")
+    print(f"videos: {sizes}; {classes} in {run.config.data_dir}")
     if splits.note:
         print(splits.note)
     if note := run.model.truncation_note([*splits.train, *splits.val, *splits.test]):
@@ -245,9 +249,10 @@ def print_settings(run: Run) -> None:
     """How the run trains: device, batch, learning rates, and how many parameters of each part are trained."""
     config = run.config
     accumulated = f" x {config.gradient_accumulation_steps}" if config.gradient_accumulation_steps > 1 else ""
+    epochs = counted(config.epochs, "epoch")
     print(
         f"{run.model.task} on {run.accelerator.device.type}, precision {run.accelerator.mixed_precision}, "
-        f"batch {config.batch_size}{accumulated}, {rates_line(config)}, {config.epochs} epochs, seed {config.seed}, "
+        f"batch {config.batch_size}{accumulated}, {rates_line(config)}, {epochs}, seed {config.seed}, "
         f"commit {git_commit()}"
     )
     print(f"{'part':<16}{'trained':>12}{'total':>12}")

@@ -18,7 +18,7 @@ from build_model import VideoModel
 from config import Config
 from feature_cache import CachedFeatures, cached_splits, compute_missing, open_store, read_features, use_cache
 from readers import ReadError, corner, digest, open_video, stamp
-from script import UserError, is_main, make_folder, printable, remove_leftovers, write_json
+from script import UserError, counted, is_main, make_folder, printable, remove_leftovers, write_json
 from transforms import view_indices
 from VLoader import Splits, WorkerLoader, identified
 
@@ -88,7 +88,7 @@ def without_unreadable(splits: Splits, bad: dict[Path, str], config: Config) -> 
     if bad:
         splits = drop_unreadable(splits, bad)
         first = printable(splits.unreadable[0])
-        print(f"skipped {len(bad)} unreadable videos; metrics.json will list them. The first: {first}")
+        print(f"skipped {counted(len(bad), 'unreadable video')} (listed in metrics.json), first: {first}")
     return splits
 
 

@@ -62,6 +62,11 @@ def cause_of(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """`1 video`, `2 videos`; `plural` for nouns that do not just add an s."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 def shown(value: object) -> str:
     """repr(value), shortened to fit in a message."""
     short = reprlib.Repr()

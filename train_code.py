@@ -30,7 +30,7 @@ from build_model import VideoModel, adapters, body_of, trained_tensors
 from checkpoint import STATE, load_state, load_weights, save_state, save_weights
 from config import Config, default_rates
 from metrics import attribute_summary, caption_scores, label_scores, with_intervals
-from script import UserError, keep_freed_memory, make_folder, write_rows
+from script import UserError, counted, keep_freed_memory, make_folder, write_rows
 from VLoader import SPLITS, ClipDataset, EpochBatches, Splits, build_loader
 
 WARMUP = 0.1  # fraction of all steps
@@ -153,8 +153,7 @@ def device_name(accelerator: Any) -> str:
     """The GPU's name, or the number of CPU threads, for metrics.json."""
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f"{threads} {accelerator.device.type.upper()} thread{'s' if threads > 1 else ''}"
+    return counted(torch.get_num_threads(), f"{accelerator.device.type.upper()} thread")
 
 
 def peak_memory(accelerator: Any) -> float | None:
@@ -409,7 +408,7 @@ def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config:
 
 
 def score_captions(captions: list[str], dataset: ClipDataset) -> dict[str, Any]:
-    """Bleu, ROUGE-L, CIDEr and exact match; if the dataset has a lexicon, also the fraction of captions that name each
+    """BLEU, ROUGE-L, CIDEr and exact match; if the dataset has a lexicon, also the fraction of captions that name each
     attribute correctly."""
     scores: dict[str, Any] = caption_scores(captions, [s.captions for s in dataset.samples])
     if dataset.lexicon and all(s.has_attributes(dataset.lexicon) for s in dataset.samples):
@@ -565,7 +564,9 @@ def train(
             engine.progress.next_epoch()
             save_or_stop(due=True)
     if engine.progress.epoch < config.epochs:
-        print(f"stopped after epoch {engine.progress.epoch}: val has not improved for {config.patience} epochs")
+        print(
+            f"stopped after epoch {engine.progress.epoch}: val has not improved for {counted(config.patience, 'epoch')}"
+        )
 
     # score the best epoch, whose weights are on disk once the main process has written them
     accelerator.wait_for_everyone()

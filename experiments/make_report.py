@@ -25,7 +25,7 @@ import numpy as np
 from config import ROOT, Config, as_flags, read_yaml, run_name, write_yaml
 from dummy_data import LEXICON
 from metrics import Summary, attribute_summary, attributes_in, bounds, caption_summary, label_rows_summary, resampled
-from script import UserError, make_folder, replace_file, script
+from script import UserError, counted, make_folder, replace_file, script
 
 EXPERIMENTS = ROOT / "experiments"
 NAMES = {"timesformer": "TimeSformer", "videomae": "VideoMAE", "bert": "BERT", "gpt2": "GPT-2"}
@@ -216,7 +216,7 @@ def trained_parameters(run_dir: Path) -> int:
 
 def result_cells(row: Row, scores: dict[str, Any]) -> list[str]:
     """A row of the table of captioners or of classifiers. The cells match HEADS."""
-    # Bleu and CIDEr are shown as papers do, all other scores in percent
+    # BLEU and CIDEr are shown as papers do, all other scores in percent
     seeds = f"{len(row.finished())} of {len(row.dirs)}"
     if row.config.captioning:
         return [
@@ -547,7 +547,7 @@ Licence: Apache-2.0.
 
 
 def show_all(scores: dict[str, float]) -> str:
-    """`accuracy 98.5 %, macro_f1 98.5 %`; Bleu and CIDEr are no percentages."""
+    """`accuracy 98.5 %, macro_f1 98.5 %`; BLEU and CIDEr are no percentages."""
     plain = ("CIDEr", "Bleu_4")
     return ", ".join(f"{n} {v:.3f}" if n in plain else f"{n} {100 * v:.1f} %" for n, v in scores.items())
 
@@ -634,7 +634,7 @@ def main(argv: list[str] | None = None) -> None:
 
         ready = [row for row in rows if row.dirs[0] in row.finished()]
         size = sum(provide(row, PROVIDED, args.data_dir) for row in ready)
-        print(f"{len(ready)} checkpoints, {size / 1e6:.1f} MB in {PROVIDED}")
+        print(f"{counted(len(ready), 'checkpoint')}, {size / 1e6:.1f} MB in {PROVIDED}")
 
 
 if __name__ == "__main__":

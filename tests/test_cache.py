@@ -99,7 +99,7 @@ def test_later_runs_reuse_the_features_of_the_first(dataset, tmp_path, capsys, m
     asked.clear()
     for number, flags in enumerate((BERT, GPT2, [*FROZEN, "--seed", "3", "--dropout", "0"])):
         assert train(dataset, tmp_path, *flags, "--run_name", f"b{number}") == 0
-    assert not asked and "18 of 18 videos are in" in capsys.readouterr().out
+    assert not asked and "18 of 18 videos in" in capsys.readouterr().out
     assert train(dataset, tmp_path, *FROZEN, "--token_grid", "1", "--run_name", "c") == 0
     assert train(dataset, tmp_path, *FROZEN, "--num_frames", "4", "--run_name", "d") == 0
     assert train(dataset, tmp_path, *FROZEN, "--frame_stride", "2", "--run_name", "e") == 0
@@ -159,10 +159,10 @@ def test_moved_and_copied_videos_hit_the_cache_and_frames_rewritten_in_place_mis
     shutil.copytree(tmp_path / "moved", tmp_path / "copied")
     for name in ("moved", "copied"):
         assert train(tmp_path / name, tmp_path, *flags, "--run_name", name) == 0
-    assert not asked and "8 of 8 videos are in" in capsys.readouterr().out
+    assert not asked and "8 of 8 videos in" in capsys.readouterr().out
     draw(tmp_path / "moved" / "train" / "a" / "v0", 200)
     assert train(tmp_path / "moved", tmp_path, *flags, "--run_name", "rewritten") == 0
-    assert sum(asked) == 1 and "7 of 8 videos are in" in capsys.readouterr().out
+    assert sum(asked) == 1 and "7 of 8 videos in" in capsys.readouterr().out
 
 
 def test_another_backbone_has_another_store(parts):
@@ -254,7 +254,7 @@ def test_changed_shards_are_noticed_and_their_videos_computed_again(parts, capsy
     capsys.readouterr()
     assert compute_missing(again, model, splits, config, accelerator) == {}
     out = capsys.readouterr().out
-    assert f"ignored 1 damaged or foreign files, for example {shard}" in out and "0 of 18 videos are in" in out
+    assert f"ignored 1 damaged or foreign file, for example {shard}" in out and "0 of 18 videos in" in out
     found = read_features(again, splits, config)["train"]
     assert torch.equal(torch.stack([found[i] for i in range(len(splits.train))]), expected)
 
@@ -323,7 +323,7 @@ def test_a_killed_extraction_continues_after_its_last_shard(dataset, tmp_path, m
     monkeypatch.setattr(feature_cache, "features_of", lambda e, p, *a: asked.append(len(p)) or original(e, p, *a))
     assert main.main(argv) == 0
     assert sum(asked) == 18 - finished
-    assert f"{finished} of 18 videos are in" in capsys.readouterr().out
+    assert f"{finished} of 18 videos in" in capsys.readouterr().out
 
 
 @given(

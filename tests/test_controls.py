@@ -362,8 +362,13 @@ def test_the_worst_clips_are_confident_errors_then_unsure_hits():
 
 def test_pictures_name_clips_by_folder_answer_and_truth(tmp_path, monkeypatch):
     """captions.png and occlusion.png."""
-    titles = []
-    monkeypatch.setattr(figures, "plot_clips", lambda clips, path: titles.extend(title for _, title in clips))
+    titles, headings = [], []
+
+    def plot_clips(clips, path, heading=""):
+        titles.extend(title for _, title in clips)
+        headings.append(heading)
+
+    monkeypatch.setattr(figures, "plot_clips", plot_clips)
     rows = [
         {"file": f"test/class_{k}/video_6.pt", "caption": f"a {k}", "references": [f"a {k % 2}", "b"]} for k in range(3)
     ]
@@ -373,12 +378,22 @@ def test_pictures_name_clips_by_folder_answer_and_truth(tmp_path, monkeypatch):
         "class_1/video_6.pt: a 1  |  equals a reference",
         "class_2/video_6.pt: a 2  |  reference: a 0",
     ]
+    assert "lowest ROUGE-L" in headings[0] and "n = 3" in headings[0]
     titles.clear()
     clip, fall = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 2, 2)
     labelled = {"file": "test/class_3/video_6.pt", "truth": "b", "label": "a", "score": 0.9}
     figures.plot_occlusion([(clip, fall, labelled), (clip, fall, rows[2])], {"a": "running", "b": "jumping"}, tmp_path)
     assert titles[0] == "class_3/video_6.pt: running 90 %, wrong, truth: jumping"
     assert titles[2] == "class_2/video_6.pt: a 2  |  reference: a 0"
+
+
+def test_a_heading_moves_the_clips_down_by_a_line(tmp_path):
+    clip = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
+    plain, headed = (
+        np.asarray(Image.open(figures.plot_clips([(clip, "a")], tmp_path / "sheet.png", heading)))
+        for heading in ("", "worst of all")
+    )
+    assert (plain == headed[22:]).all() and (headed[:22] < 100).any()
 
 
 def test_the_occlusion_picture_is_red_where_covering_costs(tmp_path):

@@ -151,7 +151,7 @@ def test_other_files_are_counted_and_named(folder, capsys):
     videos = [sample.path for sample in read_folder(folder)]
     assert names(videos, folder) == ["a/1.pt", "a/2.pt", "a/f", "b/1.pt", "b/2.pt"]
     out = capsys.readouterr().out
-    assert f"ignored 12 entries in {folder} that are not videos, for example {folder}" in out
+    assert f"ignored in {folder}: 12 entries that are not videos, for example {folder}" in out
     assert out.count("\n") == 1
 
 

@@ -133,7 +133,7 @@ def test_odd_files_are_rows_of_the_table(data, tmp_path, capsys):
     os.mkfifo(data / "test" / "class_0" / "pipe.mp4")
     assert examine(data, tmp_path) == 1
     out = capsys.readouterr().out
-    assert failed_checks(out) == ["every frame decodes"] and "1 videos do not: cannot read" in out
+    assert failed_checks(out) == ["every frame decodes"] and "not in 1 video: cannot read" in out
     assert "pipe.mp4 (a special file)" in out  # not a video: ignored
 
 
@@ -170,4 +170,4 @@ def test_videos_without_captions_are_found(data, tmp_path, capsys):
     splits = read_splits(data)
     assert not check_captions(splits).advice
     lacking = replace(splits, test=[replace(splits.test[0], captions=())])
-    assert "1 have none" in check_captions(lacking).result and check_captions(lacking).advice
+    assert "1 video without one, first" in check_captions(lacking).result and check_captions(lacking).advice

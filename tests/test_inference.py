@@ -87,7 +87,7 @@ def test_an_unfinished_output_is_resumed(run, videos, tmp_path, capsys, monkeypa
     monkeypatch.setattr(inference.Predictor, "predict_many", predict_many)
     capsys.readouterr()
     assert answer(run, videos, output) == 0
-    assert "already has 9 of the 24 answers" in capsys.readouterr().out
+    assert "already has 9 of 24 answers" in capsys.readouterr().out
     assert asked == ["2.pt", *(f"{i}.pt" for i in range(10, 24))]
     found = {Path(r["file"]).name: r for r in rows(output)}
     assert len(found) == len(rows(output)) == 24
@@ -98,7 +98,7 @@ def test_an_unfinished_output_is_resumed(run, videos, tmp_path, capsys, monkeypa
     capsys.readouterr()
     assert answer(run, videos, output) == 0 and output.read_bytes() == before
     out = capsys.readouterr().out
-    assert "already has 24 of the 24 answers" in out and "wrote" not in out
+    assert "already has 24 of 24 answers" in out and "wrote" not in out
 
 
 def test_answers_of_another_run_or_with_other_options_are_not_mixed(run, videos, tmp_path, capsys):
@@ -309,7 +309,7 @@ def test_rows_and_text_on_one_redirected_output(run, videos, capfd):
     assert answer(run, videos / "0.pt", Path("/dev/stdout")) == 0
     found = capfd.readouterr().out.splitlines()
     assert len([line for line in found if line.startswith('{"file"')]) == 1
-    assert sum("1 videos in" in line for line in found) == 1 and found[-1] == "wrote /dev/stdout"
+    assert sum("1 video in" in line for line in found) == 1 and found[-1] == "wrote /dev/stdout"
 
 
 def test_a_full_disk_leaves_complete_rows(run, videos, tmp_path, capsys, monkeypatch):
@@ -368,7 +368,7 @@ def test_duplicate_answers_and_answers_without_a_path(run, videos, tmp_path, mon
     output.write_text("".join(map(answers.as_line, [*old, *expected[5:20], *expected[12:15]])))
     capsys.readouterr()
     assert answer(run, Path("videos"), output) == 0
-    assert "already has 20 of the 23 answers" in capsys.readouterr().out
+    assert "already has 20 of 23 answers" in capsys.readouterr().out
     assert [r["file"] for r in rows(output)] == [r["file"] for r in expected]
 
 

@@ -1,4 +1,4 @@
-"""Training and inference of the three jobs, and the guarantees of a checkpoint."""
+"""Training and inference of the three tasks, and the guarantees of a checkpoint."""
 
 import json
 import shutil

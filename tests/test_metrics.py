@@ -242,7 +242,7 @@ def test_answers_of_inference_are_matched_by_their_files_names(tmp_path, capsys)
 @pytest.mark.parametrize(
     ("references", "answers", "message"),
     [
-        ({"a": ["x"]}, {"b": "x"}, "no prediction for 1 of 1 ids, for example 'a'"),
+        ({"a": ["x"]}, {"b": "x"}, "no prediction for 1 of 1 id, for example 'a'"),
         ({"a": ["x"], "b": "y"}, {"a": "x", "b": "y"}, "a list of captions for every id, or a label for every id"),
         ({"a": ["x"]}, {"a": 3}, "neither a string nor a row"),
         ({"a": []}, {"a": "x"}, "a list of captions"),

@@ -496,7 +496,7 @@ def test_metadata_labels_need_no_class_folders(tmp_path):
         ('{"file_name": "b.pt", "caption": ""}', "line 2: caption must be"),
         ('{"file_name": "b.pt", "text": 3}', "line 2: text must be"),
         ('{"file_name": "a.pt"}', "line 2: file_name 'a.pt' appears twice"),
-        ('{"file_name": "b.pt"}', "names 1 files that do not exist"),
+        ('{"file_name": "b.pt"}', "names 1 missing file, for example"),
     ],
 )
 def test_bad_metadata_names_the_line(tmp_path, line, cause):
