@@ -497,7 +497,10 @@ def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"{run_dir} is not a vidtune run: {METADATA} is missing or unreadable") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{run_dir} has checkpoint format {shown(version)}; this program reads {FORMAT_VERSION}")
-    config = Config(**({"head": "linear"} | read_yaml(run_dir / CONFIG_YAML)))  # earlier versions had no other
+    values = read_yaml(run_dir / CONFIG_YAML)
+    if not values.get("captioning"):
+        values.setdefault("head", "linear")  # classifiers of earlier versions had no other
+    config = Config(**values)
     if problem := metadata_problem(metadata, {*training_mode(config)}):
         raise UserError(f"{run_dir / METADATA} is damaged: {problem}")
     return config, metadata
