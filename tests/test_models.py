@@ -40,6 +40,7 @@ from train_code import build_accelerator, build_optimizer, first_steps_checked, 
 from transforms import Preprocessing
 
 FAMILIES = ("timesformer", "videomae")
+
 CAPTIONS = [
     "a small red circle moves right",
     "the blue box is huge and stands still",
@@ -450,7 +451,7 @@ def passes_through_layers(model, batch) -> tuple[dict[str, list[int]], dict[str,
 @pytest.mark.parametrize(
     "options, again",
     [
-        ({}, {"vision": 2}),
+        pytest.param({}, {"vision": 2}, marks=pytest.mark.slow),
         ({"vision_model": "videomae", "use_lora_vision": True, "freeze_visionbackbone": True}, {"vision": 2}),
         ({"use_vlm": True, "captioning": True, "use_lora_llm": True}, {"vision": 2, "language": 2}),
         (
@@ -825,8 +826,7 @@ F_TINY, F_HUB, L_TINY, L_HUB, H_TINY, H_HUB = 5e-4, 5e-5, 3e-3, 5e-4, 3e-3, 1e-3
         ("hub", "tiny", {"use_lora_llm": True}, (F_HUB, L_TINY, 10 * F_HUB)),
     ],
 )
-@pytest.mark.parametrize("typed", [1.0, 3.0])
-def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, language, options, rates, typed):
+def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, language, options, rates):
     """A folder counts as hub weights. A given rate is for the less restricted backbone; the others keep their ratio."""
     names = {"vision_model": "timesformer", "language_model": "gpt2"}
     for option, kind in (("vision_model", vision), ("language_model", language)):
@@ -836,10 +836,11 @@ def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, languag
     model = build_model(config, 4)
     filled = resolved(config, model)
     assert filled.learning_rate == default_rates(config)[0]
-    found = groups_of(model, replace(filled, learning_rate=typed * filled.learning_rate))
-    for part, rate in zip(("vision_encoder", "language_model", "projector"), rates, strict=True):
-        peaks = {peak for name, (peak, _) in found.items() if name.startswith(part)}
-        assert [*peaks] == ([] if rate is None else [pytest.approx(typed * rate)]), part
+    for typed in (1.0, 3.0):
+        found = groups_of(model, replace(filled, learning_rate=typed * filled.learning_rate))
+        for part, rate in zip(("vision_encoder", "language_model", "projector"), rates, strict=True):
+            peaks = {peak for name, (peak, _) in found.items() if name.startswith(part)}
+            assert [*peaks] == ([] if rate is None else [pytest.approx(typed * rate)]), part
     line = rates_line(filled)
     assert f"new layers {rates[2]:g}" in line and ("language" in line) == (rates[1] is not None)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import counting_frames, read_clip, write_video
+from conftest import counting_frames, one_of_each_job, read_clip, write_video
 from PIL import Image
 
 import convert_dataset
@@ -74,9 +74,8 @@ PAIRS = pairs()
 
 
 def test_the_readme_trains_and_uses_every_configuration():
-    names = [run_name(parse(list(flags), "main")[0]) for flags in PAIRS]
-    assert sorted(names) == sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
-    assert len(names) == 24 and all(PAIRS.values())
+    assert sorted(NAMES.values()) == sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+    assert len(NAMES) == 24 and all(PAIRS.values())
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,17 @@ def frames(dataset, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("flags", PAIRS, ids=lambda flags: " ".join(flags).replace("--", ""))
+NAMES = {flags: run_name(parse(list(flags), "main")[0]) for flags in PAIRS}
+OFTEN = one_of_each_job(NAMES.values())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(flags, id=" ".join(flags).replace("--", ""), marks=[pytest.mark.slow] * (name not in OFTEN))
+        for flags, name in NAMES.items()
+    ],
+)
 def test_commands_train_and_predict(flags, dataset, frames, tmp_path, capsys):
     runs = ["--output_dir", str(tmp_path)]
     assert run("main.py", *flags, "--data_dir", str(dataset), "--epochs", "1", "--num_workers", "0", *runs) == 0
@@ -256,7 +265,7 @@ def test_the_commands_of_a_block_work(use, workplace, capsys):
         flags = [name for flag in flags for name in (sorted(glob(flag)) if "*" in flag else [flag])]
         more = {
             "main.py": ["--weights", "tiny", "--epochs", "1", "--num_workers", "0"],
-            "doctor.py": ["--weights", "tiny", "--num_workers", "0"],
+            "doctor.py": ["--weights", "tiny", "--num_workers", "0", "--image_size", "32"],
             "preview.py": ["--weights", "tiny", "--num_workers", "0"],
         }
         capsys.readouterr()
