@@ -1,7 +1,11 @@
 """Shared by all tests: a small dataset, clips written with PyAV, and real clips if VIDTUNE_TEST_DATA is set."""
 
 import os
+import re
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -11,7 +15,10 @@ from hypothesis import HealthCheck, settings
 
 import controls
 import dummy_data
+import figures
+import metrics
 from readers import open_video
+from script import replace_file
 from transforms import sample_indices
 
 torch.set_num_threads(1)
@@ -20,11 +27,44 @@ controls.SHOWN, controls.CELLS = 1, 2  # few tests look at occlusion maps, so th
 settings.register_profile(
     "default",
     deadline=None,
-    max_examples=int(os.environ.get("VIDTUNE_EXAMPLES", 100)),
+    max_examples=int(os.environ.get("VIDTUNE_EXAMPLES", 50)),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("default")
 REAL = os.environ.get("VIDTUNE_TEST_DATA")
+
+
+# Pictures and intervals take most of the time of a small run, and few tests look at them.
+COSTLY = [(figures, "save"), (figures, "SHEET_WIDTH"), (metrics, "RESAMPLES")]
+FULL = [getattr(module, name) for module, name in COSTLY]
+
+
+def save_unrendered(figure: Any, path: Path) -> Path:
+    """Stands in for figures.save."""
+    replace_file(path, lambda p: p.write_bytes(b"not rendered"))
+    figures.pyplot().close(figure)
+    return path
+
+
+def set_costly(values: list[Any]) -> list[Any]:
+    """Sets what COSTLY names, and returns what it was."""
+    before = [getattr(module, name) for module, name in COSTLY]
+    for (module, name), value in zip(COSTLY, values, strict=True):
+        setattr(module, name, value)
+    return before
+
+
+set_costly([save_unrendered, 100, 20])
+
+
+@contextmanager
+def in_full() -> Generator[None]:
+    """Inside, a run draws its pictures and computes its intervals as users get them."""
+    before = set_costly(FULL)
+    try:
+        yield
+    finally:
+        set_costly(before)
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +108,14 @@ def counting_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray
         frames[index] = 3 * index
         frames[index, : height // 2, : 1 + index * width // count] = 255
     return frames
+
+
+def one_of_each_job(names: Iterable[str]) -> set[str]:
+    """Of the names of runs one for each vision backbone and job, trained in different ways."""
+    jobs: dict[str, list[str]] = {}
+    for name in sorted(names):
+        jobs.setdefault(re.sub("_(fvbb|fllm|loravision|lorallm)", "", name), []).append(name)
+    return {job[number % len(job)] for number, job in enumerate(jobs.values())}
 
 
 def resolved(config, model):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import in_full
 from PIL import Image
 
 import augment
@@ -139,8 +140,9 @@ def test_preview_without_a_readable_video_is_one_line(tmp_path, capsys):
 
 def test_preview_shows_what_the_model_sees(dataset, tmp_path, capsys):
     flags = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--num_workers", "0", "--num_frames", "4"]
-    assert preview.main([*flags, "--count", "3"]) == 0
-    assert preview.main([*flags, "--count", "3", "--augment", "light", "--run_name", "other"]) == 0
+    with in_full():
+        assert preview.main([*flags, "--count", "3"]) == 0
+        assert preview.main([*flags, "--count", "3", "--augment", "light", "--run_name", "other"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["preview_other.png", "preview_timesformer.png"]  # no run
     plain, changed = (np.asarray(Image.open(tmp_path / f"preview_{n}.png")) for n in ("timesformer", "other"))
     assert plain.shape == changed.shape == (3 * (128 + 22), max(4 * 130, 640), 3)

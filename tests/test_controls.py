@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import resolved
+from conftest import in_full, resolved
 from PIL import Image
 
 import controls
@@ -37,7 +37,8 @@ def runs(dataset, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("controls")
     for name, flags in JOBS.items():
         argv = ["--data_dir", str(dataset), "--output_dir", str(folder), "--run_name", name, *FLAGS, *flags]
-        assert main.main(argv) == 0
+        with in_full():
+            assert main.main(argv) == 0
     return {name: folder / name for name in JOBS}
 
 
@@ -249,14 +250,16 @@ def test_score_gives_the_scores_of_the_training(runs, tmp_path, job):
     for name in ("metrics.json", "predictions_test.jsonl"):
         (copy / name).unlink()
     (copy / "metrics.json").write_text(json.dumps(before | {"test": {}, "controls": {}}))
-    assert score.main(["--checkpoint", str(copy), "--controls", "True", "--num_workers", "0"]) == 0
+    with in_full():
+        assert score.main(["--checkpoint", str(copy), "--controls", "True", "--num_workers", "0"]) == 0
     assert read(copy) == before
     assert read_rows(copy / "predictions_test.jsonl") == read_rows(runs[job] / "predictions_test.jsonl")
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_the_predictions_give_the_same_scores_again(runs, capsys, job):
-    assert metrics.main(["--predictions", str(runs[job] / "predictions_test.jsonl")]) == 0
+    with in_full():
+        assert metrics.main(["--predictions", str(runs[job] / "predictions_test.jsonl")]) == 0
     found, scores = json.loads(capsys.readouterr().out), read(runs[job])["test"]
     names = set(found["intervals"])
     assert names == set(scores["intervals"]) and len(names) >= 5
@@ -267,6 +270,8 @@ def test_the_predictions_give_the_same_scores_again(runs, capsys, job):
 
 
 def test_pictures_are_drawn(runs):
+    for job in JOBS:
+        assert (runs[job] / "curves.png").stat().st_size > 5000
     drawn = {job: {p.name for p in runs[job].glob("*.png") if p.stat().st_size > 3000} - {"curves.png"} for job in JOBS}
     assert (
         drawn["text"]
@@ -402,7 +407,8 @@ def test_the_occlusion_picture_is_red_where_covering_costs(tmp_path):
     fall[1, 1, 1] = 3.0
     clip = torch.zeros(2, 3, 40, 40, dtype=torch.uint8)
     row = {"file": "v/3.mp4", "truth": "b", "label": "a", "score": 0.9}
-    path = figures.plot_occlusion([(clip, fall, row)], {"a": "running", "b": "jumping"}, tmp_path / "o.png")
+    with in_full():
+        path = figures.plot_occlusion([(clip, fall, row)], {"a": "running", "b": "jumping"}, tmp_path / "o.png")
     pixels = np.asarray(Image.open(path)).astype(int)
     red = (pixels[..., 0] > 120) & (pixels[..., 1] < 40)
     rows, columns = np.nonzero(red)

@@ -7,6 +7,8 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import av
@@ -36,21 +38,20 @@ RUNS = {
 }
 
 
-def train(dataset: Path, folder: Path, name: str, *more: str) -> Path:
-    flags = [
-        "--data_dir",
-        str(dataset),
-        "--output_dir",
-        str(folder),
-        "--run_name",
-        name,
-        "--epochs",
-        "2",
-        "--num_workers",
-        "0",
-    ]
-    assert main.main([*flags, "--learning_rate", "3e-3", *RUNS.get(name, []), *more]) == 0
-    return folder / name
+@pytest.fixture(scope="module")
+def train(dataset, tmp_path_factory) -> Callable[..., Path]:
+    """train(name, *flags) is the folder of a run, which is trained only once."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ["--data_dir", str(dataset), "--output_dir", str(folder), "--epochs", "2", "--num_workers", "0"]
+
+    @cache
+    def trained(name: str, *more: str) -> Path:
+        run = "_".join([name, *more]).replace("--", "")
+        job = RUNS.get(name, [])
+        assert main.main([*flags, "--run_name", run, "--learning_rate", "3e-3", *job, *more]) == 0
+        return folder / run
+
+    return trained
 
 
 def check_card(out: Path) -> None:
@@ -71,10 +72,10 @@ def clips(model) -> torch.Tensor:
     "name",
     ["timesformer_lora", "videomae_lora", *(pytest.param(n, marks=slow) for n in ("timesformer", "videomae_frozen"))],
 )
-def test_a_classifier_as_a_hugging_face_folder(dataset, tmp_path, capsys, name):
+def test_a_classifier_as_a_hugging_face_folder(train, tmp_path, capsys, name):
     from transformers import AutoImageProcessor, AutoModelForVideoClassification
 
-    run, out = train(dataset, tmp_path, name), tmp_path / "out"
+    run, out = train(name), tmp_path / "out"
     assert inference.main(["--checkpoint", str(run), "--export", str(out)]) == 0
     assert "differ by at most" in capsys.readouterr().out
     check_card(out)
@@ -101,11 +102,11 @@ def test_a_classifier_as_a_hugging_face_folder(dataset, tmp_path, capsys, name):
         pytest.param("text", "vision", marks=slow),
     ],
 )
-def test_adapters_as_a_peft_folder(dataset, tmp_path, name, part):
+def test_adapters_as_a_peft_folder(train, tmp_path, name, part):
     from peft import PeftModel
     from transformers import AutoModel
 
-    run, out = train(dataset, tmp_path, name), tmp_path / "out"
+    run, out = train(name), tmp_path / "out"
     assert inference.main(["--checkpoint", str(run), "--export", str(out)]) == 0
     model, _, _ = load_run(run)
     body = model.vision_encoder.backbone if part == "vision" else model.language_model.base_model
@@ -125,13 +126,9 @@ def test_adapters_as_a_peft_folder(dataset, tmp_path, name, part):
     assert (plain - expected).abs().max() > 1e-3
 
 
-def test_runs_that_cannot_be_exported_say_why(dataset, tmp_path, capsys):
-    odd = train(
-        dataset, tmp_path, "odd", "--vision_model", "videomae", "--freeze_visionbackbone", "True", "--num_frames", "4"
-    )
-    both = train(
-        dataset, tmp_path, "both", "--use_vlm", "--freeze_visionbackbone", "True", "--freeze_llmbackbone", "True"
-    )
+def test_runs_that_cannot_be_exported_say_why(train, tmp_path, capsys):
+    odd = train("odd", "--vision_model", "videomae", "--freeze_visionbackbone", "True", "--num_frames", "4")
+    both = train("both", "--use_vlm", "--freeze_visionbackbone", "True", "--freeze_llmbackbone", "True")
     for run, message in ((odd, "cannot load the interpolated ones"), (both, "Hugging Face has no class")):
         capsys.readouterr()
         assert inference.main(["--checkpoint", str(run), "--export", str(tmp_path / "x")]) == 2
@@ -148,10 +145,10 @@ def export(run: Path, out: Path):
 
 
 @pytest.fixture(scope="module")
-def plain(dataset, tmp_path_factory) -> tuple[Path, Path]:
+def plain(train, tmp_path_factory) -> tuple[Path, Path]:
     """(a run, the folder it is exported to)."""
     folder = tmp_path_factory.mktemp("plain")
-    run = train(dataset, folder, "timesformer")
+    run = train("timesformer")
     export(run, folder / "out")
     return run, folder / "out"
 
@@ -172,7 +169,7 @@ def differences(run: Path, predict, videos: list[Path]) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["timesformer", "videomae"])
+@pytest.mark.parametrize("name", ["timesformer", pytest.param("videomae", marks=slow)])
 def test_predict_answers_as_inference_does_on_real_clips(real_data, tmp_path, name):
     run = ROOT / "checkpoints" / "provided" / name
     clips = sorted(p for p in (real_data / "clips").iterdir() if p.suffix != ".pt")
@@ -211,8 +208,8 @@ def made(tmp_path_factory) -> list[Path]:
 @pytest.mark.parametrize(
     "name, stride", [("timesformer", "3"), pytest.param("timesformer", "0", marks=slow), ("videomae_lora", "2")]
 )
-def test_predict_answers_as_inference_does_on_made_clips(dataset, tmp_path, made, name, stride):
-    run = train(dataset, tmp_path, name, "--frame_stride", stride)
+def test_predict_answers_as_inference_does_on_made_clips(train, tmp_path, made, name, stride):
+    run = train(name, "--frame_stride", stride)
     found = differences(run, export(run, tmp_path / "out"), made)
     assert len(found) == 8 and max(found.values()) < 1e-3, found
 
@@ -273,8 +270,8 @@ def test_predict_needs_nothing_of_this_repository(plain):
 # -- whole or not at all ----------------------------------------------------------------------------
 
 
-def test_an_export_is_complete_or_not_written(dataset, tmp_path, capsys, monkeypatch):
-    run, out = train(dataset, tmp_path, "timesformer_lora"), tmp_path / "exports" / "out"
+def test_an_export_is_complete_or_not_written(train, tmp_path, capsys, monkeypatch):
+    run, out = train("timesformer_lora"), tmp_path / "exports" / "out"
 
     def full(values, path):
         assert any(path.parent.parent.glob(".out.*/adapter_vision"))  # it got this far

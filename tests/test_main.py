@@ -90,7 +90,7 @@ def test_a_run_describes_itself(runs, job):
     assert metadata["display_names"]["class_2"] == "circle moving down"
     assert all(len(b["fingerprint"]) == 32 for b in metadata["backbones"].values())
     assert metrics["test"]["count"] == 6 and len(log) == 1 and log[0]["best"]
-    assert (runs[job] / "curves.png").stat().st_size > 5000
+    assert (runs[job] / "curves.png").is_file()  # test_controls.py looks at the pictures
     if "captioner" in job:
         names = {"size", "colour", "shape", "motion", "all"}
         assert (

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import sklearn.metrics
+from conftest import in_full
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocoevalcap.bleu.bleu import Bleu
@@ -17,6 +18,12 @@ from scipy.stats import binomtest
 
 import metrics
 from config import ROOT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_intervals():
+    with in_full():
+        yield
 
 
 def predictions(seed: int, count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:

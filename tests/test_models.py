@@ -28,6 +28,7 @@ from transforms import Preprocessing
 from vision import fit_embeddings, fused_attention, load_vision, patch_shape, token_grid
 
 FAMILIES = ("timesformer", "videomae")
+
 CAPTIONS = [
     "a small red circle moves right",
     "the blue box is huge and stands still",
@@ -422,7 +423,7 @@ def passes_through_layers(model, batch) -> tuple[dict[str, list[int]], dict[str,
 @pytest.mark.parametrize(
     "options, again",
     [
-        ({}, {"vision": 2}),
+        pytest.param({}, {"vision": 2}, marks=pytest.mark.slow),
         ({"vision_model": "videomae", "use_lora_vision": True, "freeze_visionbackbone": True}, {"vision": 2}),
         ({"use_vlm": True, "captioning": True, "use_lora_llm": True}, {"vision": 2, "language": 2}),
         (
@@ -477,7 +478,7 @@ def test_caption_targets_are_the_caption_and_one_end():
 
 
 def test_the_classifiers_sequence_is_cls_video_sep_text_sep():
-    model = model_of(use_vlm=True, use_text=True).eval()
+    model = model_of(use_vlm=True, use_text=True, head="linear").eval()
     seen = {}
     model.language_model.register_forward_pre_hook(lambda m, a, kw: seen.update(kw), with_kwargs=True)
     batch = batch_of(model, 2)
@@ -642,7 +643,9 @@ def test_two_steps_train_what_they_should_of_other_encoders(tmp_path, family, op
 def test_positions_reserved_for_padding_are_not_counted(tmp_path):
     """RoBERTa's positions start after the padding id: 120 - 6 of 120 are usable, and one more fails."""
     folder = language_folder(tmp_path, "xlm-roberta", pad_token_id=5)
-    model = model_of(use_vlm=True, use_text=True, language_model=str(folder), num_frames=8, token_grid=2).eval()
+    model = model_of(
+        use_vlm=True, use_text=True, head="linear", language_model=str(folder), num_frames=8, token_grid=2
+    ).eval()
     room = model.codec().max_tokens
     assert room == 120 - 6 - model.projector.num_tokens - 3
     items = [item | {"text": "a " * 200} for item in items_of(1)]
@@ -797,8 +800,7 @@ F_TINY, F_HUB, L_TINY, L_HUB, H_TINY, H_HUB = 5e-4, 5e-5, 3e-3, 5e-4, 3e-3, 1e-3
         ("hub", "tiny", {"use_lora_llm": True}, (F_HUB, L_TINY, 10 * F_HUB)),
     ],
 )
-@pytest.mark.parametrize("typed", [1.0, 3.0])
-def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, language, options, rates, typed):
+def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, language, options, rates):
     """A folder counts as hub weights. A given rate is for the less restricted backbone; the others keep their ratio."""
     names = {"vision_model": "timesformer", "language_model": "gpt2"}
     for option, kind in (("vision_model", vision), ("language_model", language)):
@@ -808,10 +810,11 @@ def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, languag
     model = build_model(config, 4)
     filled = resolved(config, model)
     assert filled.learning_rate == default_rates(config)[0]
-    found = groups_of(model, replace(filled, learning_rate=typed * filled.learning_rate))
-    for part, rate in zip(("vision_encoder", "language_model", "projector"), rates, strict=True):
-        peaks = {peak for name, (peak, _) in found.items() if name.startswith(part)}
-        assert [*peaks] == ([] if rate is None else [pytest.approx(typed * rate)]), part
+    for typed in (1.0, 3.0):
+        found = groups_of(model, replace(filled, learning_rate=typed * filled.learning_rate))
+        for part, rate in zip(("vision_encoder", "language_model", "projector"), rates, strict=True):
+            peaks = {peak for name, (peak, _) in found.items() if name.startswith(part)}
+            assert [*peaks] == ([] if rate is None else [pytest.approx(typed * rate)]), part
     line = rates_line(filled)
     assert f"new layers {rates[2]:g}" in line and ("language" in line) == (rates[1] is not None)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import main
 from config import ROOT
 from script import read_rows
 
@@ -17,11 +18,14 @@ CLASSIFIER = ["--vision_model", "videomae", "--use_lora_vision", "True"]
 CAPTIONER = ["--use_vlm", "True", "--captioning", "True", "--freeze_visionbackbone", "True"]
 
 
+def options(dataset: Path, runs: Path) -> list[str]:
+    return f"--data_dir {dataset} --output_dir {runs} --num_workers 0 --batch_size 3 --dropout 0".split()
+
+
 def start(processes: int, dataset: Path, runs: Path, *flags: str) -> subprocess.Popen:
     """Starts main.py under torchrun. Batches of 3 leave a last batch of one clip, so one process gets none."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(ROOT / "main.py"), "--data_dir", str(dataset), "--output_dir", str(runs), "--num_workers", "0"]
-    command += ["--batch_size", "3", "--dropout", "0", *flags]
+    command += [str(ROOT / "main.py"), *options(dataset, runs), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -39,12 +43,13 @@ def log_of(run: Path) -> list[dict]:
 @pytest.mark.parametrize(
     "job", [pytest.param(CLASSIFIER, id="lora", marks=pytest.mark.slow), pytest.param(CAPTIONER, id="captioner")]
 )
-def test_two_processes_give_the_log_of_one(dataset, tmp_path, job):
+def test_two_processes_give_the_log_of_one(dataset, tmp_path, job, capsys):
     """Counts and scores are equal, losses agree to rounding, and only one process writes and prints."""
     runs, flags = tmp_path / "runs", ["--epochs", "2", "--run_name"]
     if job is CLASSIFIER:  # adapters have dropout, which differs in each process
         flags = ["--lora_r", "2", *flags]
-    one = finish(start(1, dataset, runs, *job, *flags, "one"))
+    assert main.main([*options(dataset, runs), *job, *flags, "one"]) == 0
+    one = capsys.readouterr().out
     two = finish(start(2, dataset, runs, *job, *flags, "two"))
     loose = 5e-2 if job is CLASSIFIER else 1e-4
     for a, b in zip(log_of(runs / "one"), log_of(runs / "two"), strict=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import counting_frames, read_clip, write_video
+from conftest import counting_frames, one_of_each_job, read_clip, write_video
 from PIL import Image
 
 import convert_dataset
@@ -76,9 +76,8 @@ PAIRS = pairs()
 
 
 def test_the_readme_trains_and_uses_every_configuration():
-    names = [run_name(parse(list(flags), "main")[0]) for flags in PAIRS]
-    assert sorted(names) == sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
-    assert len(names) == 24 and all(PAIRS.values())
+    assert sorted(NAMES.values()) == sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+    assert len(NAMES) == 24 and all(PAIRS.values())
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,17 @@ def frames(dataset, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("flags", PAIRS, ids=lambda flags: " ".join(flags).replace("--", ""))
+NAMES = {flags: run_name(parse(list(flags), "main")[0]) for flags in PAIRS}
+OFTEN = one_of_each_job(NAMES.values())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(flags, id=" ".join(flags).replace("--", ""), marks=[pytest.mark.slow] * (name not in OFTEN))
+        for flags, name in NAMES.items()
+    ],
+)
 def test_commands_train_and_predict(flags, dataset, frames, tmp_path, capsys):
     runs = ["--output_dir", str(tmp_path)]
     assert run("main.py", *flags, "--data_dir", str(dataset), "--epochs", "1", "--num_workers", "0", *runs) == 0
@@ -264,7 +273,7 @@ def test_the_commands_of_a_block_work(use, workplace, capsys):
         flags = [name for flag in flags for name in (sorted(glob(flag)) if "*" in flag else [flag])]
         more = {
             "main.py": ["--weights", "tiny", "--epochs", "1", "--num_workers", "0"],
-            "doctor.py": ["--weights", "tiny", "--num_workers", "0"],
+            "doctor.py": ["--weights", "tiny", "--num_workers", "0", "--image_size", "32"],
             "preview.py": ["--weights", "tiny", "--num_workers", "0"],
         }
         capsys.readouterr()
@@ -322,15 +331,17 @@ def test_the_results_are_those_of_the_study():
 def test_links_and_pictures_lead_somewhere(page):
     folder = ROOT / "docs" if (ROOT / "docs" / page).is_file() else ROOT
     targets = re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]) + re.findall(r'src="([^"]+)"', TEXTS[page])
-    titles = {
-        re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-")
-        for t in re.findall(r"^#+ (.+)$", TEXTS[page], re.MULTILINE)
-    }
     for target in targets:
-        if target.startswith("#"):
-            assert target[1:] in titles
-        elif not target.startswith("https://"):
-            assert (folder / target).exists(), target
+        path, _, title = target.partition("#")
+        if not target.startswith("https://"):
+            assert not path or (folder / path).exists(), target
+            assert not title or title in titles(Path(path).name or page), target
+
+
+def titles(page: str) -> set[str]:
+    """The titles of a page, as links to them spell them."""
+    found = re.findall(r"^#+ (.+)$", TEXTS[page], re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in found}
 
 
 def test_the_tree_names_files_that_exist():

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,8 +192,8 @@ def wait_for(file: Path, process: subprocess.Popen) -> None:
 )
 def test_a_signal_and_then_resume(dataset, tmp_path, number):
     more = [*JOBS["classifier"], "--num_workers", "0"]
-    assert main.main(flags(dataset, tmp_path / "whole", *more, "--epochs", "12")) == 0
-    argv = flags(dataset, tmp_path / "stopped", *more, "--epochs", "12", "--save_every", "1")
+    assert main.main(flags(dataset, tmp_path / "whole", *more, "--epochs", "8")) == 0
+    argv = flags(dataset, tmp_path / "stopped", *more, "--epochs", "8", "--save_every", "1")
     process = start(argv)
     wait_for(tmp_path / "stopped" / "r" / "state" / "state.safetensors", process)
     process.send_signal(number)
@@ -207,14 +208,21 @@ def test_a_signal_and_then_resume(dataset, tmp_path, number):
     assert_same(tmp_path / "whole" / "r", tmp_path / "stopped" / "r")
 
 
-@pytest.fixture
-def stopped(dataset, tmp_path, monkeypatch) -> list[str]:
-    """The flags of a run that was stopped in its second epoch."""
-    argv = flags(dataset, tmp_path, *JOBS["classifier"], "--num_workers", "0")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+@pytest.fixture(scope="module")
+def stopped_once(dataset, tmp_path_factory) -> Path:
+    """The folder of a run that was stopped in its second epoch."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         killed_after(patch, 4)
-        main.main(argv)
-    return argv
+        main.main(flags(dataset, folder, *JOBS["classifier"], "--num_workers", "0"))
+    return folder / "r"
+
+
+@pytest.fixture
+def stopped(dataset, tmp_path, stopped_once) -> list[str]:
+    """The flags of a copy of it."""
+    shutil.copytree(stopped_once, tmp_path / "r")
+    return flags(dataset, tmp_path, *JOBS["classifier"], "--num_workers", "0")
 
 
 @pytest.mark.parametrize(
@@ -234,8 +242,6 @@ def test_resuming_with_other_options_is_refused(stopped, capsys, more, message):
 
 
 def test_resuming_on_other_data_is_refused(stopped, dataset, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(dataset, tmp_path / "data")
     (tmp_path / "data" / "train" / "class_0" / "video_0.pt").rename(tmp_path / "data" / "train" / "class_1" / "new.pt")
     metadata = tmp_path / "data" / "train" / "metadata.jsonl"
