@@ -110,12 +110,12 @@ def draw_grounds(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.clip(grounds + strength.astype(np.float32) * grating, 0, 1)
 
 
-def draw_world(rng: np.random.Generator, count: int, two_objects: float = 0.25) -> dict[str, torch.Tensor]:
+def draw_world(rng: np.random.Generator, count: int) -> dict[str, torch.Tensor]:
     """A batch of clips, `video` uint8 (B, T, C, H, W), with their labels: `single` (B,), true for clips with one
     object, and the fields of draw_objects as `first_*` and `second_*`."""
-    # a share of the clips has a second object; the others get one with an empty mask
+    # a quarter of the clips has a second object; the others get one with an empty mask
     first, second = draw_objects(rng, count), draw_objects(rng, count)
-    has_second = rng.random(count) < two_objects
+    has_second = rng.random(count) < 0.25
     second["masks"] *= has_second[:, None, None, None]
 
     # colours and noise vary a little: exact values must not identify a class
@@ -398,13 +398,15 @@ def pretrain_videomae(state_dir: Path, scale: float) -> nn.Module:
     )
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
-        return reconstruction_loss(reconstructor, draw_world(rng, 32, two_objects=0.5), rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            return reconstruction_loss(reconstructor, draw_world(rng, 32), rng)
 
-    train("videomae", nn.ModuleList([reconstructor]), loss_of, int(6_000 * scale), 1e-3, state_dir)
+    train("videomae-masked", nn.ModuleList([reconstructor]), loss_of, int(2_000 * scale), 1e-3, state_dir)
 
-    # only the encoder is kept: the decoder was there for reconstruction
+    # only the encoder goes on: the decoder was there for reconstruction
     model = new_videomae()
     model.videomae.load_state_dict(reconstructor.videomae.state_dict())
+    supervise(model, "videomae", int(4_000 * scale), 1e-3, state_dir)
     return model
 
 
