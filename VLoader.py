@@ -354,7 +354,7 @@ class ClipDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:  # ty: ignore[lost-keyword-for-regular-parameter]
         draw, index = item
         sample = self.samples[index]
         # one generator per item, so that results do not depend on which worker reads it, or when
