@@ -101,8 +101,9 @@ class Projector(nn.Module):
         layers = nn.Linear(hidden, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.LayerNorm(hidden), *layers)
         self.num_tokens = vision.num_tokens(grid)
-        times = torch.arange(vision.num_times).repeat_interleave(grid**2) + int(vision.has_cls)
-        times = torch.cat([times.new_zeros(int(vision.has_cls)), times])  # CLS belongs to no time step: entry 0
+        first = int(vision.has_pooled_token)  # it belongs to no time step, so it gets entry 0
+        times = torch.arange(vision.num_times).repeat_interleave(grid**2) + first
+        times = torch.cat([times.new_zeros(first), times])
         self.register_buffer("times", times, persistent=False)  # (N,)
         self.time_embedding = nn.Embedding(int(times.max()) + 1, width)
         nn.init.normal_(self.time_embedding.weight, std=0.02)

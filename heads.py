@@ -54,7 +54,7 @@ class AttentiveHead(nn.Module):
         super().__init__()
         # backbones differ in the scale of their tokens
         width, heads = vision.config.hidden_size, vision.config.num_attention_heads
-        self.times, self.num_cls = vision.num_times, int(vision.has_cls)
+        self.times, self.num_cls = vision.num_times, int(vision.has_pooled_token)
         self.norm = nn.LayerNorm(width)
 
         # attention to each time step; tokens need no position embedding, they carry their position from the backbone

@@ -36,8 +36,8 @@ def patch_shape(config: Any) -> tuple[int, int]:
 
 def own_frames(config: Any) -> int:
     """The number of frames that a backbone was trained with."""
-    field = FAMILIES[config.model_type].frames
-    return FRAMES_OF_IMAGES if field is None else getattr(config, field)
+    name = FAMILIES[config.model_type].frames
+    return FRAMES_OF_IMAGES if name is None else getattr(config, name)
 
 
 def own_size(config: Any) -> int:
@@ -153,7 +153,7 @@ class Family:
     #   pooler     the backbone's pooler_output; the mean if its configuration leaves the pooler out
     #   attentive  the attentive pooler of a published classifier; the mean if the weights are without a classifier
     pooling: str
-    has_cls: bool  # whether the tokens start with CLS; registers follow it
+    starts_with_cls: bool  # whether the tokens start with CLS; registers follow it
     fit: Callable[[nn.Module, int, int], None] = fit_nothing  # makes the embeddings fit (times, side)
     frames: str | None = "num_frames"  # the configuration's field; None: an image encoder, one frame at a time
     size: str = "image_size"  # the configuration's field
@@ -170,20 +170,20 @@ class Family:
 # the key is transformers' model_type; to add a family, add a row
 INTERPOLATE = {"interpolate_pos_encoding": True}
 # DINOv2's table has 518 pixels, from the end of its training; its preprocessing has 224
-DINO = Family("cls", has_cls=True, frames=None, auto_size=224, unused=("embeddings.mask_token",))
+DINO = Family("cls", starts_with_cls=True, frames=None, auto_size=224, unused=("embeddings.mask_token",))
 FAMILIES = {
-    "timesformer": Family("cls", has_cls=True, token_order="hwt", fit=fit_space_and_time),
+    "timesformer": Family("cls", starts_with_cls=True, token_order="hwt", fit=fit_space_and_time),
     # self-supervised checkpoints come without the norm after mean pooling; it is then trained as a new layer
-    "videomae": Family("mean", has_cls=False, fit=fit_one_table, overrides={"use_mean_pooling": True}),
+    "videomae": Family("mean", starts_with_cls=False, fit=fit_one_table, overrides={"use_mean_pooling": True}),
     "vivit": Family(
         "cls",
-        has_cls=True,
+        starts_with_cls=True,
         fit=fit_one_table,  # transformers' own interpolation forgets the time axis and fails
         preprocessing={"image_mean": HALF, "image_std": HALF, "rescale_factor": 1 / 127.5, "offset": True},
     ),
     "vjepa2": Family(
         "attentive",
-        has_cls=False,
+        starts_with_cls=False,
         fit=fit_rotary,
         frames="frames_per_clip",
         size="crop_size",
@@ -195,7 +195,7 @@ FAMILIES = {
     ),
     "videoprism_vision_model": Family(
         "attentive",
-        has_cls=False,
+        starts_with_cls=False,
         input="pixel_values_videos",
         arguments=INTERPOLATE,
         pooler=VideoPrismPooler,
@@ -206,14 +206,14 @@ FAMILIES = {
     "dinov3_vit": DINO,
     "siglip_vision_model": Family(
         "pooler",
-        has_cls=False,
+        starts_with_cls=False,
         frames=None,
         arguments=INTERPOLATE,
         preprocessing={"image_mean": HALF, "image_std": HALF, "resample": 3, "size": {"height": 224, "width": 224}},
     ),
     "clip_vision_model": Family(
         "pooler",
-        has_cls=True,
+        starts_with_cls=True,
         frames=None,
         arguments=INTERPOLATE,
         preprocessing={"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3},
@@ -223,7 +223,7 @@ FAMILIES = {
 
 def first_patch(config: Any) -> int:
     """How many tokens come before the patches: CLS and registers."""
-    return int(FAMILIES[config.model_type].has_cls) + getattr(config, "num_register_tokens", 0)
+    return int(FAMILIES[config.model_type].starts_with_cls) + getattr(config, "num_register_tokens", 0)
 
 
 def pooling_of(config: Any) -> str:
@@ -284,7 +284,7 @@ class VisionEncoder(nn.Module):
         return self.backbone.config
 
     @property
-    def has_cls(self) -> bool:
+    def has_pooled_token(self) -> bool:
         """Whether one token stands for the whole video: CLS, or what a pooler makes."""
         return self.pooling != "mean"
 
@@ -322,8 +322,8 @@ class VisionEncoder(nn.Module):
         return fill_auto(config, self.num_frames, self.preprocessing.image_size, side)
 
     def num_tokens(self, grid: int) -> int:
-        """The number of tokens that encode_video returns: num_times * grid^2, and 1 for CLS."""
-        return int(self.has_cls) + self.num_times * grid**2
+        """The number of tokens that encode_video returns: num_times * grid^2, and 1 if a token stands for the whole video."""
+        return int(self.has_pooled_token) + self.num_times * grid**2
 
     def features(self, pixel_values: torch.Tensor, grid: int) -> torch.Tensor:
         """uint8 (B, T, C, H, W) -> features (B, 1 + N, D): pooled token before its norm, then encode_video's tokens.
@@ -340,8 +340,8 @@ class VisionEncoder(nn.Module):
         return pooled if self.fc_norm is None else self.fc_norm(pooled)
 
     def encode_video(self, video: torch.Tensor, grid: int) -> torch.Tensor:
-        """A video -> (B, N, D): CLS if there is one, then grid x grid averaged tokens per time step in (t, h, w) order.
-        N is num_tokens(grid)."""
+        """A video -> (B, N, D): the pooled token unless it is a mean, then grid x grid averaged tokens per time step in
+        (t, h, w) order. N is num_tokens(grid)."""
         return self.grid_tokens(*self.encode(video), grid) if is_clip(video) else video[:, 1:].float()
 
     def grid_tokens(self, pooled: torch.Tensor, patches: torch.Tensor, grid: int) -> torch.Tensor:
@@ -349,7 +349,7 @@ class VisionEncoder(nn.Module):
         batch, times, *_ = patches.shape  # (B, t, h, w, D)
         blocks = F.adaptive_avg_pool2d(patches.flatten(0, 1).permute(0, 3, 1, 2), grid)  # (B t, D, g, g)
         blocks = blocks.permute(0, 2, 3, 1).reshape(batch, times * grid * grid, -1)  # (B, t g g, D)
-        return torch.cat([pooled[:, None], blocks], dim=1) if self.has_cls else blocks
+        return torch.cat([pooled[:, None], blocks], dim=1) if self.has_pooled_token else blocks
 
 
 def is_clip(video: torch.Tensor) -> bool:

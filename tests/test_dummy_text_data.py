@@ -133,6 +133,11 @@ def test_ceilings(text_dataset):
     assert values["one frame, and text"] < 0.35 and values["text alone"] < 0.35  # 36 clips
 
 
+def test_ceilings_with_fewer_classes(three_classes):
+    """Right is left backwards, but with three classes nothing moves up, so down is known without order."""
+    assert ceilings(three_classes)["frames in any order, and text"] == pytest.approx(2 / 3)
+
+
 def test_ceilings_of_another_dataset_are_one_line(tmp_path, dataset, capsys):
     for folder in (tmp_path, dataset):
         assert dummy_text_data.main(["--ceilings", "--output", str(folder)]) == 2

@@ -286,7 +286,7 @@ def test_encode_video_averages_blocks_of_tokens(family):
         pooled, grid = vision.encode(pixel_values)
         found = vision.encode_video(pixel_values, grid=2)
     half = grid.shape[2] // 2
-    first = int(vision.has_cls)
+    first = int(vision.has_pooled_token)
     assert found.shape[1] == first + vision.num_times * 4
     if first:
         assert torch.equal(found[:, 0], pooled)
