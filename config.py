@@ -174,8 +174,8 @@ class Config:
     """All options of all scripts. None means "not set"."""
 
     vision_model: str = option("timesformer", path_value, "model", ALL, names_run=True)
-    """vision backbone: timesformer, videomae, or a folder (from save_pretrained) or hub id. Of these families: V-JEPA 2,
-    DINOv3, SigLIP, DINOv2, CLIP, ViViT, VideoPrism, TimeSformer, VideoMAE"""
+    """vision backbone: timesformer, videomae, or a folder (from save_pretrained) or hub id of one of the families
+    V-JEPA 2, DINOv3, SigLIP, DINOv2, CLIP, ViViT, VideoPrism, TimeSformer, VideoMAE"""
     language_model: str | None = option(None, path_value, "model", ALL, names_run=True, needs_vlm=True)
     """language backbone for --use_vlm True: bert for classification, gpt2 for captioning, or a folder or hub id of a
     similar model"""

@@ -289,8 +289,8 @@ def other_object_scores(
     loader_of: Callable[[list[Sample]], DataLoader],
     score: Callable[[DataLoader, str], dict[str, float]],
 ) -> dict[str, dict[str, float]]:
-    """{"several_objects": ..., "text_other_object": ...}: the scores of clips with several objects, as they are and with
-    the text of another object. A model that finds the object by its text then answers for the wrong one."""
+    """{"several_objects": ..., "text_other_object": ...}: the scores of clips with several objects, as they are and
+    with the text of another object. A model that finds the object by its text then answers for the wrong one."""
     texts = {"several_objects": samples, "text_other_object": [replace(s, text=s.other_text) for s in samples]}
     table = {}
     for name, changed in texts.items():

@@ -564,23 +564,27 @@ def train(
             engine.progress.next_epoch()
             save_or_stop(due=True)
     if engine.progress.epoch < config.epochs:
-        print(
-            f"stopped after epoch {engine.progress.epoch}: val has not improved for {counted(config.patience, 'epoch')}"
-        )
+        patience = counted(config.patience, "epoch")
+        print(f"stopped after epoch {engine.progress.epoch}: val has not improved for {patience}")
 
     # score the best epoch, whose weights are on disk once the main process has written them
     accelerator.wait_for_everyone()
     best_epoch = load_weights(run_dir, model)["epoch"]
     metrics = {"best_epoch": best_epoch} | score_splits(model, loaders, config, accelerator, run_dir)
-    log = engine.progress.log
     return metrics | {
         "skipped": engine.progress.skipped,
         "seconds": round(time.perf_counter() - started, 1),
         "peak_mb": peak_memory(accelerator),
         "device": device_name(accelerator),
-        "seconds_per_epoch": round(sum({row["epoch"]: row["seconds"] for row in log}.values()) / log[-1]["epoch"], 2),
-        "log": log,
+        "seconds_per_epoch": seconds_per_epoch(engine.progress.log),
+        "log": engine.progress.log,
     }
+
+
+def seconds_per_epoch(log: list[dict[str, Any]]) -> float:
+    """The mean over the epochs. An epoch may have several rows in the log; the last one has its whole time."""
+    seconds = {row["epoch"]: row["seconds"] for row in log}
+    return round(sum(seconds.values()) / log[-1]["epoch"], 2)
 
 
 def build_engine(model: VideoModel, loader: DataLoader, config: Config, accelerator: Any) -> Engine:

@@ -85,8 +85,8 @@ def fit_nothing(backbone: nn.Module, times: int, side: int) -> None:
 
 
 def fit_rotary(backbone: nn.Module, times: int, side: int) -> None:
-    """V-JEPA 2's positions are rotary, but each layer finds a token's row and column with the configuration's grid. With
-    another grid it would run, and be wrong without an error."""
+    """V-JEPA 2's positions are rotary, but each layer finds a token's row and column with the configuration's grid.
+    With another grid it would run, and be wrong without an error."""
     for module in backbone.modules():
         if hasattr(module, "grid_size"):
             module.grid_size, module.grid_depth = side, times
@@ -294,8 +294,8 @@ class VisionEncoder(nn.Module):
         return self.num_frames // patch_shape(self.config)[0]
 
     def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 (B, T, C, H, W) -> pooled (B, D) before the norm that follows mean pooling, and patches (B, t, h, w, D);
-        without gradients if the backbone is frozen."""
+        """uint8 (B, T, C, H, W) -> pooled (B, D) before the norm that follows mean pooling, and patches
+        (B, t, h, w, D); without gradients if the backbone is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             pixels, image = self.preprocessing.normalise(pixel_values), self.family.frames is None
             inputs = {self.family.input: pixels.flatten(0, 1) if image else pixels}  # (B T, C, H, W) for images
@@ -322,7 +322,8 @@ class VisionEncoder(nn.Module):
         return fill_auto(config, self.num_frames, self.preprocessing.image_size, side)
 
     def num_tokens(self, grid: int) -> int:
-        """The number of tokens that encode_video returns: num_times * grid^2, and 1 if a token stands for the whole video."""
+        """The number of tokens that encode_video returns: num_times * grid^2, and the pooled token if it is not a
+        mean."""
         return int(self.has_pooled_token) + self.num_times * grid**2
 
     def features(self, pixel_values: torch.Tensor, grid: int) -> torch.Tensor:
@@ -358,7 +359,8 @@ def is_clip(video: torch.Tensor) -> bool:
 
 
 def read_vision_config(source: Source) -> Any:
-    """The configuration of a video backbone: its own, or that of the vision part of SigLIP, CLIP or VideoPrism with text.
+    """The configuration of a vision backbone: its own, or that of the vision part of a SigLIP, CLIP or VideoPrism
+    with text.
 
     Raises UserError if the source is not a backbone of one of FAMILIES.
     """
