@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from config import Config, training_mode
-from heads import AttentiveHead, TextQuery
+from heads import AttentiveHead, AttentiveProjector, TextQuery
 from pretrained import Source, load_language, locate, takes
 from script import UserError, collector_off
 from vision import VisionEncoder, grid_shape, load_vision
@@ -365,6 +365,9 @@ class VideoCaptioner(VisionLanguageModel):
         super().__init__(vision_encoder, language_model, tokenizer, config)
         if tokenizer.eos_token_id is None:
             raise UserError("the language model's tokenizer has no end-of-text token")
+        if config.head == "attentive":
+            width = language_model.get_input_embeddings().embedding_dim
+            self.projector = AttentiveProjector(vision_encoder, width, config.dropout)
         self.codec()  # raises UserError at once if no caption fits
 
     @property

@@ -618,8 +618,7 @@ def fill_auto(config: Config, num_frames: int, image_size: int, side: int, batch
     values = {"num_frames": num_frames, "image_size": image_size, "batch_size": batch_size}
     values["learning_rate"] = default_rates(config)[0]
     values["token_grid"] = min(side, 4 if head_of(config) == "attentive" else 2)
-    if not config.captioning:
-        values["head"] = head_of(config)
+    values["head"] = head_of(config)
     return replace(config, **{name: value for name, value in values.items() if getattr(config, name) == "auto"})
 
 

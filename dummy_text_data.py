@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +104,32 @@ LEXICON = SIMPLE_LEXICON | {
 }
 
 
-def fill(template: str, item: dict[str, Any], rng: np.random.Generator) -> str:
+def fill(
+    template: str,
+    item: dict[str, Any],
+    rng: np.random.Generator,
+    shape_words: Mapping[str, Sequence[str]] = SHAPE_WORDS,
+    motion_phrases: Mapping[str, Sequence[str]] = MOTION_PHRASES,
+) -> str:
     """The template with words for an object, each attribute in a random wording."""
     return template.format(
         size=rng.choice(SIZE_WORDS[item["size"]]),
         colour=item["colour"],
-        shape=rng.choice(SHAPE_WORDS[item["shape"]]),
-        motion=rng.choice(MOTION_PHRASES[item["motion"]]),
+        shape=rng.choice(shape_words[item["shape"]]),
+        motion=rng.choice(motion_phrases[item["motion"]]),
     )
 
 
-def write_captions(items: list[dict[str, Any]], rng: np.random.Generator) -> list[str]:
-    """Captions that name all objects, in the order of their colours' names. Each caption uses a different template."""
+def write_caption(template: str, items: list[dict[str, Any]], rng: np.random.Generator, *words: Mapping) -> str:
+    """A caption that names all objects, in the order of their colours' names. `words` are those of fill()."""
     ordered = sorted(items, key=lambda item: item["colour"])
+    return " ; ".join(fill(template, item, rng, *words) for item in ordered)
+
+
+def write_captions(items: list[dict[str, Any]], rng: np.random.Generator) -> list[str]:
+    """Captions of a clip. Each uses a different template."""
     templates = rng.permutation(TEMPLATES)[:CAPTIONS_PER_VIDEO]
-    return [" ; ".join(fill(str(template), item, rng) for item in ordered) for template in templates]
+    return [write_caption(str(template), items, rng) for template in templates]
 
 
 def write_texts(items: list[dict[str, Any]], rng: np.random.Generator) -> dict[str, str]:

@@ -13,7 +13,7 @@ import figures
 import train_code
 from build_model import VideoModel, build_model, parameter_table
 from checkpoint import check_same, claimed_run, clear_run, finish_run, git_commit, run_metadata, write_run_files
-from config import BACKBONES, Config, as_flags, default_rates, training_mode
+from config import BACKBONES, Config, as_flags, default_rates, fill_epochs, training_mode
 from controls import control_line, control_scores, occlusion_maps
 from pretrained import warn_of_tiny
 from scan import prepare_data
