@@ -81,7 +81,7 @@ def prepare(config: Config, folder: Path) -> Run:
     model = build_model(config, len(splits.class_names))
 
     # the backbone's own frames and size are known only now
-    config = model.vision_encoder.fill_auto(config)
+    config = fill_epochs(model.vision_encoder.fill_auto(config), len(splits.train))
     return Run(config, model, splits, read_display_names(data_dir, splits.class_names), accelerator, folder)
 
 
