@@ -35,6 +35,7 @@ class Backbone(NamedTuple):
     kind: str  # vision | encoder (BERT-like) | decoder (causal)
     hub: str
     revision: str  # a pinned commit: later uploads to the hub change nothing
+    head: str = "linear"  # what --head auto means without a text
 
 
 BACKBONES = {
@@ -42,7 +43,7 @@ BACKBONES = {
         "vision", "facebook/timesformer-base-finetuned-k400", "8aaf40ea7d3d282dcb0a5dea01a198320d15d6c0"
     ),
     "videomae": Backbone(
-        "vision", "MCG-NJU/videomae-base-finetuned-kinetics", "488eb9a0565f257b32866000305c8178965eb9f6"
+        "vision", "MCG-NJU/videomae-base-finetuned-kinetics", "488eb9a0565f257b32866000305c8178965eb9f6", "attentive"
     ),
     "bert": Backbone("encoder", "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"),
     "gpt2": Backbone("decoder", "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
@@ -58,6 +59,13 @@ LEARNING_RATES = {
     ("hub", "frozen"): (1e-3, 1.0),
     ("tiny", "frozen"): (3e-3, 1.0),
 }
+
+
+ATTENTIVE_RATE = 1e-3  # highest peak learning rate of an attentive head
+
+# --epochs auto: optimizer steps, and bounds on the epochs. With cached features an epoch costs seconds
+STEPS = {"cached": 3600, "other": 1800}
+EPOCHS = (5, 30)
 
 
 # -- converters: str -> value; a ValueError says what is allowed ------------------------------------
@@ -190,16 +198,16 @@ class Config:
     these for real videos)"""
     token_grid: int | str = option("auto", auto_or(number(int, 1, 32)), "model", TRAIN, in_feature_key=True)
     """pool the video tokens of each time step to N x N for the language model or the attentive head; a larger N keeps
-    finer detail and takes more memory. auto: 4 for the attentive head, else 2"""
+    finer detail and takes more memory. auto: 8 for the attentive head, or what the backbone has if that is less; else
+    2"""
     max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN)
     """longest text or caption in tokens; longer ones are truncated and counted. The language model's own maximum also
     applies"""
-    head: str = option(
-        "auto", one_of("auto", "linear", "attentive"), "model", ALL, names_run=True, classifiers_only=True
-    )
-    """linear: one layer on the pooled token, or on [CLS] of the language model. attentive: a query, learned or made
-    from the text, attends to each time step, and a small transformer reads the results in order. It learns order and
-    really uses the text. auto: attentive with --use_text True, else linear"""
+    head: str = option("auto", one_of("auto", "linear", "attentive"), "model", ALL, names_run=True)
+    """what reads the video. linear: one layer on the pooled token, or on [CLS] of the language model; for captioners,
+    an MLP on every video token. attentive: a query, learned or made from the text, attends to each time step, and a
+    small transformer reads the results in order; captioners have 16 such queries. It learns order and really uses the
+    text. auto: attentive for captioners, with --use_text True and for videomae, else linear"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
     """dropout before the new head and in the projector; raise it if val falls behind train"""
 
@@ -244,8 +252,9 @@ class Config:
     class_balance: bool = option(False, to_bool, "data", "main preview", classifiers_only=True)
     """draw equally many clips of every class in each epoch; small classes repeat clips with different frames"""
 
-    epochs: int = option(10, number(int, 1, 100_000), "training", "main")
-    """passes over the training videos; the best epoch on val is kept"""
+    epochs: int | str = option("auto", auto_or(number(int, 1, 100_000)), "training", "main")
+    """passes over the training videos; the best epoch on val is kept. auto: 1,800 optimizer steps, or 3,600 for a
+    classifier on cached features, but from 5 to 30 epochs"""
     batch_size: int | str = option("auto", auto_or(number(int, 1, 65_536)), "training", f"main preview {USE}")
     """clips per batch, over all processes; lower it if you run out of memory. auto: 16, or 8 for inference"""
     learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", "main doctor")
@@ -259,8 +268,8 @@ class Config:
     of a fully trained backbone"""
     label_smoothing: float = option(0.0, number(float, 0, 0.9), "training", "main")
     """fraction of each target that is spread over all classes or tokens; 0.1 reduces overconfidence"""
-    patience: int = option(0, number(int, 0), "training", "main")
-    """stop early if val has not improved for this many epochs. 0: never"""
+    patience: int | str = option("auto", auto_or(number(int, 0)), "training", "main")
+    """stop early if val has not improved for this many epochs. 0: never. auto: half of --epochs auto, else 0"""
     gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", "main")
     """batches per optimizer step: N batches of size B train like one batch of N x B, with the memory of B"""
     gradient_checkpointing: bool = option(False, to_bool, "training", "main doctor")
@@ -599,14 +608,22 @@ def default_rates(config: Config) -> tuple[float, dict[str, float]]:
         kinds[part] = ("tiny" if tiny else "hub", mode)
     # the keys of LEARNING_RATES are ordered from least to most restricted
     rate, factor = LEARNING_RATES[min(kinds.values(), key=[*LEARNING_RATES].index)]
+    if head_of(config) == "attentive":
+        factor = min(factor, ATTENTIVE_RATE / rate)
+
+    # without a trained backbone there are only new layers
+    if all(mode == "frozen" for _, mode in kinds.values()):
+        rate, factor = rate * factor, 1.0
     return rate, {part: LEARNING_RATES[kind][0] / rate for part, kind in kinds.items()} | {"new layers": factor}
 
 
 def head_of(config: Config) -> str:
-    """The head of a classifier, "linear" or "attentive"; decides what `auto` means."""
+    """What reads the video, "linear" or "attentive"; decides what `auto` means."""
     if config.head != "auto":
         return config.head
-    return "attentive" if config.use_text and not config.captioning else "linear"
+    if config.use_text or config.captioning:
+        return "attentive"
+    return BACKBONES[config.vision_model].head if config.vision_model in BACKBONES else "linear"
 
 
 def fill_auto(config: Config, num_frames: int, image_size: int, side: int, batch_size: int = 16) -> Config:
@@ -617,9 +634,22 @@ def fill_auto(config: Config, num_frames: int, image_size: int, side: int, batch
     """
     values = {"num_frames": num_frames, "image_size": image_size, "batch_size": batch_size}
     values["learning_rate"] = default_rates(config)[0]
-    values["token_grid"] = min(side, 4 if head_of(config) == "attentive" else 2)
+    values["token_grid"] = min(side, 8 if head_of(config) == "attentive" else 2)
     values["head"] = head_of(config)
     return replace(config, **{name: value for name, value in values.items() if getattr(config, name) == "auto"})
+
+
+def fill_epochs(config: Config, num_videos: int) -> Config:
+    """Replaces `auto` in epochs and patience, which depend on the number of training videos."""
+    if config.epochs == "auto":
+        cached = training_mode(config)["vision"] == "frozen" and config.augment == "none" and not config.captioning
+        budget = STEPS["cached" if cached and config.cache_features != "False" else "other"]
+        steps = math.ceil(num_videos / (config.batch_size * config.gradient_accumulation_steps))
+        epochs = max(EPOCHS[0], min(EPOCHS[1], round(budget / steps)))
+        patience = epochs // 2
+    else:
+        epochs, patience = config.epochs, 0
+    return replace(config, epochs=epochs, patience=patience if config.patience == "auto" else config.patience)
 
 
 def run_name(config: Config) -> str:
@@ -647,8 +677,8 @@ def default_run_name(config: Config) -> str:
             parts.append("caption")
         elif config.use_text:
             parts.append("text")
-    if config.head == "attentive" and not config.use_text:
-        parts.append("attentive")
+    if config.head not in ("auto", head_of(replace(config, head="auto"))):
+        parts.append(config.head)
     parts += [FIELDS[name].metadata["mark"] for name in options_with("mark") if getattr(config, name)]
     if config.weights == "hub" and (config.vision_model in BACKBONES or config.language_model in BACKBONES):
         parts.append("hub")
