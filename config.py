@@ -35,7 +35,7 @@ class Backbone(NamedTuple):
     kind: str  # vision | encoder (BERT-like) | decoder (causal)
     hub: str
     revision: str  # a pinned commit: later uploads to the hub change nothing
-    head: str = "linear"  # what --head auto means without a text
+    head: str = "linear"  # what --head auto means for a video classifier
 
 
 BACKBONES = {
@@ -207,7 +207,7 @@ class Config:
     """what reads the video. linear: one layer on the pooled token, or on [CLS] of the language model; for captioners,
     an MLP on every video token. attentive: a query, learned or made from the text, attends to each time step, and a
     small transformer reads the results in order; captioners have 16 such queries. It learns order and really uses the
-    text. auto: attentive for captioners, with --use_text True and for videomae, else linear"""
+    text. auto: attentive with --use_vlm True and for videomae, else linear"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
     """dropout before the new head and in the projector; raise it if val falls behind train"""
 
@@ -621,7 +621,7 @@ def head_of(config: Config) -> str:
     """What reads the video, "linear" or "attentive"; decides what `auto` means."""
     if config.head != "auto":
         return config.head
-    if config.use_text or config.captioning:
+    if config.use_vlm:
         return "attentive"
     return BACKBONES[config.vision_model].head if config.vision_model in BACKBONES else "linear"
 

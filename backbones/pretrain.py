@@ -593,7 +593,7 @@ def pretrain_language(name: str, state_dir: Path, scale: float) -> tuple[nn.Modu
     """(the pretrained language model, its tokenizer)."""
     new, loss, steps, rate = {
         "gpt2": (new_gpt2, next_token_loss, 6_000, 2e-3),
-        "bert": (new_bert, masked_token_loss, 3_000, 1e-3),
+        "bert": (new_bert, masked_token_loss, 1_500, 2e-3),
     }[name]
     tokenizer = load_or_train_tokenizer(name, state_dir)
     model = new(tokenizer)
