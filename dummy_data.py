@@ -1,12 +1,15 @@
-"""Draws a synthetic video dataset whose classes differ in motion, so that one frame is not enough.
+"""Draws a synthetic video dataset. The class of a clip is the motion of the object that its text names.
 
-    python dummy_data.py                      # synthetic_dataset/{train,test}/class_k/video_i.pt
+    python dummy_data.py                      # synthetic_dataset/{train,val,test}/class_k/video_i.pt
+    python dummy_data.py --ceilings           # the best possible accuracy with less than video and text
 
-Ten classes = {circle, square} x {moving right, left, down, up, standing still}. A shape that leaves the frame on one
-side enters on the other. So its position in a single frame is uniform for every motion, and one frame only shows the
-shape: the best guess is right 1 time in 5. Colour, size, speed, start, background and noise are random in every video.
+Nine classes, one for each motion: moves right, left, down or up; turns clockwise or counterclockwise; reverses; stops;
+stands still. Half of the clips have one object, the others two of different colours and motions. Without the text, one
+can only guess which of the two is meant. Shape, size, colour, start, speed, background and noise are random and
+independent of the class. Every text is true; 15 % of the clips with one object have none. An object that leaves the
+frame on one side enters on the other, so its place in a single frame says nothing about its motion.
 
-Shapes: B videos, T frames, H W pixels. A video is RGB uint8 [T, C, H, W].
+Shapes: B videos, T frames, C channels, H W pixels. A video is RGB uint8 [T, C, H, W].
 """
 
 import argparse
@@ -14,7 +17,8 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,16 +37,55 @@ COLOURS = {
     "orange": (0.98, 0.55, 0.08),
     "white": (0.97, 0.97, 0.97),
 }
-MOTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1), "still": (0, 0)}
-RADII = {"small": (0.105, 0.135), "large": (0.170, 0.205)}  # fraction of the frame's side
-SPEEDS = (1.2, 3.0)  # frame widths per 64 frames, which is pixels per frame at 64 x 64
-SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    # signed distance to the edge in pixels, negative inside; dx, dy and radius broadcast to (B, T, H, W)
+Distance = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+SHAPES: dict[str, Distance] = {
+    # signed distance to the edge in pixels, negative inside; dx, dy and radius broadcast to (..., T, H, W)
     # 0.886 = sqrt(pi) / 2 gives the square the area of the circle
     "circle": lambda dx, dy, radius: np.hypot(dx, dy) - radius,
     "square": lambda dx, dy, radius: np.maximum(np.abs(dx), np.abs(dy)) - 0.886 * radius,
 }
-CLASSES = [(shape, motion) for shape in SHAPES for motion in MOTIONS]
+RADII = {"small": (0.105, 0.135), "large": (0.170, 0.205)}  # in widths of the frame
+CLASS_NAMES = {
+    "right": "moves right",
+    "left": "moves left",
+    "down": "moves down",
+    "up": "moves up",
+    "clockwise": "turns clockwise",
+    "counterclockwise": "turns counterclockwise",
+    "reverses": "reverses",
+    "stops": "stops",
+    "still": "stands still",
+}
+MOTIONS = tuple(CLASS_NAMES)  # the motion of class_0, class_1, ...
+# the angle of each heading in radians, with y pointing down, so that a positive angle turns clockwise on the screen
+HEADINGS = {"right": 0.0, "left": np.pi, "down": np.pi / 2, "up": -np.pi / 2}
+TURNS = {"clockwise": np.pi / 2, "counterclockwise": -np.pi / 2, "reverses": np.pi}
+SPEEDS = (0.025, 0.05)  # widths of the frame per frame: 1.6 to 3.2 pixels at 64 x 64
+TILT = 0.14  # radians by which a heading may be off, which is 8 degrees
+CHANGE = (0.375, 0.625)  # when an object turns, reverses or stops, as a fraction of the video
+NO_TEXT = 0.15  # fraction of the clips with one object that have no text
+
+# the flag and the default number of videos per class of each split
+COUNTS = {"train": ("videos_per_class", 320), "val": ("val_per_class", 40), "test": ("test_per_class", 100)}
+CONTENT = (*COUNTS, "classes.json", "lexicon.json")  # what a dataset's folder may contain
+# the range of each number on the command line
+LIMITS = {
+    "classes": (2, len(MOTIONS)),
+    "videos_per_class": (1, 100_000),
+    "val_per_class": (1, 100_000),
+    "test_per_class": (1, 100_000),
+    "frames": (8, 10_000),
+    "size": (16, 2048),
+    "seed": (0, 2**63 - 1),
+}
+
+
+def choose(options: Sequence, rng: np.random.Generator) -> Any:
+    """One of the options at random, the same one as rng.choice() but several times faster."""
+    return options[rng.integers(len(options))]
+
+
+# -- words ------------------------------------------------------------------------------------------
 
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 SHAPE_WORDS = {"circle": ("circle", "disc"), "square": ("square", "box")}
@@ -52,47 +95,26 @@ MOTION_PHRASES = {
     "down": ("moves down", "slides to the bottom", "drifts downwards", "glides towards the bottom"),
     "up": ("moves up", "slides to the top", "drifts upwards", "glides towards the top"),
     "still": ("stands still", "stays in place", "does not move", "remains at rest"),
+    "clockwise": ("turns clockwise", "makes a clockwise turn", "bends clockwise"),
+    "counterclockwise": ("turns counterclockwise", "makes a counterclockwise turn", "bends counterclockwise"),
+    "reverses": ("reverses", "turns back", "comes back again"),
+    "stops": ("stops", "comes to a stop", "halts on its way"),
 }
+# metrics.attributes_in() splits a caption at ";", so the phrase of one object has none
 TEMPLATES = (
     "a {size} {colour} {shape} {motion}",
     "the {colour} {shape} is {size} and {motion}",
     "there is a {size} {shape} in {colour} that {motion}",
     "a {shape} of {colour} colour , {size} , {motion}",
-    "in this clip the {size} {colour} {shape} {motion}",
-    "a {size} {shape} {motion} ; it is {colour}",
-    "we see that the {shape} , {size} and {colour} , {motion}",
+    "we see that the {size} {colour} {shape} {motion}",
 )
-HINTS = {
-    "colour": {name: f"a note says: something {name}" for name in COLOURS},
-    "size": {"small": "a note says: easy to overlook", "large": "a note says: hard to overlook"},
-    "shape": {"circle": "a note says: it is round", "square": "a note says: it has corners"},
-    "motion": {
-        "right": "a note says: it goes sideways",
-        "left": "a note says: it goes sideways",
-        "down": "a note says: it goes vertically",
-        "up": "a note says: it goes vertically",
-        "still": "a note says: nothing happens",
-    },
-}
-CAPTIONS_PER_VIDEO = 5
-COUNTS = {"train": "videos_per_class", "val": "val_per_class", "test": "test_per_class"}  # the flag of each split
-SPLIT_WORDS = {"train": "training", "val": "validation", "test": "test"}
-CONTENT = (*COUNTS, "classes.json", "lexicon.json")  # what a dataset's folder may contain
-# draw(label, split, count, args) yields `count` videos uint8 [T, C, H, W], each with its row of metadata.jsonl
-Draw = Callable[[int, str, int, argparse.Namespace], Iterator[tuple[np.ndarray, dict]]]
-# the range of each number on the command line
-LIMITS = {
-    "classes": (2, len(CLASSES)),
-    "videos_per_class": (1, 100_000),
-    "test_per_class": (1, 100_000),
-    "frames": (1, 10_000),
-    "size": (16, 2048),
-    "seed": (0, 2**63 - 1),
-}
-
-
-# -- words ------------------------------------------------------------------------------------------
-
+TEXTS = (
+    "a note says: something {colour}",
+    "watch the {colour} one",
+    "what does the {colour} {shape} do ?",
+    "look at the {size} {colour} {shape}",
+    "only the {colour} {shape} matters",
+)
 # the words for each value of an attribute, written to lexicon.json; see metrics.Lexicon
 LEXICON = {
     "size": {size: [*words] for size, words in SIZE_WORDS.items()},
@@ -104,37 +126,111 @@ LEXICON = {
         "down": ["down", "downwards", "bottom"],
         "up": ["up", "upwards", "top"],
         "still": ["still", "place", "not", "rest"],
+        "clockwise": ["clockwise"],
+        "counterclockwise": ["counterclockwise"],
+        "reverses": ["reverses", "back"],
+        "stops": ["stops", "stop", "halts"],
     },
 }
 
 
-def write_caption(
+def fill(
     template: str,
-    truth: dict[str, str],
+    item: dict[str, Any],
     rng: np.random.Generator,
     shape_words: Mapping[str, Sequence[str]] = SHAPE_WORDS,
     motion_phrases: Mapping[str, Sequence[str]] = MOTION_PHRASES,
 ) -> str:
-    """A caption that names the four attributes of `truth`, each in a random wording."""
+    """The template with words for an object, each attribute in a random wording."""
     return template.format(
-        size=rng.choice(SIZE_WORDS[truth["size"]]),
-        colour=truth["colour"],
-        shape=rng.choice(shape_words[truth["shape"]]),
-        motion=rng.choice(motion_phrases[truth["motion"]]),
+        size=choose(SIZE_WORDS[item["size"]], rng),
+        colour=item["colour"],
+        shape=choose(shape_words[item["shape"]], rng),
+        motion=choose(motion_phrases[item["motion"]], rng),
     )
 
 
-def write_hint(truth: dict[str, str], rng: np.random.Generator) -> str:
-    """The text of a clip, a hint about one attribute: true (65 %), misleading (20 %) or missing (15 %, "")."""
-    attribute = rng.choice(list(HINTS))
-    notes = HINTS[attribute]
-    chance = rng.random()
-    if chance < 0.15:
-        return ""
-    if chance < 0.35:
-        others = sorted(set(notes.values()) - {notes[truth[attribute]]})
-        return str(rng.choice(others))
-    return notes[truth[attribute]]
+def write_caption(template: str, items: list[dict[str, Any]], rng: np.random.Generator, *words: Mapping) -> str:
+    """A caption that names all objects, in the order of their colours' names. `words` are those of fill()."""
+    ordered = sorted(items, key=lambda item: item["colour"])
+    return " ; ".join(fill(template, item, rng, *words) for item in ordered)
+
+
+def write_captions(items: list[dict[str, Any]], rng: np.random.Generator) -> list[str]:
+    """The captions of a clip, one for each template, in random order."""
+    return [write_caption(TEMPLATES[index], items, rng) for index in rng.permutation(len(TEMPLATES))]
+
+
+def write_texts(items: list[dict[str, Any]], rng: np.random.Generator) -> dict[str, str]:
+    """The `text`, which names the first object, and with two objects the `other_text`, which names the second."""
+    texts = [fill(choose(TEXTS, rng), item, rng) for item in items]
+    if len(items) == 2:
+        return {"text": texts[0], "other_text": texts[1]}
+    return {"text": "" if rng.random() < NO_TEXT else texts[0]}
+
+
+# -- motion -----------------------------------------------------------------------------------------
+
+
+def draw_items(motions: Sequence[str], num_frames: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """One object for each motion: its attributes; radius, start and speed in widths of the frame; heading in radians;
+    and the last frame before it turns, reverses or stops."""
+    first, last = (round(share * num_frames) for share in CHANGE)
+    items = []
+    for motion in motions:
+        heading = HEADINGS.get(motion, choose([*HEADINGS.values()], rng)) + rng.uniform(-TILT, TILT)
+        size = choose([*RADII], rng)
+        items.append(
+            {
+                "size": size,
+                "shape": choose([*SHAPES], rng),
+                "motion": motion,
+                "radius": rng.uniform(*RADII[size]),
+                "start": rng.random(2).tolist(),
+                "heading": heading,
+                "speed": rng.uniform(*SPEEDS),
+                "change": int(rng.integers(first, last)),
+            }
+        )
+    return items
+
+
+def draw_pair(label: int, two: bool, args: argparse.Namespace, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """The object of the class and, if there are two, one of another class and colour."""
+    others = [motion for motion in MOTIONS[: args.classes] if motion != MOTIONS[label]]
+    items = draw_items([MOTIONS[label], choose(others, rng)], args.frames, rng)
+    for item, colour in zip(items, rng.choice([*COLOURS], 2, replace=False), strict=True):
+        item["colour"] = str(colour)
+
+    # half a frame apart at the start, so that neither hides the other throughout the video
+    items[1]["start"] = ((items[0]["start"] + rng.uniform(0.35, 0.65, 2)) % 1).tolist()
+    return items if two else items[:1]
+
+
+def trajectory(item: dict[str, Any], num_frames: int) -> np.ndarray:
+    """The object's positions (x, y) in widths of the frame, before they wrap around at its edge: (T, 2)."""
+    motion, changed = item["motion"], np.arange(num_frames - 1) >= item["change"]
+    heading = item["heading"] + changed * TURNS.get(motion, 0)  # (T-1,)
+    speed = item["speed"] * (motion != "still") * ~(changed & (motion == "stops"))
+    steps = speed[:, None] * np.stack([np.cos(heading), np.sin(heading)], axis=1)  # (T-1, 2)
+    return np.array(item["start"]) + np.concatenate([np.zeros((1, 2)), steps.cumsum(0)])
+
+
+def motion_of(path: np.ndarray) -> str | None:
+    """The motion that makes this path (T, 2), from its first and last step. None if no motion does."""
+    first, last = path[1] - path[0], path[-1] - path[-2]
+    moves_first, moves_last = np.linalg.norm(first) > 1e-6, np.linalg.norm(last) > 1e-6
+    if not moves_first:
+        return None if moves_last else "still"
+    if not moves_last:
+        return "stops"
+
+    # multiples of 90 degrees by which it turns, and its heading to the nearest 90 degrees
+    angles = np.arctan2([first[1], last[1]], [first[0], last[0]])
+    turn = round((angles[1] - angles[0]) / (np.pi / 2)) % 4
+    if turn:
+        return ("clockwise", "reverses", "counterclockwise")[turn - 1]
+    return ("right", "down", "left", "up")[round(angles[0] / (np.pi / 2)) % 4]
 
 
 # -- pictures ---------------------------------------------------------------------------------------
@@ -151,59 +247,141 @@ def draw_backgrounds(rng: np.random.Generator, count: int, size: int) -> np.ndar
     return np.clip(level + tint + ramp, 0, 1).astype(np.float32)
 
 
-def trajectories(start: np.ndarray, velocity: np.ndarray, times: np.ndarray, size: int) -> np.ndarray:
-    """Positions in pixels at times (T,) or (B, T), from start and velocity (B, 2); wraps around: (B, T, 2)."""
-    return (start[:, None] + velocity[:, None] * times[..., None]) % size
-
-
-def draw_masks(shape: str, positions: np.ndarray, radius: np.ndarray, size: int, shapes: dict = SHAPES) -> np.ndarray:
-    """The covered fraction of each pixel, for shapes at positions (B, T, 2) with radius (B,): (B, T, H, W)."""
+def draw_masks(distance: Distance, positions: np.ndarray, radius: np.ndarray, size: int) -> np.ndarray:
+    """The fraction of each pixel that a shape covers, at positions (B, T, 2) in pixels with radius (B,): (B, T, H, W)."""
     grid = np.arange(size, dtype=np.float32) + 0.5
     offset = grid - positions.astype(np.float32)[..., None]  # (B, T, 2, size)
     offset = (offset + size / 2) % size - size / 2  # to the nearest copy, since the frame wraps around
     dx, dy = offset[:, :, 0, None, :], offset[:, :, 1, :, None]  # (B, T, 1, W), (B, T, H, 1)
-    return np.clip(0.5 - shapes[shape](dx, dy, radius.astype(np.float32)[:, None, None, None]), 0, 1)
+    return np.clip(0.5 - distance(dx, dy, radius.astype(np.float32)[:, None, None, None]), 0, 1)
 
 
-def paint(frames: np.ndarray, masks: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Blends colours (B, 3) into frames (B, 1 or T, C, H, W) by masks (B, T, H, W): (B, T, C, H, W)."""
-    return frames + masks[:, :, None] * (colours.astype(np.float32)[:, None, :, None, None] - frames)
+def paint(frames: np.ndarray, masks: np.ndarray, colours: np.ndarray) -> None:
+    """Blends colours (B, 3) into frames (B, T, C, H, W), in place, by masks (B, T, H, W)."""
+    colours = colours.astype(np.float32)[:, :, None, None]  # (B, C, 1, 1)
+    # one frame at a time, because small arrays stay in the processor's cache
+    for video, frame in np.ndindex(masks.shape[:2]):
+        target = frames[video, frame]  # (C, H, W)
+        target += masks[video, frame] * (colours[video] - target)
 
 
 def to_uint8(frames: np.ndarray, rng: np.random.Generator, noise: float = 8) -> np.ndarray:
-    """Adds uniform noise of +-`noise` grey levels to frames in [0, 1]. Returns uint8 of the same shape."""
-    # in place, because these arrays hold all videos of a class
-    grain = rng.random(frames.shape, dtype=np.float32)
-    grain *= 2 * noise
-    grain += frames * 255
-    grain -= noise - 0.5  # adds 0.5, because the cast below truncates
-    return np.clip(grain, 0, 255, out=grain).astype(np.uint8)
+    """Adds uniform noise of +-`noise` grey levels to frames (..., C, H, W) in [0, 1]. Returns uint8 of that shape."""
+    result = np.empty(frames.shape, np.uint8)
+    grain = np.empty(frames.shape[-3:], np.float32)
+    for index in np.ndindex(frames.shape[:-3]):
+        rng.random(dtype=np.float32, out=grain)
+        grain *= 2 * noise
+        grain += frames[index] * 255
+        grain -= noise - 0.5  # adds 0.5, because the cast below truncates
+        result[index] = np.clip(grain, 0, 255, out=grain)
+    return result
 
 
-def draw_class(
-    label: int, count: int, num_frames: int, size: int, rng: np.random.Generator
-) -> tuple[np.ndarray, list[dict[str, str]]]:
-    """Draws `count` videos of one class. Returns uint8 (B, T, C, H, W) and the true attributes of each video."""
-    # the class sets shape and motion; everything else is random
-    shape, motion = CLASSES[label]
-    colours = rng.choice(list(COLOURS), count)
-    sizes = rng.choice(list(RADII), count)
-    radius = rng.uniform(*np.array([RADII[s] for s in sizes]).T) * size
-    speed = rng.uniform(*SPEEDS, (count, 1)) * size / 64
-    positions = trajectories(rng.uniform(0, size, (count, 2)), speed * MOTIONS[motion], np.arange(num_frames), size)
-    shades = np.array([COLOURS[c] for c in colours]) + rng.uniform(-0.04, 0.04, (count, 3))
-
-    # the shape over its background
-    backgrounds, masks = draw_backgrounds(rng, count, size), draw_masks(shape, positions, radius, size)
-    frames = paint(backgrounds, masks, np.clip(shades, 0, 1))
-    truths = [
-        {"size": str(s), "colour": str(c), "shape": shape, "motion": motion}
-        for s, c in zip(sizes, colours, strict=True)
-    ]
-    return to_uint8(frames, rng), truths
+def draw_video(items: list[dict[str, Any]], args: argparse.Namespace, rng: np.random.Generator) -> np.ndarray:
+    """Draws one or two objects, the later one on top. Returns uint8 [T, C, H, W]."""
+    frames = draw_backgrounds(rng, 1, args.size).repeat(args.frames, axis=1)  # (1, T, C, H, W)
+    for item in items:
+        positions = trajectory(item, args.frames)[None] % 1 * args.size  # (1, T, 2)
+        masks = draw_masks(SHAPES[item["shape"]], positions, np.array([item["radius"] * args.size]), args.size)
+        shade = COLOURS[item["colour"]] + rng.uniform(-0.04, 0.04, 3)
+        paint(frames, masks, np.clip(shade, 0, 1)[None])
+    return to_uint8(frames, rng)[0]
 
 
-# -- files ------------------------------------------------------------------------------------------
+def draw_rows(label: int, split: str, count: int, args: argparse.Namespace) -> Iterator[tuple[np.ndarray, dict]]:
+    """Yields `count` videos of one class, uint8 [T, C, H, W], each with its row of metadata.jsonl."""
+    rng = np.random.default_rng([args.seed, *split.encode(), label])
+    for index in range(count):
+        items = draw_pair(label, index % 2 == 1, args, rng)
+        video = draw_video(items[:: choose((1, -1), rng)], args, rng)  # the named object is on top as often as below
+        attributes = [{name: item[name] for name in LEXICON} for item in items]
+        row = {"caption": write_captions(items, rng), **write_texts(items, rng)}
+        yield video, row | {"attributes": attributes, "objects": items}
+
+
+# -- ceilings ---------------------------------------------------------------------------------------
+
+
+def ceilings(folder: Path) -> dict[str, float]:
+    """The accuracy of the best possible observers of the test videos in this dataset. Raises UserError.
+
+    They know each object's path without noise. What text alone and a single frame tell is counted in the training
+    videos: the class is guessed from words, or from place and looks, as if these were independent (naive Bayes).
+    """
+    train, test = (read_rows(folder / split) for split in ("train", "test"))
+    truths = [row["objects"][0]["motion"] for row in test]
+    classes = {row["objects"][0]["motion"] for row in train}
+
+    def accuracy(guesses: list[dict[str, float]]) -> float:
+        """Mean accuracy of choosing a motion with the most votes, at random among equals."""
+        right = 0.0
+        for guess, motion in zip(guesses, truths, strict=True):
+            best = [m for m, score in guess.items() if score == max(guess.values())]
+            right += (motion in best) / len(best)
+        return right / len(truths)
+
+    def counted(features: Any) -> float:
+        """Accuracy of naive Bayes on the features of a row."""
+        motions = [row["objects"][0]["motion"] for row in train]
+        return accuracy(naive_bayes([features(row) for row in train], motions, [features(row) for row in test]))
+
+    return {
+        "video and text": accuracy([votes(row["objects"][:1], classes) for row in test]),
+        "video without text": accuracy([votes(row["objects"], classes) for row in test]),
+        "frames in any order, and text": accuracy([votes(row["objects"][:1], classes, ordered=False) for row in test]),
+        "frames in any order, without text": accuracy([votes(row["objects"], classes, ordered=False) for row in test]),
+        "one frame, and text": counted(lambda row: looks(row["objects"][0])),
+        "text alone": counted(lambda row: row["text"].split()),
+    }
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metadata.jsonl. Raises UserError if the folder has none, or if they don't describe objects."""
+    try:
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        rows = []
+    if not rows or not all("objects" in row for row in rows):
+        raise UserError(f"{folder}/ has no dataset of dummy_data.py: draw it first, without --ceilings")
+    return rows
+
+
+def votes(items: list[dict[str, Any]], classes: set[str], ordered: bool = True) -> Counter:
+    """One vote for each object, shared by the classes that could have made its path. In a set of frames without order,
+    a path may as well have been the other way round."""
+    result: Counter = Counter()
+    for item in items:
+        path = trajectory(item, num_frames=item["change"] + 3)  # one step after the change is enough
+        motions = {motion_of(path)} if ordered else {motion_of(path), motion_of(path[::-1])} & classes
+        for motion in motions:
+            result[motion] += 1 / len(motions)
+    return result
+
+
+def looks(item: dict[str, Any], cells: int = 4) -> list[Hashable]:
+    """What the first frame alone shows of an object: its attributes, and where it is on a coarse grid."""
+    place = [(axis, int(position * cells)) for axis, position in zip("xy", item["start"], strict=True)]
+    return [item["size"], item["colour"], item["shape"], *place]
+
+
+def naive_bayes(
+    features: list[list[Hashable]], classes: list[str], questions: list[list[Hashable]]
+) -> list[dict[str, float]]:
+    """The log probability of each class for each of the questions, from the counts of features in each class."""
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for row, name in zip(features, classes, strict=True):
+        counts[name].update({*row})
+    total = Counter(classes)
+
+    # one more of each count, because a feature that was never seen with a class is not impossible
+    def log_probability(row: list[Hashable], name: str) -> float:
+        return np.log(total[name]) + sum(np.log((counts[name][f] + 1) / (total[name] + 2)) for f in {*row})
+
+    return [{name: log_probability(row, name) for name in total} for row in questions]
+
+
+# -- writing ----------------------------------------------------------------------------------------
 
 
 def save_video(video: np.ndarray, path: Path, fps: int = 8) -> Path:
@@ -243,24 +421,13 @@ def save_frames(video: np.ndarray, folder: Path, first: int = 0) -> None:
         Image.fromarray(frame).save(folder / f"frame_{index:03d}.png")
 
 
-def draw_rows(label: int, split: str, count: int, args: argparse.Namespace) -> Iterator[tuple[np.ndarray, dict]]:
-    """Yields `count` videos of one class, uint8 [T, C, H, W], each with its row of metadata.jsonl."""
-    # every class has its own generator, so that its videos do not depend on --classes
-    rng = np.random.default_rng([args.seed, split == "test", label])
-    videos, truths = draw_class(label, count, args.frames, args.size, rng)
-    for video, truth in zip(videos, truths, strict=True):
-        chosen = rng.permutation(len(TEMPLATES))[:CAPTIONS_PER_VIDEO]  # every caption of a video uses another template
-        captions = [write_caption(TEMPLATES[i], truth, rng) for i in chosen]
-        yield video, {"caption": captions, "text": write_hint(truth, rng), "attributes": truth}
-
-
-def write_split(folder: Path, draw: Draw, count: int, args: argparse.Namespace, bar: Any) -> None:
+def write_split(folder: Path, count: int, args: argparse.Namespace, bar: Any) -> None:
     """Draws the split that the folder is named after: videos and metadata.jsonl. `bar` is a tqdm progress bar."""
     rows, suffix = [], "" if args.format == "frames" else f".{args.format}"
     for label in range(args.classes):
         name = f"class_{label}"
         (folder / name).mkdir(parents=True)
-        for index, (video, row) in enumerate(draw(label, folder.name, count, args)):
+        for index, (video, row) in enumerate(draw_rows(label, folder.name, count, args)):
             save_video(video, folder / name / f"video_{index}{suffix}")
             rows.append({"file_name": f"{name}/video_{index}{suffix}"} | row)
             bar.update()
@@ -268,67 +435,22 @@ def write_split(folder: Path, draw: Draw, count: int, args: argparse.Namespace, 
     (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
 
 
-def write_dataset(args: argparse.Namespace, draw: Draw, class_names: list[str], lexicon: dict) -> None:
+def write_dataset(args: argparse.Namespace) -> None:
     """Writes all splits, classes.json and lexicon.json to args.output. Raises UserError if the folder is in use."""
     from tqdm import tqdm  # imported late, so that --help is fast
 
     clear_dataset(args.output, args.overwrite)
-    counts = {split: getattr(args, flag) for split, flag in COUNTS.items() if hasattr(args, flag)}
+    counts = {split: getattr(args, flag) for split, (flag, _) in COUNTS.items()}
     total = args.classes * sum(counts.values())
-    names = {f"class_{label}": name for label, name in enumerate(class_names[: args.classes])}
+    names = {f"class_{label}": CLASS_NAMES[motion] for label, motion in enumerate(MOTIONS[: args.classes])}
 
     # a dataset that is not complete would be used as if it were, so remove it if anything fails
     with whole_or_none(*(args.output / name for name in CONTENT)), tqdm(total=total, unit="video") as bar:
         for split, count in counts.items():
-            write_split(args.output / split, draw, count, args, bar)
-        for name, content in (("classes.json", names), ("lexicon.json", lexicon)):
+            write_split(args.output / split, count, args, bar)
+        for name, content in (("classes.json", names), ("lexicon.json", LEXICON)):
             (args.output / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {bar.n} videos of {args.classes} classes to {printable(args.output)}/")
-
-
-def display_name(label: int) -> str:
-    """The name of a class for people, for example "circle moving left"."""
-    shape, motion = CLASSES[label]
-    return f"{shape} standing still" if motion == "still" else f"{shape} moving {motion}"
-
-
-def dataset_parser(description: str, classes: int, counts: dict[str, int], output: str) -> Parser:
-    """The flags of a script that draws a dataset of at most `classes` classes. `counts` are the videos per class."""
-    # all flags have defaults, and the defaults make the dataset of the README
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument(
-        "--classes", type=int, default=classes, help=f"use the first N of {classes} classes (at least 2)"
-    )
-    for split, count in counts.items():
-        parser.add_argument(
-            f"--{COUNTS[split]}", type=int, default=count, help=f"{SPLIT_WORDS[split]} videos per class"
-        )
-    parser.add_argument("--frames", type=int, default=16, help="frames per video")
-    parser.add_argument("--size", type=int, default=64, help="height and width in pixels, at least 16")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--output", type=Path, default=Path(output), help="folder to create")
-    parser.add_argument(
-        "--format",
-        choices=("pt", "mp4", "frames"),
-        default="pt",
-        help="save each video as a tensor, an H.264 file, or a folder of PNGs",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset in --output")
-    return parser
-
-
-@script
-def main(argv: list[str] | None = None) -> None:
-    """Draws the dataset that the command line describes. Raises UserError for a bad flag or an unusable folder."""
-    parser = dataset_parser(
-        "Draw a synthetic video dataset: a shape that moves or stands still on a plain background.",
-        classes=len(CLASSES),
-        counts={"train": 80, "test": 20},
-        output="synthetic_dataset",
-    )
-    args = parser.parse_args(argv)
-    check_flags(args, LIMITS)
-    write_dataset(args, draw_rows, [display_name(label) for label in range(len(CLASSES))], LEXICON)
 
 
 @contextmanager
@@ -350,15 +472,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_flags(args: argparse.Namespace, limits: Mapping[str, tuple[int, int]]) -> None:
-    """Raises UserError for a number that is out of range."""
-    for name, (low, high) in limits.items():
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
-    if args.format == "mp4" and args.size % 2:
-        raise UserError(f"--size must be even for mp4, not {args.size}")
-
-
 def clear_dataset(folder: Path, overwrite: bool) -> None:
     """Creates the folder. An earlier dataset is removed with `overwrite`; anything else in it raises UserError."""
     if folder.is_dir() and any(folder.iterdir()):
@@ -371,6 +484,56 @@ def clear_dataset(folder: Path, overwrite: bool) -> None:
         for name in CONTENT:
             remove(folder / name)
     make_folder(folder)
+
+
+# -- the script -------------------------------------------------------------------------------------
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """The flags. All have defaults, and the defaults make the dataset of the README. Raises UserError for a bad one."""
+    parser = Parser(
+        description="Draw a synthetic video dataset: the class is the motion of the object that a clip's text names.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--classes", type=int, default=len(MOTIONS), help=f"use the first N of {len(MOTIONS)} classes (at least 2)"
+    )
+    for split, (flag, count) in COUNTS.items():
+        parser.add_argument(f"--{flag}", type=int, default=count, help=f"videos per class in {split}/")
+    parser.add_argument("--frames", type=int, default=16, help="frames per video, at least 8")
+    parser.add_argument("--size", type=int, default=64, help="height and width in pixels, at least 16")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--output", type=Path, default=Path("synthetic_dataset"), help="folder to create")
+    parser.add_argument(
+        "--format",
+        choices=("pt", "mp4", "frames"),
+        default="pt",
+        help="save each video as a tensor, an H.264 file, or a folder of PNGs",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset in --output")
+    parser.add_argument(
+        "--ceilings",
+        action="store_true",
+        help="draw nothing; print how well one could do on the test videos in --output with less than video and text",
+    )
+    args = parser.parse_args(argv)
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
+    if args.format == "mp4" and args.size % 2:
+        raise UserError(f"--size must be even for mp4, not {args.size}")
+    return args
+
+
+@script
+def main(argv: list[str] | None = None) -> None:
+    """Draws the dataset, or prints its ceilings. Raises UserError for a bad flag or an unusable folder."""
+    args = parse_flags(argv)
+    if not args.ceilings:
+        return write_dataset(args)
+    for observer, accuracy in ceilings(args.output).items():
+        print(f"{observer:<36}{100 * accuracy:5.1f} %")
 
 
 if __name__ == "__main__":
