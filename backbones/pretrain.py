@@ -31,7 +31,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import dummy_data
-import dummy_text_data
 from vision import token_grid
 
 SEED = 20260
@@ -52,8 +51,10 @@ SHAPES = dummy_data.SHAPES | {
         np.maximum(np.abs(dx) - 1.1 * r, np.abs(dy) - 0.38 * r), np.maximum(np.abs(dy) - 1.1 * r, np.abs(dx) - 0.38 * r)
     ),
 }
+# directions of constant velocity
+STRAIGHT = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1), "still": (0, 0)}
 DIAGONALS = {"up right": (1, -1), "up left": (-1, -1), "down right": (1, 1), "down left": (-1, 1)}
-MOTIONS = dummy_data.MOTIONS | {name: (x / 2**0.5, y / 2**0.5) for name, (x, y) in DIAGONALS.items()}
+MOTIONS = STRAIGHT | {name: (x / 2**0.5, y / 2**0.5) for name, (x, y) in DIAGONALS.items()}
 SPEEDS = (1.5, 6.5)  # pixels per frame of the clip
 RADII = (0.09, 0.22)  # as a fraction of the image side
 PAIRS = [(s, m) for s in SHAPES for m in MOTIONS if (s, m) not in WITHHELD]
@@ -84,11 +85,12 @@ def draw_objects(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
     # in half of the clips the frames are unevenly spaced, because sampling in training jitters them too
     jitter = rng.uniform(-0.4, 0.4, (count, NUM_FRAMES)) * (rng.random((count, 1)) < 0.5)
     times = np.arange(NUM_FRAMES) + jitter  # (B, T)
-    positions = dummy_data.trajectories(rng.uniform(0, IMAGE_SIZE, (count, 2)), velocity, times, IMAGE_SIZE)
+    start = rng.uniform(0, IMAGE_SIZE, (count, 1, 2))
+    positions = (start + velocity[:, None] * times[..., None]) % IMAGE_SIZE  # (B, T, 2), wraps around
     masks = np.empty((count, NUM_FRAMES, IMAGE_SIZE, IMAGE_SIZE), np.float32)  # (B, T, H, W)
-    for index, name in enumerate(SHAPES):
+    for index, distance in enumerate(SHAPES.values()):
         rows = shape == index
-        masks[rows] = dummy_data.draw_masks(name, positions[rows], radius[rows], IMAGE_SIZE, SHAPES)
+        masks[rows] = dummy_data.draw_masks(distance, positions[rows], radius[rows], IMAGE_SIZE)
 
     # the last frame has no successor: it repeats the previous time step
     steps = np.diff(times, axis=1, append=times[:, -1:] * 2 - times[:, -2:-1])  # (B, T)
@@ -121,10 +123,10 @@ def draw_world(rng: np.random.Generator, count: int, two_objects: float) -> dict
     second["masks"] *= has_second[:, None, None, None]
 
     # colours and noise vary a little: exact values must not identify a class
-    frames = draw_grounds(rng, count)
+    frames = draw_grounds(rng, count).repeat(NUM_FRAMES, axis=1)  # (B, T, C, H, W)
     for item in (first, second):
         shades = np.array(list(COLOURS.values()))[item["colour"]] + rng.uniform(-0.04, 0.04, (count, 3))
-        frames = dummy_data.paint(frames, item["masks"], np.clip(shades, 0, 1))
+        dummy_data.paint(frames, item["masks"], np.clip(shades, 0, 1))
     video = dummy_data.to_uint8(frames, rng, noise=rng.uniform(0, 12))
 
     # the second object is painted last, so it hides part of the first one
@@ -405,7 +407,7 @@ SHAPE_WORDS = dummy_data.SHAPE_WORDS | {
     "ring": ("ring", "loop"),
     "cross": ("cross", "plus"),
 }
-MOTION_PHRASES = dummy_text_data.MOTION_PHRASES | {
+MOTION_PHRASES = dummy_data.MOTION_PHRASES | {
     name: tuple(f"{verb} diagonally {name.replace(' ', ' and ')}" for verb in ("moves", "slides", "drifts", "glides"))
     for name in DIAGONALS
 }
@@ -434,8 +436,8 @@ def other_motions(motion: str) -> list[tuple[str, str]]:
 
 def draw_caption(truth: list[dict[str, str]], rng: np.random.Generator) -> str:
     """A random caption of a clip with these objects."""
-    template = dummy_text_data.TEMPLATES[rng.integers(len(dummy_text_data.TEMPLATES))]
-    return dummy_text_data.write_caption(template, truth, rng, SHAPE_WORDS, MOTION_PHRASES)
+    template = dummy_data.TEMPLATES[rng.integers(len(dummy_data.TEMPLATES))]
+    return dummy_data.write_caption(template, truth, rng, SHAPE_WORDS, MOTION_PHRASES)
 
 
 def caption_surprise(truth: list[dict[str, str]]) -> float:
@@ -443,7 +445,7 @@ def caption_surprise(truth: list[dict[str, str]]) -> float:
 
     The same for all of them: every choice of the grammar is uniform, and no two derivations give the same words.
     """
-    choices = [2, math.comb(len(COLOURS), len(truth)), len(dummy_text_data.TEMPLATES), len(PHRASE_PAIRS)]
+    choices = [2, math.comb(len(COLOURS), len(truth)), len(dummy_data.TEMPLATES), len(PHRASE_PAIRS)]
     if len(truth) == 2:
         choices.append(len(other_motions(truth[0]["motion"])))
     for item in truth:
@@ -457,8 +459,8 @@ def draw_note(rng: np.random.Generator) -> str:
     truth = draw_truth(rng)
     if rng.random() < 0.5:
         return draw_caption(truth, rng)
-    template = dummy_text_data.TEXTS[rng.integers(len(dummy_text_data.TEXTS))]
-    return dummy_text_data.fill(template, truth[0], rng, SHAPE_WORDS, MOTION_PHRASES)
+    template = dummy_data.TEXTS[rng.integers(len(dummy_data.TEXTS))]
+    return dummy_data.fill(template, truth[0], rng, SHAPE_WORDS, MOTION_PHRASES)
 
 
 def corpus(name: str, count: int = 20_000) -> list[str]:
@@ -481,7 +483,7 @@ def gpt2_tokenizer() -> Any:
 
 
 def bert_tokenizer() -> Any:
-    """A WordPiece tokenizer, trained on captions, hints and single characters."""
+    """A WordPiece tokenizer, trained on captions, texts and single characters."""
     from tokenizers import BertWordPieceTokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -608,12 +610,12 @@ def pretrain_language(name: str, state_dir: Path, scale: float) -> tuple[nn.Modu
 @torch.no_grad()
 def pooled_features(model: nn.Module, split: str, per_class: int, still: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled tokens (B, D) and labels (B,) of videos with one object. `still` repeats one frame."""
-    # drawn as dummy_text_data.py draws them, but with another seed: no card has seen a clip of its val or test split
+    # drawn as dummy_data.py draws them, but with another seed: no card has seen a clip of its val or test split
     features, labels = [], []
-    args = argparse.Namespace(classes=len(dummy_text_data.MOTIONS), frames=16, size=IMAGE_SIZE, seed=SEED)
+    args = argparse.Namespace(classes=len(dummy_data.MOTIONS), frames=16, size=IMAGE_SIZE, seed=SEED)
     indices = [8] * NUM_FRAMES if still else list(range(1, 16, 2))  # segment centres
     for label in range(args.classes):
-        videos = [video[indices] for video, row in dummy_text_data.draw_rows(label, split, 2 * per_class, args)][::2]
+        videos = [video[indices] for video, row in dummy_data.draw_rows(label, split, 2 * per_class, args)][::2]
         video = normalise(torch.from_numpy(np.stack(videos)), model.config.model_type)
         features.append(encode(model.eval(), video)[0])
         labels += [label] * per_class
@@ -629,7 +631,7 @@ def probe(model: nn.Module, still: bool = False) -> float:
     x, x_test = (x - mean) / std, (x_test - mean) / std
 
     # a convex problem, so L-BFGS finds the optimum and the number does not depend on a learning rate
-    head = nn.Linear(x.shape[1], len(dummy_text_data.MOTIONS))
+    head = nn.Linear(x.shape[1], len(dummy_data.MOTIONS))
     nn.init.zeros_(head.weight)
     solver = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
