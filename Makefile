@@ -35,7 +35,7 @@ $(VENV)/installed-extra: requirements-extra.txt $(VENV)/installed
 
 demo: $(VENV)/installed
 	@set -e; start=$$(date +%s); \
-	$(PY) dummy_data.py --output $(DEMO)/synthetic_dataset --overwrite; \
+	$(PY) dummy_data.py --videos_per_class 44 --val_per_class 6 --test_per_class 16 --output $(DEMO)/synthetic_dataset --overwrite; \
 	$(PY) main.py --data_dir $(DEMO)/synthetic_dataset --output_dir $(DEMO)/checkpoints --epochs 4 --overwrite True; \
 	$(PY) create_dummy.py --data_dir $(DEMO)/synthetic_dataset --output $(DEMO)/frames_see; \
 	rm -f $(DEMO)/predictions.jsonl; \

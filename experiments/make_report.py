@@ -157,17 +157,14 @@ def summary_of_run(row: Row, run_dir: Path) -> Summary:
     # other datasets have no attributes in their captions: then only the usual caption scores are shown
     captions = [r["caption"] for r in rows]
     scores = caption_summary(captions, [r["references"] for r in rows])
-    truths = [attributes_in(r["references"][0], LEXICON) for r in rows]
-    if any(None in truth.values() for truth in truths):
+    truths = [[attributes_in(part, LEXICON) for part in r["references"][0].split(";")] for r in rows]
+    if any(None in item.values() for items in truths for item in items):
         return scores
 
-    # attributes named in the generated captions, against those of the first reference
-    attributes = attribute_summary(captions, [[truth] for truth in truths], LEXICON)
-    named = [attributes_in(c, LEXICON) for c in captions]
-    joint = np.array(
-        [all(n[name] == t[name] for name in JOINT) for n, t in zip(named, truths, strict=True)]
-    )  # (clips,)
-    return lambda indices: scores(indices) | attributes(indices) | {"+".join(JOINT): float(joint[indices].mean())}
+    # attributes named in the generated captions, against those of the objects in the first reference
+    attributes = attribute_summary(captions, truths, LEXICON)
+    joint = attribute_summary(captions, [[{n: item[n] for n in JOINT} for item in items] for items in truths], LEXICON)
+    return lambda indices: scores(indices) | attributes(indices) | {"+".join(JOINT): joint(indices)["all"]}
 
 
 def row_scores(row: Row) -> dict[str, dict[str, Any]]:
@@ -532,7 +529,7 @@ def card(row: Row, config: Config, scores: dict[str, float], table: dict[str, An
     return f"""# {row.name}
 
 {row.title}: a {row.task}, trained on the synthetic dataset (`python dummy_data.py`) with `{train}`,
-seed {config.seed}, {config.epochs} epochs. It recognises moving coloured circles and squares, and nothing else.
+seed {config.seed}, {config.epochs} epochs. It knows the nine motions of coloured circles and squares, and nothing else.
 
     {predict} --video_dir ./frames_see/
 

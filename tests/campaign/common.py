@@ -328,7 +328,7 @@ def scratch() -> Generator[Path]:
 
 def tiny_data(folder: Path, form: str = "pt", per_class: int = 6) -> Path:
     """Three classes of 16 px videos."""
-    flags = f"--classes 3 --videos_per_class {per_class} --test_per_class 2 --frames 6 --size 16 --format {form}"
+    flags = f"--classes 3 --videos_per_class {per_class} --val_per_class 1 --test_per_class 2 --frames 8 --size 16 --format {form}"
     finished("dummy_data", f"{flags} --output {folder}", folder.parent)
     return folder
 
