@@ -56,6 +56,7 @@ class StepReader(nn.Module):
         width, heads = vision.config.hidden_size, vision.config.num_attention_heads
         self.times, self.num_cls = vision.num_times, int(vision.has_pooled_token)
         self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
         # attention to each time step; tokens need no position embedding, they carry their position from the backbone
         self.query_norm = nn.LayerNorm(width)
@@ -70,6 +71,7 @@ class StepReader(nn.Module):
         """Queries (B or 1, q, D) and tokens from VisionEncoder.encode_video (B, N, D) -> (B, q, D)."""
         # CLS belongs to no time step
         tokens = self.norm(tokens)
+        tokens = tokens + self.mlp(tokens)
         cls, grid = tokens[:, : self.num_cls], tokens[:, self.num_cls :].unflatten(1, (self.times, -1))
 
         # the same queries for all time steps; the time embedding keeps their order
@@ -113,11 +115,11 @@ class AttentiveProjector(StepReader):
         super().__init__(vision, dropout)
         hidden, self.num_tokens = vision.config.hidden_size, num_tokens
         self.queries = nn.Parameter(torch.randn(num_tokens, hidden))
-        self.mlp = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width))
+        self.project = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens from VisionEncoder.encode_video (B, N, D) -> (B, num_tokens, width)."""
-        return self.mlp(self.read(self.queries[None], tokens))
+        return self.project(self.read(self.queries[None], tokens))
 
 
 class TextQuery(nn.Module):
