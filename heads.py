@@ -52,10 +52,9 @@ class AttentiveHead(nn.Module):
     def __init__(self, vision: Any, num_classes: int, dropout: float, text_query: "TextQuery | None" = None):
         """`vision` is the VisionEncoder whose tokens the head reads."""
         super().__init__()
-        # backbones differ in the scale of their tokens
         width, heads = vision.config.hidden_size, vision.config.num_attention_heads
         self.times, self.num_cls = vision.num_times, int(vision.has_pooled_token)
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width)  # backbones differ in the scale of their tokens
 
         # attention to each time step; tokens need no position embedding, they carry their position from the backbone
         self.query = nn.Parameter(torch.randn(width)) if text_query is None else text_query
