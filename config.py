@@ -198,8 +198,8 @@ class Config:
         "auto", one_of("auto", "linear", "attentive"), "model", ALL, names_run=True, classifiers_only=True
     )
     """linear: one layer on the pooled token, or on [CLS] of the language model. attentive: a query, learned or made
-    from the text, attends to each time step, and a small transformer reads the results in order. It learns order and
-    really uses the text. auto: attentive with --use_text True, else linear"""
+    from the text, attends to each time step, and a small transformer reads the results in order; choose it if the order of
+    events or the text decides. auto: attentive with --use_text True, else linear"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
     """dropout before the new head and in the projector; raise it if val falls behind train"""
 
