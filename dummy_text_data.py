@@ -4,9 +4,9 @@
     python dummy_text_data.py --ceilings      # the best possible accuracy with less than video and text
 
 Nine classes, one for each motion: moves right, left, down or up; turns clockwise or counterclockwise; reverses; stops;
-stands still. Half of the clips have one object, the others two of different colours and motions. Without the text, the
-best guess in a clip with two objects is right 1 time in 2. Shape, size, colour, start, speed, background and noise are
-random and independent of the class. A text is never false; clips with one object lack it in 15 of 100 cases.
+stands still. Half of the clips have one object, the others two of different colours and motions. Without the text, one
+can only guess which of the two is meant. Shape, size, colour, start, speed, background and noise are random and
+independent of the class. Every text is true; 15 % of the clips with one object have none.
 
 Shapes: T frames, H W pixels. A video is RGB uint8 [T, C, H, W].
 """
@@ -37,6 +37,7 @@ from dummy_data import (
     write_dataset,
 )
 from dummy_data import LEXICON as SIMPLE_LEXICON
+from dummy_data import LIMITS as SIMPLE_LIMITS
 from dummy_data import MOTION_PHRASES as SIMPLE_PHRASES
 from script import UserError, script
 
@@ -59,15 +60,7 @@ SPEEDS = (0.025, 0.05)  # widths of the frame per frame: 1.6 to 3.2 pixels at 64
 TILT = 0.14  # radians by which a heading may be off, which is 8 degrees
 CHANGE = (0.375, 0.625)  # when an object turns, reverses or stops, as a fraction of the video
 NO_TEXT = 0.15  # fraction of the clips with one object that have no text
-LIMITS = {
-    "classes": (2, len(MOTIONS)),
-    "videos_per_class": (1, 100_000),
-    "val_per_class": (1, 100_000),
-    "test_per_class": (1, 100_000),
-    "frames": (8, 10_000),
-    "size": (16, 2048),
-    "seed": (0, 2**63 - 1),
-}
+LIMITS = SIMPLE_LIMITS | {"classes": (2, len(MOTIONS)), "val_per_class": (1, 100_000), "frames": (8, 10_000)}
 
 
 # -- words ------------------------------------------------------------------------------------------

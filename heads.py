@@ -52,10 +52,9 @@ class StepReader(nn.Module):
     def __init__(self, vision: Any, dropout: float):
         """`vision` is the VisionEncoder whose tokens are read."""
         super().__init__()
-        # backbones differ in the scale of their tokens
         width, heads = vision.config.hidden_size, vision.config.num_attention_heads
         self.times, self.num_cls = vision.num_times, int(vision.has_pooled_token)
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width)  # backbones differ in the scale of their tokens
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
         # attention to each time step; tokens need no position embedding, they carry their position from the backbone
