@@ -17,7 +17,7 @@ import train_code
 from build_model import adapters, trained_tensors
 from checkpoint import PROVIDED, load_run
 from config import Config, as_flags, parse, run_name
-from heads import AttentiveHead, StepAttention, whitening
+from heads import AttentiveHead, StepAttention, StepReader, whitening
 from script import UserError, read_rows
 from train_code import first_steps_checked, loss_sum
 
@@ -58,17 +58,23 @@ def slow_attention(attention: StepAttention, query: torch.Tensor, tokens: torch.
     return F.linear(torch.cat(parts), attention.out.weight, attention.out.bias)
 
 
+def slow_read(reader: StepReader, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """StepReader.read in eval mode for one clip and one query: (N, D), (D,) -> (D,)."""
+    tokens = [F.layer_norm(x, x.shape, reader.norm.weight, reader.norm.bias) for x in tokens]
+    tokens = [x + reader.mlp(x) for x in tokens]
+    cls, grid = tokens[: reader.num_cls], tokens[reader.num_cls :]
+    size, answers = len(grid) // reader.times, []
+    for time in range(reader.times):
+        step = torch.stack(grid[time * size : (time + 1) * size])
+        answers.append(slow_attention(reader.attention, query, step) + reader.time_embedding[time])
+    query = F.layer_norm(query, query.shape, reader.query_norm.weight, reader.query_norm.bias)
+    read = reader.reader(torch.stack([*cls, query, *answers])[None])[0]  # torch's own transformer layer
+    return sum(read) / len(read)
+
+
 def slow_head(head: AttentiveHead, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """AttentiveHead in eval mode for one clip: (N, D), (D,) -> (K,)."""
-    tokens = [F.layer_norm(x, x.shape, head.norm.weight, head.norm.bias) for x in tokens]
-    cls, grid = tokens[: head.num_cls], tokens[head.num_cls :]
-    size, answers = len(grid) // head.times, []
-    for time in range(head.times):
-        step = torch.stack(grid[time * size : (time + 1) * size])
-        answers.append(slow_attention(head.attention, query, step) + head.time_embedding[time])
-    query = F.layer_norm(query, query.shape, head.query_norm.weight, head.query_norm.bias)
-    read = head.reader(torch.stack([*cls, query, *answers])[None])[0]  # torch's own transformer layer
-    return F.linear(sum(read) / len(read), head.classifier.weight, head.classifier.bias)
+    return F.linear(slow_read(head, tokens, query), head.classifier.weight, head.classifier.bias)
 
 
 @pytest.mark.parametrize("family", ["timesformer", "videomae"])
@@ -78,6 +84,17 @@ def test_equals_a_slow_reference(family):
         tokens = model.vision_encoder.encode_video(clips(3), 3)
         expected = torch.stack([slow_head(model.head, clip, model.head.query) for clip in tokens])
         assert torch.allclose(model(clips(3)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["timesformer", "videomae"])
+def test_the_tokens_of_a_captioner_equal_a_slow_reference(family):
+    model = model_of(vision_model=family, token_grid=3, use_vlm=True, captioning=True).eval()
+    projector = model.projector
+    with torch.no_grad():
+        tokens = model.vision_encoder.encode_video(clips(2), 3)
+        read = [[slow_read(projector, clip, query) for query in projector.queries] for clip in tokens]
+        expected = projector.project(torch.stack([torch.stack(row) for row in read]))
+        assert torch.allclose(model.video_tokens(clips(2)), expected, atol=1e-5)
 
 
 def test_with_texts_equals_a_slow_reference():
