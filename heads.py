@@ -90,7 +90,9 @@ class AttentiveHead(StepReader):
     def __init__(self, vision: Any, num_classes: int, dropout: float, text_query: "TextQuery | None" = None):
         super().__init__(vision, dropout)
         width = vision.config.hidden_size
-        self.query = nn.Parameter(torch.randn(width)) if text_query is None else text_query
+        self.text_query = text_query
+        if text_query is None:
+            self.query = nn.Parameter(torch.randn(width))
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(width, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.02)
@@ -98,7 +100,7 @@ class AttentiveHead(StepReader):
 
     def forward(self, tokens: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
         """Tokens from VisionEncoder.encode_video (B, N, D) and, if there is text, TextQuery's arguments -> (B, K)."""
-        query = self.query(*text) if text else self.query[None]  # (B or 1, D)
+        query = self.query[None] if self.text_query is None else self.text_query(*text)  # (B or 1, D)
         return self.classifier(self.dropout(self.read(query[:, None], tokens)[:, 0]))
 
 
@@ -133,7 +135,8 @@ class TextQuery(nn.Module):
     def __init__(self, embeddings: torch.Tensor, hidden: int, width: int):
         super().__init__()
         self.whiten = whitening(embeddings)
-        self.gate = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 1))
+        # without biases, which the softmax would cancel
+        self.gate = nn.Sequential(nn.LayerNorm(hidden, bias=False), nn.Linear(hidden, 1, bias=False))
         self.project = nn.Sequential(nn.LayerNorm(embeddings.shape[1]), nn.Linear(embeddings.shape[1], width))
 
     def forward(self, embeddings: torch.Tensor, outputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

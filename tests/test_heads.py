@@ -37,7 +37,7 @@ def slow(case: object) -> object:
 def slow_query(text, embeddings: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """TextQuery of one text without padding: (L, .), (L, .) -> (D,)."""
     norm, score = text.gate
-    scores = [F.linear(F.layer_norm(o, o.shape, norm.weight, norm.bias), score.weight, score.bias) for o in outputs]
+    scores = [F.linear(F.layer_norm(o, o.shape, norm.weight), score.weight) for o in outputs]
     gate = torch.cat(scores).softmax(0)
     words = [F.linear(e, text.whiten.weight, text.whiten.bias) for e in embeddings]
     total = sum(g * w for g, w in zip(gate, words, strict=True))
@@ -108,7 +108,7 @@ def test_with_texts_equals_a_slow_reference():
             ids = [tok.cls_token_id, *tok(item["text"], add_special_tokens=False)["input_ids"], tok.sep_token_id]
             ids = torch.tensor(ids)
             outputs = model.language_model(input_ids=ids[None]).last_hidden_state[0]
-            query = slow_query(model.head.query, model.embed(ids), outputs)
+            query = slow_query(model.head.text_query, model.embed(ids), outputs)
             assert torch.allclose(row, slow_head(model.head, clip, query), atol=1e-5)
 
 
