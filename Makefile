@@ -34,16 +34,27 @@ $(VENV)/installed-extra: requirements-extra.txt $(VENV)/installed
 	@touch $@
 
 demo: $(VENV)/installed
-	@set -e; start=$$(date +%s); \
-	$(PY) dummy_data.py --videos_per_class 44 --val_per_class 6 --test_per_class 16 --output $(DEMO)/synthetic_dataset --overwrite; \
-	$(PY) main.py --data_dir $(DEMO)/synthetic_dataset --output_dir $(DEMO)/checkpoints --epochs 4 --overwrite True; \
+	@set -e; start=$$(date +%s); rm -f $(DEMO)/predictions.jsonl; \
+	$(PY) dummy_data.py --output $(DEMO)/synthetic_dataset --videos_per_class 45 --val_per_class 10 --test_per_class 10 --overwrite; \
+	train="$(PY) main.py --data_dir $(DEMO)/synthetic_dataset --output_dir $(DEMO)/checkpoints --overwrite True --use_vlm True \
+	--language_model bert --freeze_visionbackbone True --freeze_llmbackbone True"; \
+	$$train --run_name without_text; $$train --run_name with_text --use_text True --controls True; \
 	$(PY) create_dummy.py --data_dir $(DEMO)/synthetic_dataset --output $(DEMO)/frames_see; \
-	rm -f $(DEMO)/predictions.jsonl; \
-	$(PY) inference.py --output_dir $(DEMO)/checkpoints --video_dir $(DEMO)/frames_see --output $(DEMO)/predictions.jsonl; \
-	echo "Generated $(DEMO)/synthetic_dataset, trained $(DEMO)/checkpoints/timesformer (see curves.png there), and saved"; \
-	echo "frames to $(DEMO)/frames_see and predictions to $(DEMO)/predictions.jsonl. Next: your own clips, see README.md."; \
-	$(PY) -c "import json, sys; run = '$(DEMO)/checkpoints/timesformer'; test = json.load(open(run + '/metrics.json'))['test']; \
-	print(json.dumps({'seconds': $$(date +%s) - $$start, 'test_accuracy': test['accuracy'], 'n_test': test['count'], 'run': run}))"
+	$(PY) inference.py --checkpoint $(DEMO)/checkpoints/with_text --video_dir $(DEMO)/frames_see --output $(DEMO)/predictions.jsonl; \
+	echo "Data, runs (see the pictures there) and predictions are in $(DEMO)/. Next: your own clips, see README.md."; \
+	seconds=$$(($$(date +%s) - start)) $(PY) -c "$$DEMO_RESULT"
+
+# the last line of the demo: accuracy without a text, with it, and with the text of the wrong object
+define DEMO_RESULT
+import json, os
+runs = "$(DEMO)/checkpoints"
+without, with_text = (json.load(open(f"{runs}/{run}/metrics.json")) for run in ("without_text", "with_text"))
+wrong = with_text["controls"]["text_other_object"]
+shares = [f"{100 * m['accuracy']:.0f} %" for m in (without["test"], with_text["test"], wrong)]
+print(f"accuracy on {without['test']['count']} test videos: {shares[0]} without text, {shares[1]} with text;",
+    f"on {wrong['count']} with two objects, with the text of the other one: {shares[2]} ({os.environ['seconds']} s)")
+endef
+export DEMO_RESULT
 
 test: $(VENV)/installed-dev
 	$(PY) -m ruff check .

@@ -96,7 +96,6 @@ class Projector(nn.Module):
 
     def __init__(self, vision: VisionEncoder, width: int, grid: int, dropout: float):
         super().__init__()
-        check_grid(vision, grid)
         hidden = vision.config.hidden_size
         layers = nn.Linear(hidden, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.LayerNorm(hidden), *layers)
@@ -113,7 +112,7 @@ class Projector(nn.Module):
 
 
 class VideoModel(nn.Module):
-    """What the three models have in common: a vision encoder, the sources of its backbones, and how they are frozen."""
+    """What all models have in common: a vision encoder, the sources of its backbones, and how they are frozen."""
 
     task: str  # in words, for people
     text_field: str | None = None  # which text the model reads: "caption", "text" or none
@@ -204,19 +203,18 @@ class AttentiveClassifier(VideoModel):
 
 
 class VisionLanguageModel(VideoModel):
-    """A vision encoder, a language model, and a projector that turns video tokens into embeddings of that model."""
+    """A vision encoder and a language model. Subclasses set `bos` and `eos` if the model reads texts."""
+
+    bos: tuple[int, ...]  # ids before every text
+    eos: int
+    video_positions = 0  # how many of the language model's positions the video takes
 
     def __init__(self, vision_encoder: VisionEncoder, language_model: nn.Module, tokenizer: Any, config: Config):
         super().__init__(vision_encoder)
         vision_encoder.fc_norm = None  # only the pooled token passes it, and that is not used here
+        check_grid(vision_encoder, config.token_grid)
         self.language_model, self.tokenizer = language_model, tokenizer
         self.grid, self.max_text_tokens = config.token_grid, config.max_text_tokens
-        width = language_model.get_input_embeddings().embedding_dim  # not the hidden size in ELECTRA and OPT
-        self.projector = Projector(vision_encoder, width, config.token_grid, config.dropout)
-
-    def video_tokens(self, video: torch.Tensor) -> torch.Tensor:
-        """A video -> (B, N, D) in the width of the language model's embeddings."""
-        return self.projector(self.vision_encoder.encode_video(video, self.grid))
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.language_model.get_input_embeddings()(input_ids)
@@ -232,6 +230,12 @@ class VisionLanguageModel(VideoModel):
                 f"{positions}; lower --token_grid or --num_frames"
             )
         return min(self.max_text_tokens, positions - taken)
+
+    def codec(self) -> TextCodec | None:
+        if self.text_field is None:
+            return None
+        room = self.room_for_text(self.video_positions + len(self.bos) + 1)  # eos takes one
+        return TextCodec(self.tokenizer, self.bos, self.eos, room)
 
     def truncation_note(self, samples: list[Any]) -> str | None:
         """Counts texts, not samples: a video may have several captions. See VideoModel."""
@@ -249,7 +253,7 @@ class VisionLanguageModel(VideoModel):
         advice = "train with a larger --max_text_tokens to keep them whole"
         if codec.max_tokens < self.max_text_tokens:
             advice = "the language model has no more positions"
-            if hasattr(self, "projector"):  # the video takes some of them
+            if self.video_positions:
                 advice += "; train with a lower --token_grid or --num_frames"
         too_long = f"{cut} of {texts.total()} {self.text_field}s are longer than {codec.max_tokens} tokens"
         return f"note: {too_long} and are cut; {advice}"
@@ -266,34 +270,49 @@ def positions_of(language_model: nn.Module) -> int | None:
     return positions
 
 
-def check_marks(tokenizer: Any) -> None:
-    """Raises UserError if a tokenizer lacks the special tokens that a classifier needs."""
-    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+def cls_and_sep(tokenizer: Any) -> tuple[int, int]:
+    """The ids of [CLS] and [SEP], which a classifier needs. Raises UserError if a tokenizer lacks one of them."""
+    ids = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if None in ids:
         raise UserError("the language model's tokenizer has no [CLS] or [SEP] token")
+    return ids
 
 
-class VisionLanguageClassifier(VisionLanguageModel):
+class ProjectorModel(VisionLanguageModel):
+    """The language model reads the video too: a projector turns video tokens into embeddings of that model."""
+
+    def __init__(self, vision_encoder: VisionEncoder, language_model: nn.Module, tokenizer: Any, config: Config):
+        super().__init__(vision_encoder, language_model, tokenizer, config)
+        width = language_model.get_input_embeddings().embedding_dim  # not the hidden size in ELECTRA and OPT
+        if config.head == "attentive":
+            self.projector = AttentiveProjector(vision_encoder, width, config.dropout)
+        else:
+            self.projector = Projector(vision_encoder, width, config.token_grid, config.dropout)
+        self.video_positions = self.projector.num_tokens
+
+    def video_tokens(self, video: torch.Tensor) -> torch.Tensor:
+        """A video -> (B, N, D) in the width of the language model's embeddings."""
+        return self.projector(self.vision_encoder.encode_video(video, self.grid))
+
+
+class VisionLanguageClassifier(ProjectorModel):
     """[CLS] video [SEP] text [SEP] through a BERT-like encoder; the head reads [CLS]."""
 
     task = "vision-language classification"
 
     def __init__(self, vision_encoder, language_model, tokenizer, config: Config, num_classes: int):
         super().__init__(vision_encoder, language_model, tokenizer, config)
-        check_marks(tokenizer)
         self.text_field = "text" if config.use_text else None
+        self.special_ids = _, sep = cls_and_sep(tokenizer)
+        self.bos, self.eos = (), sep  # the video comes between [CLS] and the text
+        self.video_positions += 2  # [CLS] and [SEP] around it
+        self.room_for_text(self.video_positions + int(config.use_text))  # raises UserError at once if none is left
         types = getattr(language_model.config, "type_vocab_size", None) or 0
         self.has_types = types > 1 and takes(language_model, "token_type_ids")
-        self.room_for_text(self.projector.num_tokens + 2 + int(config.use_text))
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(language_model.config.hidden_size, num_classes)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-
-    def codec(self) -> TextCodec | None:
-        if self.text_field is None:
-            return None
-        room = self.room_for_text(self.projector.num_tokens + 3)  # [CLS] and two [SEP]
-        return TextCodec(self.tokenizer, bos=(), eos=self.tokenizer.sep_token_id, max_tokens=room)
 
     def forward(
         self, video: torch.Tensor, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
@@ -302,8 +321,8 @@ class VisionLanguageClassifier(VisionLanguageModel):
         # [CLS] video [SEP]: token type 0, nothing masked
         video = self.video_tokens(video)  # (B, N, D)
         batch, device = len(video), video.device
-        marks = torch.tensor([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id], device=device)
-        cls, sep = self.embed(marks).to(video.dtype).expand(batch, 2, -1).split(1, dim=1)
+        special = self.embed(torch.tensor(self.special_ids, device=device)).to(video.dtype)  # (2, D)
+        cls, sep = special.expand(batch, 2, -1).split(1, dim=1)  # (B, 1, D) each
         embeds, mask = [cls, video, sep], torch.ones(batch, video.shape[1] + 2, dtype=torch.long, device=device)
         types = torch.zeros_like(mask)
 
@@ -328,18 +347,12 @@ class AttentiveLanguageClassifier(VisionLanguageModel):
 
     def __init__(self, vision_encoder, language_model, tokenizer, config: Config, num_classes: int):
         super().__init__(vision_encoder, language_model, tokenizer, config)
-        check_marks(tokenizer)
-        del self.projector  # the head reads the vision encoder's own tokens
         self.text_field = "text" if config.use_text else None
+        self.special_ids = cls, sep = cls_and_sep(tokenizer)
+        self.bos, self.eos = (cls,), sep
         embeddings = language_model.get_input_embeddings().weight
         sizes = (language_model.config.hidden_size, vision_encoder.config.hidden_size)
         self.head = AttentiveHead(vision_encoder, num_classes, config.dropout, TextQuery(embeddings, *sizes))
-
-    def codec(self) -> TextCodec | None:
-        if self.text_field is None:
-            return None
-        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        return TextCodec(self.tokenizer, bos=(cls,), eos=sep, max_tokens=self.room_for_text(2))
 
     def forward(
         self, video: torch.Tensor, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
@@ -348,14 +361,13 @@ class AttentiveLanguageClassifier(VisionLanguageModel):
         # without texts all clips share the query of the empty text, [CLS] [SEP]
         tokens = self.vision_encoder.encode_video(video, self.grid)  # (B, N, D)
         if input_ids is None:
-            marks = [[self.tokenizer.cls_token_id, self.tokenizer.sep_token_id]]
-            input_ids = torch.tensor(marks, device=tokens.device)  # (1, 2)
+            input_ids = torch.tensor([self.special_ids], device=tokens.device)  # (1, 2)
             attention_mask = torch.ones_like(input_ids)
         outputs = self.language_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return self.head(tokens, self.embed(input_ids), outputs, attention_mask)
 
 
-class VideoCaptioner(VisionLanguageModel):
+class VideoCaptioner(ProjectorModel):
     """Video tokens, BOS, caption, EOS through a causal language model."""
 
     task = "captioning"
@@ -365,19 +377,10 @@ class VideoCaptioner(VisionLanguageModel):
         super().__init__(vision_encoder, language_model, tokenizer, config)
         if tokenizer.eos_token_id is None:
             raise UserError("the language model's tokenizer has no end-of-text token")
-        if config.head == "attentive":
-            width = language_model.get_input_embeddings().embedding_dim
-            self.projector = AttentiveProjector(vision_encoder, width, config.dropout)
+        # GPT-2 has one token for both ends; some tokenizers name it as EOS only
+        self.eos = tokenizer.eos_token_id
+        self.bos = (self.eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id,)
         self.codec()  # raises UserError at once if no caption fits
-
-    @property
-    def bos(self) -> int:
-        """The id before every caption. GPT-2 has one token for both ends; some tokenizers name it as EOS only."""
-        return self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
-
-    def codec(self) -> TextCodec:
-        room = self.room_for_text(self.projector.num_tokens + 2)  # BOS and EOS
-        return TextCodec(self.tokenizer, bos=(self.bos,), eos=self.tokenizer.eos_token_id, max_tokens=room)
 
     def targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The ids after BOS, including EOS. Padding is found by the mask, not by its id, which may equal EOS."""
@@ -409,17 +412,16 @@ class VideoCaptioner(VisionLanguageModel):
             raise UserError(
                 f"--max_new_tokens {config.max_new_tokens}: at most {positions - taken} fit after the video"
             )
-        bos = self.embed(torch.full((len(video), 1), self.bos, device=video.device))
+        bos = self.embed(torch.tensor([self.bos] * len(video), device=video.device))  # (B, 1, D)
         embeds = torch.cat([video, bos.to(video.dtype)], dim=1)  # (B, N + 1, D)
 
         # a GenerationConfig of our own: generate() would otherwise use the backbone's, which may ask for sampling
-        eos = self.tokenizer.eos_token_id
         options = GenerationConfig(
             max_new_tokens=config.max_new_tokens,
             num_beams=config.num_beams,
             do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=eos,
+            eos_token_id=self.eos,
+            pad_token_id=self.eos,
         )
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=video.device)
         ids = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=options)

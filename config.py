@@ -35,7 +35,7 @@ class Backbone(NamedTuple):
     kind: str  # vision | encoder (BERT-like) | decoder (causal)
     hub: str
     revision: str  # a pinned commit: later uploads to the hub change nothing
-    head: str = "linear"  # what --head auto means for a video classifier
+    tiny_head: str = "linear"  # what --head auto means for a video classifier on the tiny weights
 
 
 BACKBONES = {
@@ -206,8 +206,8 @@ class Config:
     head: str = option("auto", one_of("auto", "linear", "attentive"), "model", ALL, names_run=True)
     """what reads the video. linear: one layer on the pooled token, or on [CLS] of the language model; for captioners,
     an MLP on every video token. attentive: a query, learned or made from the text, attends to each time step, and a
-    small transformer reads the results in order; captioners have 16 such queries. It learns order and really uses the
-    text. auto: attentive with --use_vlm True and for videomae, else linear"""
+    small transformer reads the results in order; captioners have 16 such queries. Choose it if the
+    order of events or the text decides. auto: attentive with --use_vlm True and for videomae-tiny, else linear"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
     """dropout before the new head and in the projector; raise it if val falls behind train"""
 
@@ -623,7 +623,8 @@ def head_of(config: Config) -> str:
         return config.head
     if config.use_vlm:
         return "attentive"
-    return BACKBONES[config.vision_model].head if config.vision_model in BACKBONES else "linear"
+    tiny = config.weights == "tiny" and config.vision_model in BACKBONES
+    return BACKBONES[config.vision_model].tiny_head if tiny else "linear"
 
 
 def fill_auto(config: Config, num_frames: int, image_size: int, side: int, batch_size: int = 16) -> Config:

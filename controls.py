@@ -290,7 +290,8 @@ def other_object_scores(
     score: Callable[[DataLoader, str], dict[str, float]],
 ) -> dict[str, dict[str, float]]:
     """{"several_objects": ..., "text_other_object": ...}: the scores of clips with several objects, as they are and
-    with the text of another object. A model that finds the object by its text then answers for the wrong one."""
+    with the text of another object. A model that uses the text then names the class of that object, so it is nearly
+    always wrong."""
     texts = {"several_objects": samples, "text_other_object": [replace(s, text=s.other_text) for s in samples]}
     table = {}
     for name, changed in texts.items():

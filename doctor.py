@@ -138,7 +138,7 @@ def check_frames(model: "VideoModel", config: Config) -> Finding:
     from vision import own_frames, read_vision_config
 
     vision = model.vision_encoder
-    if vision.family.frames is None:
+    if vision.family.is_image_encoder:
         return Finding("frames fit the backbone", f"{counted(vision.num_frames, 'frame')}, encoded one at a time")
     configured = embedded = own_frames(vision.config)
     time_embeddings = getattr(getattr(vision.backbone, "embeddings", None), "time_embeddings", None)

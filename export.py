@@ -62,7 +62,7 @@ def export(
         )
 
     vision = model.vision_encoder
-    if not config.use_vlm and (vision.family.frames is None or vision.family.pooling == "attentive"):
+    if not config.use_vlm and (vision.family.is_image_encoder or vision.family.pooling == "attentive"):
         raise UserError(
             f"--export: {run_dir} has a linear head on {vision.config.model_type}, for which Hugging Face has no "
             "class; only video classifiers of TimeSformer, VideoMAE and ViViT can be exported"

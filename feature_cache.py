@@ -206,7 +206,7 @@ def open_store(model: VideoModel, config: Config) -> FeatureStore:
         "backbone": model.sources["vision"].path,
         "fingerprint": model.sources["vision"].fingerprint,
         "preprocessing": asdict(model.vision_encoder.preprocessing),
-        # not only the options of the sampling but what it takes, from a short and a long video
+        # the frames taken from a short and a long video, not just the options: sampling may change too
         "frames": [sample_indices(n, config.num_frames, config.frame_stride).tolist() for n in (10, 1000)],
         "format": 1,  # raise it when the same frames and options give other features
     } | {name: getattr(config, name) for name in options_with("in_feature_key")}

@@ -52,10 +52,10 @@ class StepReader(nn.Module):
     def __init__(self, vision: Any, dropout: float):
         """`vision` is the VisionEncoder whose tokens are read."""
         super().__init__()
-        # backbones differ in the scale of their tokens
         width, heads = vision.config.hidden_size, vision.config.num_attention_heads
         self.times, self.num_cls = vision.num_times, int(vision.has_pooled_token)
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width)  # backbones differ in the scale of their tokens
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
         # attention to each time step; tokens need no position embedding, they carry their position from the backbone
         self.query_norm = nn.LayerNorm(width)
@@ -70,6 +70,7 @@ class StepReader(nn.Module):
         """Queries (B or 1, q, D) and tokens from VisionEncoder.encode_video (B, N, D) -> (B, q, D)."""
         # CLS belongs to no time step
         tokens = self.norm(tokens)
+        tokens = tokens + self.mlp(tokens)
         cls, grid = tokens[:, : self.num_cls], tokens[:, self.num_cls :].unflatten(1, (self.times, -1))
 
         # the same queries for all time steps; the time embedding keeps their order
@@ -89,7 +90,9 @@ class AttentiveHead(StepReader):
     def __init__(self, vision: Any, num_classes: int, dropout: float, text_query: "TextQuery | None" = None):
         super().__init__(vision, dropout)
         width = vision.config.hidden_size
-        self.query = nn.Parameter(torch.randn(width)) if text_query is None else text_query
+        self.text_query = text_query
+        if text_query is None:
+            self.query = nn.Parameter(torch.randn(width))
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(width, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.02)
@@ -97,7 +100,7 @@ class AttentiveHead(StepReader):
 
     def forward(self, tokens: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
         """Tokens from VisionEncoder.encode_video (B, N, D) and, if there is text, TextQuery's arguments -> (B, K)."""
-        query = self.query(*text) if text else self.query[None]  # (B or 1, D)
+        query = self.query[None] if self.text_query is None else self.text_query(*text)  # (B or 1, D)
         return self.classifier(self.dropout(self.read(query[:, None], tokens)[:, 0]))
 
 
@@ -113,11 +116,11 @@ class AttentiveProjector(StepReader):
         super().__init__(vision, dropout)
         hidden, self.num_tokens = vision.config.hidden_size, num_tokens
         self.queries = nn.Parameter(torch.randn(num_tokens, hidden))
-        self.mlp = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width))
+        self.project = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens from VisionEncoder.encode_video (B, N, D) -> (B, num_tokens, width)."""
-        return self.mlp(self.read(self.queries[None], tokens))
+        return self.project(self.read(self.queries[None], tokens))
 
 
 class TextQuery(nn.Module):
@@ -132,7 +135,8 @@ class TextQuery(nn.Module):
     def __init__(self, embeddings: torch.Tensor, hidden: int, width: int):
         super().__init__()
         self.whiten = whitening(embeddings)
-        self.gate = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 1))
+        # without biases, which the softmax would cancel
+        self.gate = nn.Sequential(nn.LayerNorm(hidden, bias=False), nn.Linear(hidden, 1, bias=False))
         self.project = nn.Sequential(nn.LayerNorm(embeddings.shape[1]), nn.Linear(embeddings.shape[1], width))
 
     def forward(self, embeddings: torch.Tensor, outputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

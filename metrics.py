@@ -66,7 +66,7 @@ def with_intervals(summary: Summary, count: int) -> dict[str, Any]:
     scores, (draws,) = summary(np.arange(count)), resampled([summary], count)
     intervals = {name: bounds(values) for name, values in draws.items()}
     for name, score in scores.items():
-        if score in (0, 1) and name != "CIDEr":  # the other scores end at 1
+        if score in (0, 1) and name != "CIDEr":  # CIDEr is not a proportion: it may exceed 1
             intervals[name] = wilson(round(score * count), count)
     return scores | {"intervals": intervals}
 

@@ -348,7 +348,7 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
 
 @contextmanager
 def evaluating(model: VideoModel) -> Generator[None]:
-    """Inside, the model is in eval() and without gradients. Then it is in its old mode, so that training can go on."""
+    """Inside, the model is in eval() and without gradients. Afterwards it is back in its old mode, so that training can go on."""
     training = model.training
     model.eval()
     try:

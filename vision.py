@@ -166,6 +166,10 @@ class Family:
     pooler: Callable[[nn.Module], nn.Module] | None = None  # takes the attentive pooler from the published classifier
     preprocessing: dict[str, Any] = field(default_factory=dict)  # without a preprocessor_config.json; default: ImageNet
 
+    @property
+    def is_image_encoder(self) -> bool:
+        return self.frames is None
+
 
 # the key is transformers' model_type; to add a family, add a row
 INTERPOLATE = {"interpolate_pos_encoding": True}
@@ -234,12 +238,12 @@ def pooling_of(config: Any) -> str:
     return "mean" if absent.get(pooling) else pooling
 
 
-def token_grid(tokens: torch.Tensor, config: Any) -> torch.Tensor:
+def to_grid(tokens: torch.Tensor, config: Any) -> torch.Tensor:
     """Brings the patch tokens of any family into one order, without CLS and registers: (B, N, D) -> (B, t, h, w, D).
     Those of an image encoder are (B, t, N, D)."""
     family, (_, side) = FAMILIES[config.model_type], grid_shape(config)
     patches = tokens[..., first_patch(config) :, :]
-    if family.frames is None:
+    if family.is_image_encoder:
         return patches.unflatten(2, (side, side))
     if family.token_order == "hwt":
         return patches.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2, 4)
@@ -297,14 +301,14 @@ class VisionEncoder(nn.Module):
         """uint8 (B, T, C, H, W) -> pooled (B, D) before the norm that follows mean pooling, and patches
         (B, t, h, w, D); without gradients if the backbone is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            pixels, image = self.preprocessing.normalise(pixel_values), self.family.frames is None
+            pixels, image = self.preprocessing.normalise(pixel_values), self.family.is_image_encoder
             inputs = {self.family.input: pixels.flatten(0, 1) if image else pixels}  # (B T, C, H, W) for images
             output = self.backbone(**inputs, **self.family.arguments)
             pooled, tokens = self.pooled(output), output.last_hidden_state
             if image:
                 pooled, tokens = (x.unflatten(0, pixels.shape[:2]) for x in (pooled, tokens))
                 pooled = pooled.mean(1)  # over the frames
-            return pooled, token_grid(tokens, self.config)
+            return pooled, to_grid(tokens, self.config)
 
     def pooled(self, output: Any) -> torch.Tensor:
         """The output of the backbone -> (B, D); (B T, D) for images."""
@@ -390,9 +394,9 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
     new_layers = ["classifier.", "fc_norm."]
     if family.pooling == "attentive" and pooling_of(hf_config) == "mean":
         new_layers += ["pooler.", "head.", "head_layernorm."]
-    auto_class = AutoModel if family.frames is None else AutoModelForVideoClassification
+    auto_class = AutoModel if family.is_image_encoder else AutoModelForVideoClassification
     classifier = load_backbone(auto_class, source, hf_config, tuple(new_layers))
-    backbone = classifier if family.frames is None else classifier.base_model
+    backbone = classifier if family.is_image_encoder else classifier.base_model
     for name in family.unused:
         parent, _, leaf = name.rpartition(".")
         setattr(backbone.get_submodule(parent), leaf, None)

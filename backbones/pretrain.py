@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dummy_data
-from vision import token_grid
+from vision import to_grid
 
 SEED = 20260
 IMAGE_SIZE, NUM_FRAMES = 64, 8
@@ -277,7 +277,7 @@ def encode(model: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, 
     (B, t, h, w, D)."""
     tokens = model.base_model(pixel_values).last_hidden_state
     pooled = tokens[:, 0] if model.config.model_type == "timesformer" else tokens.mean(1)
-    return pooled, token_grid(tokens, model.config)
+    return pooled, to_grid(tokens, model.config)
 
 
 # those of the published checkpoints, so that tiny and published backbones expect the same inputs

@@ -35,6 +35,7 @@ from train_code import build_accelerator
 from VLoader import Sample, read_splits
 
 FROZEN = ["--freeze_visionbackbone", "True"]
+ATTENTIVE = [*FROZEN, "--head", "attentive"]
 BERT = [*FROZEN, "--use_vlm", "True", "--language_model", "bert", "--use_text", "True"]
 GPT2 = [*FROZEN, "--use_vlm", "True", "--captioning", "True", "--use_lora_llm", "True"]
 
@@ -44,7 +45,7 @@ def train(dataset: Path, folder: Path, *flags: str) -> int:
     return main.main([*argv, "--epochs", "2", "--num_workers", "0", "--batch_size", "4", *flags])
 
 
-OFTEN = {("classifier", "videomae"), ("gpt2", "timesformer")}
+OFTEN = {("classifier", "videomae"), ("attentive", "timesformer"), ("gpt2", "timesformer")}
 
 
 def log_of(folder: Path, name: str) -> list[dict]:
@@ -56,7 +57,7 @@ def log_of(folder: Path, name: str) -> list[dict]:
     [
         pytest.param(vision, job, id=f"{name}-{vision}", marks=[pytest.mark.slow] * ((name, vision) not in OFTEN))
         for vision in ("timesformer", "videomae")
-        for name, job in (("classifier", FROZEN), ("bert", BERT), ("gpt2", GPT2))
+        for name, job in (("classifier", FROZEN), ("attentive", ATTENTIVE), ("bert", BERT), ("gpt2", GPT2))
     ],
 )
 def test_training_from_the_cache_equals_training_from_pixels(dataset, tmp_path, monkeypatch, vision, job):

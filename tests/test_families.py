@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_resume import Killed, assert_same, flags, killed_after
+from test_resume import assert_resumed_exactly
 from torch import nn
 
-import main
 from build_model import adapters, build_model, trained_tensors
 from config import Config, check_options
 from export import export
@@ -44,7 +43,7 @@ MODELS = {
     "siglip_vision_model bare": ("SiglipVisionModel", SMALL | MLP | PATCH | {"vision_use_head": False}),
     "clip_vision_model": ("CLIPVisionModel", SMALL | MLP | PATCH),
 }
-IMAGES = {key for key in MODELS if FAMILIES[key.split()[0]].frames is None}
+IMAGES = {key for key in MODELS if FAMILIES[key.split()[0]].is_image_encoder}
 EVERY = pytest.mark.parametrize("key", MODELS)
 
 
@@ -299,8 +298,7 @@ def test_two_steps_change_what_is_trained_and_every_adapter_is_live(folder_of, k
         optimizer.zero_grad(set_to_none=True)
         loss_sum(model, batch_of(model))[0].backward()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    # softmax cancels this bias, so its gradient is zero, or rounding noise that the optimizer follows
-    assert changed | {"head.query.gate.1.bias"} == set(trained_tensors(model)) | {"head.query.gate.1.bias"}
+    assert changed == set(trained_tensors(model))
 
 
 # -- caching, resuming, predicting, exporting -------------------------------------------------------
@@ -334,12 +332,7 @@ def test_a_run_is_resumed_exactly_and_predicts(dataset, tmp_path, monkeypatch, f
     options = {"num_frames": FRAMES, "num_workers": 0, "save_every": 2, "gradient_checkpointing": True} | MODES[mode]
     more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     more += ["--vision_model", str(backbone), "--epochs", "2"]
-    assert main.main(flags(dataset, tmp_path / "whole", *more)) == 0
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_after(patch, 3)
-        main.main(flags(dataset, tmp_path / "stopped", *more))
-    assert main.main([*flags(dataset, tmp_path / "stopped", *more), "--resume", "True"]) == 0
-    assert_same(tmp_path / "whole" / "r", tmp_path / "stopped" / "r")
+    assert_resumed_exactly(dataset, tmp_path, monkeypatch, more, 3)
     assert any((tmp_path / "whole" / ".features").rglob("*")) == (mode == "frozen")
 
     # a backbone that was trained in full is in the run

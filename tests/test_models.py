@@ -25,7 +25,7 @@ from runs import rates_line
 from script import UserError
 from train_code import build_accelerator, build_optimizer, first_steps_checked, loss_sum
 from transforms import Preprocessing
-from vision import fit_embeddings, fused_attention, load_vision, patch_shape, token_grid
+from vision import fit_embeddings, fused_attention, load_vision, patch_shape, to_grid
 
 FAMILIES = ("timesformer", "videomae")
 
@@ -145,7 +145,7 @@ def test_any_length_and_size_equals_a_native_model(tmp_path, family, num_frames,
     pixel_values = clips(2, num_frames, image_size)
     with torch.no_grad():
         expected = native.base_model(vision.preprocessing.normalise(pixel_values)).last_hidden_state
-        assert torch.allclose(vision.encode(pixel_values)[1], token_grid(expected, vision.config), atol=1e-6)
+        assert torch.allclose(vision.encode(pixel_values)[1], to_grid(expected, vision.config), atol=1e-6)
 
 
 @pytest.mark.parametrize("num_frames, image_size", [("auto", "auto"), (8, 48), (2, 16)])
@@ -182,9 +182,9 @@ def test_vivit_has_a_list_for_its_tubelet_and_pixels_from_minus_one_to_one(tmp_p
     pixel_values = clips(2, frames, side)
     with torch.no_grad():
         expected = same.base_model(vision.preprocessing.normalise(pixel_values)).last_hidden_state
-        assert torch.allclose(vision.encode(pixel_values)[1], token_grid(expected, vision.config), atol=1e-6)
-    assert token_grid(expected, vision.config).shape == (2, frames // 2, side // 8, side // 8, 32)
-    assert torch.equal(token_grid(expected, vision.config)[:, 0, 0, 1], expected[:, 2])
+        assert torch.allclose(vision.encode(pixel_values)[1], to_grid(expected, vision.config), atol=1e-6)
+    assert to_grid(expected, vision.config).shape == (2, frames // 2, side // 8, side // 8, 32)
+    assert torch.equal(to_grid(expected, vision.config)[:, 0, 0, 1], expected[:, 2])
     assert vision.num_tokens(2) == 1 + 4 * frames // 2
 
     # at its own size it is the published classifier, pixels and all
@@ -273,7 +273,7 @@ def test_token_order_finds_a_planted_patch(family):
         planted = plain.clone()
         planted[:, time * tubelet, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 1
         with torch.no_grad():
-            change = [token_grid(model(x).last_hidden_state, model.config) for x in (plain, planted)]
+            change = [to_grid(model(x).last_hidden_state, model.config) for x in (plain, planted)]
         moved = (change[0] - change[1]).abs().sum(-1)[0]  # (t, h, w)
         assert moved.nonzero().tolist() == [[time, row, column]]
 

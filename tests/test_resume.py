@@ -76,6 +76,18 @@ def killed_after(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
 
 
+def assert_resumed_exactly(dataset: Path, folder: Path, monkeypatch, more: list[str], *stops: int) -> None:
+    """A run in folder/stopped, ended after so many steps and then resumed, equals one in folder/whole."""
+    assert main.main(flags(dataset, folder / "whole", *more)) == 0
+    argv, resume = flags(dataset, folder / "stopped", *more), ["--resume", "True"]
+    for number, steps in enumerate(stops):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_after(patch, steps)
+            main.main([*argv, *resume] if number else argv)
+    assert main.main([*argv, *resume]) == 0
+    assert_same(folder / "whole" / "r", folder / "stopped" / "r")
+
+
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize(
     "workers, stop_after, save_every",
@@ -88,13 +100,7 @@ def killed_after(monkeypatch, steps: int) -> None:
 def test_resumed_equals_uninterrupted(dataset, tmp_path, monkeypatch, job, workers, stop_after, save_every):
     """9 training clips in batches of 4: 3 steps per epoch, 12 in total, stopped twice."""
     more = [*JOBS[job], "--num_workers", workers, "--save_every", save_every]
-    assert main.main(flags(dataset, tmp_path / "whole", *more)) == 0
-    for resume, steps in (([], stop_after), (["--resume", "True"], 2)):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            killed_after(patch, steps)
-            main.main([*flags(dataset, tmp_path / "stopped", *more), *resume])
-    assert main.main([*flags(dataset, tmp_path / "stopped", *more), "--resume", "True"]) == 0
-    assert_same(tmp_path / "whole" / "r", tmp_path / "stopped" / "r")
+    assert_resumed_exactly(dataset, tmp_path, monkeypatch, more, stop_after, 2)
     assert not (tmp_path / "stopped" / "r" / "state").exists()
 
 
@@ -120,12 +126,7 @@ def test_a_run_may_be_evaluated_within_epochs_too(dataset, tmp_path, monkeypatch
 
     monkeypatch.setattr(train_code, "train", train_with_more)
     more = [*JOBS["classifier"], "--num_workers", "0", "--save_every", "1", "--epochs", "2"]
-    assert main.main(flags(dataset, tmp_path / "whole", *more)) == 0
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_after(patch, 4)
-        main.main(flags(dataset, tmp_path / "stopped", *more))
-    assert main.main([*flags(dataset, tmp_path / "stopped", *more), "--resume", "True"]) == 0
-    assert_same(tmp_path / "whole" / "r", tmp_path / "stopped" / "r")
+    assert_resumed_exactly(dataset, tmp_path, monkeypatch, more, 4)
     log, _, metrics = outcome(tmp_path / "whole" / "r")
     assert [(row["epoch"], row["step"]) for row in log] == [(1, 2), (1, 3), (2, 4), (2, 6), (2, 6)]
     assert metrics["best_epoch"] == [row["epoch"] for row in log if row["best"]][-1]
