@@ -1,5 +1,6 @@
 """Shared by all tests: a small dataset, clips written with PyAV, and real clips if VIDTUNE_TEST_DATA is set."""
 
+import argparse
 import os
 import re
 from collections.abc import Generator, Iterable
@@ -32,6 +33,7 @@ settings.register_profile(
 )
 settings.load_profile("default")
 REAL = os.environ.get("VIDTUNE_TEST_DATA")
+FEW = ["--videos_per_class", "3", "--val_per_class", "1", "--test_per_class", "2"]
 
 
 # Pictures and intervals take most of the time of a small run, and few tests look at them.
@@ -69,9 +71,10 @@ def in_full() -> Generator[None]:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
-    """Three classes, 4 training and 2 test videos each."""
+    """Three classes: moves right, left and down. 3 training videos, 1 of val and 2 of test each; every second one of a
+    class and split has two objects."""
     folder = tmp_path_factory.mktemp("data") / "synthetic_dataset"
-    dummy_data.main(["--classes", "3", "--videos_per_class", "4", "--test_per_class", "2", "--output", str(folder)])
+    assert dummy_data.main(["--classes", "3", *FEW, "--output", str(folder)]) == 0
     return folder
 
 
@@ -93,6 +96,12 @@ def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", **option
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def drawn(label: int, count: int = 1, frames: int = 16) -> np.ndarray:
+    """Videos of dummy_data's class with this label, with one object or two in turn: uint8 (B, T, C, H, W)."""
+    args = argparse.Namespace(classes=9, frames=frames, size=64, seed=0)
+    return np.stack([video for video, _ in dummy_data.draw_rows(label, "train", count, args)])
 
 
 def read_clip(path: Path, num_frames: int, stride: int = 0, rng: np.random.Generator | None = None) -> torch.Tensor:

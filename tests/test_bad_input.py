@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import counting_frames, in_full, read_clip, write_video
+from conftest import FEW, counting_frames, in_full, read_clip, write_video
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -219,7 +219,7 @@ def test_a_dataset_is_written_completely_or_not_at_all(dataset, tmp_path, capsys
         if len(calls) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.pt")
 
-    flags = ["--classes", "2", "--videos_per_class", "2", "--test_per_class", "1"]
+    flags = ["--classes", "2", *FEW]
     argv = [*(flags if script is dummy_data else ["--data_dir", str(dataset)]), "--output", str(tmp_path / "out")]
     monkeypatch.setattr(dummy_data, saver, until_full)
     assert "x.pt: No space left on device" in refused(capsys, script.main(argv))
@@ -256,7 +256,7 @@ def test_a_dataset_larger_than_memory_is_one_line(tmp_path, capsys, monkeypatch)
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr(dummy_data, "draw_class", full)
+    monkeypatch.setattr(dummy_data, "draw_video", full)
     assert "out of memory" in refused(capsys, dummy_data.main(["--output", str(tmp_path / "d")]))
     assert not [*tmp_path.glob("d/*")]
 

@@ -81,7 +81,7 @@ def test_a_classifier_as_a_hugging_face_folder(train, tmp_path, capsys, name):
     check_card(out)
     model, _, _ = load_run(run)
     native = AutoModelForVideoClassification.from_pretrained(out).eval()
-    assert native.config.id2label == {0: "circle moving right", 1: "circle moving left", 2: "circle moving down"}
+    assert native.config.id2label == {0: "moves right", 1: "moves left", 2: "moves down"}
     processor = AutoImageProcessor.from_pretrained(out, backend="pil")
     video = clips(model)
     pixel_values = processor(

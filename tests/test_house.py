@@ -21,7 +21,7 @@ LAYERS = [
     {"scan", "export", "train_code", "figures", "answers"},
     {"controls"},
     {"runs"},
-    {"main", "inference", "score", "doctor", "preview", "create_dummy", "dummy_text_data", "convert_dataset"},
+    {"main", "inference", "score", "doctor", "preview", "create_dummy", "convert_dataset"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -84,7 +84,6 @@ def test_an_older_python_can_parse_the_guard():
         "doctor",
         "preview",
         "dummy_data",
-        "dummy_text_data",
         "create_dummy",
         "backbones.pretrain",
         "convert_dataset",

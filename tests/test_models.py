@@ -11,11 +11,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import resolved
+from conftest import drawn, resolved
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import dummy_data
 import inference
 import main
 from build_model import adapters, build_model, trained_tensors
@@ -41,13 +40,13 @@ CAPTIONS = [
 ]
 TEXTS = [
     "",
-    "a note says: it is round",
+    "a note says: something red",
     "something",
-    "a note says: it goes sideways",
+    "what does the blue disc do ?",
     "a",
     "b c d e f g",
     "x",
-    "a note says: nothing happens",
+    "look at the tiny green box",
 ]
 
 
@@ -73,7 +72,7 @@ def batch_of(model, count: int = 8) -> dict[str, torch.Tensor]:
 
 
 def items_of(count: int = 8) -> list[dict]:
-    videos = [dummy_data.draw_class(k, 1, 8, 64, np.random.default_rng(k))[0][0] for k in range(count)]
+    videos = [drawn(k, frames=8)[0] for k in range(count)]
     return [
         {"video": torch.from_numpy(v), "index": i, "label": i % 4, "caption": CAPTIONS[i], "text": TEXTS[i]}
         for i, v in enumerate(videos)
@@ -595,7 +594,7 @@ def test_every_bert_like_encoder_trains_and_answers_from_its_checkpoint_alone(da
     folder = language_folder(tmp_path / "language", family)
     flags = run_of(dataset, tmp_path, folder, "--use_text", "True")
     shutil.rmtree(folder)
-    assert inference.main([*flags, "--text_input", "a note says: it is round"]) == 0
+    assert inference.main([*flags, "--text_input", "a note says: something red"]) == 0
     said = "".join(capfd.readouterr())
     assert "2 videos" in said and "LOAD REPORT" not in said
 

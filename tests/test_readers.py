@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import counting_frames, read_clip, write_video
+from conftest import counting_frames, drawn, read_clip, write_video
 from PIL import Image
 
 import dummy_data
@@ -56,8 +56,8 @@ def all_frames(path: Path) -> np.ndarray:
 
 
 def test_readers_agree(tmp_path):
-    video, _ = dummy_data.draw_class(3, 1, 12, 64, np.random.default_rng(0))
-    paths = [dummy_data.save_video(video[0], tmp_path / name) for name in ("v.pt", "v", "v.mp4")]
+    video = drawn(3, frames=12)[0]
+    paths = [dummy_data.save_video(video, tmp_path / name) for name in ("v.pt", "v", "v.mp4")]
     tensor, folder, file = (read_clip(path, 8).numpy().astype(int) for path in paths)
     assert (tensor == folder).all()
     assert np.abs(tensor - file).mean() < 4  # lossy, but with the same frames and channel order

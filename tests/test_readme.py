@@ -19,7 +19,6 @@ import convert_dataset
 import create_dummy
 import doctor
 import dummy_data
-import dummy_text_data
 import inference
 import main
 import metrics
@@ -38,7 +37,6 @@ SCRIPTS = {
     "preview.py": preview.main,
     "metrics.py": metrics.main,
     "dummy_data.py": dummy_data.main,
-    "dummy_text_data.py": dummy_text_data.main,
     "create_dummy.py": create_dummy.main,
     "convert_dataset.py": convert_dataset.main,
 }
@@ -113,9 +111,9 @@ def test_drawing_commands_run_as_they_stand(tmp_path, monkeypatch):
     assert drawing == [["dummy_data.py"], ["create_dummy.py"]]
     assert [run(*command) for command in drawing] == [0, 0]
     videos = {path: torch.load(path, weights_only=True) for path in Path("synthetic_dataset").rglob("*.pt")}
-    assert len(videos) == len({v.numpy().tobytes() for v in videos.values()}) == 1000  # none occurs twice
+    assert len(videos) == len({v.numpy().tobytes() for v in videos.values()}) == 4140  # none occurs twice
     rows = [json.loads(line) for line in Path("frames_see/metadata.jsonl").read_text().splitlines()]
-    assert len(rows) == 30 and all({"label", "caption", "text", "attributes"} <= row.keys() for row in rows)
+    assert len(rows) == 27 and all({"label", "caption", "text", "attributes"} <= row.keys() for row in rows)
     for row in rows:
         split, number = row["label"], row["file_name"].removeprefix(f"{row['label']}_")
         original = videos[Path("synthetic_dataset/test", split, f"{number}.pt")]
@@ -218,11 +216,6 @@ def make_other_formats() -> None:
     Path("chat_train.json").write_text(json.dumps([{"messages": messages, "videos": ["a.mp4"]}]))
 
 
-def make_texts() -> None:
-    counts = ["--videos_per_class", "4", "--val_per_class", "1", "--test_per_class", "2"]
-    assert run("dummy_text_data.py", "--classes", "3", *counts) == 0
-
-
 def make_caption_files() -> None:
     Path("captions.json").write_text(json.dumps({"1": ["a bar grows", "a growing bar"], "2": ["a bar shrinks"]}))
     for name in ("mine", "other"):
@@ -232,7 +225,7 @@ def make_caption_files() -> None:
 #: page and mark -> what makes the stand-in, and what the last command prints
 USES = {
     ("README.md", "class folders"): (make_class_folders, "of 6 right"),
-    ("README.md", "texts"): (make_texts, "with another object's text"),
+    ("README.md", "texts"): (lambda: None, "with another object's text"),
     ("README.md", "csv"): (make_csv, "next: python main.py --data_dir my_data"),
     ("datasets.md", "csv"): (make_csv, "wrote predictions.jsonl"),
     ("datasets.md", "frames"): (make_frames, "8 videos in"),
@@ -268,7 +261,7 @@ def test_the_commands_of_a_block_work(use, workplace, capsys):
     make, words = USES[use]
     make()
     for script, *flags in commands(*use):
-        if script in ("dummy_data.py", "create_dummy.py", "dummy_text_data.py"):  # drawn before, and smaller
+        if script in ("dummy_data.py", "create_dummy.py"):  # drawn before, and smaller
             continue
         flags = [name for flag in flags for name in (sorted(glob(flag)) if "*" in flag else [flag])]
         more = {

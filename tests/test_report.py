@@ -216,7 +216,7 @@ def test_a_provided_checkpoint_answers_at_once(run, dataset, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     config, _ = read_run(PROVIDED / run)
     answers = tmp_path / "answers.jsonl"
-    text = ["--text_input", "a note says: it goes sideways"] if config.use_text and not config.captioning else []
+    text = ["--text_input", "watch the red one"] if config.use_text and not config.captioning else []
     argv = ["--video_dir", str(dataset / "test"), "--output", str(answers), "--num_workers", "0", *text]
     assert inference.main([*as_flags(config).split(), *argv]) == 0
     assert "using the provided checkpoint" in capsys.readouterr().out
