@@ -55,7 +55,6 @@ class StepReader(nn.Module):
         width, heads = vision.config.hidden_size, vision.config.num_attention_heads
         self.times, self.num_cls = vision.num_times, int(vision.has_pooled_token)
         self.norm = nn.LayerNorm(width)  # backbones differ in the scale of their tokens
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
         # attention to each time step; tokens need no position embedding, they carry their position from the backbone
         self.query_norm = nn.LayerNorm(width)
@@ -70,7 +69,6 @@ class StepReader(nn.Module):
         """Queries (B or 1, q, D) and tokens from VisionEncoder.encode_video (B, N, D) -> (B, q, D)."""
         # CLS belongs to no time step
         tokens = self.norm(tokens)
-        tokens = tokens + self.mlp(tokens)
         cls, grid = tokens[:, : self.num_cls], tokens[:, self.num_cls :].unflatten(1, (self.times, -1))
 
         # the same queries for all time steps; the time embedding keeps their order
