@@ -36,14 +36,13 @@ def test_all_four_together_are_small():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["timesformer", "videomae"])
 def test_a_linear_head_on_frozen_features(name):
-    """90 % of the test set, 80 % of the withheld pairs; random weights 25 points worse, one frame near chance."""
+    """TimeSformer's pooled token knows the motion, VideoMAE's hardly does; one frame shows neither of them any."""
+    ours, still = world.probe(load_vision(name)), world.probe(load_vision(name), still=True)
+    assert f"| pretrained | {100 * ours:.1f} % |" in card(name)
+    assert still < 0.2  # chance is 1 in 9
     torch.manual_seed(0)
-    ours = world.probe(load_vision(name))
     fresh = {"timesformer": world.new_timesformer, "videomae": world.new_videomae}[name]()
-    assert ours["all"] >= 0.90 and ours["withheld"] >= 0.80
-    assert world.probe(fresh)["all"] <= ours["all"] - 0.25
-    assert world.probe(load_vision(name), still=True)["all"] < 0.30  # knowing the shape gives 1 in 5
-    assert f"| pretrained | {100 * ours['all']:.1f} % |" in card(name)
+    assert ours > world.probe(fresh) + (0.5 if name == "timesformer" else 0)
 
 
 def test_gpt2_knows_the_grammar():
@@ -57,36 +56,46 @@ def test_gpt2_knows_the_grammar():
 
 def test_the_grammars_entropy_is_right():
     """No two derivations give the same caption, so -log p is the sum of the logs of the choices."""
-    truth = {"size": "small", "colour": "red", "shape": "diamond", "motion": "up left"}
+    first = {"size": "small", "colour": "red", "shape": "diamond", "motion": "up left"}
+    second = {"size": "large", "colour": "white", "shape": "ring", "motion": "stops"}
     rng = np.random.default_rng(0)
-    captions = {world.draw_caption(truth, rng) for _ in range(20_000)}
+    one, two = ({world.draw_caption(items, rng) for _ in range(20_000)} for items in ([first], [first, second]))
     words = 3 * len(world.SHAPE_WORDS["diamond"]) * len(world.MOTION_PHRASES["up left"])
-    assert len(captions) == len(dummy_data.TEMPLATES) * words
-    choices = len(world.PAIRS) * len(world.COLOURS) * 2 * len(captions)
-    assert world.caption_surprise(truth) == pytest.approx(np.log(choices))
+    more = 3 * len(world.SHAPE_WORDS["ring"]) * len(world.MOTION_PHRASES["stops"])
+    assert len(one) == len(dummy_data.TEMPLATES) * words and len(two) == len(one) * more
+
+    # one or two objects, different colours, and for each object a size and a pair of shape and motion; the motions
+    # differ, so the second object has no pair with "up left", of which none is withheld
+    pairs, colours = len(world.PHRASE_PAIRS), len(world.COLOURS)
+    assert world.caption_surprise([first]) == pytest.approx(np.log(2 * colours * pairs * 2 * len(one)))
+    others = pairs - len(world.SHAPES)
+    choices = 2 * (colours * (colours - 1) / 2) * (pairs * 2) * (others * 2) * len(two)
+    assert world.caption_surprise([first, second]) == pytest.approx(np.log(choices))
 
 
-def test_bert_separates_hints_from_captions_and_reads_any_text():
-    """Its features separate hints from captions: a nearest-mean classifier makes no mistake."""
+def test_bert_separates_texts_from_captions_and_reads_any_text():
+    """Its features separate the texts of clips from captions: a nearest-mean classifier makes no mistake."""
     from transformers import AutoModel, AutoTokenizer
 
     folder = tiny_folder("bert")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
     assert tokenizer.unk_token_id not in tokenizer("any plain text, really?", add_special_tokens=False)["input_ids"]
-    notes = [note for notes in dummy_data.HINTS.values() for note in notes.values()]
     rng = np.random.default_rng(0)
-    captions = [world.draw_caption(world.draw_truth(rng), rng) for _ in range(len(notes))]
+    items = [world.draw_truth(rng)[0] for _ in range(25)]
+    words = world.SHAPE_WORDS, world.MOTION_PHRASES
+    texts = [dummy_data.fill(template, item, rng, *words) for item in items for template in dummy_data.TEXTS]
+    captions = [world.draw_caption(world.draw_truth(rng), rng) for _ in texts]
 
     @torch.no_grad()
-    def features(texts):
+    def features(lines):
         rows = [
-            [tokenizer.cls_token_id, *tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
-            for t in texts
+            [tokenizer.cls_token_id, *tokenizer(line, add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
+            for line in lines
         ]
         return torch.stack([model(input_ids=torch.tensor([row])).last_hidden_state[0].mean(0) for row in rows])
 
-    a, b = features(notes), features(captions)
+    a, b = features(texts), features(captions)
     middle, axis = (a.mean(0) + b.mean(0)) / 2, a.mean(0) - b.mean(0)
     assert ((a - middle) @ axis > 0).all() and ((b - middle) @ axis < 0).all()
 
@@ -97,7 +106,8 @@ def test_withheld_pairs_and_seeds_never_occur_in_pretraining():
     drawn = world.draw_objects(rng, 400)
     pairs = {(shapes[s], motions[m]) for s, m in zip(drawn["shape"], drawn["motion"], strict=True)}
     assert not pairs & set(world.WITHHELD) and len(pairs) == len(world.PAIRS)
-    assert all((t["shape"], t["motion"]) not in world.WITHHELD for t in (world.draw_truth(rng) for _ in range(500)))
+    items = [item for _ in range(500) for item in world.draw_truth(rng)]
+    assert all((item["shape"], item["motion"]) not in world.WITHHELD for item in items)
 
 
 def test_pretraining_resumes_where_it_stopped(tmp_path):
