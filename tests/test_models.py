@@ -253,7 +253,7 @@ def test_embeddings_are_interpolated_along_their_own_axis(family):
         ("videomae", {"image_size": 60}, "multiple of its patch size, 8"),
         ("videomae", {"num_frames": 7}, "multiple of its tubelet size, 2"),
         ("timesformer", {"token_grid": 5, "use_vlm": True}, "4 x 4 patches"),
-        ("timesformer", {"num_frames": 128, "use_vlm": True}, "leave no room"),
+        ("timesformer", {"num_frames": 128, "use_vlm": True, "head": "linear"}, "leave no room"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(family, options, cause):
@@ -398,10 +398,10 @@ def test_a_dead_adapter_and_a_moved_frozen_tensor_stop_the_run():
 
 
 def test_gradients_reach_the_projector_through_a_frozen_language_model():
-    for options in ({}, {"captioning": True}):
+    for options in ({"head": "linear"}, {"head": "linear", "captioning": True}, {"captioning": True}):
         model = model_of(use_vlm=True, freeze_llmbackbone=True, freeze_visionbackbone=True, **options)
         loss_sum(model.train(), batch_of(model))[0].backward()
-        assert all(p.grad.abs().max() > 0 for p in model.projector.mlp.parameters())
+        assert all(p.grad.abs().max() > 0 for p in model.projector.parameters())
 
 
 def passes_through_layers(model, batch) -> tuple[dict[str, list[int]], dict[str, torch.Tensor]]:
@@ -429,7 +429,10 @@ def passes_through_layers(model, batch) -> tuple[dict[str, list[int]], dict[str,
             {"use_vlm": True, "captioning": True, "freeze_llmbackbone": True, "freeze_visionbackbone": True},
             {"vision": 1, "language": 2},
         ),
-        ({"use_vlm": True, "freeze_llmbackbone": True, "use_lora_vision": True}, {"vision": 2, "language": 2}),
+        (
+            {"use_vlm": True, "head": "linear", "freeze_llmbackbone": True, "use_lora_vision": True},
+            {"vision": 2, "language": 2},
+        ),
     ],
 )
 def test_gradient_checkpointing_computes_each_layer_again_and_gives_the_same_gradients(options, again):
@@ -681,17 +684,18 @@ def test_captions_do_not_depend_on_the_folders_generation_config(tmp_path):
 
 def test_texts_that_are_cut_are_counted(dataset, tmp_path, capsys):
     data = shutil.copytree(dataset, tmp_path / "data")
-    rows = [json.loads(line) for line in (data / "train" / "metadata.jsonl").read_text().splitlines()]
-    for place, row in enumerate(rows):
-        row["text"] = "a note says it is round " * (1 + 10 * (place % 3 == 0))  # 6 or 66 words
-    (data / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (data / split / "metadata.jsonl").read_text().splitlines()]
+        for place, row in enumerate(rows):
+            row["text"] = "a note says something red " * (1 + 10 * (place % 3 == 0))  # 5 or 55 words
+        (data / split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--use_text", "True", "--freeze_llmbackbone", "True", "--max_text_tokens", "10"]
     infer = run_of(data, tmp_path, "bert", *flags)
     said = capsys.readouterr().out
-    assert "note: 4 of 18 texts are longer than 10 tokens and are cut; train with a larger --max_text_tokens" in said
-    assert inference.main([*infer, "--text_input", "a note says it is round and round and round we go"]) == 0
+    assert "note: 6 of 18 texts are longer than 10 tokens and are cut; train with a larger --max_text_tokens" in said
+    assert inference.main([*infer, "--text_input", "a note says something red and something red and something red"]) == 0
     assert "note: 2 of 2 texts are longer than 10 tokens and are cut" in capsys.readouterr().out
-    assert inference.main([*infer, "--text_input", "a note says it is round"]) == 0
+    assert inference.main([*infer, "--text_input", "a note says something red"]) == 0
     assert "are cut" not in capsys.readouterr().out
 
 
@@ -740,25 +744,25 @@ def test_layer_decay_slows_every_layer_below_another_and_embeddings_most(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "options",
+    "options, new",
     [
-        {"vision_model": "timesformer"},
-        {"vision_model": "videomae", "use_vlm": True},
-        {"use_vlm": True, "captioning": True},
+        ({"vision_model": "timesformer"}, set()),
+        ({"vision_model": "videomae", "use_vlm": True}, {"head.time_embedding"}),
+        ({"use_vlm": True, "captioning": True}, {"projector.time_embedding"}),
+        ({"use_vlm": True, "captioning": True, "head": "linear"}, {"projector.time_embedding.weight"}),
     ],
 )
-def test_no_decay_on_biases_norms_and_position_embeddings(options):
+def test_no_decay_on_biases_norms_and_position_embeddings(options, new):
     config = config_of(**options)
     model = build_model(config, 4)
     decays = {name: decay for name, (_, decay) in groups_of(model, config).items()}
     spared = {name for name, p in trained_tensors(model).items() if p.ndim > 1 and not decays[name]}
-    expected = set()
+    expected = {*new}
     if config.vision_model == "timesformer":
         expected |= {
             f"vision_encoder.backbone.embeddings.{n}" for n in ("cls_token", "position_embeddings", "time_embeddings")
         }
     if config.use_vlm:
-        expected |= {"projector.time_embedding.weight"}
         position = "transformer.wpe" if config.captioning else "embeddings.position_embeddings"
         expected |= {f"language_model.{position}.weight"}
     assert spared == expected
@@ -774,7 +778,7 @@ def test_no_decay_on_positions_of_any_language_model_but_on_words(tmp_path, fami
     for name, (_, decay) in groups_of(model, config).items():
         if re.search("position|wpe|rel_emb", name):
             assert decay == 0, name
-        if name.endswith("weight") and any(
+        if re.match(r"language_model\..*weight$", name) and any(
             w in name
             for w in ("word_embeddings", "wte", "embed_tokens", "tok_embeddings", "embed_in", "query", "fc1", "Wqkv")
         ):
@@ -797,6 +801,14 @@ F_TINY, F_HUB, L_TINY, L_HUB, H_TINY, H_HUB = 5e-4, 5e-5, 3e-3, 5e-4, 3e-3, 1e-3
         ("tiny", "hub", {}, (F_TINY, F_HUB, 10 * F_HUB)),
         ("tiny", "tiny", {"use_lora_vision": True}, (L_TINY, F_TINY, 2 * F_TINY)),
         ("hub", "tiny", {"use_lora_llm": True}, (F_HUB, L_TINY, 10 * F_HUB)),
+        # an attentive head learns by at most 1e-3
+        ("tiny", "tiny", {"use_lora_vision": True, "head": "attentive"}, (L_TINY, F_TINY, 1e-3)),
+        (
+            "tiny",
+            "tiny",
+            {"freeze_visionbackbone": True, "freeze_llmbackbone": True, "head": "attentive"},
+            (None, None, 1e-3),
+        ),
     ],
 )
 def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, language, options, rates):
@@ -805,7 +817,7 @@ def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, languag
     for option, kind in (("vision_model", vision), ("language_model", language)):
         if kind == "hub":
             names[option] = str(shutil.copytree(ROOT / "backbones" / f"{names[option]}-tiny", tmp_path / option))
-    config = config_of(use_vlm=True, captioning=True, **names, **options)
+    config = config_of(**{"use_vlm": True, "captioning": True, "head": "linear"} | names | options)
     model = build_model(config, 4)
     filled = resolved(config, model)
     assert filled.learning_rate == default_rates(config)[0]
