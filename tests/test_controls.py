@@ -288,6 +288,7 @@ def test_scores_on_other_videos_are_written_next_to_the_run(runs, dataset, tmp_p
     shutil.rmtree(other / "test" / "class_0")
     (other / "test" / "metadata.jsonl").unlink()
     shutil.rmtree(other / "train")
+    shutil.rmtree(other / "val")
     assert score.main(["--checkpoint", str(copy), "--data_dir", str(other), "--num_workers", "0"]) == 0
     assert (copy / "metrics.json").read_bytes() == before
     scored = json.loads((copy / "evaluation_other" / "metrics.json").read_text())

@@ -261,13 +261,13 @@ def damage(run: Path, how: str) -> None:
     if how == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif how == "missing tensor":
-        save_file({k: v for k, v in tensors.items() if k != "head.bias"}, weights)
+        save_file({k: v for k, v in tensors.items() if k != "head.classifier.bias"}, weights)
     elif how == "unexpected tensor":
         save_file(tensors | {"extra": torch.zeros(1)}, weights)
     elif how == "another shape":
-        save_file(tensors | {"head.bias": torch.zeros(5)}, weights)
+        save_file(tensors | {"head.classifier.bias": torch.zeros(5)}, weights)
     elif how == "pickle":
-        torch.save({"head.bias": Harmful()}, weights)
+        torch.save({"head.classifier.bias": Harmful()}, weights)
     elif how == "no weights":
         weights.unlink()
     elif how == "no metadata":
@@ -286,9 +286,9 @@ def damage(run: Path, how: str) -> None:
     "how, message",
     [
         ("truncated", "is not a complete safetensors file"),
-        ("missing tensor", "missing head.bias"),
+        ("missing tensor", "missing head.classifier.bias"),
         ("unexpected tensor", "unexpected extra"),
-        ("another shape", "head.bias is [5], not [3]"),
+        ("another shape", "head.classifier.bias is [5], not [3]"),
         ("pickle", "is not a complete safetensors file"),
         ("no weights", "stopped before the first epoch ended"),
         ("no metadata", "is not a vidtune run: metadata.json is missing"),
