@@ -31,8 +31,8 @@ slow = pytest.mark.slow
 RUNS = {
     "timesformer": ["--num_frames", "4", "--image_size", "48"],
     "timesformer_lora": ["--use_lora_vision", "True"],
-    "videomae_lora": ["--vision_model", "videomae", "--use_lora_vision", "True"],
-    "videomae_frozen": ["--vision_model", "videomae", "--freeze_visionbackbone", "True"],
+    "videomae_lora": ["--vision_model", "videomae", "--head", "linear", "--use_lora_vision", "True"],
+    "videomae_frozen": ["--vision_model", "videomae", "--head", "linear", "--freeze_visionbackbone", "True"],
     "captioner": ["--use_vlm", "--captioning", "--freeze_visionbackbone", "True", "--use_lora_llm", "True"],
     "text": ["--use_vlm", "--use_text", "True", "--use_lora_vision", "True", "--freeze_llmbackbone", "True"],
 }
@@ -127,7 +127,7 @@ def test_adapters_as_a_peft_folder(train, tmp_path, name, part):
 
 
 def test_runs_that_cannot_be_exported_say_why(train, tmp_path, capsys):
-    odd = train("odd", "--vision_model", "videomae", "--freeze_visionbackbone", "True", "--num_frames", "4")
+    odd = train("odd", *RUNS["videomae_frozen"], "--num_frames", "4")
     both = train("both", "--use_vlm", "--freeze_visionbackbone", "True", "--freeze_llmbackbone", "True")
     for run, message in ((odd, "cannot load the interpolated ones"), (both, "Hugging Face has no class")):
         capsys.readouterr()

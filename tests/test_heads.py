@@ -12,7 +12,6 @@ from test_resume import Killed, assert_same, killed_after
 from torch.nn import functional as F
 
 import inference
-import main
 import train_code
 from build_model import adapters, trained_tensors
 from checkpoint import PROVIDED, load_run
@@ -249,14 +248,16 @@ def test_the_head_takes_no_positions_of_the_language_model_and_no_grid_finer_tha
 # -- options and whole runs -------------------------------------------------------------------------
 
 
-def test_names_of_runs_and_flags(capsys):
+def test_names_of_runs_and_flags():
+    """A head is named where it is not what `auto` means."""
     parsed = parse(["--head", "attentive"], "main")[0]
     assert run_name(parsed) == "timesformer_attentive" and as_flags(parsed) == "--head attentive"
     for head in ("auto", "linear"):
         assert run_name(Config(head=head)) == "timesformer" and as_flags(Config(head=head)) == ""
-    assert main.main(["--use_vlm", "--captioning", "--head", "attentive"]) == 2
-    error = "error: --head works with classifiers only; leave it out or set --captioning False\n"
-    assert capsys.readouterr().err == error
+    encoder, captioner = {"use_vlm": True, "language_model": "bert"}, {"captioning": True, "language_model": "gpt2"}
+    for options in ({"vision_model": "videomae"}, encoder, encoder | captioner):
+        names = {head: run_name(Config(head=head, **options)) for head in ("auto", "linear", "attentive")}
+        assert names["auto"] == names["attentive"] and "linear" in names["linear"] and "linear" not in names["auto"]
 
 
 def test_provided_checkpoints_answer_as_before(capsys):

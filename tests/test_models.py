@@ -693,7 +693,9 @@ def test_texts_that_are_cut_are_counted(dataset, tmp_path, capsys):
     infer = run_of(data, tmp_path, "bert", *flags)
     said = capsys.readouterr().out
     assert "note: 6 of 18 texts are longer than 10 tokens and are cut; train with a larger --max_text_tokens" in said
-    assert inference.main([*infer, "--text_input", "a note says something red and something red and something red"]) == 0
+    assert (
+        inference.main([*infer, "--text_input", "a note says something red and something red and something red"]) == 0
+    )
     assert "note: 2 of 2 texts are longer than 10 tokens and are cut" in capsys.readouterr().out
     assert inference.main([*infer, "--text_input", "a note says something red"]) == 0
     assert "are cut" not in capsys.readouterr().out

@@ -198,13 +198,12 @@ def test_label_smoothing_and_mixed_labels_are_soft_targets(classifier):
 
 @pytest.mark.parametrize("name, layers", [("timesformer", 4), ("videomae", 4)])
 def test_layer_decay_slows_lower_layers(name, layers):
-    model = build_model(Config(vision_model=name), 3)
+    plain = Config(vision_model=name, head="linear")
+    model = build_model(plain, 3)
     base = {
-        id(p): g["peak_lr"]
-        for g in build_optimizer(model, resolved(Config(vision_model=name), model)).param_groups
-        for p in g["params"]
+        id(p): g["peak_lr"] for g in build_optimizer(model, resolved(plain, model)).param_groups for p in g["params"]
     }
-    config = Config(vision_model=name, layer_decay=0.5)
+    config = replace(plain, layer_decay=0.5)
     decayed = {
         id(p): g["peak_lr"] for g in build_optimizer(model, resolved(config, model)).param_groups for p in g["params"]
     }

@@ -18,7 +18,8 @@ import score
 from checkpoint import PROVIDED, load_run, read_run
 from config import ROOT, as_flags, read_yaml, run_name
 from experiments import make_report
-from metrics import attributes_in
+from metrics import right_attributes
+from VLoader import read_folder
 
 ROWS = ("timesformer_fvbb", "videomae_gpt2_caption_fvbb_fllm")
 RUNS = sorted(path.parent.name for path in PROVIDED.glob("*/metadata.json"))
@@ -212,18 +213,22 @@ def test_every_row_has_a_small_provided_checkpoint():
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_provided_checkpoint_answers_at_once(run, dataset, tmp_path, monkeypatch, capsys):
-    """With the flags of its README command, in a folder without any trained run."""
+    """With the flags of its README command, in a folder without any trained run. Most of its answers are right, where
+    it is told which object is meant or there is only one; guessing is right 1 time in 9."""
     monkeypatch.chdir(tmp_path)
     config, _ = read_run(PROVIDED / run)
     answers = tmp_path / "answers.jsonl"
-    text = ["--text_input", "watch the red one"] if config.use_text and not config.captioning else []
-    argv = ["--video_dir", str(dataset / "test"), "--output", str(answers), "--num_workers", "0", *text]
+    argv = ["--video_dir", str(dataset / "test"), "--output", str(answers), "--num_workers", "0"]
     assert inference.main([*as_flags(config).split(), *argv]) == 0
     assert "using the provided checkpoint" in capsys.readouterr().out
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert len(rows) == 6
-    if config.captioning:
-        truth = [dummy_data.CLASSES[int(Path(row["file"]).parent.name[-1])][1] for row in rows]
-        assert [attributes_in(row["caption"], dummy_data.LEXICON)["motion"] for row in rows] == truth
-    else:
-        assert sum(row["label"] == Path(row["file"]).parent.name for row in rows) >= 5
+    samples = {sample.path.resolve(): sample for sample in read_folder(dataset / "test")}
+    right = []
+    for row in rows:
+        sample = samples[Path(row["file"]).resolve()]
+        if config.captioning:
+            right.append(right_attributes(row["caption"], sample.objects, dummy_data.LEXICON)["motion"])
+        elif config.use_text or len(sample.objects) == 1:
+            right.append(row["label"] == sample.label)
+    assert sum(right) > len(right) / 2
