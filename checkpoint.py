@@ -50,6 +50,7 @@ STATE = Path("state") / "state.safetensors"
 PICTURES = ["curves", "confusion", "classes", "reliability", "worst", "captions", "attributes", "occlusion"]
 #: everything a run writes into its folder; --overwrite removes these and nothing else
 RUN_FILES = {WEIGHTS, CONFIG_YAML, METADATA, METRICS, "log.jsonl", "predictions_val.jsonl", "predictions_test.jsonl"}
+RUN_FILES |= {"sweep.csv", "sweep.json"}
 RUN_FILES |= {"state", "vision", "language", "tensorboard", "CARD.md", *(f"{name}.png" for name in PICTURES)}
 PROVIDED = ROOT / "checkpoints" / "provided"
 

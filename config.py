@@ -119,6 +119,19 @@ def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert_or_auto
 
 
+def several(convert: Callable[[str], Any]) -> Callable[[str], str]:
+    """A converter of one or more values with spaces between them. The result is a text like it without repetitions."""
+
+    def convert_all(text: str) -> str:
+        try:
+            values = [str(convert(word)) for word in text.split() or [""]]
+        except ValueError as error:
+            raise ValueError(f"one or more values with spaces between them, each {error}") from None
+        return " ".join(dict.fromkeys(values))
+
+    return convert_all
+
+
 def text_value(text: str) -> str:
     """Any valid text."""
     try:
@@ -142,9 +155,10 @@ def path_value(text: str) -> str:
 # -- the options ------------------------------------------------------------------------------------
 
 # scripts that read an option: those that build a new model, and those that load a run
-TRAIN = "main doctor preview"
+TRAIN = "main sweep_heads doctor preview"
 USE = "inference score"
 ALL = f"{TRAIN} {USE}"
+NO_SWEEP = f"main doctor preview {USE}"  # a sweep trains heads only, and without a language model
 # options that are scripts now, and what to type instead
 RETIRED = {
     "doctor": "python doctor.py takes the same flags",
@@ -165,6 +179,7 @@ def option(default: Any, convert: Callable[[str], Any], group: str, scripts: str
         changes_answers   answers of inference depend on it
         in_feature_key    cached features depend on it
         package           an optional package that it needs
+        several           its flag takes several values
     """
     return field(default=default, metadata={"convert": convert, "group": group, "scripts": scripts.split()} | facts)
 
@@ -176,14 +191,14 @@ class Config:
     vision_model: str = option("timesformer", path_value, "model", ALL, names_run=True)
     """vision backbone: timesformer, videomae, or a folder (from save_pretrained) or hub id of one of the families
     V-JEPA 2, DINOv3, SigLIP, DINOv2, CLIP, ViViT, VideoPrism, TimeSformer, VideoMAE"""
-    language_model: str | None = option(None, path_value, "model", ALL, names_run=True, needs_vlm=True)
+    language_model: str | None = option(None, path_value, "model", NO_SWEEP, names_run=True, needs_vlm=True)
     """language backbone for --use_vlm True: bert for classification, gpt2 for captioning, or a folder or hub id of a
     similar model"""
-    use_vlm: bool = option(False, to_bool, "model", ALL, names_run=True)
+    use_vlm: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
     """connect a language model to the video backbone"""
-    captioning: bool = option(False, to_bool, "model", ALL, names_run=True)
+    captioning: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
     """generate captions instead of predicting a class; needs --use_vlm True"""
-    use_text: bool = option(False, to_bool, "model", ALL, names_run=True, needs_vlm=True)
+    use_text: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True, needs_vlm=True)
     """classification: also read the clip's text. Captioning: no effect, because captions are the targets either way"""
     weights: str = option("tiny", one_of("tiny", "hub"), "model", ALL, names_run=True)
     """weights that the short names load: tiny (in backbones/, for the synthetic dataset only) or hub (published; use
@@ -191,11 +206,11 @@ class Config:
     token_grid: int | str = option("auto", auto_or(number(int, 1, 32)), "model", TRAIN, in_feature_key=True)
     """pool the video tokens of each time step to N x N for the language model or the attentive head; a larger N keeps
     finer detail and takes more memory. auto: 4 for the attentive head, else 2"""
-    max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN)
+    max_text_tokens: int = option(128, number(int, 1, 100_000), "model", "main doctor preview")
     """longest text or caption in tokens; longer ones are truncated and counted. The language model's own maximum also
     applies"""
     head: str = option(
-        "auto", one_of("auto", "linear", "attentive"), "model", ALL, names_run=True, classifiers_only=True
+        "auto", one_of("auto", "linear", "attentive"), "model", NO_SWEEP, names_run=True, classifiers_only=True
     )
     """linear: one layer on the pooled token, or on [CLS] of the language model. attentive: a query, learned or made
     from the text, attends to each time step, and a small transformer reads the results in order; choose it if the order of
@@ -206,13 +221,17 @@ class Config:
     # without these flags a backbone is trained in full; LoRA trains adapters only, with or without freezing
     freeze_visionbackbone: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="fvbb")
     """do not train the video backbone: fast, uses little memory, good for small datasets"""
-    freeze_llmbackbone: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="fllm", needs_vlm=True)
+    freeze_llmbackbone: bool = option(
+        False, to_bool, "training mode", NO_SWEEP, names_run=True, mark="fllm", needs_vlm=True
+    )
     """do not train the language backbone"""
-    use_lora_vision: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="loravision")
+    use_lora_vision: bool = option(False, to_bool, "training mode", NO_SWEEP, names_run=True, mark="loravision")
     """train low-rank adapters (LoRA) in the video backbone instead of its own weights"""
-    use_lora_llm: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="lorallm", needs_vlm=True)
+    use_lora_llm: bool = option(
+        False, to_bool, "training mode", NO_SWEEP, names_run=True, mark="lorallm", needs_vlm=True
+    )
     """train low-rank adapters (LoRA) in the language backbone instead of its own weights"""
-    lora_r: int = option(16, number(int, 1, 1024), "training mode", TRAIN)
+    lora_r: int = option(16, number(int, 1, 1024), "training mode", "main doctor preview")
     """LoRA rank, usually 8 to 64; higher for larger datasets. alpha is twice the rank"""
 
     data_dir: str = option("synthetic_dataset", path_value, "data", f"{TRAIN} score", free_at_resume=True)
@@ -230,9 +249,9 @@ class Config:
     cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main score")
     """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
     always takes the centred frames. auto: True if the video backbone is frozen and clips are not augmented"""
-    cache_dir: str = option("auto", path_value, "data", "main score", free_at_resume=True)
+    cache_dir: str = option("auto", path_value, "data", "main sweep_heads score", free_at_resume=True)
     """folder of cached features; safe to delete. auto: .features in --output_dir"""
-    skip_unreadable: bool = option(False, to_bool, "data", "main preview score")
+    skip_unreadable: bool = option(False, to_bool, "data", "main sweep_heads preview score")
     """skip videos that cannot be read and list them in metrics.json; otherwise they are an error"""
     augment: str = option("none", one_of("none", "light", "strong"), "data", "main preview")
     """random changes to training clips, for small datasets; all frames of a clip change alike. light: mild cropping and
@@ -241,12 +260,14 @@ class Config:
     mention"""
     flip: bool = option(False, to_bool, "data", "main preview")
     """mirror half of the training clips; leave it off if left and right matter, as in "moving left\""""
-    class_balance: bool = option(False, to_bool, "data", "main preview", classifiers_only=True)
+    class_balance: bool = option(False, to_bool, "data", "main sweep_heads preview", classifiers_only=True)
     """draw equally many clips of every class in each epoch; small classes repeat clips with different frames"""
 
-    epochs: int = option(10, number(int, 1, 100_000), "training", "main")
+    epochs: int = option(10, number(int, 1, 100_000), "training", "main sweep_heads")
     """passes over the training videos; the best epoch on val is kept"""
-    batch_size: int | str = option("auto", auto_or(number(int, 1, 65_536)), "training", f"main preview {USE}")
+    batch_size: int | str = option(
+        "auto", auto_or(number(int, 1, 65_536)), "training", f"main sweep_heads preview {USE}"
+    )
     """clips per batch, over all processes; lower it if you run out of memory. auto: 16, or 8 for inference"""
     learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", "main doctor")
     """peak learning rate: linear warmup over 10 % of the steps, then cosine decay to zero. auto: see the table in
@@ -257,11 +278,11 @@ class Config:
     layer_decay: float = option(1.0, number(float, 0.1, 1), "training", "main")
     """multiply the learning rate by this for every layer further from the output; 0.65 to 0.9 protects the early layers
     of a fully trained backbone"""
-    label_smoothing: float = option(0.0, number(float, 0, 0.9), "training", "main")
+    label_smoothing: float = option(0.0, number(float, 0, 0.9), "training", "main sweep_heads")
     """fraction of each target that is spread over all classes or tokens; 0.1 reduces overconfidence"""
-    patience: int = option(0, number(int, 0), "training", "main")
+    patience: int = option(0, number(int, 0), "training", "main sweep_heads")
     """stop early if val has not improved for this many epochs. 0: never"""
-    gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", "main")
+    gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", "main sweep_heads")
     """batches per optimizer step: N batches of size B train like one batch of N x B, with the memory of B"""
     gradient_checkpointing: bool = option(False, to_bool, "training", "main doctor")
     """recompute activations in the backward pass: uses less memory, about a third slower"""
@@ -270,6 +291,17 @@ class Config:
     Needs a C++ compiler"""
     seed: int = option(0, number(int, 0, 2**31 - 1), "training", TRAIN)
     """random seed for new layers, sampling, dropout and shuffling; does not affect the val split"""
+
+    heads: str = option(
+        "linear attentive", several(one_of("linear", "attentive")), "sweep", "sweep_heads", several=True
+    )
+    """heads to train. linear: one layer on the pooled token. attentive: reads all tokens in order, takes longer"""
+    learning_rates: str = option(
+        "0.0001 0.0003 0.001 0.003 0.01", several(number(float, 0, above=True)), "sweep", "sweep_heads", several=True
+    )
+    """peak learning rates to train each head with. If the lowest or the highest of them is best, go beyond it"""
+    weight_decays: str = option("0.05 0.5", several(number(float, 0)), "sweep", "sweep_heads", several=True)
+    """weight decays to train each head with, at each learning rate; higher ones help if val falls behind train"""
 
     video_dir: str | None = option(None, path_value, "inference", "inference")
     """input: a video file, a folder of frames, a .pt file, or a folder that contains any of these"""
@@ -300,11 +332,15 @@ class Config:
 
     checkpoint: str | None = option(None, path_value, "run and machine", USE)
     """run folder to load; all model options are read from it"""
-    run_name: str | None = option(None, path_value, "run and machine", f"main preview {USE}", free_at_resume=True)
+    run_name: str | None = option(
+        None, path_value, "run and machine", f"main sweep_heads preview {USE}", free_at_resume=True
+    )
     """name of the run's folder; derived from the model options by default"""
-    output_dir: str = option("checkpoints", path_value, "run and machine", f"main preview {USE}", free_at_resume=True)
+    output_dir: str = option(
+        "checkpoints", path_value, "run and machine", f"main sweep_heads preview {USE}", free_at_resume=True
+    )
     """folder that contains all runs"""
-    overwrite: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
+    overwrite: bool = option(False, to_bool, "run and machine", "main sweep_heads", free_at_resume=True)
     """replace an existing run with the same name"""
     resume: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
     """continue a stopped run from its last saved step, with its original options; the result is bit-for-bit the same as
@@ -312,7 +348,7 @@ class Config:
     save_every: int = option(0, number(int, 0), "run and machine", "main", free_at_resume=True)
     """save the state that --resume needs every N optimizer steps. It is always saved after each epoch, and on Ctrl-C or
     SIGTERM"""
-    controls: bool = option(False, to_bool, "run and machine", "main score", free_at_resume=True)
+    controls: bool = option(False, to_bool, "run and machine", "main sweep_heads score", free_at_resume=True)
     """also score inputs on which the model should fail (one repeated frame, shuffled or reversed frames, a grey video,
     swapped texts) and two baselines (majority class, nearest neighbour), and draw where the model looks"""
     tensorboard: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True, package="tensorboardX")
@@ -440,6 +476,7 @@ ABOUT = {
     "inference": "Classify or caption videos with a trained run.",
     "score": "Score a trained run again on val and test, on its own or other videos.",
     "doctor": "Check data, backbone and options before training. Takes the flags of main.py and saves nothing.",
+    "sweep_heads": "Train many heads on the cached features of a frozen video backbone; keep the one that is best on val.",
     "preview": "Draw the first training clips as the model will see them. Takes the flags of main.py.",
 }
 # which flag a path without a flag most likely lacks
@@ -469,6 +506,7 @@ def build_parser(script: str) -> Parser:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         bare = {"nargs": "?", "const": "True"} if f.metadata["convert"] is to_bool else {}
+        bare |= {"nargs": "+"} if f.metadata.get("several") else {}
         text = f"{texts[name]} (default: {f.default})".replace("%", "%%")
         text = text if script in f.metadata["scripts"] else argparse.SUPPRESS
         groups[group].add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text, **bare)
@@ -491,7 +529,9 @@ def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
     path = flags.pop("config", None)
     file = CONFIG_FILE if path is None else Path(path)
     values = read_yaml(file) if path is not None or file.is_file() else {}
-    typed_flags = {name: convert(name, value, "--") for name, value in flags.items()}
+    typed_flags = {
+        name: convert(name, value if isinstance(value, str) else " ".join(value), "--") for name, value in flags.items()
+    }
     if script in TRAIN:
         refuse_foreign(script, typed_flags)
     config = Config(**(values | typed_flags))

@@ -104,12 +104,7 @@ def fit(run: Run) -> int:
     try:
         with memory_advice():
             metrics = train_code.train(run.model, loaders, run.config, run.accelerator, run.folder)
-            log = metrics.pop("log")
-            if run.accelerator.is_main_process:
-                figures.plot_curves(log, run.folder / "curves.png", run.folder.name)
-            report(run, metrics)
-            if run.accelerator.is_main_process:
-                finish_run(run.folder, metrics)
+            finish(run, metrics)
 
     # Ctrl-C and SIGTERM; shells use 128 + number as exit status
     except train_code.Stopped as stopped:
@@ -121,6 +116,16 @@ def fit(run: Run) -> int:
         run.accelerator.end_training()
     print_end(run)
     return 0
+
+
+def finish(run: Run, metrics: dict[str, Any]) -> None:
+    """Reports on a trained run, and marks it as finished. `metrics` are as train() returns them, with the log."""
+    log = metrics.pop("log")
+    if run.accelerator.is_main_process:
+        figures.plot_curves(log, run.folder / "curves.png", run.folder.name)
+    report(run, metrics)
+    if run.accelerator.is_main_process:
+        finish_run(run.folder, metrics)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ import main
 import metrics
 import preview
 import score
+import sweep_heads
 from config import LEARNING_RATES, ROOT, parse, run_name
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
@@ -32,6 +33,7 @@ README = PAGES["README.md"]
 TEXTS = PAGES | {"CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")}
 SCRIPTS = {
     "main.py": main.main,
+    "sweep_heads.py": sweep_heads.main,
     "inference.py": inference.main,
     "score.py": score.main,
     "doctor.py": doctor.main,
@@ -273,6 +275,7 @@ def test_the_commands_of_a_block_work(use, workplace, capsys):
         flags = [name for flag in flags for name in (sorted(glob(flag)) if "*" in flag else [flag])]
         more = {
             "main.py": ["--weights", "tiny", "--epochs", "1", "--num_workers", "0"],
+            "sweep_heads.py": ["--epochs", "1", "--num_workers", "0"],
             "doctor.py": ["--weights", "tiny", "--num_workers", "0", "--image_size", "32"],
             "preview.py": ["--weights", "tiny", "--num_workers", "0"],
         }
