@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from build_model import VideoModel, build_model, trained_tensors
 from config import FIELDS, ROOT, Config, as_flags, options_with, read_yaml, run_name, training_mode, write_yaml
-from pretrained import Source, locate, read_config
+from pretrained import Source, licence_of, locate, read_config
 from script import (
     FileLock,
     UserError,
@@ -241,6 +241,7 @@ def run_metadata(
         name: {
             "source": portable(source.path),
             "revision": source.revision,
+            "licence": licence_of(source),
             "fingerprint": source.fingerprint,
             "in_checkpoint": modes[name] == "full",
         }

@@ -153,7 +153,7 @@ def export_classifier(
     predicted = runpy.run_path(str(folder / "predict.py"))["predict"](video)
     difference = max(abs(a - b) for a, b in zip(predicted.values(), probabilities.tolist(), strict=True))
     video.unlink()
-    write_readme(folder, run, config, logit_difference, difference)
+    write_readme(folder, run, config, metadata["backbones"]["vision"], logit_difference, difference)
     return logit_difference, difference
 
 
@@ -209,8 +209,11 @@ def draw_video(path: Path, num_frames: int) -> Path:
     return path
 
 
-def write_readme(folder: Path, run: str, config: Config, logits: float, probabilities: float) -> None:
-    """Writes the export's README: its files, how it chooses frames, how much its logits and probabilities differ."""
+def write_readme(
+    folder: Path, run: str, config: Config, backbone: dict[str, Any], logits: float, probabilities: float
+) -> None:
+    """Writes the export's README: its files, how it chooses frames, how much its logits and probabilities differ, and
+    the licence of the `backbone`, an entry of metadata.json."""
     adapters = ""
     if (folder / "adapter_vision").is_dir():
         adapters = "| `adapter_vision/` | the adapters alone, for `PeftModel.from_pretrained` |\n"
@@ -225,6 +228,8 @@ def write_readme(folder: Path, run: str, config: Config, logits: float, probabil
         count=config.num_frames,
         logits=f"{logits:.1e}",
         probabilities=f"{probabilities:.1e}",
+        backbone=printable(backbone["source"]),
+        licence=backbone.get("licence", "unknown: read its card"),  # earlier versions did not record it
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -363,6 +363,8 @@ def test_vivit_is_exported_at_any_size(folder_of, tmp_path, options):
     torch.manual_seed(0)
     model = build_model(config, 3)
     metadata = {"class_names": names, "display_names": dict(zip(names, names, strict=True))}
+    metadata["backbones"] = {"vision": {"source": "a folder", "licence": "mit"}}
     config = model.vision_encoder.fill_auto(config)
     logits, probabilities = export(tmp_path / "r", model, config, metadata, tmp_path / "out")
     assert logits < 1e-5 and probabilities < 1e-3
+    assert "Trained from `a folder`, whose licence (mit)" in (tmp_path / "out" / "README.md").read_text()
