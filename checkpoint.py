@@ -501,6 +501,7 @@ def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
     values = read_yaml(run_dir / CONFIG_YAML)
     if not values.get("captioning"):
         values.setdefault("head", "linear")  # classifiers of earlier versions had no other
+    values.setdefault("frame_stride", 0)  # what earlier versions did
     config = Config(**values)
     if problem := metadata_problem(metadata, {*training_mode(config)}):
         raise UserError(f"{run_dir / METADATA} is damaged: {problem}")

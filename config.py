@@ -264,9 +264,11 @@ class Config:
     for an image encoder"""
     image_size: int | str = option("auto", auto_or(number(int, 8, 2048)), "data", TRAIN)
     """height and width of the model's input in pixels. auto: the size that the backbone was trained with"""
-    frame_stride: int = option(0, number(int, 0, 1000), "data", TRAIN, in_feature_key=True)
+    frame_stride: int | str = option("auto", auto_or(number(int, -1000, 1000)), "data", TRAIN, in_feature_key=True)
     """0: spread the frames over the whole video. S > 0: take every S-th frame of one window, random in training and
-    centred in evaluation"""
+    centred in evaluation; a video that is too short repeats its last frame. -S: the same, but a video that is too short
+    is treated as with 0. auto: -S with the S of the backbone's published training, or 0 if that spread the frames or is
+    unknown, for image encoders and for tiny backbones"""
     # three values, because auto must not fail where True must: with augmentation or a trained backbone
     cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main score")
     """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
@@ -640,14 +642,16 @@ def training_mode(config: Config) -> dict[str, str]:
     return modes
 
 
+def is_tiny(config: Config, part: str) -> bool:
+    """Whether the vision or language backbone is one of those in backbones/."""
+    return config.weights == "tiny" and getattr(config, f"{part}_model") in BACKBONES
+
+
 def default_rates(config: Config) -> tuple[float, dict[str, float]]:
     """The default learning rates: (peak rate of the least restricted backbone, {part: its rate as a multiple of it}).
     Parts are "vision", "language" and "new layers"."""
     # folders and hub ids get the rates of published weights
-    kinds = {}
-    for part, mode in training_mode(config).items():
-        tiny = config.weights == "tiny" and getattr(config, f"{part}_model") in BACKBONES
-        kinds[part] = ("tiny" if tiny else "hub", mode)
+    kinds = {part: ("tiny" if is_tiny(config, part) else "hub", mode) for part, mode in training_mode(config).items()}
     # the keys of LEARNING_RATES are ordered from least to most restricted
     rate, factor = LEARNING_RATES[min(kinds.values(), key=[*LEARNING_RATES].index)]
     return rate, {part: LEARNING_RATES[kind][0] / rate for part, kind in kinds.items()} | {"new layers": factor}
@@ -660,13 +664,16 @@ def head_of(config: Config) -> str:
     return "attentive" if config.use_text and not config.captioning else "linear"
 
 
-def fill_auto(config: Config, num_frames: int, image_size: int, side: int, batch_size: int = 16) -> Config:
+def fill_auto(
+    config: Config, num_frames: int, image_size: int, side: int, stride: int = 0, batch_size: int = 16
+) -> Config:
     """Replaces every `auto` that depends on the model. The backbone reads num_frames frames of image_size x image_size
-    pixels, in side x side patches.
+    pixels, in side x side patches; its family was trained with every stride-th frame, or 0.
 
     Options that depend on the machine stay `auto`: device, mixed_precision, cache_features, cache_dir.
     """
     values = {"num_frames": num_frames, "image_size": image_size, "batch_size": batch_size}
+    values["frame_stride"] = 0 if is_tiny(config, "vision") else -stride
     values["learning_rate"] = default_rates(config)[0]
     values["token_grid"] = min(side, 4 if head_of(config) == "attentive" else 2)
     if not config.captioning:

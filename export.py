@@ -217,9 +217,11 @@ def write_readme(
     adapters = ""
     if (folder / "adapter_vision").is_dir():
         adapters = "| `adapter_vision/` | the adapters alone, for `PeftModel.from_pretrained` |\n"
-    rule = "the middle frames of equally long parts"
+    rule = parts = "the middle frames of equally long parts"
     if config.frame_stride:
-        rule = f"one frame in {config.frame_stride}, from the middle of the video"
+        rule = f"one frame in {abs(config.frame_stride)}, from the middle of the video"
+    if config.frame_stride < 0:
+        rule += f", or {parts} if the video is too short for that"
     text = Template((ROOT / "exported" / "README.md").read_text(encoding="utf-8")).substitute(
         run=printable(run),
         adapters=adapters,

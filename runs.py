@@ -203,7 +203,7 @@ def result_line(metrics: dict[str, Any]) -> str:
 
 def print_backbones(run: Run) -> None:
     """One line per backbone: its name, its size, its licence, and for the tiny ones what they were trained on. A
-    warning for a licence that forbids commercial use."""
+    warning for a licence that forbids commercial use. Then which frames of a video make a clip."""
     vision = run.model.vision_encoder
     for part, backbone in run.model.backbones().items():
         size = sum(p.numel() for n, p in backbone.named_parameters() if ".lora_" not in n) / 1e6
@@ -224,6 +224,17 @@ def print_backbones(run: Run) -> None:
             print(f"{part}: {name}-tiny (captions of synthetic shapes, {text})")
         if is_non_commercial(licence):
             print(f"warning: {source.path} and models trained from it are not for commercial use ({licence})")
+    print(frames_line(run.config))
+
+
+def frames_line(config: Config) -> str:
+    """Which frames of a video make a clip, in one line."""
+    stride = abs(config.frame_stride)
+    if stride == 0:
+        return "frames: spread over the whole video"
+    window = (config.num_frames - 1) * stride + 1
+    short = "a shorter video repeats its last frame" if config.frame_stride > 0 else "or spread over a shorter video"
+    return f"frames: one in {stride}, from a window of {window} frames; {short}"
 
 
 def print_hints(run: Run) -> None:

@@ -27,14 +27,18 @@ def sample_indices(
 
     Stride 0 divides the whole video into `num_frames` segments (TSN, arXiv:1608.00859) and takes the centre of each, or
     with `rng` a random frame of each. Stride S takes every S-th frame of the window in the middle, or with `rng` of a
-    random window. `position` moves the centre: 0 is the first frame of each segment or the first window, 1 the last.
-    A video that is too short repeats its last frame.
+    random window. A video that is too short repeats its last frame. Stride -S is S for videos that have such a window,
+    and 0 for shorter ones. `position` moves the centre: 0 is the first frame of each segment or the first window, 1 the
+    last.
 
     Raises ValueError unless both counts are at least 1.
     """
     # an empty video has no frame to repeat
     if available < 1 or num_frames < 1:
         raise ValueError(f"cannot take {num_frames} of {available} frames")
+
+    if stride < 0:
+        stride = -stride if available > (num_frames - 1) * -stride else 0
 
     # segments over the whole video, as long as each has a frame of its own
     if stride == 0 and available >= num_frames:

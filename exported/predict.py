@@ -20,6 +20,8 @@ def read(path: str | Path) -> torch.Tensor:
         if (stream := packets.streams.best("video")) is None:
             raise ValueError("this file has no video")
         length = sum(packet.size > 0 and not packet.is_discard for packet in packets.demux(stream))
+        if stride < 0:  # -S: S, but 0 for a video that is too short for it
+            stride = -stride if length > (count - 1) * -stride else 0
         indices = (np.arange(count) * length / count + 0.5 * length / count).astype(int)  # middles of equal parts
         if stride or length < count:  # every stride-th frame in the middle of the video; repeats the last if too short
             steps = np.arange(count) * (stride or 1)

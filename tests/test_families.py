@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from test_resume import Killed, assert_same, flags, killed_after
 from torch import nn
 
 import main
 from build_model import adapters, build_model, trained_tensors
-from config import Config, check_options
+from checkpoint import read_run
+from config import ROOT, Config, check_options
 from export import export
 from inference import Predictor
 from pretrained import Source
@@ -241,6 +243,52 @@ def test_the_fingerprint_knows_the_pooler(tmp_path, folder_of):
     for source in sources:
         load_vision(source, Config())
     assert sources[0].fingerprint != sources[1].fingerprint
+
+
+# -- which frames -----------------------------------------------------------------------------------
+
+STRIDES = {"timesformer": 32, "videomae": 4, "vivit": 2, "vjepa2": 4}  # of published training; 0 for the others
+
+
+@EVERY
+def test_the_stride_is_that_of_published_training_except_for_tiny_weights(folder_of, key):
+    config = Config(vision_model=str(folder_of(key)), num_frames=FRAMES)
+    vision = load_vision(Source(str(folder_of(key))), config)
+    assert vision.fill_auto(config).frame_stride == -STRIDES.get(key.split()[0], 0)
+    assert vision.fill_auto(replace(config, frame_stride=3)).frame_stride == 3
+    assert vision.fill_auto(replace(config, vision_model="videomae")).frame_stride == 0
+
+
+@pytest.mark.parametrize(
+    "key, stride, line",
+    [
+        ("videomae", "4", "frames: one in 4, from a window of 13 frames; or spread over a shorter video"),
+        pytest.param("timesformer", "0", "frames: one in 32, from a window of 97 frames;", marks=pytest.mark.slow),
+    ],
+)
+def test_auto_is_the_stride_where_videos_are_long_enough_and_else_zero(
+    dataset, tmp_path, capsys, folder_of, key, stride, line
+):
+    """These videos have 16 frames. Inference takes the stride from the run."""
+    options = flags(dataset, tmp_path, "--epochs", "1", "--num_workers", "0", "--num_frames", str(FRAMES))
+    options += ["--vision_model", str(folder_of(key))]
+    assert main.main([*options, "--run_name", "auto"]) == 0
+    assert line in capsys.readouterr().out
+    assert main.main([*options, "--run_name", "given", "--frame_stride", stride]) == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("auto", "given")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    runs = [Predictor.from_checkpoint(tmp_path / name) for name in ("auto", "given")]
+    assert [run.config.frame_stride for run in runs] == [-STRIDES[key], int(stride)]
+    videos = sorted((dataset / "test").rglob("*.pt"))
+    assert [runs[0].predict(video) for video in videos] == [runs[1].predict(video) for video in videos]
+
+
+def test_runs_of_earlier_versions_spread_their_frames(tmp_path):
+    run = shutil.copytree(ROOT / "checkpoints" / "provided" / "timesformer_fvbb", tmp_path / "run")
+    assert read_run(run)[0].frame_stride == 0
+    options = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(options.replace("frame_stride: 0\n", ""))
+    assert read_run(run)[0].frame_stride == 0
 
 
 # -- training ---------------------------------------------------------------------------------------

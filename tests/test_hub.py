@@ -93,10 +93,11 @@ def test_a_run_prints_and_keeps_the_licences_and_warns(dataset, tmp_path, capsys
     argv = ["--vision_model", str(folder), "--use_vlm", "True", "--freeze_visionbackbone", "True"]
     argv += ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--run_name", "r"]
     assert main.main([*argv, "--epochs", "1", "--num_workers", "0"]) == 0
-    first, second, third, *_ = capsys.readouterr().out.splitlines()
+    first, second, third, fourth, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith(f"vision: {folder} (") and first.endswith("licence cc-by-nc-4.0)")
     assert second == f"warning: {folder} and models trained from it are not for commercial use (cc-by-nc-4.0)"
     assert third.startswith("language: bert-tiny (") and third.endswith("licence Apache-2.0)")
+    assert fourth.startswith("frames: ")
     backbones = json.loads((tmp_path / "r" / "metadata.json").read_text())["backbones"]
     assert {part: values["licence"] for part, values in backbones.items()} == {
         "vision": "cc-by-nc-4.0",

@@ -15,12 +15,14 @@ def test_segment_centres_and_windows():
     assert sample_indices(3, 5).tolist() == [0, 1, 2, 2, 2]
     assert sample_indices(100, 4, stride=10).tolist() == [34, 44, 54, 64]
     assert sample_indices(5, 4, stride=3).tolist() == [0, 3, 4, 4]
+    assert sample_indices(10, 4, stride=-3).tolist() == [0, 3, 6, 9]
+    assert sample_indices(9, 4, stride=-3).tolist() == [1, 3, 5, 7]  # a window of 3 * 3 + 1 does not fit
 
 
 @given(
     available=st.integers(1, 500),
     num_frames=st.integers(1, 64),
-    stride=st.integers(0, 9),
+    stride=st.integers(-9, 9),
     seed=st.integers(0, 9) | st.none(),
 )
 def test_indices_always_ascend_inside_the_video(available, num_frames, stride, seed):
@@ -28,6 +30,11 @@ def test_indices_always_ascend_inside_the_video(available, num_frames, stride, s
     indices = sample_indices(available, num_frames, stride, rng)
     assert len(indices) == num_frames and indices[0] >= 0 and indices[-1] < available
     assert (np.diff(indices) >= 0).all()
+    if stride < 0:
+        full = available > (num_frames - 1) * -stride
+        again = None if seed is None else np.random.default_rng(seed)
+        assert (indices == sample_indices(available, num_frames, -stride if full else 0, again)).all()
+        assert not full or (np.diff(indices) == -stride).all()
     if available >= num_frames and stride == 0:
         edges = np.arange(num_frames + 1) * available / num_frames
         assert (indices >= np.floor(edges[:-1])).all() and (indices < np.ceil(edges[1:])).all()
