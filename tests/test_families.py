@@ -397,22 +397,54 @@ def test_a_run_is_resumed_exactly_and_predicts(dataset, tmp_path, monkeypatch, f
     assert Predictor.from_checkpoint(tmp_path / "whole" / "r").predict(video)["label"]
 
 
-@pytest.mark.parametrize("key", ["vjepa2", "clip_vision_model"])
+@pytest.mark.parametrize("key", [key for key in MODELS if key in IMAGES or "bare" in key])
 def test_a_classifier_without_a_native_class_is_not_exported(folder_of, tmp_path, key):
     config = check_options(Config(vision_model=str(folder_of(key)), num_frames=FRAMES))
-    with pytest.raises(UserError, match=f"a linear head on {key}, for which Hugging Face has no class"):
+    cause = "the frames of .* read one image" if key in IMAGES else "the tokens of .* has an attentive pooler instead"
+    with pytest.raises(UserError, match=f"r has a linear head on the mean over {cause}"):
+        export(tmp_path / "r", build_model(config, 3), config, {}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_size_that_a_native_class_cannot_take_is_not_exported(folder_of, tmp_path):
+    """VideoPrism would run at that size, and be wrong unless every forward says interpolate_pos_encoding=True."""
+    config = check_options(Config(vision_model=str(folder_of("videoprism_vision_model")), num_frames=8))
+    with pytest.raises(UserError, match="to export, train with --num_frames 4 --image_size 32"):
         export(tmp_path / "r", build_model(config, 3), config, {}, tmp_path / "out")
 
 
-@pytest.mark.parametrize("options", [{}, {"num_frames": 6, "image_size": 48}])
-def test_vivit_is_exported_at_any_size(folder_of, tmp_path, options):
+OTHER_SIZE = {"num_frames": 6, "image_size": 48}
+
+
+@pytest.mark.parametrize(
+    "key, options",
+    [
+        ("vivit", OTHER_SIZE),
+        ("vjepa2", OTHER_SIZE | MODES["lora"]),
+        ("videoprism_vision_model", MODES["lora"]),
+        *(pytest.param(k, {}, marks=pytest.mark.slow) for k in ("vivit", "vjepa2", "videoprism_vision_model")),
+    ],
+)
+def test_an_exported_classifier_answers_like_its_run(folder_of, tmp_path, key, options):
+    """Its logits, and the probabilities of its predict.py, which export() compares. The weights are random and large."""
     names = ["a", "b", "c"]
-    config = check_options(Config(vision_model=str(folder_of("vivit")), **options))
+    config = check_options(Config(vision_model=str(folder_of(key)), **options))
     torch.manual_seed(0)
     model = build_model(config, 3)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or name.startswith("head."):
+            nn.init.normal_(parameter, std=0.3)
     metadata = {"class_names": names, "display_names": dict(zip(names, names, strict=True))}
     metadata["backbones"] = {"vision": {"source": "a folder", "licence": "mit"}}
     config = model.vision_encoder.fill_auto(config)
+    video = clips(2, config.num_frames, config.image_size)
+    with torch.no_grad():
+        expected = model.eval()(video)
+
     logits, probabilities = export(tmp_path / "r", model, config, metadata, tmp_path / "out")
-    assert logits < 1e-5 and probabilities < 1e-3
+    assert logits < 1e-4 and probabilities < 1e-3
+    native = transformers.AutoModelForVideoClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found = native(model.vision_encoder.preprocessing.normalise(video)).logits.flatten(1)
+    assert torch.allclose(found, expected, atol=1e-4) and found.std() > 0.1
     assert "Trained from `a folder`, whose licence (mit)" in (tmp_path / "out" / "README.md").read_text()
