@@ -13,7 +13,7 @@ import figures
 import train_code
 from build_model import VideoModel, build_model, parameter_table
 from checkpoint import check_same, claimed_run, clear_run, finish_run, git_commit, run_metadata, write_run_files
-from config import BACKBONES, Config, as_flags, default_rates, is_non_commercial, training_mode
+from config import Config, as_flags, default_rates, is_non_commercial, is_tiny, training_mode
 from controls import control_line, control_scores, occlusion_maps
 from pretrained import licence_of, warn_of_tiny
 from scan import prepare_data
@@ -216,7 +216,7 @@ def print_backbones(run: Run) -> None:
 
         # the tiny ones work on nothing but the synthetic data: say so in every run
         name = getattr(run.config, f"{part}_model")
-        if name not in BACKBONES or run.config.weights == "hub":
+        if not is_tiny(run.config, part):
             print(f"{part}: {source.path} ({text})")
         elif part == "vision":
             print(f"{part}: {name}-tiny (synthetic shapes, {text}); for real videos add --weights hub")

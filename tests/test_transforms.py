@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from transforms import Preprocessing, sample_indices
+from transforms import Preprocessing, resize_frames, sample_indices
 
 
 def test_segment_centres_and_windows():
@@ -75,6 +76,21 @@ def test_pixels_equal_the_image_processor(fields, shape):
     levels = 7 if ours.interpolation == "bicubic" else 1  # on noise: overshoots are clipped after each pass
     assert (found - expected).abs().max() <= 1.01 * levels * step
     assert (found - expected).abs().mean() < 0.3 * step
+
+
+def test_lanczos_becomes_what_is_closest_to_it():
+    """VideoPrism's preprocessing has it."""
+    rough = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clip = resize_frames(rough, (96, 128), "bicubic")
+    picture = Image.fromarray(clip[0].permute(1, 2, 0).numpy())
+    expected = np.asarray(picture.resize((48, 48), Image.Resampling.LANCZOS)).astype(int)
+    distance = {}
+    for code in (0, 1, 2):
+        rules = Preprocessing.from_dict(
+            {"resample": code, "size": {"height": 48, "width": 48}, "do_normalize": False}, 48
+        )
+        distance[code] = np.abs(rules.pixels(clip)[0].permute(1, 2, 0).numpy() - expected).mean()
+    assert distance[1] < distance[2] / 2 < distance[0] / 2, distance
 
 
 @pytest.mark.parametrize(
