@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from build_model import VideoModel, build_model, trained_tensors
 from config import FIELDS, ROOT, Config, as_flags, options_with, read_yaml, run_name, training_mode, write_yaml
-from pretrained import Source, locate, read_config
+from pretrained import Source, licence_of, locate, read_config
 from script import (
     FileLock,
     UserError,
@@ -242,6 +242,7 @@ def run_metadata(
         name: {
             "source": portable(source.path),
             "revision": source.revision,
+            "licence": licence_of(source),
             "fingerprint": source.fingerprint,
             "in_checkpoint": modes[name] == "full",
         }
@@ -501,6 +502,7 @@ def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
     values = read_yaml(run_dir / CONFIG_YAML)
     if not values.get("captioning"):
         values.setdefault("head", "linear")  # classifiers of earlier versions had no other
+    values.setdefault("frame_stride", 0)  # what earlier versions did
     config = Config(**values)
     if problem := metadata_problem(metadata, {*training_mode(config)}):
         raise UserError(f"{run_dir / METADATA} is damaged: {problem}")

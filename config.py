@@ -30,22 +30,57 @@ PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "b
 
 
 class Backbone(NamedTuple):
-    """What a short name stands for: backbones/<name>-tiny with --weights tiny, this hub model with --weights hub."""
+    """What a short name stands for: this hub model with --weights hub, the folder backbones/<name>-tiny with --weights
+    tiny."""
 
     kind: str  # vision | encoder (BERT-like) | decoder (causal)
     hub: str
     revision: str  # a pinned commit: later uploads to the hub change nothing
+    licence: str  # of the published weights, as their card names it
+    tiny: bool = False  # whether there is such a folder
 
 
+TINY_LICENCE = "Apache-2.0"  # of the folders in backbones/
 BACKBONES = {
     "timesformer": Backbone(
-        "vision", "facebook/timesformer-base-finetuned-k400", "8aaf40ea7d3d282dcb0a5dea01a198320d15d6c0"
+        "vision",
+        "facebook/timesformer-base-finetuned-k400",
+        "8aaf40ea7d3d282dcb0a5dea01a198320d15d6c0",
+        "CC-BY-NC-4.0",
+        tiny=True,
     ),
     "videomae": Backbone(
-        "vision", "MCG-NJU/videomae-base-finetuned-kinetics", "488eb9a0565f257b32866000305c8178965eb9f6"
+        "vision",
+        "MCG-NJU/videomae-base-finetuned-kinetics",
+        "488eb9a0565f257b32866000305c8178965eb9f6",
+        "CC-BY-NC-4.0",
+        tiny=True,
     ),
-    "bert": Backbone("encoder", "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"),
-    "gpt2": Backbone("decoder", "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
+    "vjepa2": Backbone(
+        "vision", "facebook/vjepa2-vitl-fpc16-256-ssv2", "4aa02df83918538fc21cfaf576382fa20e489a80", "MIT"
+    ),
+    "vivit": Backbone("vision", "google/vivit-b-16x2-kinetics400", "8a7171a57f79b9aaa58bc8d977c002a0ea0f0d42", "MIT"),
+    # its main branch has no weights for transformers; this is the commit of the pull request that adds them
+    "videoprism": Backbone(
+        "vision", "google/videoprism-base-f16r288", "2be2ef51d0d611d0fadf21a6d1470a4ad4af9249", "Apache-2.0"
+    ),
+    # gated: its conditions must be accepted on the hub, and HF_TOKEN set
+    "dinov3": Backbone(
+        "vision",
+        "facebook/dinov3-vitb16-pretrain-lvd1689m",
+        "5931719e67bbdb9737e363e781fb0c67687896bc",
+        "DINOv3 License",
+    ),
+    "dinov2": Backbone("vision", "facebook/dinov2-base", "f9e44c814b77203eaa57a6bdbbd535f21ede1415", "Apache-2.0"),
+    "siglip": Backbone(
+        "vision", "google/siglip2-base-patch16-224", "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2", "Apache-2.0"
+    ),
+    # the card names no licence; OpenAI's repository, which links to these weights, is MIT
+    "clip": Backbone("vision", "openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3", "MIT"),
+    "bert": Backbone(
+        "encoder", "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594", "Apache-2.0", tiny=True
+    ),
+    "gpt2": Backbone("decoder", "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", "MIT", tiny=True),
 }
 
 # (weights, training mode) -> (peak learning rate, factor for new layers). With two backbones the one listed first here
@@ -58,6 +93,12 @@ LEARNING_RATES = {
     ("hub", "frozen"): (1e-3, 1.0),
     ("tiny", "frozen"): (3e-3, 1.0),
 }
+
+
+def is_non_commercial(licence: str) -> bool:
+    """Whether the name of a licence, such as CC-BY-NC-4.0, says that it forbids commercial use."""
+    words = re.split("[^a-z]+", licence.lower())
+    return "nc" in words or "noncommercial" in "".join(words)
 
 
 # -- converters: str -> value; a ValueError says what is allowed ------------------------------------
@@ -189,8 +230,8 @@ class Config:
     """All options of all scripts. None means "not set"."""
 
     vision_model: str = option("timesformer", path_value, "model", ALL, names_run=True)
-    """vision backbone: timesformer, videomae, or a folder (from save_pretrained) or hub id of one of the families
-    V-JEPA 2, DINOv3, SigLIP, DINOv2, CLIP, ViViT, VideoPrism, TimeSformer, VideoMAE"""
+    """vision backbone: a short name from the table at the end, or a folder (from save_pretrained) or hub id of one of
+    the families in that table"""
     language_model: str | None = option(None, path_value, "model", NO_SWEEP, names_run=True, needs_vlm=True)
     """language backbone for --use_vlm True: bert for classification, gpt2 for captioning, or a folder or hub id of a
     similar model"""
@@ -242,9 +283,11 @@ class Config:
     for an image encoder"""
     image_size: int | str = option("auto", auto_or(number(int, 8, 2048)), "data", TRAIN)
     """height and width of the model's input in pixels. auto: the size that the backbone was trained with"""
-    frame_stride: int = option(0, number(int, 0, 1000), "data", TRAIN, in_feature_key=True)
+    frame_stride: int | str = option("auto", auto_or(number(int, -1000, 1000)), "data", TRAIN, in_feature_key=True)
     """0: spread the frames over the whole video. S > 0: take every S-th frame of one window, random in training and
-    centred in evaluation"""
+    centred in evaluation; a video that is too short repeats its last frame. -S: the same, but a video that is too short
+    is treated as with 0. auto: -S with the S of the backbone's published training, or 0 if that spread the frames or is
+    unknown, for image encoders and for tiny backbones"""
     # three values, because auto must not fail where True must: with augmentation or a trained backbone
     cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main score")
     """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
@@ -483,16 +526,22 @@ ABOUT = {
 INPUT = {"inference": "--video_dir", "score": "--checkpoint"} | dict.fromkeys(TRAIN.split(), "--data_dir")
 
 
+def table_of_names() -> str:
+    """The short names, what they load with --weights tiny and hub, and the licence of the published weights."""
+    lines = ["short name   tiny  --weights hub, licence"]
+    for name, backbone in BACKBONES.items():
+        licence = f"{backbone.licence}{', not for commercial use' if is_non_commercial(backbone.licence) else ''}"
+        lines.append(f"  {name:<12} {'yes' if backbone.tiny else 'no':<4} {backbone.hub:<41} {licence}")
+    return "\n".join(lines)
+
+
 def build_parser(script: str) -> Parser:
     """The argument parser of a script. It accepts all options, but --help shows only those that the script reads."""
-    # the epilog is a table of the short names
-    names = "".join(f"\n  {name:<12} backbones/{f'{name}-tiny':<18} {b.hub}" for name, b in BACKBONES.items())
     parser = Parser(
         prog=f"{script}.py",
         usage="%(prog)s [--flag value ...]",
         description=ABOUT[script],
-        epilog=f"Flags override config_file.yaml. A bare --use_vlm means --use_vlm True.\n\n"
-        f"short name     --weights tiny               --weights hub{names}",
+        epilog=f"Flags override config_file.yaml. A bare --use_vlm means --use_vlm True.\n\n{table_of_names()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -586,9 +635,9 @@ def check_options(config: Config) -> Config:
         if getattr(config, name) and importlib.util.find_spec(package) is None:
             raise UserError(f"--{name} True needs {package}: pip install -r requirements-extra.txt")
     refuse_classifier_options(config)
-    check_backbone("vision_model", config.vision_model, "vision")
+    check_backbone(config, "vision", "vision")
     if config.use_vlm:
-        check_backbone("language_model", config.language_model, "decoder" if config.captioning else "encoder")
+        check_backbone(config, "language", "decoder" if config.captioning else "encoder")
     run_name(config)  # called for its checks
     return config
 
@@ -600,9 +649,11 @@ def refuse_classifier_options(config: Config) -> None:
             raise UserError(f"--{name} works with classifiers only; leave it out or set --captioning False")
 
 
-def check_backbone(option_name: str, name: str, kind: str) -> None:
-    """Raises UserError unless `name` is a short name of this kind, a folder or a hub id."""
+def check_backbone(config: Config, part: str, kind: str) -> None:
+    """Raises UserError unless the vision or language backbone is a short name of this kind, a folder or a hub id."""
     # hub ids contain a slash, so that any other unknown word is most likely a short name with a typo
+    option_name = f"{part}_model"
+    name = getattr(config, option_name)
     if name not in BACKBONES:
         if "/" in name or Path(name).is_dir():
             return
@@ -618,6 +669,8 @@ def check_backbone(option_name: str, name: str, kind: str) -> None:
         raise UserError(f"{name} writes captions: add --captioning True, or use --language_model bert to classify")
     if actual != kind:
         raise UserError(f"--{option_name} cannot be {name}, a {actual} backbone")
+    if config.weights == "tiny" and not BACKBONES[name].tiny:
+        raise UserError(f"--{option_name} {name} has no tiny weights: add --weights hub")
 
 
 def training_mode(config: Config) -> dict[str, str]:
@@ -629,14 +682,16 @@ def training_mode(config: Config) -> dict[str, str]:
     return modes
 
 
+def is_tiny(config: Config, part: str) -> bool:
+    """Whether the vision or language backbone is one of those in backbones/."""
+    return config.weights == "tiny" and getattr(config, f"{part}_model") in BACKBONES
+
+
 def default_rates(config: Config) -> tuple[float, dict[str, float]]:
     """The default learning rates: (peak rate of the least restricted backbone, {part: its rate as a multiple of it}).
     Parts are "vision", "language" and "new layers"."""
     # folders and hub ids get the rates of published weights
-    kinds = {}
-    for part, mode in training_mode(config).items():
-        tiny = config.weights == "tiny" and getattr(config, f"{part}_model") in BACKBONES
-        kinds[part] = ("tiny" if tiny else "hub", mode)
+    kinds = {part: ("tiny" if is_tiny(config, part) else "hub", mode) for part, mode in training_mode(config).items()}
     # the keys of LEARNING_RATES are ordered from least to most restricted
     rate, factor = LEARNING_RATES[min(kinds.values(), key=[*LEARNING_RATES].index)]
     return rate, {part: LEARNING_RATES[kind][0] / rate for part, kind in kinds.items()} | {"new layers": factor}
@@ -649,13 +704,16 @@ def head_of(config: Config) -> str:
     return "attentive" if config.use_text and not config.captioning else "linear"
 
 
-def fill_auto(config: Config, num_frames: int, image_size: int, side: int, batch_size: int = 16) -> Config:
+def fill_auto(
+    config: Config, num_frames: int, image_size: int, side: int, stride: int = 0, batch_size: int = 16
+) -> Config:
     """Replaces every `auto` that depends on the model. The backbone reads num_frames frames of image_size x image_size
-    pixels, in side x side patches.
+    pixels, in side x side patches; its family was trained with every stride-th frame, or 0.
 
     Options that depend on the machine stay `auto`: device, mixed_precision, cache_features, cache_dir.
     """
     values = {"num_frames": num_frames, "image_size": image_size, "batch_size": batch_size}
+    values["frame_stride"] = 0 if is_tiny(config, "vision") else -stride
     values["learning_rate"] = default_rates(config)[0]
     values["token_grid"] = min(side, 4 if head_of(config) == "attentive" else 2)
     if not config.captioning:

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import BACKBONES, ROOT, Config
+from config import BACKBONES, ROOT, TINY_LICENCE, Backbone, Config
 from metrics import Lexicon
 from script import UserError, counted, shown
 
 # a damaged or hostile configuration beyond these would keep the machine busy for minutes before anything fails
 MOST_LAYERS, MOST_TOKENS, MOST_PARAMETERS = 1000, 10**6, 10**11
+LARGEST_FIELDS = 20_000  # bytes of a model card in which its fields are looked for
 
 LAYER_FIELDS = tuple(
     f"{kind}_layers" for kind in ["num_hidden", "num_spatial", "num_temporal", "num_pooler", "pred_num_hidden"]
@@ -70,6 +72,34 @@ def warn_of_tiny(config: Config, lexicon: Lexicon | None) -> None:
         )
 
 
+def known_backbone(source: Source) -> Backbone | None:
+    """The entry of BACKBONES that has this hub id; None for folders and other ids."""
+    return next((backbone for backbone in BACKBONES.values() if backbone.hub == source.path), None)
+
+
+def licence_of(source: Source) -> str:
+    """The licence of a backbone's weights: from BACKBONES or, for a folder, from the first lines of its README.md."""
+    if Path(source.path).resolve().parent == ROOT / "backbones":
+        return TINY_LICENCE
+    if backbone := known_backbone(source):
+        return backbone.licence
+    card = find_file(source, "README.md") if source.local else None
+    return (card and stated_licence(card)) or "unknown: read its card"
+
+
+def stated_licence(card: Path) -> str | None:
+    """The licence in the fields at the start of a model card. None if they name none, or several."""
+    try:
+        with card.open("rb") as file:
+            text = file.read(LARGEST_FIELDS).decode("utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    names = dict(re.findall(r"^(license|license_name):[ ]*[\"']?([\w.+-]+)", fields[1] if fields else "", re.MULTILINE))
+    licence = names.get("license")
+    return names.get("license_name", licence) if licence == "other" else licence
+
+
 def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
     """loader.from_pretrained(source, ...), with every exception turned into a UserError that says what to do. `what`
     names the part of the backbone that is loaded."""
@@ -79,7 +109,9 @@ def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         if source.local:
             raise UserError(f"cannot load the {what} in {source.path}: {cause}") from None
-        advice = "use --weights tiny, or give the path of a folder with a copy of it"
+        advice = "give the path of a folder with a copy of it"
+        if (backbone := known_backbone(source)) and backbone.tiny:
+            advice = f"use --weights tiny, or {advice}"
         raise UserError(f"cannot load the {what} of {source.path} from the hub: {cause} -- {advice}") from None
 
 
