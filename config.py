@@ -519,7 +519,7 @@ ABOUT = {
     "inference": "Classify or caption videos with a trained run.",
     "score": "Score a trained run again on val and test, on its own or other videos.",
     "doctor": "Check data, backbone and options before training. Takes the flags of main.py and saves nothing.",
-    "sweep_heads": "Train many heads on the cached features of a frozen video backbone; keep the one that is best on val.",
+    "sweep_heads": "Train many heads on cached features of a frozen backbone, and keep the one that is best on val.",
     "preview": "Draw the first training clips as the model will see them. Takes the flags of main.py.",
 }
 # which flag a path without a flag most likely lacks
@@ -541,7 +541,7 @@ def build_parser(script: str) -> Parser:
         prog=f"{script}.py",
         usage="%(prog)s [--flag value ...]",
         description=ABOUT[script],
-        epilog=f"Flags override config_file.yaml. A bare --use_vlm means --use_vlm True.\n\n{table_of_names()}",
+        epilog=f"Flags override config_file.yaml. A bare --freeze_visionbackbone means True.\n\n{table_of_names()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
