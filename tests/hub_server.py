@@ -68,6 +68,7 @@ class Answer(BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self) -> None:
+        """Answers a request for a file or about a repository, as the hub would."""
         path = unquote(urlsplit(self.path).path)
         token = self.headers.get("Authorization")
         self.hub.requests.append(Request(self.command, path, self.headers.get("Range"), token))
@@ -87,11 +88,9 @@ class Answer(BaseHTTPRequestHandler):
         commit = [*commits][-1] if values["revision"] in (None, "main") else values["revision"]
         if commit not in commits:
             return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        return (
-            self.send_file(commit, commits[commit] / values["name"])
-            if "name" in values
-            else self.describe(values, commit, commits[commit])
-        )
+        if "name" in values:
+            return self.send_file(commit, commits[commit] / values["name"])
+        return self.describe(values, commit, commits[commit])
 
     def describe(self, values: dict[str, Any], commit: str, folder: Path) -> None:
         """Answers with a description of a repository, or with the list of its files."""
