@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import BACKBONES, ROOT, TINY_LICENCE, Backbone, Config
+from config import BACKBONES, ROOT, TINY_LICENCE, Backbone, Config, is_tiny
 from metrics import Lexicon
 from script import UserError, counted, shown
 
@@ -65,7 +65,7 @@ def locate(name: str, weights: str) -> Source:
 
 def warn_of_tiny(config: Config, lexicon: Lexicon | None) -> None:
     """Prints a warning if a run uses a tiny backbone on videos without a lexicon, so on other than synthetic ones."""
-    if config.weights == "tiny" and config.vision_model in BACKBONES and lexicon is None:
+    if is_tiny(config, "vision") and lexicon is None:
         print(
             "warning: the tiny backbones were trained on synthetic shapes only and do not understand real videos; for "
             "these, train with --weights hub"
@@ -103,6 +103,8 @@ def stated_licence(card: Path) -> str | None:
 def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
     """loader.from_pretrained(source, ...), with every exception turned into a UserError that says what to do. `what`
     names the part of the backbone that is loaded."""
+    from huggingface_hub.errors import GatedRepoError
+
     try:
         return loader.from_pretrained(**source.arguments(), **more)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, UnpicklingError, ...
@@ -110,6 +112,11 @@ def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
         if source.local:
             raise UserError(f"cannot load the {what} in {source.path}: {cause}") from None
         advice = "give the path of a folder with a copy of it"
+        if isinstance(error.__cause__, GatedRepoError):
+            page = f"https://huggingface.co/{source.path}"
+            raise UserError(
+                f"{source.path} is gated: accept its conditions on {page} and set HF_TOKEN, or {advice}"
+            ) from None
         if (backbone := known_backbone(source)) and backbone.tiny:
             advice = f"use --weights tiny, or {advice}"
         raise UserError(f"cannot load the {what} of {source.path} from the hub: {cause} -- {advice}") from None
@@ -225,7 +232,9 @@ def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tupl
         except Exception as error:  # with a damaged configuration transformers can raise anything
             raise UserError(f"cannot build the model that {source.path}/config.json describes: {error}") from None
 
-    # weights_only: a .bin file is a pickle, and must not run code
+    # a .bin file is a pickle: weights_only, so that it cannot run code. transformers would also have a web service
+    # convert it, and download the result a second time
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no table of unused tensors; missing ones are checked below
     try:

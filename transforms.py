@@ -81,9 +81,9 @@ class Preprocessing:
     def from_dict(cls, values: dict[str, Any], image_size: int) -> "Preprocessing":
         """Reads the fields of a preprocessor_config.json, in current and older spellings.
 
-        All sizes are scaled so that the crop becomes image_size. Lanczos interpolation becomes bicubic, as in transformers
-        without a recent torchvision. Raises ValueError for an invalid field, and for any other interpolation but
-        nearest and bilinear.
+        All sizes are scaled so that the crop becomes image_size. Lanczos interpolation becomes bicubic, as in
+        transformers without a recent torchvision. Raises ValueError for an invalid field, and for an interpolation
+        other than these, nearest and bilinear.
         """
         # keep the file's ratio of resize to crop: many backbones resize to 256 and crop 224
         resize = _sizes("size", values.get("size", 224)) if values.get("do_resize", True) else None

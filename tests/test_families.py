@@ -421,7 +421,7 @@ OTHER_SIZE = {"num_frames": 6, "image_size": 48}
     ],
 )
 def test_an_exported_classifier_answers_like_its_run(folder_of, tmp_path, key, options):
-    """Its logits, and the probabilities of its predict.py, which export() compares. The weights are random and large."""
+    """Its logits, and what predict.py says, which export() compares. The weights are random and large."""
     names = ["a", "b", "c"]
     config = check_options(Config(vision_model=str(folder_of(key)), **options))
     torch.manual_seed(0)
