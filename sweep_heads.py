@@ -95,20 +95,27 @@ def build_candidates(config: Config, folder: Path) -> list[Candidate]:
     rates, decays = ([float(value) for value in text.split()] for text in (config.learning_rates, config.weight_decays))
     for head in sorted(config.heads.split()):
         run = prepare(replace(config, head=head), folder)
+        if not candidates:
+            print_backbones(run)
+            print_hints(run)
         run.splits, run.features = prepare_data(run.splits, run.config, run.model, run.accelerator)
         generators = generator_states()
         config = replace(config, token_grid=run.config.token_grid)
 
+        # one backbone serves all heads
+        encoder, loader = run.model.vision_encoder, run.loaders("train")["train"]
+        if candidates:
+            encoder.backbone = candidates[0].run.model.vision_encoder.backbone
+        run.model.to(run.accelerator.device)
+
         # heads of one kind start from equal weights; the accelerator has the loss scale of fp16, so each has its own
-        encoder, loader = run.model.to(run.accelerator.device).vision_encoder, run.loaders("train")["train"]
         for rate, decay in product(rates, decays):
             options = replace(run.config, learning_rate=rate, weight_decay=decay)
             model, accelerator = deepcopy(run.model, {id(encoder): encoder}), build_accelerator(options)
             own_run = replace(run, config=options, model=model, accelerator=accelerator)
             candidates.append(Candidate(own_run, build_engine(model, loader, options, accelerator), generators))
 
-    for print_lines in (print_backbones, print_hints, print_data):
-        print_lines(run)
+    print_data(run)
     sizes = f"{counted(len(candidates), 'head')} ({config.heads}) x {counted(config.epochs, 'epoch')}"
     print(f"{sizes}, learning rates {config.learning_rates}, weight decays {config.weight_decays}, seed {config.seed}")
     return candidates
