@@ -101,6 +101,9 @@ def is_non_commercial(licence: str) -> bool:
     return "nc" in words or "noncommercial" in "".join(words)
 
 
+ATTENTIVE_RATE = 1e-3  # highest peak learning rate of an attentive head
+
+
 # -- converters: str -> value; a ValueError says what is allowed ------------------------------------
 
 WORDS = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
@@ -694,6 +697,12 @@ def default_rates(config: Config) -> tuple[float, dict[str, float]]:
     kinds = {part: ("tiny" if is_tiny(config, part) else "hub", mode) for part, mode in training_mode(config).items()}
     # the keys of LEARNING_RATES are ordered from least to most restricted
     rate, factor = LEARNING_RATES[min(kinds.values(), key=[*LEARNING_RATES].index)]
+    if head_of(config) == "attentive":
+        factor = min(factor, ATTENTIVE_RATE / rate)
+
+    # without a trained backbone there are only new layers
+    if all(mode == "frozen" for _, mode in kinds.values()):
+        rate, factor = rate * factor, 1.0
     return rate, {part: LEARNING_RATES[kind][0] / rate for part, kind in kinds.items()} | {"new layers": factor}
 
 
