@@ -638,9 +638,9 @@ def check_options(config: Config) -> Config:
         if getattr(config, name) and importlib.util.find_spec(package) is None:
             raise UserError(f"--{name} True needs {package}: pip install -r requirements-extra.txt")
     refuse_classifier_options(config)
-    check_backbone(config, "vision", "vision")
+    check_backbone(config, "vision_model", "vision")
     if config.use_vlm:
-        check_backbone(config, "language", "decoder" if config.captioning else "encoder")
+        check_backbone(config, "language_model", "decoder" if config.captioning else "encoder")
     run_name(config)  # called for its checks
     return config
 
@@ -652,10 +652,10 @@ def refuse_classifier_options(config: Config) -> None:
             raise UserError(f"--{name} works with classifiers only; leave it out or set --captioning False")
 
 
-def check_backbone(config: Config, part: str, kind: str) -> None:
-    """Raises UserError unless the vision or language backbone is a short name of this kind, a folder or a hub id."""
+def check_backbone(config: Config, option_name: str, kind: str) -> None:
+    """Raises UserError unless the option is a short name of this kind, with weights of the kind that --weights says, a
+    folder or a hub id."""
     # hub ids contain a slash, so that any other unknown word is most likely a short name with a typo
-    option_name = f"{part}_model"
     name = getattr(config, option_name)
     if name not in BACKBONES:
         if "/" in name or Path(name).is_dir():
