@@ -214,6 +214,7 @@ def changed(folder: Path, file: str) -> Path:
     return folder
 
 
+@slow
 def test_a_backbone_is_downloaded_once_at_its_commit_and_then_no_hub_is_needed(trained):
     """Each file is fetched once, and only at the pinned commit; afterwards a run and its use need no network."""
     user, hub, (status, out, err) = trained
