@@ -8,6 +8,7 @@ With --head attentive (heads.py) a query attends to each time step of the video:
 
     video classifier                learned query, video tokens -> attentive head
     video + language classifier     [CLS] text [SEP] -> BERT-like encoder -> query, video tokens -> attentive head
+    video captioner                 learned queries, video tokens -> 16 tokens, BOS, caption, EOS -> causal language model
 
 Shapes: B batch, T frames, C channels, H W pixels, N video tokens, L text tokens, D width, V vocabulary, K classes.
 t, h and w are the numbers of tokens along time, height and width.
@@ -29,7 +30,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from config import Config, training_mode
-from heads import AttentiveHead, TextQuery
+from heads import AttentiveHead, AttentiveProjector, TextQuery
 from pretrained import Source, load_language, locate, takes
 from script import UserError, collector_off
 from vision import VisionEncoder, grid_shape, load_vision
@@ -284,7 +285,10 @@ class ProjectorModel(VisionLanguageModel):
     def __init__(self, vision_encoder: VisionEncoder, language_model: nn.Module, tokenizer: Any, config: Config):
         super().__init__(vision_encoder, language_model, tokenizer, config)
         width = language_model.get_input_embeddings().embedding_dim  # not the hidden size in ELECTRA and OPT
-        self.projector = Projector(vision_encoder, width, config.token_grid, config.dropout)
+        if config.head == "attentive":
+            self.projector = AttentiveProjector(vision_encoder, width, config.dropout)
+        else:
+            self.projector = Projector(vision_encoder, width, config.token_grid, config.dropout)
         self.video_positions = self.projector.num_tokens
 
     def video_tokens(self, video: torch.Tensor) -> torch.Tensor:

@@ -500,8 +500,8 @@ def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
     if version != FORMAT_VERSION:
         raise UserError(f"{run_dir} has checkpoint format {shown(version)}; this program reads {FORMAT_VERSION}")
     values = read_yaml(run_dir / CONFIG_YAML)
-    if not values.get("captioning"):
-        values.setdefault("head", "linear")  # classifiers of earlier versions had no other
+    if values.get("head", "auto") == "auto":
+        values["head"] = "linear"  # runs of earlier versions, which had no other or did not fill it in
     values.setdefault("frame_stride", 0)  # what earlier versions did
     config = Config(**values)
     if problem := metadata_problem(metadata, {*training_mode(config)}):

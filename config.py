@@ -253,12 +253,11 @@ class Config:
     max_text_tokens: int = option(128, number(int, 1, 100_000), "model", "main doctor preview")
     """longest text or caption in tokens; longer ones are truncated and counted. The language model's own maximum also
     applies"""
-    head: str = option(
-        "auto", one_of("auto", "linear", "attentive"), "model", NO_SWEEP, names_run=True, classifiers_only=True
-    )
-    """linear: one layer on the pooled token, or on [CLS] of the language model. attentive: a query, learned or made
-    from the text, attends to each time step, and a small transformer reads the results in order; choose it if the order of
-    events or the text decides. auto: attentive with --use_text True, else linear"""
+    head: str = option("auto", one_of("auto", "linear", "attentive"), "model", NO_SWEEP, names_run=True)
+    """what reads the video. linear: one layer on the pooled token, or on [CLS] of the language model; for captioners,
+    an MLP on every video token. attentive: a query, learned or made from the text, attends to each time step, and a
+    small transformer reads the results in order; captioners have 16 such queries. Choose it if the order of events or
+    the text decides. auto: attentive for classifiers with --use_text True, else linear"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
     """dropout before the new head and in the projector; raise it if val falls behind train"""
 
@@ -707,7 +706,7 @@ def default_rates(config: Config) -> tuple[float, dict[str, float]]:
 
 
 def head_of(config: Config) -> str:
-    """The head of a classifier, "linear" or "attentive"; decides what `auto` means."""
+    """What reads the video, "linear" or "attentive"; decides what `auto` means."""
     if config.head != "auto":
         return config.head
     return "attentive" if config.use_text and not config.captioning else "linear"
@@ -725,8 +724,7 @@ def fill_auto(
     values["frame_stride"] = 0 if is_tiny(config, "vision") else -stride
     values["learning_rate"] = default_rates(config)[0]
     values["token_grid"] = min(side, 4 if head_of(config) == "attentive" else 2)
-    if not config.captioning:
-        values["head"] = head_of(config)
+    values["head"] = head_of(config)
     return replace(config, **{name: value for name, value in values.items() if getattr(config, name) == "auto"})
 
 
@@ -755,7 +753,7 @@ def default_run_name(config: Config) -> str:
             parts.append("caption")
         elif config.use_text:
             parts.append("text")
-    if config.head == "attentive" and not config.use_text:
+    if config.head == "attentive" and head_of(replace(config, head="auto")) == "linear":
         parts.append("attentive")
     parts += [FIELDS[name].metadata["mark"] for name in options_with("mark") if getattr(config, name)]
     if config.weights == "hub" and (config.vision_model in BACKBONES or config.language_model in BACKBONES):

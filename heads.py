@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 
 class StepAttention(nn.Module):
-    """Multi-head attention of one query to the tokens of each time step.
+    """Multi-head attention of a few queries to the tokens of each time step.
 
-    With a single query there is no need to project every token to a key and a value: q . (K x) = (K^T q) . x, and a
-    weighted mean of V x is V times the weighted mean of x. So the weights are applied to the query and to the mean.
+    With few queries there is no need to project every token to a key and a value: q . (K x) = (K^T q) . x, and a
+    weighted mean of V x is V times the weighted mean of x. So the weights are applied to the queries and to the means.
     """
 
     def __init__(self, width: int, heads: int):
@@ -32,32 +32,31 @@ class StepAttention(nn.Module):
         self.query, self.value, self.out = (nn.Linear(width, width) for _ in range(3))
         self.key = nn.Linear(width, width, bias=False)  # softmax would cancel a bias
 
-    def forward(self, query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Query (B or 1, D) and tokens (B, t, n, D) -> (B, t, D)."""
+    def forward(self, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Queries (B or 1, q, D) and tokens (B, t, n, D) -> (B, t, q, D)."""
         # K^T q of each head: what it looks for, as a vector in the space of the tokens
         key = self.key.weight.unflatten(0, (self.heads, -1))  # (h, D / h, D)
-        query = self.query(query).unflatten(-1, (self.heads, -1)) * self.scale  # (B, h, D / h)
-        query = torch.einsum("bhd,hde->bhe", query, key)  # (B, h, D)
+        queries = self.query(queries).unflatten(-1, (self.heads, -1)) * self.scale  # (B, q, h, D / h)
+        wanted = torch.einsum("bqhd,hde->bqhe", queries, key).flatten(1, 2)  # (B, q h, D)
 
-        # V times the weighted mean token of each head and time step
-        weights = (query[:, None] @ tokens.transpose(2, 3)).softmax(-1)  # (B, t, h, n)
+        # V times the weighted mean token of each query, head and time step
+        weights = (wanted[:, None] @ tokens.transpose(2, 3)).softmax(-1)  # (B, t, q h, n)
+        means = (weights @ tokens).unflatten(2, (-1, self.heads))  # (B, t, q, h, D)
         value = self.value.weight.unflatten(0, (self.heads, -1))  # (h, D / h, D)
-        steps = torch.einsum("bthe,hde->bthd", weights @ tokens, value).flatten(2)  # (B, t, D)
-        return self.out(steps + self.value.bias)
+        return self.out(torch.einsum("btqhe,hde->btqhd", means, value).flatten(3) + self.value.bias)
 
 
-class AttentiveHead(nn.Module):
-    """The grid tokens of a video -> logits. The query is a learned vector, or what `text_query` makes from a text."""
+class StepReader(nn.Module):
+    """Queries and the grid tokens of a video -> for each query, what it finds over time."""
 
-    def __init__(self, vision: Any, num_classes: int, dropout: float, text_query: "TextQuery | None" = None):
-        """`vision` is the VisionEncoder whose tokens the head reads."""
+    def __init__(self, vision: Any, dropout: float):
+        """`vision` is the VisionEncoder whose tokens are read."""
         super().__init__()
         width, heads = vision.config.hidden_size, vision.config.num_attention_heads
         self.times, self.num_cls = vision.num_times, int(vision.has_pooled_token)
         self.norm = nn.LayerNorm(width)  # backbones differ in the scale of their tokens
 
         # attention to each time step; tokens need no position embedding, they carry their position from the backbone
-        self.query = nn.Parameter(torch.randn(width)) if text_query is None else text_query
         self.query_norm = nn.LayerNorm(width)
         self.attention = StepAttention(width, heads)
         self.time_embedding = nn.Parameter(0.1 * torch.randn(self.times, width))
@@ -65,6 +64,33 @@ class AttentiveHead(nn.Module):
         # a second block was no better
         block = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout, F.gelu, batch_first=True, norm_first=True)
         self.reader = nn.Sequential(block, nn.LayerNorm(width))
+
+    def read(self, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Queries (B or 1, q, D) and tokens from VisionEncoder.encode_video (B, N, D) -> (B, q, D)."""
+        # CLS belongs to no time step
+        tokens = self.norm(tokens)
+        cls, grid = tokens[:, : self.num_cls], tokens[:, self.num_cls :].unflatten(1, (self.times, -1))
+
+        # the same queries for all time steps; the time embedding keeps their order
+        steps = self.attention(queries, grid) + self.time_embedding[:, None]  # (B, t, q, D)
+
+        # each query has a row of its own. It reads itself too: a text may tell something about the class by itself
+        batch, count = steps.shape[0], steps.shape[2]
+        queries = self.query_norm(queries)[:, :, None].expand(batch, -1, -1, -1)  # (B, q, 1, D)
+        cls = cls[:, None].expand(-1, count, -1, -1)  # (B, q, 0 or 1, D)
+        rows = torch.cat([cls, queries, steps.transpose(1, 2)], dim=2)  # (B, q, [1 +] 1 + t, D)
+        return self.reader(rows.flatten(0, 1)).mean(1).unflatten(0, (batch, count))
+
+
+class AttentiveHead(StepReader):
+    """The grid tokens of a video -> logits. The query is a learned vector, or what `text_query` makes from a text."""
+
+    def __init__(self, vision: Any, num_classes: int, dropout: float, text_query: "TextQuery | None" = None):
+        super().__init__(vision, dropout)
+        width = vision.config.hidden_size
+        self.text_query = text_query
+        if text_query is None:
+            self.query = nn.Parameter(torch.randn(width))
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(width, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.02)
@@ -72,18 +98,27 @@ class AttentiveHead(nn.Module):
 
     def forward(self, tokens: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
         """Tokens from VisionEncoder.encode_video (B, N, D) and, if there is text, TextQuery's arguments -> (B, K)."""
-        # CLS belongs to no time step
-        tokens = self.norm(tokens)
-        cls, grid = tokens[:, : self.num_cls], tokens[:, self.num_cls :].unflatten(1, (self.times, -1))
+        query = self.query[None] if self.text_query is None else self.text_query(*text)  # (B or 1, D)
+        return self.classifier(self.dropout(self.read(query[:, None], tokens)[:, 0]))
 
-        # one query for all time steps; the time embedding keeps their order
-        query = self.query(*text) if text else self.query[None]  # (B or 1, D)
-        steps = self.attention(query, grid) + self.time_embedding  # (B, t, D)
 
-        # the block reads the query too, because a text may tell something about the class by itself
-        query = self.query_norm(query)[:, None].expand(len(tokens), -1, -1)  # (B, 1, D)
-        hidden = self.reader(torch.cat([cls, query, steps], dim=1))
-        return self.classifier(self.dropout(hidden.mean(1)))
+class AttentiveProjector(StepReader):
+    """The grid tokens of a video -> a few tokens for a language model, one for each learned query.
+
+    Each query follows one thing through the video, such as the red object, so a token tells what that thing is and
+    does. Perceiver-like resamplers (arXiv:2204.14198) have queries too, but not one result per time step.
+    """
+
+    def __init__(self, vision: Any, width: int, dropout: float, num_tokens: int = 16):
+        """`width` is that of the language model's embeddings."""
+        super().__init__(vision, dropout)
+        hidden, self.num_tokens = vision.config.hidden_size, num_tokens
+        self.queries = nn.Parameter(torch.randn(num_tokens, hidden))
+        self.project = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens from VisionEncoder.encode_video (B, N, D) -> (B, num_tokens, width)."""
+        return self.project(self.read(self.queries[None], tokens))
 
 
 class TextQuery(nn.Module):
@@ -98,7 +133,8 @@ class TextQuery(nn.Module):
     def __init__(self, embeddings: torch.Tensor, hidden: int, width: int):
         super().__init__()
         self.whiten = whitening(embeddings)
-        self.gate = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 1))
+        # without biases, which the softmax would cancel
+        self.gate = nn.Sequential(nn.LayerNorm(hidden, bias=False), nn.Linear(hidden, 1, bias=False))
         self.project = nn.Sequential(nn.LayerNorm(embeddings.shape[1]), nn.Linear(embeddings.shape[1], width))
 
     def forward(self, embeddings: torch.Tensor, outputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
