@@ -4,12 +4,15 @@
     steps      attention of the query to the tokens of each time step            (B, t, D)
     logits     transformer block over [CLS,] query and steps, mean, linear       (B, K)
 
+In a captioner, each of several learned queries becomes a token for the language model in the same way.
+
 The linear head reads one pooled token, which has lost the order of events and which object did what. A single attention
 over all tokens loses the order too: it averages what comes before a turn with what comes after. One result per time
 step keeps both, and a query made from the text follows the object that the text names. Attentive probes without time
 steps or text are in CoCa (arXiv:2205.01917) and V-JEPA (arXiv:2404.08471).
 
-Shapes: B batch, N video tokens, L text tokens, D width, K classes, t time steps, n tokens per time step, h heads.
+Shapes: B batch, N video tokens, L text tokens, D width, K classes, t time steps, n tokens per time step,
+h heads, q queries.
 """
 
 from typing import Any

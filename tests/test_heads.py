@@ -12,7 +12,6 @@ from test_resume import Killed, assert_same, killed_after
 from torch.nn import functional as F
 
 import inference
-import main
 import train_code
 from build_model import adapters, trained_tensors
 from checkpoint import PROVIDED, load_run
