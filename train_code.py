@@ -358,7 +358,7 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
 
 @contextmanager
 def evaluating(model: VideoModel) -> Generator[None]:
-    """Inside, the model is in eval() and without gradients. Afterwards it is back in its old mode, so that training can go on."""
+    """Inside, the model is in eval() and without gradients. Afterwards it is in its old mode, so training can go on."""
     training = model.training
     model.eval()
     try:
@@ -585,7 +585,7 @@ def train(
 def score_best_epoch(
     model: VideoModel, loaders: dict[str, DataLoader], config: Config, engine: Engine, run_dir: Path, started: float
 ) -> dict[str, Any]:
-    """Scores the weights in `run_dir` on val and test and writes the predictions. `started` is when training started, as
+    """Scores the weights in `run_dir` on val and test, writes the predictions. `started` is when training started, as
     time.perf_counter() gives it. Returns the contents of metrics.json, and the log."""
     accelerator, progress = engine.accelerator, engine.progress
     best_epoch = load_weights(run_dir, model)["epoch"]
