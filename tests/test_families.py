@@ -235,7 +235,7 @@ def test_the_files_of_video_processors_are_read(tmp_path, name):
 
 
 def test_the_fingerprint_knows_the_pooler(tmp_path, folder_of):
-    """Published V-JEPA 2 classifiers share their frozen backbone; they differ in the pooler, on which the cache depends."""
+    """V-JEPA 2 classifiers share their frozen backbone and differ in the pooler, which the cache depends on."""
     model = native_model("vjepa2")
     nn.init.zeros_(model.pooler.query_tokens)
     model.save_pretrained(tmp_path)
