@@ -585,8 +585,8 @@ def train(
 def score_best_epoch(
     model: VideoModel, loaders: dict[str, DataLoader], config: Config, engine: Engine, run_dir: Path, started: float
 ) -> dict[str, Any]:
-    """Scores the weights in `run_dir` on val and test and writes the predictions. `started` is when training started, as
-    time.perf_counter() gives it. Returns the contents of metrics.json, and the log."""
+    """Scores the weights in `run_dir` on val and test, and writes the predictions. `started` is the time.perf_counter()
+    at which training started. Returns the contents of metrics.json, and the log."""
     accelerator, progress = engine.accelerator, engine.progress
     best_epoch = load_weights(run_dir, model)["epoch"]
     metrics = {"best_epoch": best_epoch} | score_splits(model, loaders, config, accelerator, run_dir)
