@@ -93,15 +93,13 @@ LEARNING_RATES = {
     ("hub", "frozen"): (1e-3, 1.0),
     ("tiny", "frozen"): (3e-3, 1.0),
 }
+ATTENTIVE_RATE = 1e-3  # highest peak learning rate of an attentive head
 
 
 def is_non_commercial(licence: str) -> bool:
     """Whether the name of a licence, such as CC-BY-NC-4.0, says that it forbids commercial use."""
     words = re.split("[^a-z]+", licence.lower())
     return "nc" in words or "noncommercial" in "".join(words)
-
-
-ATTENTIVE_RATE = 1e-3  # highest peak learning rate of an attentive head
 
 
 # -- converters: str -> value; a ValueError says what is allowed ------------------------------------
@@ -199,10 +197,11 @@ def path_value(text: str) -> str:
 # -- the options ------------------------------------------------------------------------------------
 
 # scripts that read an option: those that build a new model, and those that load a run
-TRAIN = "main sweep_heads doctor preview"
+TRAIN_ANY = "main doctor preview"  # not a sweep: it trains heads only, and without a language model
+TRAIN = f"{TRAIN_ANY} sweep_heads"
 USE = "inference score"
 ALL = f"{TRAIN} {USE}"
-NO_SWEEP = f"main doctor preview {USE}"  # a sweep trains heads only, and without a language model
+NO_SWEEP = f"{TRAIN_ANY} {USE}"
 # options that are scripts now, and what to type instead
 RETIRED = {
     "doctor": "python doctor.py takes the same flags",
@@ -250,7 +249,7 @@ class Config:
     token_grid: int | str = option("auto", auto_or(number(int, 1, 32)), "model", TRAIN, in_feature_key=True)
     """pool the video tokens of each time step to N x N for the language model or the attentive head; a larger N keeps
     finer detail and takes more memory. auto: 4 for the attentive head, else 2"""
-    max_text_tokens: int = option(128, number(int, 1, 100_000), "model", "main doctor preview")
+    max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN_ANY)
     """longest text or caption in tokens; longer ones are truncated and counted. The language model's own maximum also
     applies"""
     head: str = option("auto", one_of("auto", "linear", "attentive"), "model", NO_SWEEP, names_run=True)
@@ -274,7 +273,7 @@ class Config:
         False, to_bool, "training mode", NO_SWEEP, names_run=True, mark="lorallm", needs_vlm=True
     )
     """train low-rank adapters (LoRA) in the language backbone instead of its own weights"""
-    lora_r: int = option(16, number(int, 1, 1024), "training mode", "main doctor preview")
+    lora_r: int = option(16, number(int, 1, 1024), "training mode", TRAIN_ANY)
     """LoRA rank, usually 8 to 64; higher for larger datasets. alpha is twice the rank"""
 
     data_dir: str = option("synthetic_dataset", path_value, "data", f"{TRAIN} score", free_at_resume=True)

@@ -74,7 +74,7 @@ def export(
 def why_no_class(vision: VisionEncoder) -> str:
     """Why transformers has no class for a linear head on this encoder; "" if it has one."""
     name = vision.config.model_type
-    if vision.family.frames is None:
+    if vision.family.is_image_encoder:
         return f"the mean over the frames of {name}, and Hugging Face's classes for {name} read one image"
     if vision.family.pooler is not None and vision.pooler is None:
         return (
