@@ -286,9 +286,9 @@ class Config:
     """height and width of the model's input in pixels. auto: the size that the backbone was trained with"""
     frame_stride: int | str = option("auto", auto_or(number(int, -1000, 1000)), "data", TRAIN, in_feature_key=True)
     """0: spread the frames over the whole video. S > 0: take every S-th frame of one window, random in training and
-    centred in evaluation; a video that is too short repeats its last frame. -S: the same, but a video that is too short
-    is treated as with 0. auto: -S with the S of the backbone's published training, or 0 if that spread the frames or is
-    unknown, for image encoders and for tiny backbones"""
+    centred in evaluation; a shorter video repeats its last frame. -S: the same, but the frames are spread over a shorter
+    video. auto: -S with the S of the backbone's published training; 0 for tiny backbones, for image encoders, and if S is
+    unknown"""
     # three values, because auto must not fail where True must: with augmentation or a trained backbone
     cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main score")
     """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
