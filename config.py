@@ -254,9 +254,9 @@ class Config:
     applies"""
     head: str = option("auto", one_of("auto", "linear", "attentive"), "model", NO_SWEEP, names_run=True)
     """what reads the video. linear: one layer on the pooled token, or on [CLS] of the language model; for captioners,
-    an MLP on every video token. attentive: a query, learned or made from the text, attends to each time step, and a
-    small transformer reads the results in order; captioners have 16 such queries. Choose it if the order of events or
-    the text decides. auto: attentive for classifiers with --use_text True, else linear"""
+    an MLP on every token of the grid. attentive: a query, learned or made from the text, attends to each time step,
+    and a small transformer reads the results in order; captioners have 16 such queries. Choose it if the order of
+    events or the text decides. auto: attentive for classifiers with --use_text True, else linear"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
     """dropout before the new head and in the projector; raise it if val falls behind train"""
 
@@ -286,9 +286,9 @@ class Config:
     """height and width of the model's input in pixels. auto: the size that the backbone was trained with"""
     frame_stride: int | str = option("auto", auto_or(number(int, -1000, 1000)), "data", TRAIN, in_feature_key=True)
     """0: spread the frames over the whole video. S > 0: take every S-th frame of one window, random in training and
-    centred in evaluation; a shorter video repeats its last frame. -S: the same, but the frames are spread over a shorter
-    video. auto: -S with the S of the backbone's published training; 0 for tiny backbones, for image encoders, and if S is
-    unknown"""
+    centred in evaluation; a shorter video repeats its last frame. -S: the same, but the frames are spread over a
+    shorter video. auto: -S with the S of the backbone's published training; 0 for tiny backbones, for image
+    encoders, and if S is unknown"""
     # three values, because auto must not fail where True must: with augmentation or a trained backbone
     cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main score")
     """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
@@ -305,7 +305,8 @@ class Config:
     flip: bool = option(False, to_bool, "data", "main preview")
     """mirror half of the training clips; leave it off if left and right matter, as in "moving left\""""
     class_balance: bool = option(False, to_bool, "data", "main sweep_heads preview", classifiers_only=True)
-    """draw equally many clips of every class in each epoch; small classes repeat clips with different frames"""
+    """draw equally many clips of every class in each epoch; small classes repeat clips, with other frames where these
+    are drawn at random"""
 
     epochs: int = option(10, number(int, 1, 100_000), "training", "main sweep_heads")
     """passes over the training videos; the best epoch on val is kept"""
@@ -339,7 +340,8 @@ class Config:
     heads: str = option(
         "linear attentive", several(one_of("linear", "attentive")), "sweep", "sweep_heads", several=True
     )
-    """heads to train. linear: one layer on the pooled token. attentive: reads all tokens in order, takes longer"""
+    """heads to train. linear: one layer on the pooled token. attentive: attends to each time step and reads the results
+    in order; takes longer"""
     learning_rates: str = option(
         "0.0001 0.0003 0.001 0.003 0.01", several(number(float, 0, above=True)), "sweep", "sweep_heads", several=True
     )

@@ -1,6 +1,6 @@
 """Trains many heads at once on the cached features of a frozen video backbone, and keeps the one that is best on val.
 
-python sweep_heads.py --data_dir my_clips --weights hub
+python sweep_heads.py --data_dir my_clips --vision_model vjepa2 --weights hub
 python sweep_heads.py --heads linear --learning_rates 1e-3 3e-3 1e-2 --weight_decays 0.05
 
 Each batch of features is read once, and all heads take a step on it, as V-JEPA 2 trains its probes (arXiv:2506.09985).

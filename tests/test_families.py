@@ -441,4 +441,4 @@ def test_an_exported_classifier_answers_like_its_run(folder_of, tmp_path, key, o
     with torch.no_grad():
         found = native(model.vision_encoder.preprocessing.normalise(video)).logits.flatten(1)
     assert torch.allclose(found, expected, atol=1e-4) and found.std() > 0.1
-    assert "Trained from `a folder`, whose licence (mit)" in (tmp_path / "out" / "README.md").read_text()
+    assert "Trained from `a folder`. Its licence (mit)" in (tmp_path / "out" / "README.md").read_text()
