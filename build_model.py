@@ -8,6 +8,7 @@ With --head attentive (heads.py) a query attends to each time step of the video:
 
     video classifier                learned query, video tokens -> attentive head
     video + language classifier     [CLS] text [SEP] -> BERT-like encoder -> query, video tokens -> attentive head
+    video captioner                 learned queries, video tokens -> 16 tokens, BOS, caption, EOS -> language model
 
 Shapes: B batch, T frames, C channels, H W pixels, N video tokens, L text tokens, D width, V vocabulary, K classes.
 t, h and w are the numbers of tokens along time, height and width.

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from build_model import VideoModel, build_model, trained_tensors
 from config import FIELDS, ROOT, Config, as_flags, options_with, read_yaml, run_name, training_mode, write_yaml
-from pretrained import Source, locate, read_config
+from pretrained import Source, licence_of, locate, read_config
 from script import (
     FileLock,
     UserError,
@@ -50,6 +50,7 @@ STATE = Path("state") / "state.safetensors"
 PICTURES = ["curves", "confusion", "classes", "reliability", "worst", "captions", "attributes", "occlusion"]
 #: everything a run writes into its folder; --overwrite removes these and nothing else
 RUN_FILES = {WEIGHTS, CONFIG_YAML, METADATA, METRICS, "log.jsonl", "predictions_val.jsonl", "predictions_test.jsonl"}
+RUN_FILES |= {"sweep.csv", "sweep.json"}
 RUN_FILES |= {"state", "vision", "language", "tensorboard", "CARD.md", *(f"{name}.png" for name in PICTURES)}
 PROVIDED = ROOT / "checkpoints" / "provided"
 
@@ -241,6 +242,7 @@ def run_metadata(
         name: {
             "source": portable(source.path),
             "revision": source.revision,
+            "licence": licence_of(source),
             "fingerprint": source.fingerprint,
             "in_checkpoint": modes[name] == "full",
         }
@@ -500,6 +502,7 @@ def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
     values = read_yaml(run_dir / CONFIG_YAML)
     if values.get("head", "auto") == "auto":
         values["head"] = "linear"  # runs of earlier versions, which had no other or did not fill it in
+    values.setdefault("frame_stride", 0)  # what earlier versions did
     config = Config(**values)
     if problem := metadata_problem(metadata, {*training_mode(config)}):
         raise UserError(f"{run_dir / METADATA} is damaged: {problem}")

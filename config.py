@@ -30,23 +30,59 @@ PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "b
 
 
 class Backbone(NamedTuple):
-    """What a short name stands for: backbones/<name>-tiny with --weights tiny, this hub model with --weights hub."""
+    """What a short name stands for: this hub model with --weights hub, the folder backbones/<name>-tiny with --weights
+    tiny."""
 
     kind: str  # vision | encoder (BERT-like) | decoder (causal)
     hub: str
     revision: str  # a pinned commit: later uploads to the hub change nothing
+    licence: str  # of the published weights, as their card names it
+    tiny: bool = False  # whether there is such a folder
     tiny_head: str = "linear"  # what --head auto means for a video classifier on the tiny weights
 
 
+TINY_LICENCE = "Apache-2.0"  # of the folders in backbones/
 BACKBONES = {
     "timesformer": Backbone(
-        "vision", "facebook/timesformer-base-finetuned-k400", "8aaf40ea7d3d282dcb0a5dea01a198320d15d6c0"
+        "vision",
+        "facebook/timesformer-base-finetuned-k400",
+        "8aaf40ea7d3d282dcb0a5dea01a198320d15d6c0",
+        "CC-BY-NC-4.0",
+        tiny=True,
     ),
     "videomae": Backbone(
-        "vision", "MCG-NJU/videomae-base-finetuned-kinetics", "488eb9a0565f257b32866000305c8178965eb9f6", "attentive"
+        "vision",
+        "MCG-NJU/videomae-base-finetuned-kinetics",
+        "488eb9a0565f257b32866000305c8178965eb9f6",
+        "CC-BY-NC-4.0",
+        tiny=True,
+        tiny_head="attentive",
     ),
-    "bert": Backbone("encoder", "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"),
-    "gpt2": Backbone("decoder", "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
+    "vjepa2": Backbone(
+        "vision", "facebook/vjepa2-vitl-fpc16-256-ssv2", "4aa02df83918538fc21cfaf576382fa20e489a80", "MIT"
+    ),
+    "vivit": Backbone("vision", "google/vivit-b-16x2-kinetics400", "8a7171a57f79b9aaa58bc8d977c002a0ea0f0d42", "MIT"),
+    # its main branch has no weights for transformers; this is the commit of the pull request that adds them
+    "videoprism": Backbone(
+        "vision", "google/videoprism-base-f16r288", "2be2ef51d0d611d0fadf21a6d1470a4ad4af9249", "Apache-2.0"
+    ),
+    # gated: its conditions must be accepted on the hub, and HF_TOKEN set
+    "dinov3": Backbone(
+        "vision",
+        "facebook/dinov3-vitb16-pretrain-lvd1689m",
+        "5931719e67bbdb9737e363e781fb0c67687896bc",
+        "DINOv3 License",
+    ),
+    "dinov2": Backbone("vision", "facebook/dinov2-base", "f9e44c814b77203eaa57a6bdbbd535f21ede1415", "Apache-2.0"),
+    "siglip": Backbone(
+        "vision", "google/siglip2-base-patch16-224", "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2", "Apache-2.0"
+    ),
+    # the card names no licence; OpenAI's repository, which links to these weights, is MIT
+    "clip": Backbone("vision", "openai/clip-vit-base-patch16", "57c216476eefef5ab752ec549e440a49ae4ae5f3", "MIT"),
+    "bert": Backbone(
+        "encoder", "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594", "Apache-2.0", tiny=True
+    ),
+    "gpt2": Backbone("decoder", "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", "MIT", tiny=True),
 }
 
 # (weights, training mode) -> (peak learning rate, factor for new layers). With two backbones the one listed first here
@@ -59,9 +95,14 @@ LEARNING_RATES = {
     ("hub", "frozen"): (1e-3, 1.0),
     ("tiny", "frozen"): (3e-3, 1.0),
 }
-
-
 ATTENTIVE_RATE = 1e-3  # highest peak learning rate of an attentive head
+
+
+def is_non_commercial(licence: str) -> bool:
+    """Whether the name of a licence, such as CC-BY-NC-4.0, says that it forbids commercial use."""
+    words = re.split("[^a-z]+", licence.lower())
+    return "nc" in words or "noncommercial" in "".join(words)
+
 
 # --epochs auto: optimizer steps, and bounds on the epochs. With cached features an epoch costs seconds
 STEPS = {"cached": 3600, "other": 1800}
@@ -127,6 +168,19 @@ def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert_or_auto
 
 
+def several(convert: Callable[[str], Any]) -> Callable[[str], str]:
+    """A converter of one or more values with spaces between them. The result is a text like it without repetitions."""
+
+    def convert_all(text: str) -> str:
+        try:
+            values = [str(convert(word)) for word in text.split() or [""]]
+        except ValueError as error:
+            raise ValueError(f"one or more values with spaces between them, each {error}") from None
+        return " ".join(dict.fromkeys(values))
+
+    return convert_all
+
+
 def text_value(text: str) -> str:
     """Any valid text."""
     try:
@@ -150,9 +204,11 @@ def path_value(text: str) -> str:
 # -- the options ------------------------------------------------------------------------------------
 
 # scripts that read an option: those that build a new model, and those that load a run
-TRAIN = "main doctor preview"
+TRAIN_ANY = "main doctor preview"  # not a sweep: it trains heads only, and without a language model
+TRAIN = f"{TRAIN_ANY} sweep_heads"
 USE = "inference score"
 ALL = f"{TRAIN} {USE}"
+NO_SWEEP = f"{TRAIN_ANY} {USE}"
 # options that are scripts now, and what to type instead
 RETIRED = {
     "doctor": "python doctor.py takes the same flags",
@@ -173,6 +229,7 @@ def option(default: Any, convert: Callable[[str], Any], group: str, scripts: str
         changes_answers   answers of inference depend on it
         in_feature_key    cached features depend on it
         package           an optional package that it needs
+        several           its flag takes several values
     """
     return field(default=default, metadata={"convert": convert, "group": group, "scripts": scripts.split()} | facts)
 
@@ -182,16 +239,16 @@ class Config:
     """All options of all scripts. None means "not set"."""
 
     vision_model: str = option("timesformer", path_value, "model", ALL, names_run=True)
-    """vision backbone: timesformer, videomae, or a folder (from save_pretrained) or hub id of one of the families
-    V-JEPA 2, DINOv3, SigLIP, DINOv2, CLIP, ViViT, VideoPrism, TimeSformer, VideoMAE"""
-    language_model: str | None = option(None, path_value, "model", ALL, names_run=True, needs_vlm=True)
+    """vision backbone: a short name from the table at the end, or a folder (from save_pretrained) or hub id of one of
+    the families in that table"""
+    language_model: str | None = option(None, path_value, "model", NO_SWEEP, names_run=True, needs_vlm=True)
     """language backbone for --use_vlm True: bert for classification, gpt2 for captioning, or a folder or hub id of a
     similar model"""
-    use_vlm: bool = option(False, to_bool, "model", ALL, names_run=True)
+    use_vlm: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
     """connect a language model to the video backbone"""
-    captioning: bool = option(False, to_bool, "model", ALL, names_run=True)
+    captioning: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
     """generate captions instead of predicting a class; needs --use_vlm True"""
-    use_text: bool = option(False, to_bool, "model", ALL, names_run=True, needs_vlm=True)
+    use_text: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True, needs_vlm=True)
     """classification: also read the clip's text. Captioning: no effect, because captions are the targets either way"""
     weights: str = option("tiny", one_of("tiny", "hub"), "model", ALL, names_run=True)
     """weights that the short names load: tiny (in backbones/, for the synthetic dataset only) or hub (published; use
@@ -200,12 +257,12 @@ class Config:
     """pool the video tokens of each time step to N x N for the language model or the attentive head; a larger N keeps
     finer detail and takes more memory. auto: 8 for the attentive head, or what the backbone has if that is less; else
     2"""
-    max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN)
+    max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN_ANY)
     """longest text or caption in tokens; longer ones are truncated and counted. The language model's own maximum also
     applies"""
-    head: str = option("auto", one_of("auto", "linear", "attentive"), "model", ALL, names_run=True)
+    head: str = option("auto", one_of("auto", "linear", "attentive"), "model", NO_SWEEP, names_run=True)
     """what reads the video. linear: one layer on the pooled token, or on [CLS] of the language model; for captioners,
-    an MLP on every video token. attentive: a query, learned or made from the text, attends to each time step, and a
+    an MLP on every token of the grid. attentive: a query, learned or made from the text, attends to each time step, and a
     small transformer reads the results in order; captioners have 16 such queries. Choose it if the
     order of events or the text decides. auto: attentive with --use_vlm True and for videomae-tiny, else linear"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
@@ -214,13 +271,17 @@ class Config:
     # without these flags a backbone is trained in full; LoRA trains adapters only, with or without freezing
     freeze_visionbackbone: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="fvbb")
     """do not train the video backbone: fast, uses little memory, good for small datasets"""
-    freeze_llmbackbone: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="fllm", needs_vlm=True)
+    freeze_llmbackbone: bool = option(
+        False, to_bool, "training mode", NO_SWEEP, names_run=True, mark="fllm", needs_vlm=True
+    )
     """do not train the language backbone"""
-    use_lora_vision: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="loravision")
+    use_lora_vision: bool = option(False, to_bool, "training mode", NO_SWEEP, names_run=True, mark="loravision")
     """train low-rank adapters (LoRA) in the video backbone instead of its own weights"""
-    use_lora_llm: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="lorallm", needs_vlm=True)
+    use_lora_llm: bool = option(
+        False, to_bool, "training mode", NO_SWEEP, names_run=True, mark="lorallm", needs_vlm=True
+    )
     """train low-rank adapters (LoRA) in the language backbone instead of its own weights"""
-    lora_r: int = option(16, number(int, 1, 1024), "training mode", TRAIN)
+    lora_r: int = option(16, number(int, 1, 1024), "training mode", TRAIN_ANY)
     """LoRA rank, usually 8 to 64; higher for larger datasets. alpha is twice the rank"""
 
     data_dir: str = option("synthetic_dataset", path_value, "data", f"{TRAIN} score", free_at_resume=True)
@@ -231,16 +292,18 @@ class Config:
     for an image encoder"""
     image_size: int | str = option("auto", auto_or(number(int, 8, 2048)), "data", TRAIN)
     """height and width of the model's input in pixels. auto: the size that the backbone was trained with"""
-    frame_stride: int = option(0, number(int, 0, 1000), "data", TRAIN, in_feature_key=True)
+    frame_stride: int | str = option("auto", auto_or(number(int, -1000, 1000)), "data", TRAIN, in_feature_key=True)
     """0: spread the frames over the whole video. S > 0: take every S-th frame of one window, random in training and
-    centred in evaluation"""
+    centred in evaluation; a shorter video repeats its last frame. -S: the same, but the frames are spread over a
+    shorter video. auto: -S with the S of the backbone's published training; 0 for tiny backbones, for image
+    encoders, and if S is unknown"""
     # three values, because auto must not fail where True must: with augmentation or a trained backbone
     cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main score")
     """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
     always takes the centred frames. auto: True if the video backbone is frozen and clips are not augmented"""
-    cache_dir: str = option("auto", path_value, "data", "main score", free_at_resume=True)
+    cache_dir: str = option("auto", path_value, "data", "main sweep_heads score", free_at_resume=True)
     """folder of cached features; safe to delete. auto: .features in --output_dir"""
-    skip_unreadable: bool = option(False, to_bool, "data", "main preview score")
+    skip_unreadable: bool = option(False, to_bool, "data", "main sweep_heads preview score")
     """skip videos that cannot be read and list them in metrics.json; otherwise they are an error"""
     augment: str = option("none", one_of("none", "light", "strong"), "data", "main preview")
     """random changes to training clips, for small datasets; all frames of a clip change alike. light: mild cropping and
@@ -249,13 +312,16 @@ class Config:
     mention"""
     flip: bool = option(False, to_bool, "data", "main preview")
     """mirror half of the training clips; leave it off if left and right matter, as in "moving left\""""
-    class_balance: bool = option(False, to_bool, "data", "main preview", classifiers_only=True)
-    """draw equally many clips of every class in each epoch; small classes repeat clips with different frames"""
+    class_balance: bool = option(False, to_bool, "data", "main sweep_heads preview", classifiers_only=True)
+    """draw equally many clips of every class in each epoch; small classes repeat clips, with other frames where these
+    are drawn at random"""
 
-    epochs: int | str = option("auto", auto_or(number(int, 1, 100_000)), "training", "main")
+    epochs: int | str = option("auto", auto_or(number(int, 1, 100_000)), "training", "main sweep_heads")
     """passes over the training videos; the best epoch on val is kept. auto: 1,800 optimizer steps, or 3,600 for a
     classifier on cached features, but from 5 to 30 epochs"""
-    batch_size: int | str = option("auto", auto_or(number(int, 1, 65_536)), "training", f"main preview {USE}")
+    batch_size: int | str = option(
+        "auto", auto_or(number(int, 1, 65_536)), "training", f"main sweep_heads preview {USE}"
+    )
     """clips per batch, over all processes; lower it if you run out of memory. auto: 16, or 8 for inference"""
     learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", "main doctor")
     """peak learning rate: linear warmup over 10 % of the steps, then cosine decay to zero. auto: see the table in
@@ -266,9 +332,9 @@ class Config:
     layer_decay: float = option(1.0, number(float, 0.1, 1), "training", "main")
     """multiply the learning rate by this for every layer further from the output; 0.65 to 0.9 protects the early layers
     of a fully trained backbone"""
-    label_smoothing: float = option(0.0, number(float, 0, 0.9), "training", "main")
+    label_smoothing: float = option(0.0, number(float, 0, 0.9), "training", "main sweep_heads")
     """fraction of each target that is spread over all classes or tokens; 0.1 reduces overconfidence"""
-    patience: int | str = option("auto", auto_or(number(int, 0)), "training", "main")
+    patience: int | str = option("auto", auto_or(number(int, 0)), "training", "main sweep_heads")
     """stop early if val has not improved for this many epochs. 0: never. auto: half of --epochs auto, else 0"""
     gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", "main")
     """batches per optimizer step: N batches of size B train like one batch of N x B, with the memory of B"""
@@ -279,6 +345,18 @@ class Config:
     Needs a C++ compiler"""
     seed: int = option(0, number(int, 0, 2**31 - 1), "training", TRAIN)
     """random seed for new layers, sampling, dropout and shuffling; does not affect the val split"""
+
+    heads: str = option(
+        "linear attentive", several(one_of("linear", "attentive")), "sweep", "sweep_heads", several=True
+    )
+    """heads to train. linear: one layer on the pooled token. attentive: attends to each time step and reads the results
+    in order; takes longer"""
+    learning_rates: str = option(
+        "0.0001 0.0003 0.001 0.003 0.01", several(number(float, 0, above=True)), "sweep", "sweep_heads", several=True
+    )
+    """peak learning rates to train each head with. If the lowest or the highest of them is best, go beyond it"""
+    weight_decays: str = option("0.05 0.5", several(number(float, 0)), "sweep", "sweep_heads", several=True)
+    """weight decays to train each head with, at each learning rate; higher ones help if val falls behind train"""
 
     video_dir: str | None = option(None, path_value, "inference", "inference")
     """input: a video file, a folder of frames, a .pt file, or a folder that contains any of these"""
@@ -309,11 +387,15 @@ class Config:
 
     checkpoint: str | None = option(None, path_value, "run and machine", USE)
     """run folder to load; all model options are read from it"""
-    run_name: str | None = option(None, path_value, "run and machine", f"main preview {USE}", free_at_resume=True)
+    run_name: str | None = option(
+        None, path_value, "run and machine", f"main sweep_heads preview {USE}", free_at_resume=True
+    )
     """name of the run's folder; derived from the model options by default"""
-    output_dir: str = option("checkpoints", path_value, "run and machine", f"main preview {USE}", free_at_resume=True)
+    output_dir: str = option(
+        "checkpoints", path_value, "run and machine", f"main sweep_heads preview {USE}", free_at_resume=True
+    )
     """folder that contains all runs"""
-    overwrite: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
+    overwrite: bool = option(False, to_bool, "run and machine", "main sweep_heads", free_at_resume=True)
     """replace an existing run with the same name"""
     resume: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True)
     """continue a stopped run from its last saved step, with its original options; the result is bit-for-bit the same as
@@ -321,7 +403,7 @@ class Config:
     save_every: int = option(0, number(int, 0), "run and machine", "main", free_at_resume=True)
     """save the state that --resume needs every N optimizer steps. It is always saved after each epoch, and on Ctrl-C or
     SIGTERM"""
-    controls: bool = option(False, to_bool, "run and machine", "main score", free_at_resume=True)
+    controls: bool = option(False, to_bool, "run and machine", "main sweep_heads score", free_at_resume=True)
     """also score inputs on which the model should fail (one repeated frame, shuffled or reversed frames, a grey video,
     swapped texts) and two baselines (majority class, nearest neighbour), and draw where the model looks"""
     tensorboard: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True, package="tensorboardX")
@@ -449,22 +531,29 @@ ABOUT = {
     "inference": "Classify or caption videos with a trained run.",
     "score": "Score a trained run again on val and test, on its own or other videos.",
     "doctor": "Check data, backbone and options before training. Takes the flags of main.py and saves nothing.",
+    "sweep_heads": "Train many heads on cached features of a frozen backbone, and keep the one that is best on val.",
     "preview": "Draw the first training clips as the model will see them. Takes the flags of main.py.",
 }
 # which flag a path without a flag most likely lacks
 INPUT = {"inference": "--video_dir", "score": "--checkpoint"} | dict.fromkeys(TRAIN.split(), "--data_dir")
 
 
+def table_of_names() -> str:
+    """The short names, what they load with --weights tiny and hub, and the licence of the published weights."""
+    lines = ["short name   tiny  --weights hub, licence"]
+    for name, backbone in BACKBONES.items():
+        licence = f"{backbone.licence}{', not for commercial use' if is_non_commercial(backbone.licence) else ''}"
+        lines.append(f"  {name:<12} {'yes' if backbone.tiny else 'no':<4} {backbone.hub:<41} {licence}")
+    return "\n".join(lines)
+
+
 def build_parser(script: str) -> Parser:
     """The argument parser of a script. It accepts all options, but --help shows only those that the script reads."""
-    # the epilog is a table of the short names
-    names = "".join(f"\n  {name:<12} backbones/{f'{name}-tiny':<18} {b.hub}" for name, b in BACKBONES.items())
     parser = Parser(
         prog=f"{script}.py",
         usage="%(prog)s [--flag value ...]",
         description=ABOUT[script],
-        epilog=f"Flags override config_file.yaml. A bare --use_vlm means --use_vlm True.\n\n"
-        f"short name     --weights tiny               --weights hub{names}",
+        epilog=f"Flags override config_file.yaml. A bare --freeze_visionbackbone means True.\n\n{table_of_names()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -478,6 +567,7 @@ def build_parser(script: str) -> Parser:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         bare = {"nargs": "?", "const": "True"} if f.metadata["convert"] is to_bool else {}
+        bare |= {"nargs": "+"} if f.metadata.get("several") else {}
         text = f"{texts[name]} (default: {f.default})".replace("%", "%%")
         text = text if script in f.metadata["scripts"] else argparse.SUPPRESS
         groups[group].add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text, **bare)
@@ -500,7 +590,9 @@ def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
     path = flags.pop("config", None)
     file = CONFIG_FILE if path is None else Path(path)
     values = read_yaml(file) if path is not None or file.is_file() else {}
-    typed_flags = {name: convert(name, value, "--") for name, value in flags.items()}
+    typed_flags = {
+        name: convert(name, value if isinstance(value, str) else " ".join(value), "--") for name, value in flags.items()
+    }
     if script in TRAIN:
         refuse_foreign(script, typed_flags)
     config = Config(**(values | typed_flags))
@@ -555,9 +647,9 @@ def check_options(config: Config) -> Config:
         if getattr(config, name) and importlib.util.find_spec(package) is None:
             raise UserError(f"--{name} True needs {package}: pip install -r requirements-extra.txt")
     refuse_classifier_options(config)
-    check_backbone("vision_model", config.vision_model, "vision")
+    check_backbone(config, "vision_model", "vision")
     if config.use_vlm:
-        check_backbone("language_model", config.language_model, "decoder" if config.captioning else "encoder")
+        check_backbone(config, "language_model", "decoder" if config.captioning else "encoder")
     run_name(config)  # called for its checks
     return config
 
@@ -569,9 +661,11 @@ def refuse_classifier_options(config: Config) -> None:
             raise UserError(f"--{name} works with classifiers only; leave it out or set --captioning False")
 
 
-def check_backbone(option_name: str, name: str, kind: str) -> None:
-    """Raises UserError unless `name` is a short name of this kind, a folder or a hub id."""
+def check_backbone(config: Config, option_name: str, kind: str) -> None:
+    """Raises UserError unless the option is a short name of this kind, with weights of the kind that --weights says, a
+    folder or a hub id."""
     # hub ids contain a slash, so that any other unknown word is most likely a short name with a typo
+    name = getattr(config, option_name)
     if name not in BACKBONES:
         if "/" in name or Path(name).is_dir():
             return
@@ -587,6 +681,8 @@ def check_backbone(option_name: str, name: str, kind: str) -> None:
         raise UserError(f"{name} writes captions: add --captioning True, or use --language_model bert to classify")
     if actual != kind:
         raise UserError(f"--{option_name} cannot be {name}, a {actual} backbone")
+    if config.weights == "tiny" and not BACKBONES[name].tiny:
+        raise UserError(f"--{option_name} {name} has no tiny weights: add --weights hub")
 
 
 def training_mode(config: Config) -> dict[str, str]:
@@ -598,14 +694,16 @@ def training_mode(config: Config) -> dict[str, str]:
     return modes
 
 
+def is_tiny(config: Config, part: str) -> bool:
+    """Whether the vision or language backbone is one of those in backbones/."""
+    return config.weights == "tiny" and getattr(config, f"{part}_model") in BACKBONES
+
+
 def default_rates(config: Config) -> tuple[float, dict[str, float]]:
     """The default learning rates: (peak rate of the least restricted backbone, {part: its rate as a multiple of it}).
     Parts are "vision", "language" and "new layers"."""
     # folders and hub ids get the rates of published weights
-    kinds = {}
-    for part, mode in training_mode(config).items():
-        tiny = config.weights == "tiny" and getattr(config, f"{part}_model") in BACKBONES
-        kinds[part] = ("tiny" if tiny else "hub", mode)
+    kinds = {part: ("tiny" if is_tiny(config, part) else "hub", mode) for part, mode in training_mode(config).items()}
     # the keys of LEARNING_RATES are ordered from least to most restricted
     rate, factor = LEARNING_RATES[min(kinds.values(), key=[*LEARNING_RATES].index)]
     if head_of(config) == "attentive":
@@ -627,13 +725,16 @@ def head_of(config: Config) -> str:
     return BACKBONES[config.vision_model].tiny_head if tiny else "linear"
 
 
-def fill_auto(config: Config, num_frames: int, image_size: int, side: int, batch_size: int = 16) -> Config:
+def fill_auto(
+    config: Config, num_frames: int, image_size: int, side: int, stride: int = 0, batch_size: int = 16
+) -> Config:
     """Replaces every `auto` that depends on the model. The backbone reads num_frames frames of image_size x image_size
-    pixels, in side x side patches.
+    pixels, in side x side patches; its family was trained with every stride-th frame, or 0.
 
     Options that depend on the machine stay `auto`: device, mixed_precision, cache_features, cache_dir.
     """
     values = {"num_frames": num_frames, "image_size": image_size, "batch_size": batch_size}
+    values["frame_stride"] = 0 if is_tiny(config, "vision") else -stride
     values["learning_rate"] = default_rates(config)[0]
     values["token_grid"] = min(side, 8 if head_of(config) == "attentive" else 2)
     values["head"] = head_of(config)

@@ -652,8 +652,9 @@ def next_command(outcomes: dict[str, Outcome], output: Path) -> str:
 
     # with labels and captions both are possible; a classifier is the cheaper first run
     samples = [s for o in outcomes.values() for s in o.samples.values()]
-    classify = f"python main.py --data_dir {printable(output)} --weights hub"
-    caption = f"{classify} --use_vlm True --captioning True --freeze_visionbackbone True --use_lora_llm True"
+    backbone = "--vision_model vjepa2 --weights hub --freeze_visionbackbone True"
+    classify = f"python main.py --data_dir {printable(output)} {backbone}"
+    caption = f"{classify} --use_vlm True --captioning True --use_lora_llm True"
     if not all(s.captions for s in samples):
         return f"next: {classify}"
     return f"next: {classify}\nor, for captions: {caption}" if all(s.label for s in samples) else f"next: {caption}"

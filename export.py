@@ -30,7 +30,7 @@ from script import (
     write_json,
 )
 from transforms import INTERPOLATION, Preprocessing, sample_indices
-from vision import own_frames, own_size, read_vision_config
+from vision import VisionEncoder, own_frames, own_size, read_vision_config
 
 
 def export(
@@ -61,18 +61,26 @@ def export(
             "to export the classifier"
         )
 
-    vision = model.vision_encoder
-    if not config.use_vlm and (vision.family.is_image_encoder or vision.family.pooling == "attentive"):
-        raise UserError(
-            f"--export: {run_dir} has a linear head on {vision.config.model_type}, for which Hugging Face has no "
-            "class; only video classifiers of TimeSformer, VideoMAE and ViViT can be exported"
-        )
+    if not config.use_vlm and (reason := why_no_class(model.vision_encoder)):
+        raise UserError(f"--export: {run_dir} has a linear head on {reason}")
 
     # adapters first, because exporting the classifier merges them
     with whole_folder(output) as folder:
         for name in lora:
             save_adapters(model, name, config, folder / f"adapter_{name}")
         return None if config.use_vlm else export_classifier(run_dir.name, model, config, metadata, folder)
+
+
+def why_no_class(vision: VisionEncoder) -> str:
+    """Why transformers has no class for a linear head on this encoder; "" if it has one."""
+    name = vision.config.model_type
+    if vision.family.is_image_encoder:
+        return f"the mean over the frames of {name}, and Hugging Face's classes for {name} read one image"
+    if vision.family.pooler is not None and vision.pooler is None:
+        return (
+            f"the mean over the tokens of {name}, and Hugging Face's class for {name} has an attentive pooler instead"
+        )
+    return ""
 
 
 @contextmanager
@@ -142,32 +150,38 @@ def export_classifier(
     # predict.py reads the choice of frames from preprocessor_config.json, too
     merge_adapters(model)
     native_model(model, metadata).save_pretrained(folder)
-    values = preprocessor_fields(vision.preprocessing) | {"frame_stride": config.frame_stride}
-    write_json(values, folder / "preprocessor_config.json")
+    choice = {"num_frames": config.num_frames, "frame_stride": config.frame_stride}
+    write_json(preprocessor_fields(vision.preprocessing) | choice, folder / "preprocessor_config.json")
     shutil.copyfile(ROOT / "exported" / "predict.py", folder / "predict.py")
 
     # what the export answers, as its users will run it
     reloaded = AutoModelForVideoClassification.from_pretrained(folder).eval()
     with torch.no_grad():
-        logit_difference = float((reloaded(vision.preprocessing.normalise(clips)).logits - expected).abs().max())
+        logits = reloaded(vision.preprocessing.normalise(clips)).logits.flatten(1)  # VideoPrism's are (B, 1, K)
+    logit_difference = float((logits - expected).abs().max())
     predicted = runpy.run_path(str(folder / "predict.py"))["predict"](video)
     difference = max(abs(a - b) for a, b in zip(predicted.values(), probabilities.tolist(), strict=True))
     video.unlink()
-    write_readme(folder, run, config, logit_difference, difference)
+    write_readme(folder, run, config, metadata["backbones"]["vision"], logit_difference, difference)
     return logit_difference, difference
 
 
 def check_position_table(model: VideoModel) -> None:
     """Raises UserError if transformers' class cannot hold the run's position embeddings."""
-    # tables that are parameters can have any length; VideoMAE's is computed from the configuration
     vision = model.vision_encoder
     native = read_vision_config(model.sources["vision"])
     native_sizes = own_frames(native), own_size(native)
-    computed = not isinstance(vision.backbone.embeddings.position_embeddings, torch.nn.Parameter)
-    if computed and native_sizes != (own_frames(vision.config), own_size(vision.config)):
+    if native_sizes == (own_frames(vision.config), own_size(vision.config)):
+        return
+
+    # tables that are parameters can have any length, but VideoMAE computes its table from the configuration; and
+    # VideoPrism interpolates its own only when forward is told to
+    table = getattr(getattr(vision.backbone, "embeddings", None), "position_embeddings", None)
+    computed = table is not None and not isinstance(table, torch.nn.Parameter)
+    if computed or "interpolate_pos_encoding" in vision.family.arguments:
         raise UserError(
-            "--export: transformers' VideoMAE computes its position embeddings and cannot load the interpolated ones "
-            "of this run; to export, train with --num_frames {} --image_size {}".format(*native_sizes)
+            f"--export: transformers' {vision.config.model_type} cannot load the interpolated position embeddings of "
+            "this run; to export, train with --num_frames {} --image_size {}".format(*native_sizes)
         )
 
 
@@ -184,11 +198,20 @@ def native_model(model: VideoModel, metadata: dict[str, Any]) -> torch.nn.Module
     hf_config = copy.deepcopy(vision.config)
     hf_config.id2label, hf_config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
 
-    # three parts: backbone, the norm that follows mean pooling (VideoMAE only), head
+    # parts that a classifier never reaches, such as V-JEPA 2's predictor, become zeros
     native = AutoModelForVideoClassification.from_config(hf_config)
-    native.base_model.load_state_dict(vision.backbone.state_dict())
+    zeros = {
+        name: torch.zeros_like(tensor)
+        for name, tensor in native.base_model.state_dict().items()
+        if name.startswith(vision.family.unused)
+    }
+
+    # backbone, the norm that follows mean pooling (VideoMAE only) or the attentive pooler, head
+    native.base_model.load_state_dict(zeros | vision.backbone.state_dict())
     if vision.fc_norm is not None:
         native.fc_norm.load_state_dict(vision.fc_norm.state_dict())
+    if vision.pooler is not None:
+        vision.family.pooler(native).load_state_dict(vision.pooler.state_dict())
     native.classifier.load_state_dict(model.head.state_dict())
     return native
 
@@ -209,14 +232,19 @@ def draw_video(path: Path, num_frames: int) -> Path:
     return path
 
 
-def write_readme(folder: Path, run: str, config: Config, logits: float, probabilities: float) -> None:
-    """Writes the export's README: its files, how it chooses frames, how much its logits and probabilities differ."""
+def write_readme(
+    folder: Path, run: str, config: Config, backbone: dict[str, Any], logits: float, probabilities: float
+) -> None:
+    """Writes the export's README: its files, how it chooses frames, how much its logits and probabilities differ, and
+    the licence of the `backbone`, an entry of metadata.json."""
     adapters = ""
     if (folder / "adapter_vision").is_dir():
         adapters = "| `adapter_vision/` | the adapters alone, for `PeftModel.from_pretrained` |\n"
-    rule = "the middle frames of equally long parts"
+    rule = parts = "the middle frames of equally long parts"
     if config.frame_stride:
-        rule = f"one frame in {config.frame_stride}, from the middle of the video"
+        rule = f"one frame in {abs(config.frame_stride)}, from the middle of the video"
+    if config.frame_stride < 0:
+        rule += f", or {parts} if the video is too short for that"
     text = Template((ROOT / "exported" / "README.md").read_text(encoding="utf-8")).substitute(
         run=printable(run),
         adapters=adapters,
@@ -225,6 +253,8 @@ def write_readme(folder: Path, run: str, config: Config, logits: float, probabil
         count=config.num_frames,
         logits=f"{logits:.1e}",
         probabilities=f"{probabilities:.1e}",
+        backbone=printable(backbone["source"]),
+        licence=backbone.get("licence", "unknown: read its card"),  # earlier versions did not record it
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -4,12 +4,15 @@
     steps      attention of the query to the tokens of each time step            (B, t, D)
     logits     transformer block over [CLS,] query and steps, mean, linear       (B, K)
 
-The linear head reads one pooled token, which has lost the order of events and which object did what. A single attention
-over all tokens loses the order too: it averages what comes before a turn with what comes after. One result per time
-step keeps both, and a query made from the text follows the object that the text names. Attentive probes without time
-steps or text are in CoCa (arXiv:2205.01917) and V-JEPA (arXiv:2404.08471).
+In a captioner, each of several learned queries becomes a token for the language model in the same way.
 
-Shapes: B batch, N video tokens, L text tokens, D width, K classes, t time steps, n tokens per time step, h heads.
+The linear head reads one pooled token, which mixes objects and, with image encoders, has lost the order of the
+frames. A single attention over all tokens loses the order too: it averages what comes before a turn with what comes
+after. One result per time step keeps both, and a query made from the text follows the object that the text names.
+Attentive probes without time steps or text are in CoCa (arXiv:2205.01917) and V-JEPA (arXiv:2404.08471).
+
+Shapes: B batch, N video tokens, L text tokens, D width, K classes, t time steps, n tokens per time step,
+h heads, q queries.
 """
 
 from typing import Any
@@ -23,7 +26,7 @@ class StepAttention(nn.Module):
     """Multi-head attention of a few queries to the tokens of each time step.
 
     With few queries there is no need to project every token to a key and a value: q . (K x) = (K^T q) . x, and a
-    weighted mean of V x is V times the weighted mean of x. So the weights are applied to the queries and to the means.
+    weighted mean of V x is V times the weighted mean of x. So K is applied to the queries and V to the means.
     """
 
     def __init__(self, width: int, heads: int):
@@ -71,7 +74,7 @@ class StepReader(nn.Module):
         tokens = self.norm(tokens)
         cls, grid = tokens[:, : self.num_cls], tokens[:, self.num_cls :].unflatten(1, (self.times, -1))
 
-        # the same queries for all time steps; the time embedding keeps their order
+        # the same queries for all time steps; the time embedding tells the steps apart
         steps = self.attention(queries, grid) + self.time_embedding[:, None]  # (B, t, q, D)
 
         # each query has a row of its own. It reads itself too: a text may tell something about the class by itself
@@ -125,7 +128,8 @@ class TextQuery(nn.Module):
     """A text -> a query (B, D). The language model's outputs decide which words count; their embeddings are the query.
 
     The outputs make a bad query themselves. They are nearly parallel whatever the text says (arXiv:1909.00512): those
-    of "red" and "blue" have cosine 0.997 in BERT-tiny. Training then finds a query that suits all texts, and stays.
+    of "red" and "blue" have cosine 0.997 in BERT-tiny. Training then finds a query that suits all texts, and
+    stays there.
     The word embeddings are alike too, with cosine 0.92, but they can be whitened before training (arXiv:2103.15316), so
     that different words make different queries from the first step on.
     """
@@ -138,7 +142,7 @@ class TextQuery(nn.Module):
         self.project = nn.Sequential(nn.LayerNorm(embeddings.shape[1]), nn.Linear(embeddings.shape[1], width))
 
     def forward(self, embeddings: torch.Tensor, outputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Word embeddings and language model's outputs (B, L, *), mask (B, L) with a 1 in each row -> (B, D)."""
+        """Word embeddings and language model's outputs (B, L, *), mask (B, L) without empty rows -> (B, D)."""
         gate = self.gate(outputs).masked_fill(mask[..., None] == 0, -torch.inf).softmax(1)  # (B, L, 1)
         return self.project((gate * self.whiten(embeddings)).sum(1))
 

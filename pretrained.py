@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import BACKBONES, ROOT, Config
+from config import BACKBONES, ROOT, TINY_LICENCE, Backbone, Config, is_tiny
 from metrics import Lexicon
 from script import UserError, counted, shown
 
 # a damaged or hostile configuration beyond these would keep the machine busy for minutes before anything fails
 MOST_LAYERS, MOST_TOKENS, MOST_PARAMETERS = 1000, 10**6, 10**11
+LARGEST_FIELDS = 20_000  # bytes of a model card in which its fields are looked for
 
 LAYER_FIELDS = tuple(
     f"{kind}_layers" for kind in ["num_hidden", "num_spatial", "num_temporal", "num_pooler", "pred_num_hidden"]
@@ -63,23 +65,60 @@ def locate(name: str, weights: str) -> Source:
 
 def warn_of_tiny(config: Config, lexicon: Lexicon | None) -> None:
     """Prints a warning if a run uses a tiny backbone on videos without a lexicon, so on other than synthetic ones."""
-    if config.weights == "tiny" and config.vision_model in BACKBONES and lexicon is None:
+    if is_tiny(config, "vision") and lexicon is None:
         print(
             "warning: the tiny backbones were trained on synthetic shapes only and do not understand real videos; for "
             "these, train with --weights hub"
         )
 
 
+def known_backbone(source: Source) -> Backbone | None:
+    """The entry of BACKBONES that has this hub id; None for folders and other ids."""
+    return next((backbone for backbone in BACKBONES.values() if backbone.hub == source.path), None)
+
+
+def licence_of(source: Source) -> str:
+    """The licence of a backbone's weights: from BACKBONES or, for a folder, from the first lines of its README.md."""
+    if Path(source.path).resolve().parent == ROOT / "backbones":
+        return TINY_LICENCE
+    if backbone := known_backbone(source):
+        return backbone.licence
+    card = find_file(source, "README.md") if source.local else None
+    return (card and stated_licence(card)) or "unknown: read its card"
+
+
+def stated_licence(card: Path) -> str | None:
+    """The licence in the fields at the start of a model card. None if they name none, or several."""
+    try:
+        with card.open("rb") as file:
+            text = file.read(LARGEST_FIELDS).decode("utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    names = dict(re.findall(r"^(license|license_name):[ ]*[\"']?([\w.+-]+)", fields[1] if fields else "", re.MULTILINE))
+    licence = names.get("license")
+    return names.get("license_name", licence) if licence == "other" else licence
+
+
 def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
     """loader.from_pretrained(source, ...), with every exception turned into a UserError that says what to do. `what`
     names the part of the backbone that is loaded."""
+    from huggingface_hub.errors import GatedRepoError
+
     try:
         return loader.from_pretrained(**source.arguments(), **more)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, UnpicklingError, ...
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         if source.local:
             raise UserError(f"cannot load the {what} in {source.path}: {cause}") from None
-        advice = "use --weights tiny, or give the path of a folder with a copy of it"
+        advice = "give the path of a folder with a copy of it"
+        if isinstance(error.__cause__, GatedRepoError):
+            page = f"https://huggingface.co/{source.path}"
+            raise UserError(
+                f"{source.path} is gated: accept its conditions on {page} and set HF_TOKEN, or {advice}"
+            ) from None
+        if (backbone := known_backbone(source)) and backbone.tiny:
+            advice = f"use --weights tiny, or {advice}"
         raise UserError(f"cannot load the {what} of {source.path} from the hub: {cause} -- {advice}") from None
 
 
@@ -193,7 +232,9 @@ def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tupl
         except Exception as error:  # with a damaged configuration transformers can raise anything
             raise UserError(f"cannot build the model that {source.path}/config.json describes: {error}") from None
 
-    # weights_only: a .bin file is a pickle, and must not run code
+    # a .bin file is a pickle: weights_only, so that it cannot run code. transformers would also have a web service
+    # convert it, and download the result a second time
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no table of unused tensors; missing ones are checked below
     try:

@@ -13,9 +13,9 @@ import figures
 import train_code
 from build_model import VideoModel, build_model, parameter_table
 from checkpoint import check_same, claimed_run, clear_run, finish_run, git_commit, run_metadata, write_run_files
-from config import BACKBONES, Config, as_flags, default_rates, fill_epochs, training_mode
+from config import Config, as_flags, default_rates, fill_epochs, is_non_commercial, is_tiny, training_mode
 from controls import control_line, control_scores, occlusion_maps
-from pretrained import warn_of_tiny
+from pretrained import licence_of, warn_of_tiny
 from scan import prepare_data
 from script import UserError, counted, is_main, printable, read_rows
 from train_code import build_accelerator, build_loaders
@@ -104,12 +104,7 @@ def fit(run: Run) -> int:
     try:
         with memory_advice():
             metrics = train_code.train(run.model, loaders, run.config, run.accelerator, run.folder)
-            log = metrics.pop("log")
-            if run.accelerator.is_main_process:
-                figures.plot_curves(log, run.folder / "curves.png", run.folder.name)
-            report(run, metrics)
-            if run.accelerator.is_main_process:
-                finish_run(run.folder, metrics)
+            finish(run, metrics)
 
     # Ctrl-C and SIGTERM; shells use 128 + number as exit status
     except train_code.Stopped as stopped:
@@ -121,6 +116,16 @@ def fit(run: Run) -> int:
         run.accelerator.end_training()
     print_end(run)
     return 0
+
+
+def finish(run: Run, metrics: dict[str, Any]) -> None:
+    """Reports on a trained run, and marks it as finished. `metrics` are as train() returns them, with the log."""
+    log = metrics.pop("log")
+    if run.accelerator.is_main_process:
+        figures.plot_curves(log, run.folder / "curves.png", run.folder.name)
+    report(run, metrics)
+    if run.accelerator.is_main_process:
+        finish_run(run.folder, metrics)
 
 
 @contextlib.contextmanager
@@ -202,22 +207,39 @@ def result_line(metrics: dict[str, Any]) -> str:
 
 
 def print_backbones(run: Run) -> None:
-    """One line per backbone: its name, its size, and for the tiny ones what they were trained on."""
+    """One line per backbone: its name, its size, its licence, and for the tiny ones what they were trained on. A
+    warning for a licence that forbids commercial use. Then which frames of a video make a clip."""
     vision = run.model.vision_encoder
     for part, backbone in run.model.backbones().items():
         size = sum(p.numel() for n, p in backbone.named_parameters() if ".lora_" not in n) / 1e6
         text = f"{size:.1f} M parameters"
         if part == "vision":
             text += f", {vision.preprocessing.image_size}², {counted(vision.num_frames, 'frame')}"
+        source = run.model.sources[part]
+        licence = licence_of(source)
+        text += f", licence {licence}"
 
         # the tiny ones work on nothing but the synthetic data: say so in every run
         name = getattr(run.config, f"{part}_model")
-        if name not in BACKBONES or run.config.weights == "hub":
-            print(f"{part}: {run.model.sources[part].path} ({text})")
+        if not is_tiny(run.config, part):
+            print(f"{part}: {source.path} ({text})")
         elif part == "vision":
             print(f"{part}: {name}-tiny (synthetic shapes, {text}); for real videos add --weights hub")
         else:
             print(f"{part}: {name}-tiny (captions of synthetic shapes, {text})")
+        if is_non_commercial(licence):
+            print(f"warning: {source.path} and models trained from it are not for commercial use ({licence})")
+    print(frames_line(run.config))
+
+
+def frames_line(config: Config) -> str:
+    """Which frames of a video make a clip, in one line."""
+    stride = abs(config.frame_stride)
+    if stride == 0:
+        return "frames: spread over the whole video"
+    window = (config.num_frames - 1) * stride + 1
+    short = "a shorter video repeats its last frame" if config.frame_stride > 0 else "or spread over a shorter video"
+    return f"frames: one in {stride}, from a window of {window} frames; {short}"
 
 
 def print_hints(run: Run) -> None:

@@ -179,6 +179,10 @@ class Stopped(Exception):  # noqa: N818, not an error
         self.number = number
 
 
+class DivergedError(UserError):
+    """The loss is not a finite number."""
+
+
 @dataclass
 class Progress:
     """How far a run is: everything that --resume needs besides tensors and random generators. It is saved as JSON."""
@@ -217,7 +221,7 @@ class Engine:
 def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> None:
     """Trains the current epoch from where it is to its end; engine.progress has its loss and accuracy.
 
-    Raises UserError for a loss that is not finite, naming step and files.
+    Raises DivergedError for a loss that is not finite, naming step and files.
     """
     # a resumed epoch skips the batches that were trained before it was stopped
     model.train()
@@ -228,18 +232,24 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> No
     groups = groups_of(loader, engine.accumulate)
     with tqdm(groups, f"epoch {progress.epoch + 1}", total, False, initial=progress.groups, unit="step") as bar:
         for group in bar:
-            # the schedule is a pure function of the step, so it has no state to save
-            for param_group in engine.optimizer.param_groups:
-                param_group["lr"] = lr_at(progress.step, engine.total_steps, param_group["peak_lr"])
-            if accumulate_gradients(model, group, loader, engine):
-                optimizer_step(model, engine)
+            train_step(model, group, loader, engine)
 
             # bookkeeping; after_step may stop here, so everything must be up to date; its own time is not training time
-            progress.groups += 1
             progress.seconds += time.perf_counter() - clock
             bar.set_postfix(loss=f"{progress.loss / max(1, progress.count):.3f}", refresh=False)
             engine.after_step()
             clock = time.perf_counter()
+
+
+def train_step(model: VideoModel, group: list[dict], loader: DataLoader, engine: Engine) -> None:
+    """One optimizer step on a group of batches, at the learning rate of this step."""
+    # the schedule is a pure function of the step, so it has no state to save
+    progress = engine.progress
+    for param_group in engine.optimizer.param_groups:
+        param_group["lr"] = lr_at(progress.step, engine.total_steps, param_group["peak_lr"])
+    if accumulate_gradients(model, group, loader, engine):
+        optimizer_step(model, engine)
+    progress.groups += 1
 
 
 def groups_of(loader: DataLoader, size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -267,7 +277,7 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
             loss, logits, targets = loss_sum(model, batch, engine.label_smoothing)
         if not torch.isfinite(loss):
             files = [str(loader.dataset.samples[i].path) for i in batch["index"].tolist()]
-            raise UserError(f"the loss is {loss.item()} at step {progress.step}; the batch: {', '.join(files)}")
+            raise DivergedError(f"the loss is {loss.item()} at step {progress.step}; the batch: {', '.join(files)}")
         accelerator.backward(loss / num_targets)
         loss_total += loss.item()
         count += int((targets != -100).sum())
@@ -348,7 +358,7 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
 
 @contextmanager
 def evaluating(model: VideoModel) -> Generator[None]:
-    """Inside, the model is in eval() and without gradients. Afterwards it is back in its old mode, so that training can go on."""
+    """Inside, the model is in eval() and without gradients. Afterwards it is in its old mode, so training can go on."""
     training = model.training
     model.eval()
     try:
@@ -567,17 +577,26 @@ def train(
         patience = counted(config.patience, "epoch")
         print(f"stopped after epoch {engine.progress.epoch}: val has not improved for {patience}")
 
-    # score the best epoch, whose weights are on disk once the main process has written them
+    # the weights of the best epoch are on disk once the main process has written them
     accelerator.wait_for_everyone()
+    return score_best_epoch(model, loaders, config, engine, run_dir, started)
+
+
+def score_best_epoch(
+    model: VideoModel, loaders: dict[str, DataLoader], config: Config, engine: Engine, run_dir: Path, started: float
+) -> dict[str, Any]:
+    """Scores the weights in `run_dir` on val and test, writes the predictions. `started` is when training started, as
+    time.perf_counter() gives it. Returns the contents of metrics.json, and the log."""
+    accelerator, progress = engine.accelerator, engine.progress
     best_epoch = load_weights(run_dir, model)["epoch"]
     metrics = {"best_epoch": best_epoch} | score_splits(model, loaders, config, accelerator, run_dir)
     return metrics | {
-        "skipped": engine.progress.skipped,
+        "skipped": all_skipped(loaders["train"], accelerator),
         "seconds": round(time.perf_counter() - started, 1),
         "peak_mb": peak_memory(accelerator),
         "device": device_name(accelerator),
-        "seconds_per_epoch": seconds_per_epoch(engine.progress.log),
-        "log": engine.progress.log,
+        "seconds_per_epoch": seconds_per_epoch(progress.log),
+        "log": progress.log,
     }
 
 
@@ -603,6 +622,24 @@ def evaluate_and_log(
 
     It may be called after any step. The row then is about the current epoch so far.
     """
+    row = evaluate_epoch(model, loaders, engine, config)
+    if engine.accelerator.is_main_process:
+        save_epoch(model, row, engine.progress.log, run_dir)
+        if config.tensorboard:
+            tensorboard_row(row, run_dir / "tensorboard")
+    tqdm.write(epoch_line(row, config.epochs))
+
+
+def save_epoch(model: VideoModel, row: dict[str, Any], log: list[dict[str, Any]], run_dir: Path) -> None:
+    """Writes the log, and the weights if the epoch of this row of the log is the best so far."""
+    # only the best weights are kept, so the file on disk is always the one to score
+    if row["best"]:
+        save_weights(run_dir, model, {k: row[k] for k in ("epoch", "step", "val_loss")})
+    write_rows(log, run_dir / "log.jsonl")
+
+
+def evaluate_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config) -> dict[str, Any]:
+    """Evaluates on val and adds a row to the log. Returns the row; its `best` says whether no epoch was better."""
     progress = engine.progress
     val = evaluate(model, loaders["val"], engine.accelerator)
     train_loss = progress.loss / progress.count
@@ -618,17 +655,10 @@ def evaluate_and_log(
     clips = min(progress.groups * engine.accumulate * config.batch_size, len(loaders["train"].dataset))
     row["clips_per_second"] = round(clips / progress.seconds, 1)
 
-    # only the best weights are kept, so the file on disk is always the one to score
     if row["best"]:
         progress.best = rank
     progress.log.append(row)
-    if engine.accelerator.is_main_process:
-        if row["best"]:
-            save_weights(run_dir, model, {k: row[k] for k in ("epoch", "step", "val_loss")})
-        write_rows(progress.log, run_dir / "log.jsonl")
-        if config.tensorboard:
-            tensorboard_row(row, run_dir / "tensorboard")
-    tqdm.write(epoch_line(row, config.epochs))
+    return row
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 LARGEST = 8192  # longest side in a preprocessor_config.json, in pixels
 LARGEST_PICTURE = 256 * 10**6  # pixels of a frame, before and after resizing
-INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # keys: PIL's codes, used by preprocessor_config.json
+# keys: PIL's codes, used by preprocessor_config.json. 1 is Lanczos, which torch lacks and VideoPrism was trained with
+INTERPOLATION = {0: "nearest-exact", 1: "bicubic", 2: "bilinear", 3: "bicubic"}
 
 
 def sample_indices(
@@ -27,14 +28,18 @@ def sample_indices(
 
     Stride 0 divides the whole video into `num_frames` segments (TSN, arXiv:1608.00859) and takes the centre of each, or
     with `rng` a random frame of each. Stride S takes every S-th frame of the window in the middle, or with `rng` of a
-    random window. `position` moves the centre: 0 is the first frame of each segment or the first window, 1 the last.
-    A video that is too short repeats its last frame.
+    random window. A video that is too short repeats its last frame. Stride -S is S for videos that have such a window,
+    and 0 for shorter ones. `position` moves the centre: 0 is the first frame of each segment or the first window, 1 the
+    last.
 
     Raises ValueError unless both counts are at least 1.
     """
     # an empty video has no frame to repeat
     if available < 1 or num_frames < 1:
         raise ValueError(f"cannot take {num_frames} of {available} frames")
+
+    if stride < 0:
+        stride = -stride if available > (num_frames - 1) * -stride else 0
 
     # segments over the whole video, as long as each has a frame of its own
     if stride == 0 and available >= num_frames:
@@ -76,8 +81,9 @@ class Preprocessing:
     def from_dict(cls, values: dict[str, Any], image_size: int) -> "Preprocessing":
         """Reads the fields of a preprocessor_config.json, in current and older spellings.
 
-        All sizes are scaled so that the crop becomes image_size. Raises ValueError for an invalid field, and for an
-        interpolation other than nearest, bilinear or bicubic.
+        All sizes are scaled so that the crop becomes image_size. Lanczos interpolation becomes bicubic, as in
+        transformers without a recent torchvision. Raises ValueError for an invalid field, and for an interpolation
+        other than these, nearest and bilinear.
         """
         # keep the file's ratio of resize to crop: many backbones resize to 256 and crop 224
         resize = _sizes("size", values.get("size", 224)) if values.get("do_resize", True) else None
@@ -90,7 +96,7 @@ class Preprocessing:
         # a backbone gives its best results with the interpolation that it was trained with
         code = values.get("resample", 2)
         if not isinstance(code, int) or code not in INTERPOLATION:
-            raise ValueError(f"resample {reprlib.repr(code)} is not supported; 0, 2 and 3 are")
+            raise ValueError(f"resample {reprlib.repr(code)} is not supported; 0, 1, 2 and 3 are")
 
         # normalise() computes (pixels * rescale_factor - mean) / std, so std must not be 0
         rescale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0

@@ -157,6 +157,7 @@ class Family:
     fit: Callable[[nn.Module, int, int], None] = fit_nothing  # makes the embeddings fit (times, side)
     frames: str | None = "num_frames"  # the configuration's field; None: an image encoder, one frame at a time
     size: str = "image_size"  # the configuration's field
+    stride: int = 0  # published training took every stride-th frame; 0: spread them over the video, or one image
     auto_size: int = 2048  # `auto` takes no larger one
     token_order: str = "thw"  # order of the patch tokens: "hwt" or "thw"
     input: str = "pixel_values"  # what forward calls the video
@@ -176,13 +177,17 @@ INTERPOLATE = {"interpolate_pos_encoding": True}
 # DINOv2's table has 518 pixels, from the end of its training; its preprocessing has 224
 DINO = Family("cls", starts_with_cls=True, frames=None, auto_size=224, unused=("embeddings.mask_token",))
 FAMILIES = {
-    "timesformer": Family("cls", starts_with_cls=True, token_order="hwt", fit=fit_space_and_time),
+    # stride of the base models: 8 x 32 frames; it is 16 for HR and 4 for L
+    "timesformer": Family("cls", starts_with_cls=True, token_order="hwt", fit=fit_space_and_time, stride=32),
     # self-supervised checkpoints come without the norm after mean pooling; it is then trained as a new layer
-    "videomae": Family("mean", starts_with_cls=False, fit=fit_one_table, overrides={"use_mean_pooling": True}),
+    "videomae": Family(
+        "mean", starts_with_cls=False, fit=fit_one_table, stride=4, overrides={"use_mean_pooling": True}
+    ),
     "vivit": Family(
         "cls",
         starts_with_cls=True,
         fit=fit_one_table,  # transformers' own interpolation forgets the time axis and fails
+        stride=2,
         preprocessing={"image_mean": HALF, "image_std": HALF, "rescale_factor": 1 / 127.5, "offset": True},
     ),
     "vjepa2": Family(
@@ -191,6 +196,7 @@ FAMILIES = {
         fit=fit_rotary,
         frames="frames_per_clip",
         size="crop_size",
+        stride=4,
         input="pixel_values_videos",
         arguments={"skip_predictor": True},
         unused=("predictor",),
@@ -323,7 +329,7 @@ class VisionEncoder(nn.Module):
     def fill_auto(self, config: Config) -> Config:
         """The options with every `auto` that depends on the model filled in."""
         _, side = grid_shape(self.config)
-        return fill_auto(config, self.num_frames, self.preprocessing.image_size, side)
+        return fill_auto(config, self.num_frames, self.preprocessing.image_size, side, self.family.stride)
 
     def num_tokens(self, grid: int) -> int:
         """The number of tokens that encode_video returns: num_times * grid^2, and the pooled token if it is not a

@@ -15,11 +15,13 @@ MODEL = AutoModelForVideoClassification.from_pretrained(Path(__file__).resolve()
 
 def read(path: str | Path) -> torch.Tensor:
     """The frames for the model, upright: uint8 [T, 3, H, W]. Raises ValueError or av.FFmpegError."""
-    url, count, stride, pictures = f"file:{path}", MODEL.config.num_frames, RULES["frame_stride"], {}  # never http:
+    url, count, stride, pictures = f"file:{path}", RULES["num_frames"], RULES["frame_stride"], {}  # never http:
     with av.open(url) as packets, av.open(url) as frames:
         if (stream := packets.streams.best("video")) is None:
             raise ValueError("this file has no video")
         length = sum(packet.size > 0 and not packet.is_discard for packet in packets.demux(stream))
+        if stride < 0:  # -S: S, but 0 for a video that is too short for it
+            stride = -stride if length > (count - 1) * -stride else 0
         indices = (np.arange(count) * length / count + 0.5 * length / count).astype(int)  # middles of equal parts
         if stride or length < count:  # every stride-th frame in the middle of the video; repeats the last if too short
             steps = np.arange(count) * (stride or 1)
@@ -44,7 +46,7 @@ def predict(path: str | Path) -> dict[str, float]:
     clip = torch.nn.functional.pad(clip, (int(wide / 2), wide - int(wide / 2), int(high / 2), high - int(high / 2)))
     mean, std = (torch.tensor(RULES[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
     with torch.inference_mode():
-        logits = MODEL(((clip * RULES["rescale_factor"] - mean) / std)[None]).logits[0]
+        logits = MODEL(((clip * RULES["rescale_factor"] - mean) / std)[None]).logits.flatten()
     return {MODEL.config.id2label[k]: probability for k, probability in enumerate(logits.softmax(-1).tolist())}
 
 

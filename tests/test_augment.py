@@ -149,7 +149,7 @@ def test_preview_shows_what_the_model_sees(dataset, tmp_path, capsys):
     # the first row starts with the first frame of the first clip of epoch 1
     config, _ = parse(flags, "main")
     model = build_model(config, 3)
-    config = replace(config, num_frames=4, batch_size=16)
+    config = replace(config, num_frames=4, frame_stride=0, batch_size=16)
     batch = next(iter(build_loaders(model, config, read_splits(dataset))["train"]))
     frame = Image.fromarray(batch["video"][0, 0].permute(1, 2, 0).numpy()).resize((128, 128), Image.Resampling.BICUBIC)
     assert (plain[22:150, :128] == np.asarray(frame)).all() and (plain != changed).any()

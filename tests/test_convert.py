@@ -102,15 +102,16 @@ def test_table_with_captions_texts_and_splits(tmp_path):
     assert rows(tmp_path, "val") == [{"file_name": "y.pt", "caption": ["it rains"]}]
 
 
-CAPTIONER = "--weights hub --use_vlm True --captioning True --freeze_visionbackbone True --use_lora_llm True"
+CLASSIFIER = "--vision_model vjepa2 --weights hub --freeze_visionbackbone True"
+CAPTIONER = f"{CLASSIFIER} --use_vlm True --captioning True --use_lora_llm True"
 
 
 @pytest.mark.parametrize(
     "table, hints",
     [
-        ("video,label\nx.pt,a\n", ["next: {} --weights hub"]),
+        ("video,label\nx.pt,a\n", [f"next: {{}} {CLASSIFIER}"]),
         ("video,caption\nx.pt,it rains\n", [f"next: {{}} {CAPTIONER}"]),
-        ("video,label,caption\nx.pt,a,it rains\n", ["next: {} --weights hub", f"or, for captions: {{}} {CAPTIONER}"]),
+        ("video,label,caption\nx.pt,a,it rains\n", [f"next: {{}} {CLASSIFIER}", f"or, for captions: {{}} {CAPTIONER}"]),
     ],
 )
 def test_the_last_lines_are_the_commands_that_the_data_allows(tmp_path, capsys, table, hints):

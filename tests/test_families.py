@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_resume import assert_resumed_exactly
+from safetensors.torch import load_file
+from test_resume import assert_resumed_exactly, flags
 from torch import nn
 
+import main
 from build_model import adapters, build_model, trained_tensors
-from config import Config, check_options
+from checkpoint import read_run
+from config import ROOT, Config, check_options
 from export import export
 from inference import Predictor
 from pretrained import Source
@@ -232,7 +235,7 @@ def test_the_files_of_video_processors_are_read(tmp_path, name):
 
 
 def test_the_fingerprint_knows_the_pooler(tmp_path, folder_of):
-    """Published V-JEPA 2 classifiers share their frozen backbone, and differ in the pooler that the cache depends on."""
+    """V-JEPA 2 classifiers share their frozen backbone and differ in the pooler, which the cache depends on."""
     model = native_model("vjepa2")
     nn.init.zeros_(model.pooler.query_tokens)
     model.save_pretrained(tmp_path)
@@ -240,6 +243,52 @@ def test_the_fingerprint_knows_the_pooler(tmp_path, folder_of):
     for source in sources:
         load_vision(source, Config())
     assert sources[0].fingerprint != sources[1].fingerprint
+
+
+# -- which frames -----------------------------------------------------------------------------------
+
+STRIDES = {"timesformer": 32, "videomae": 4, "vivit": 2, "vjepa2": 4}  # of published training; 0 for the others
+
+
+@EVERY
+def test_the_stride_is_that_of_published_training_except_for_tiny_weights(folder_of, key):
+    config = Config(vision_model=str(folder_of(key)), num_frames=FRAMES)
+    vision = load_vision(Source(str(folder_of(key))), config)
+    assert vision.fill_auto(config).frame_stride == -STRIDES.get(key.split()[0], 0)
+    assert vision.fill_auto(replace(config, frame_stride=3)).frame_stride == 3
+    assert vision.fill_auto(replace(config, vision_model="videomae")).frame_stride == 0
+
+
+@pytest.mark.parametrize(
+    "key, stride, line",
+    [
+        ("videomae", "4", "frames: one in 4, from a window of 13 frames; or spread over a shorter video"),
+        pytest.param("timesformer", "0", "frames: one in 32, from a window of 97 frames;", marks=pytest.mark.slow),
+    ],
+)
+def test_auto_is_the_stride_where_videos_are_long_enough_and_else_zero(
+    dataset, tmp_path, capsys, folder_of, key, stride, line
+):
+    """These videos have 16 frames. Inference takes the stride from the run."""
+    options = flags(dataset, tmp_path, "--epochs", "1", "--num_workers", "0", "--num_frames", str(FRAMES))
+    options += ["--vision_model", str(folder_of(key))]
+    assert main.main([*options, "--run_name", "auto"]) == 0
+    assert line in capsys.readouterr().out
+    assert main.main([*options, "--run_name", "given", "--frame_stride", stride]) == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("auto", "given")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    runs = [Predictor.from_checkpoint(tmp_path / name) for name in ("auto", "given")]
+    assert [run.config.frame_stride for run in runs] == [-STRIDES[key], int(stride)]
+    videos = sorted((dataset / "test").rglob("*.pt"))
+    assert [runs[0].predict(video) for video in videos] == [runs[1].predict(video) for video in videos]
+
+
+def test_runs_of_earlier_versions_spread_their_frames(tmp_path):
+    run = shutil.copytree(ROOT / "checkpoints" / "provided" / "timesformer_fvbb", tmp_path / "run")
+    assert read_run(run)[0].frame_stride == 0
+    options = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(options.replace("frame_stride: 0\n", ""))
+    assert read_run(run)[0].frame_stride == 0
 
 
 # -- training ---------------------------------------------------------------------------------------
@@ -342,20 +391,54 @@ def test_a_run_is_resumed_exactly_and_predicts(dataset, tmp_path, monkeypatch, f
     assert Predictor.from_checkpoint(tmp_path / "whole" / "r").predict(video)["label"]
 
 
-@pytest.mark.parametrize("key", ["vjepa2", "clip_vision_model"])
+@pytest.mark.parametrize("key", [key for key in MODELS if key in IMAGES or "bare" in key])
 def test_a_classifier_without_a_native_class_is_not_exported(folder_of, tmp_path, key):
     config = check_options(Config(vision_model=str(folder_of(key)), num_frames=FRAMES))
-    with pytest.raises(UserError, match=f"a linear head on {key}, for which Hugging Face has no class"):
+    cause = "the frames of .* read one image" if key in IMAGES else "the tokens of .* has an attentive pooler instead"
+    with pytest.raises(UserError, match=f"r has a linear head on the mean over {cause}"):
+        export(tmp_path / "r", build_model(config, 3), config, {}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_size_that_a_native_class_cannot_take_is_not_exported(folder_of, tmp_path):
+    """VideoPrism would run at that size, and be wrong unless every forward says interpolate_pos_encoding=True."""
+    config = check_options(Config(vision_model=str(folder_of("videoprism_vision_model")), num_frames=8))
+    with pytest.raises(UserError, match="to export, train with --num_frames 4 --image_size 32"):
         export(tmp_path / "r", build_model(config, 3), config, {}, tmp_path / "out")
 
 
-@pytest.mark.parametrize("options", [{}, {"num_frames": 6, "image_size": 48}])
-def test_vivit_is_exported_at_any_size(folder_of, tmp_path, options):
+OTHER_SIZE = {"num_frames": 6, "image_size": 48}
+
+
+@pytest.mark.parametrize(
+    "key, options",
+    [
+        ("vivit", OTHER_SIZE),
+        ("vjepa2", OTHER_SIZE | MODES["lora"]),
+        ("videoprism_vision_model", MODES["lora"]),
+        *(pytest.param(k, {}, marks=pytest.mark.slow) for k in ("vivit", "vjepa2", "videoprism_vision_model")),
+    ],
+)
+def test_an_exported_classifier_answers_like_its_run(folder_of, tmp_path, key, options):
+    """Its logits, and what predict.py says, which export() compares. The weights are random and large."""
     names = ["a", "b", "c"]
-    config = check_options(Config(vision_model=str(folder_of("vivit")), **options))
+    config = check_options(Config(vision_model=str(folder_of(key)), **options))
     torch.manual_seed(0)
     model = build_model(config, 3)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or name.startswith("head."):
+            nn.init.normal_(parameter, std=0.3)
     metadata = {"class_names": names, "display_names": dict(zip(names, names, strict=True))}
+    metadata["backbones"] = {"vision": {"source": "a folder", "licence": "mit"}}
     config = model.vision_encoder.fill_auto(config)
+    video = clips(2, config.num_frames, config.image_size)
+    with torch.no_grad():
+        expected = model.eval()(video)
+
     logits, probabilities = export(tmp_path / "r", model, config, metadata, tmp_path / "out")
-    assert logits < 1e-5 and probabilities < 1e-3
+    assert logits < 1e-4 and probabilities < 1e-3
+    native = transformers.AutoModelForVideoClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found = native(model.vision_encoder.preprocessing.normalise(video)).logits.flatten(1)
+    assert torch.allclose(found, expected, atol=1e-4) and found.std() > 0.1
+    assert "Trained from `a folder`. Its licence (mit)" in (tmp_path / "out" / "README.md").read_text()

@@ -300,6 +300,20 @@ def test_a_run_answers_from_its_folder(dataset, tmp_path, capsys, flags):
         assert torch.allclose(model.scores(**views(batch)), logits.log_softmax(-1), atol=1e-5)
 
 
+def test_a_captioner_answers_from_its_folder_and_learns_with_every_tensor(dataset, tmp_path):
+    flags = ["--head", "attentive", "--use_vlm", "--captioning", "--freeze_visionbackbone", "--use_lora_llm"]
+    assert train(dataset, tmp_path, *flags, "--epochs", "1", "--run_name", "a") == 0
+    folder = tmp_path / "runs" / "a"
+    ask = ["--checkpoint", str(folder), "--video_dir", str(dataset / "test"), "--num_workers", "0"]
+    assert inference.main([*ask, "--output", str(tmp_path / "answers.jsonl")]) == 0
+    answers = {row["file"]: row["caption"] for row in read_rows(tmp_path / "answers.jsonl")}
+    assert answers == {row["file"]: row["caption"] for row in read_rows(folder / "predictions_test.jsonl")}
+
+    model, _, _ = load_run(folder)
+    loss_sum(model.train(), batch_of(model))[0].backward()
+    assert model.projector.num_tokens == 16 and all(p.grad.abs().sum() > 0 for p in model.projector.parameters())
+
+
 def views(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A batch's arguments with every clip twice."""
     inputs = {k: v for k, v in batch.items() if k not in ("index", "labels")}

@@ -21,7 +21,8 @@ LAYERS = [
     {"scan", "export", "train_code", "figures", "answers"},
     {"controls"},
     {"runs"},
-    {"main", "inference", "score", "doctor", "preview", "create_dummy", "convert_dataset"},
+    {"main", "sweep_heads", "inference", "score", "doctor", "preview"},
+    {"create_dummy", "convert_dataset"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -79,6 +80,7 @@ def test_an_older_python_can_parse_the_guard():
     "name",
     [
         "main",
+        "sweep_heads",
         "inference",
         "score",
         "doctor",

@@ -459,7 +459,8 @@ def test_uneven_batches_change_no_score_and_a_lost_clip_is_noticed(dataset, opti
     from train_code import build_accelerator, build_loaders, evaluate
     from VLoader import read_splits
 
-    config, _ = parse([*options, "--data_dir", str(dataset), "--num_frames", "8", "--num_workers", "0"], "main")
+    flags = ["--data_dir", str(dataset), "--num_frames", "8", "--frame_stride", "0", "--num_workers", "0"]
+    config, _ = parse([*options, *flags], "main")
     torch.manual_seed(0)
     model, accelerator = build_model(config, 3), build_accelerator(config)
     found = []

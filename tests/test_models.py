@@ -859,6 +859,7 @@ def test_accumulation_equals_one_large_batch(dataset):
             gradient_accumulation_steps=accumulate,
             num_workers=0,
             num_frames=8,
+            frame_stride=0,
         )
         torch.manual_seed(0)
         model = build_model(config, 3)

@@ -24,13 +24,15 @@ import main
 import metrics
 import preview
 import score
-from config import LEARNING_RATES, ROOT, parse, run_name
+import sweep_heads
+from config import BACKBONES, LEARNING_RATES, ROOT, parse, run_name
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
 README = PAGES["README.md"]
 TEXTS = PAGES | {"CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")}
 SCRIPTS = {
     "main.py": main.main,
+    "sweep_heads.py": sweep_heads.main,
     "inference.py": inference.main,
     "score.py": score.main,
     "doctor.py": doctor.main,
@@ -266,11 +268,13 @@ def test_the_commands_of_a_block_work(use, workplace, capsys):
         flags = [name for flag in flags for name in (sorted(glob(flag)) if "*" in flag else [flag])]
         more = {
             "main.py": ["--weights", "tiny", "--epochs", "1", "--num_workers", "0"],
+            "sweep_heads.py": ["--epochs", "1", "--num_workers", "0"],
             "doctor.py": ["--weights", "tiny", "--num_workers", "0", "--image_size", "32"],
             "preview.py": ["--weights", "tiny", "--num_workers", "0"],
         }
+        no_tiny = ["--vision_model", "timesformer"] if "vjepa2" in flags else []
         capsys.readouterr()
-        status = run(script, *flags, *more.get(script, []))
+        status = run(script, *flags, *more.get(script, []), *no_tiny)
         out, err = capsys.readouterr()
         if "--resume" in flags:  # the run before it was not stopped
             assert status == 2 and "nothing to resume" in err
@@ -304,6 +308,11 @@ def test_the_learning_rates_are_the_code_s():
         shown = [(float(values[i]), float(values[i + 1])) for i in (0, 2, 4)]
         assert shown == [LEARNING_RATES[weights, kind] for kind in ("full", "lora", "frozen")]
         assert f"{title.split(',')[0]}: {' / '.join(values[::2])}" in README.replace(" and folders", "")
+
+
+def test_the_short_names_are_the_code_s():
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| [^|]+\| [^|]*\| (.+) \|$", PAGES["runs.md"], re.MULTILINE)
+    assert sorted(rows) == sorted((name, b.hub, b.licence) for name, b in BACKBONES.items())
 
 
 def test_the_results_are_those_of_the_study():

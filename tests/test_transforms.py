@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from transforms import Preprocessing, sample_indices
+from transforms import Preprocessing, resize_frames, sample_indices
 
 
 def test_segment_centres_and_windows():
@@ -15,12 +16,14 @@ def test_segment_centres_and_windows():
     assert sample_indices(3, 5).tolist() == [0, 1, 2, 2, 2]
     assert sample_indices(100, 4, stride=10).tolist() == [34, 44, 54, 64]
     assert sample_indices(5, 4, stride=3).tolist() == [0, 3, 4, 4]
+    assert sample_indices(10, 4, stride=-3).tolist() == [0, 3, 6, 9]
+    assert sample_indices(9, 4, stride=-3).tolist() == [1, 3, 5, 7]  # a window of 3 * 3 + 1 does not fit
 
 
 @given(
     available=st.integers(1, 500),
     num_frames=st.integers(1, 64),
-    stride=st.integers(0, 9),
+    stride=st.integers(-9, 9),
     seed=st.integers(0, 9) | st.none(),
 )
 def test_indices_always_ascend_inside_the_video(available, num_frames, stride, seed):
@@ -28,6 +31,11 @@ def test_indices_always_ascend_inside_the_video(available, num_frames, stride, s
     indices = sample_indices(available, num_frames, stride, rng)
     assert len(indices) == num_frames and indices[0] >= 0 and indices[-1] < available
     assert (np.diff(indices) >= 0).all()
+    if stride < 0:
+        full = available > (num_frames - 1) * -stride
+        again = None if seed is None else np.random.default_rng(seed)
+        assert (indices == sample_indices(available, num_frames, -stride if full else 0, again)).all()
+        assert not full or (np.diff(indices) == -stride).all()
     if available >= num_frames and stride == 0:
         edges = np.arange(num_frames + 1) * available / num_frames
         assert (indices >= np.floor(edges[:-1])).all() and (indices < np.ceil(edges[1:])).all()
@@ -68,6 +76,21 @@ def test_pixels_equal_the_image_processor(fields, shape):
     levels = 7 if ours.interpolation == "bicubic" else 1  # on noise: overshoots are clipped after each pass
     assert (found - expected).abs().max() <= 1.01 * levels * step
     assert (found - expected).abs().mean() < 0.3 * step
+
+
+def test_lanczos_becomes_what_is_closest_to_it():
+    """VideoPrism's preprocessing has it."""
+    rough = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clip = resize_frames(rough, (96, 128), "bicubic")
+    picture = Image.fromarray(clip[0].permute(1, 2, 0).numpy())
+    expected = np.asarray(picture.resize((48, 48), Image.Resampling.LANCZOS)).astype(int)
+    distance = {}
+    for code in (0, 1, 2):
+        rules = Preprocessing.from_dict(
+            {"resample": code, "size": {"height": 48, "width": 48}, "do_normalize": False}, 48
+        )
+        distance[code] = np.abs(rules.pixels(clip)[0].permute(1, 2, 0).numpy() - expected).mean()
+    assert distance[1] < distance[2] / 2 < distance[0] / 2, distance
 
 
 @pytest.mark.parametrize(

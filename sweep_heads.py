@@ -1,0 +1,259 @@
+"""Trains many heads at once on the cached features of a frozen video backbone, and keeps the one that is best on val.
+
+python sweep_heads.py --data_dir my_clips --vision_model vjepa2 --weights hub
+python sweep_heads.py --heads linear --learning_rates 1e-3 3e-3 1e-2 --weight_decays 0.05
+
+Each batch of features is read once, and all heads take a step on it, as V-JEPA 2 trains its probes (arXiv:2506.09985).
+A head gets the weights that main.py alone would give it: it has its own optimizer and random generators, and the clips
+come in the same order. The best head becomes an ordinary run; sweep.csv and sweep.json in its folder list all heads.
+
+Modules that need torch are imported inside the functions, so that --help stays fast.
+"""
+
+import os
+import time
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import FIELDS, Config, default_run_name, parse
+from script import UserError, counted, leave, replace_file, script, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from runs import Run
+    from train_code import Engine
+
+
+@dataclass
+class Candidate:
+    """One head of the sweep, with what a run of its own would have."""
+
+    run: "Run"
+    engine: "Engine"  # optimizer, progress, log
+    generators: list["torch.Tensor"]  # states of the random generators, which dropout uses
+    best: dict[str, "torch.Tensor"] = field(default_factory=dict)  # the weights of its best epoch
+    diverged: str = ""  # what was wrong with its loss
+
+    @property
+    def name(self) -> str:
+        config = self.run.config
+        return f"{config.head}, learning rate {config.learning_rate:g}, weight decay {config.weight_decay:g}"
+
+
+@script
+def main(argv: list[str] | None = None) -> int:
+    """Trains all heads, prints a table, keeps the best as a run; returns the exit status."""
+    config, typed_flags = parse(argv, "sweep_heads")
+    config = sweep_options(config, typed_flags)
+    from checkpoint import claimed_run
+    from runs import memory_advice
+
+    # nothing is written before all heads are trained, so a sweep that is interrupted leaves no run behind
+    with claimed_run(config, typed_flags, first=True) as (folder, config), memory_advice():
+        started = time.perf_counter()
+        candidates = build_candidates(config, folder)
+        loaders = candidates[0].run.loaders()
+        train_all(candidates, loaders)
+        keep_best(ranked(candidates), loaders, started)
+    return 0
+
+
+def sweep_options(config: Config, typed_flags: set[str]) -> Config:
+    """The options with a frozen backbone, cached features and a run name filled in.
+
+    Raises UserError for an option of main.py that a sweep cannot follow.
+    """
+    what = "a sweep trains heads of video classifiers on the cached features of a frozen backbone"
+    if "freeze_visionbackbone" in typed_flags and not config.freeze_visionbackbone:
+        raise UserError(f"leave out --freeze_visionbackbone False: {what}")
+    for name in (*sorted(typed_flags), *FIELDS):
+        scripts = FIELDS[name].metadata["scripts"]
+        if "main" in scripts and "sweep_heads" not in scripts and getattr(config, name) != FIELDS[name].default:
+            plural = f"{name}s"
+            raise UserError(f"--{name}: use --{plural}" if plural in FIELDS else f"leave out --{name}: {what}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("a sweep runs in one process: start it without torchrun")
+    config = replace(config, freeze_visionbackbone=True, cache_features="True")
+    return config if config.run_name is not None else replace(config, run_name=f"{default_run_name(config)}_sweep")
+
+
+# -- the heads --------------------------------------------------------------------------------------
+
+
+def build_candidates(config: Config, folder: Path) -> list[Candidate]:
+    """Every combination of head, learning rate and weight decay, as main.py starts it. Computes missing features."""
+    from runs import prepare, print_backbones, print_data, print_hints
+    from scan import prepare_data
+    from train_code import build_accelerator, build_engine
+
+    # attentive first: what is cached for it includes the pooled token, which is all that the linear head reads
+    candidates: list[Candidate] = []
+    rates, decays = ([float(value) for value in text.split()] for text in (config.learning_rates, config.weight_decays))
+    for head in sorted(config.heads.split()):
+        run = prepare(replace(config, head=head), folder)
+        if not candidates:
+            print_backbones(run)
+            print_hints(run)
+        run.splits, run.features = prepare_data(run.splits, run.config, run.model, run.accelerator)
+        generators = generator_states()
+        filled = ("token_grid", "epochs", "patience")  # depend on the model and the number of videos
+        config = replace(config, **{name: getattr(run.config, name) for name in filled})
+
+        # one backbone serves all heads
+        encoder, loader = run.model.vision_encoder, run.loaders("train")["train"]
+        if candidates:
+            encoder.backbone = candidates[0].run.model.vision_encoder.backbone
+        run.model.to(run.accelerator.device)
+
+        # heads of one kind start from equal weights; the accelerator has the loss scale of fp16, so each has its own
+        for rate, decay in product(rates, decays):
+            options = replace(run.config, learning_rate=rate, weight_decay=decay)
+            model, accelerator = deepcopy(run.model, {id(encoder): encoder}), build_accelerator(options)
+            own_run = replace(run, config=options, model=model, accelerator=accelerator)
+            candidates.append(Candidate(own_run, build_engine(model, loader, options, accelerator), generators))
+
+    print_data(run)
+    sizes = f"{counted(len(candidates), 'head')} ({config.heads}) x {counted(config.epochs, 'epoch')}"
+    print(f"{sizes}, learning rates {config.learning_rates}, weight decays {config.weight_decays}, seed {config.seed}")
+    return candidates
+
+
+def generator_states() -> list["torch.Tensor"]:
+    """The states of the random generators of the CPU and, if there is one, of the GPU."""
+    import torch
+
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+# -- training ---------------------------------------------------------------------------------------
+
+
+def train_all(candidates: list[Candidate], loaders: dict[str, Any]) -> None:
+    """Trains all heads together; after each epoch, keeps the weights of those that are better than before on val."""
+    from tqdm import tqdm
+
+    from build_model import trained_tensors
+    from train_code import evaluate_epoch, groups_of, out_of_patience, to_device
+
+    config, device = candidates[0].run.config, candidates[0].run.accelerator.device
+    total = candidates[0].engine.total_steps // config.epochs
+    for epoch in range(config.epochs):
+        active = [c for c in candidates if not out_of_patience(c.engine.progress.log, config.patience)]
+        if not active:
+            break
+        for candidate in active:
+            candidate.run.model.train()
+
+        # one optimizer step of every head per group of batches
+        loaders["train"].batch_sampler.epoch = epoch
+        groups = groups_of(loaders["train"], config.gradient_accumulation_steps)
+        for group in tqdm(groups, f"epoch {epoch + 1}", total, leave=False, unit="step"):
+            group = [to_device(batch, device) for batch in group]
+            for candidate in active:
+                train_head(candidate, group, loaders["train"])
+
+        # val
+        for candidate in (c for c in active if not c.diverged):
+            model, engine = candidate.run.model, candidate.engine
+            if evaluate_epoch(model, loaders, engine, candidate.run.config)["best"]:
+                candidate.best = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
+            engine.progress.next_epoch()
+        best = ranked(candidates)[0]
+        accuracy = 100 * best.engine.progress.best[0]
+        tqdm.write(f"epoch {epoch + 1}/{config.epochs}  val accuracy {accuracy:.1f} % ({best.name})")
+
+
+def train_head(candidate: Candidate, group: list[dict], loader: Any) -> None:
+    """One optimizer step of a head. A head whose loss is not finite takes no further part."""
+    import torch
+
+    from train_code import DivergedError, train_step
+
+    if candidate.diverged:
+        return
+
+    # a random stream of its own: its dropout must not depend on the other heads
+    clock = time.perf_counter()
+    torch.set_rng_state(candidate.generators[0])
+    for state in candidate.generators[1:]:
+        torch.cuda.set_rng_state(state)
+    try:
+        train_step(candidate.run.model, group, loader, candidate.engine)
+    except DivergedError as error:
+        candidate.diverged = str(error)
+    candidate.generators = generator_states()
+    candidate.engine.progress.seconds += time.perf_counter() - clock
+
+
+def ranked(candidates: list[Candidate]) -> list[Candidate]:
+    """The heads by the accuracy of their best epochs on val, among equals by the loss; diverged ones last.
+
+    Raises UserError if all have diverged.
+    """
+    order = sorted(candidates, key=lambda c: (not c.diverged, c.engine.progress.best or ()), reverse=True)
+    if order[0].diverged:
+        raise UserError(f"every head has diverged: lower --learning_rates; for example {order[0].diverged}")
+    return order
+
+
+# -- the result -------------------------------------------------------------------------------------
+
+
+def keep_best(candidates: list[Candidate], loaders: dict[str, Any], started: float) -> None:
+    """Prints and writes the table, and makes a run of the first head, the only one that is scored on test."""
+    from runs import finish, print_end, write_or_compare
+    from train_code import save_epoch, score_best_epoch
+
+    rows = [table_row(candidate, loaders) for candidate in candidates]
+    print_table(rows)
+    run, engine = candidates[0].run, candidates[0].engine
+    print(f"best on val: {candidates[0].name}; the best of many is lucky on val, so report its score on test:")
+
+    # in the same order as in training; metrics.json comes last and marks the run as finished
+    write_or_compare(run)
+    best_epoch = next(row for row in reversed(engine.progress.log) if row["best"])
+    save_epoch(run.model, best_epoch, engine.progress.log, run.folder)
+    write_json(rows, run.folder / "sweep.json")
+    lines = [rows[0].keys(), *(row.values() for row in rows)]
+    text = "".join(",".join("" if value is None else str(value) for value in line) + "\n" for line in lines)
+    replace_file(run.folder / "sweep.csv", lambda path: path.write_text(text, encoding="utf-8"))
+    finish(run, score_best_epoch(run.model, loaders, run.config, engine, run.folder, started))
+    print_end(run)
+
+
+def table_row(candidate: Candidate, loaders: dict[str, Any]) -> dict[str, Any]:
+    """What the table says about a head, whose model gets the weights of its best epoch; None where it diverged."""
+    from checkpoint import WEIGHTS, copy_tensors
+    from metrics import with_intervals
+    from train_code import evaluate
+
+    run = candidate.run
+    row = {name: getattr(run.config, name) for name in ("head", "learning_rate", "weight_decay")}
+    row |= dict.fromkeys(("epoch", "val_loss", "val_accuracy", "low", "high"))
+    if candidate.diverged:
+        return row
+    copy_tensors(run.model, candidate.best, run.folder / WEIGHTS)
+    val = evaluate(run.model, loaders["val"], run.accelerator)
+    right = val["ranked"][:, 0] == val["truth"]  # (n,)
+    scores = with_intervals(lambda indices: {"accuracy": float(right[indices].mean())}, len(right))
+    epoch = max(row["epoch"] for row in candidate.engine.progress.log if row["best"])
+    values = (epoch, val["loss"], val["accuracy"], *scores["intervals"]["accuracy"])
+    return row | dict(zip(("epoch", "val_loss", "val_accuracy", "low", "high"), values, strict=True))
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print(f"{'head':<10}{'learning rate':>14}{'weight decay':>14}{'epoch':>7}{'val loss':>10}   val accuracy (95 %)")
+    for row in rows:
+        head, rate, decay, epoch, loss, accuracy, low, high = row.values()
+        scores = "   diverged"
+        if epoch is not None:
+            scores = f"{epoch:>7}{loss:>10.3f}   {100 * accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+        print(f"{head:<10}{rate:>14g}{decay:>14g}{scores}")
+
+
+if __name__ == "__main__":
+    leave(main())
