@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 import controls
 import dummy_data
+import dummy_text_data
 import figures
 import metrics
 from readers import open_video
@@ -72,6 +73,15 @@ def dataset(tmp_path_factory) -> Path:
     """Three classes, 4 training and 2 test videos each."""
     folder = tmp_path_factory.mktemp("data") / "synthetic_dataset"
     dummy_data.main(["--classes", "3", "--videos_per_class", "4", "--test_per_class", "2", "--output", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts_dataset(tmp_path_factory) -> Path:
+    """Three classes of dummy_text_data.py, 4 training, 2 val and 2 test videos each; half have two objects."""
+    folder = tmp_path_factory.mktemp("data") / "synthetic_text_dataset"
+    counts = ["--classes", "3", "--videos_per_class", "4", "--val_per_class", "2", "--test_per_class", "2"]
+    dummy_text_data.main([*counts, "--output", str(folder)])
     return folder
 
 
