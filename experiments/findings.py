@@ -137,11 +137,20 @@ def text_gain(study: Study) -> str:
     above = [c for c in pairs if c.columns["all"].low > 0]
     gains = spread([c.columns["all"].mean for c in pairs], " points")
     two = spread([c.columns["two"].mean for c in pairs], " points")
+    found = f"The text raises the accuracy of {len(above)} of {len(pairs)} pairs of rows; the differences are {gains}."
     if len(above) == len(pairs):
-        return (
+        found = (
             f"The text raises the accuracy of all {len(pairs)} pairs of rows, by {gains}; with two objects, by {two}."
         )
-    return f"The text raises the accuracy of {len(above)} of {len(pairs)} pairs of rows; the differences are {gains}."
+
+    # a pair whose heads differ says nothing about the text alone
+    heads = [[next(iter(row.results.values())).options["head"] for row in (c.first, c.second)] for c in pairs]
+    other = [(first, second) for first, second in heads if first != second]
+    if other:
+        found += (
+            f" {len(other)} of these pairs also differ in the head: {other[0][0]} with text, {other[0][1]} without."
+        )
+    return found
 
 
 def text_read(study: Study) -> str:
@@ -302,7 +311,8 @@ def errors(study: Study, name: str) -> str:
         verdict = "" if apart else ", intervals overlap"
         shown = f"{percent(scores[low].mean)} ({low}) to {percent(scores[high].mean)} ({high}){verdict}"
         parts.append(f"{row.title} {shown}")
-    return f"By {name}: {'; '.join(parts)}." if parts else NOT_RUN
+    what = "number of objects" if name == "objects" else name
+    return f"By {what}: {'; '.join(parts)}." if parts else NOT_RUN
 
 
 def confused(study: Study, names: dict[str, str]) -> str:

@@ -10,7 +10,6 @@ empty folder. Every number is read from the runs. A row that is not trained is s
 
 import argparse
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -51,6 +50,7 @@ def collect(study: Study, seeds: int, data_dir: Path, names: dict[str, str]) -> 
         "dropout": str(Config().dropout),
         "decay": str(Config().weight_decay),
         "level": "95 %",
+        "shares": " and ".join(map(str, sorted({t["share"] for t in study.trials} - {100}))) or NOT_RUN,
         "draws": f"{DRAWS:,}",
         "machine": machine(study.rows),
         "backbones": [backbone_cells(name) for name in BACKBONES],
@@ -227,8 +227,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # --only limits what is trained, never what is reported
     rows = read_grid(args.runs, args.predictions, args.seeds)
-    chosen = [row for row in rows if re.search(args.only, row.file.stem)]
-    train_missing(chosen, args.data_dir, args.jobs, folders=args.provide)
+    chosen = {row.name for row in read_grid(args.runs, args.predictions, args.seeds, args.only)}
+    train_missing([row for row in rows if row.name in chosen], args.data_dir, args.jobs, folders=args.provide)
     if args.pack:
         for row in rows:
             for seed, result in row.results.items():

@@ -178,6 +178,8 @@ def draw_pareto(study: Study, path: Path) -> None:
             )
         if "MB" not in title:
             axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axis.xaxis.set_minor_formatter(lambda value, _: "")
         axis.set(xlabel=title)
         axis.grid(color="0.94")
     axes[0].set(ylabel="test accuracy %")
@@ -216,7 +218,8 @@ def draw_dataset(study: Study, data_dir: Path, path: Path) -> None:
     for motion in SHOWN_CLASSES:
         rows = [row for row in study.clips.rows if row["objects"][0]["motion"] == motion and len(row["objects"]) == 2]
         for row in rows[:1]:
-            title = f"text: {row['text']}  |  other text: {row['other_text']}  |  caption: {row['caption'][0]}"
+            shortest = min(row["caption"], key=len)
+            title = f"text: {row['text']}  |  other text: {row['other_text']}  |  caption: {shortest}"
             clips.append((frames_of(data_dir, row["file_name"]), title))
     sheet(clips, path)
 
@@ -225,9 +228,10 @@ def draw_worst(study: Study, names: dict[str, str], data_dir: Path, path: Path) 
     """The surest wrong answers of the first run of the best classifier."""
     row = max(study.finished(captioning=False), key=lambda row: study.scores[row.name].right.mean())
     answers = next(iter(row.results.values())).answers(study.clips)
-    clips = [
-        (frames_of(data_dir, answers[i]["file"]), title) for i, title in figures.worst_clips(answers, names)[:WORST]
-    ]
+    clips = []
+    for index, title in figures.worst_clips(answers, names)[:WORST]:
+        text = f"  |  text: {study.clips.rows[index]['text']}" if row.config.use_text else ""
+        clips.append((frames_of(data_dir, answers[index]["file"]), title + text))
     sheet(clips, path)
 
 

@@ -6,7 +6,8 @@ epochs, and its predictions for the test clips. So every number can be computed 
 
 import gzip
 import json
-from dataclasses import asdict, dataclass, replace
+import zlib
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class Result:
         """Raises UserError if the run was trained with other options than `config`, or on other data."""
         if self.data != data:
             raise UserError(f"{self.name} was trained on another dataset; remove the run to train it again")
-        for name in (name for name in KEPT if name in self.options and name not in ("seed", "batch_size")):
+        for name in (name for name in KEPT if name in self.options and name != "seed"):
             wanted = getattr(config, name)
             if wanted not in ("auto", self.options[name]):
                 raise UserError(
@@ -116,10 +117,10 @@ def read_result(run_dir: Path, packed: Path) -> Result | None:
         return read_folder(run_dir)
     if not packed.is_file():
         return None
-    try:
-        return Result(**json.loads(gzip.decompress(packed.read_bytes())))
-    except (OSError, EOFError, ValueError, TypeError):
-        raise UserError(f"{packed} is damaged") from None
+    values = read_packed(packed)
+    if values.keys() != {f.name for f in fields(Result)}:
+        raise UserError(f"{packed} is damaged")
+    return Result(**values)
 
 
 def read_folder(run_dir: Path) -> Result:
@@ -150,6 +151,17 @@ def pack(result: Result, packed: Path) -> None:
     write_packed(asdict(result), packed)
 
 
+def read_packed(path: Path) -> dict[str, Any]:
+    """The object in a compressed JSON file. Raises UserError if it is damaged."""
+    try:
+        values = json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError, ValueError, zlib.error):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged")
+    return values
+
+
 def write_packed(values: Any, path: Path) -> None:
     """Writes compressed JSON."""
     make_folder(path.parent)
@@ -168,8 +180,8 @@ def read_neighbours(vision_model: str, data_dir: Path, runs: Path, packed: Path)
     file = packed / f"nearest_{vision_model}{PACKED}"
     data = annotations_of(data_dir)
     if file.is_file():
-        values = json.loads(gzip.decompress(file.read_bytes()))
-        if values["data"] == data:
+        values = read_packed(file)
+        if values.get("data") == data:
             return values["neighbours"]
 
     import train_code

@@ -19,7 +19,7 @@ CONTROLS = {
     "blank_video": "grey video",
     "text_shuffled": "text exchanged",
     "several_objects": "two objects",
-    "text_other_object": "two objects, other's text",
+    "text_other_object": "the other's text",
 }
 # column titles; the keys are the names of the tables in report.json
 HEADS = {
@@ -27,8 +27,8 @@ HEADS = {
     "captions": ["model", "seeds", "CIDEr [95 %]", "one object right [95 %]", "both objects right [95 %]"],
     "differences": ["difference", "all [95 %]", "one object [95 %]", "two objects [95 %]", "p"],
     "controls": ["model", "as it is", *CONTROLS.values()],
-    "options": ["model", "epochs", "best", "rate: vision", "language", "new layers", "grid", "head"],
-    "cost": ["model", "trained parameters", "checkpoint MB", "peak MB", "s per epoch", "total s"],
+    "options": ["model", "epochs", "best", "vision rate", "language", "new layers", "grid", "head"],
+    "cost": ["model", "trained", "file MB", "peak MB", "s per epoch", "total s"],
     "ceilings": ["observer", "accuracy"],
 }
 HEADS["captions"] += [*LEXICON, "Bleu-4"]
@@ -78,10 +78,10 @@ def seeds_of(row: Row) -> str:
 
 def result_table(study: Study, captioning: bool) -> list[list[str]]:
     """The table of classifiers or of captioners, with the nearest neighbours at its end."""
-    cells, what = (caption_cells, "caption") if captioning else (label_cells, "class")
+    cells = caption_cells if captioning else label_cells
     table = [cells(row.title, seeds_of(row), study.scores[row.name]) for row in study.of(captioning)]
     nearest = study.nearest[captioning].items()
-    return table + [cells(f"nearest neighbour's {what}, {NAMES[model]}", "", scores) for model, scores in nearest]
+    return table + [cells(f"nearest neighbour, {NAMES[model]}", "", scores) for model, scores in nearest]
 
 
 def ceiling_table(ceilings: dict[str, float]) -> list[list[str]]:
