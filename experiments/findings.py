@@ -355,14 +355,15 @@ def learning(study: Study) -> str:
 
 
 def sweep(study: Study, option: str) -> str:
-    """The best value of an option in each row of a sweep, on val."""
+    """The best and the worst value of an option in each row of a sweep, on val."""
     rows, parts = {row.name: row for row in study.rows}, []
     for name, curve in sweep_curves(study.trials, option).items():
         top, low = max(curve, key=lambda v: curve[v]), min(curve, key=lambda v: curve[v])
         parts.append(
-            f"{rows[name].title} has {percent(curve[top])} on val with {top} and {percent(curve[low])} with {low}"
+            f"{rows[name].title} is best with {top} ({percent(curve[top])}) and worst with {low} ({percent(curve[low])})"
         )
-    return sentence("; ".join(parts)) if parts else NOT_RUN
+    what = {"lora_r": "rank", "token_grid": "grid"}[option]
+    return f"By {what}: {'; '.join(parts)}." if parts else NOT_RUN
 
 
 def pareto(study: Study) -> str:

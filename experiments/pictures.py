@@ -244,7 +244,7 @@ def draw_captions(study: Study, data_dir: Path, path: Path) -> None:
     wrong, good = np.flatnonzero(two & ~right)[: WORST - 1], np.flatnonzero(two & right)[:1]
     clips = []
     for index in (*wrong, *good):
-        answer = answers[index] | {"references": study.clips.rows[index]["caption"]}
+        answer = answers[index] | {"references": sorted(study.clips.rows[index]["caption"], key=len)}
         clips.append((frames_of(data_dir, answer["file"]), figures.caption_title(answer)))
     sheet(clips, path)
 

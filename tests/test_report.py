@@ -248,7 +248,7 @@ def test_the_template_holds_no_results():
     text = re.sub(r"//.*", "", (ROOT / "experiments" / "report.typ").read_text())
     text = re.sub(r"\$[^$]*\$|@\w+|[\d.]+(pt|cm|em|fr|%)", "", text)
     text = re.sub(
-        r"GPT-2|BLIP-2|a4|#f6e3c8|luma\(\d+\)|y > 1|rem\(y - 1, 3\)|== 0|head\.len\(\) - 1|slice\(1\)|u\{a0\}|numbering: \"\(?1\)?\"|\* 2 - 1|--seed 0",
+        r"GPT-2|BLIP-2|a4|#f6e3c8|luma\(\d+\)|y > 1|rem\(y - 1, 3\)|== 0|head\.len\(\) - 1|slice\(1\)|columns\(2|u\{a0\}|numbering: \"\(?1\)?\"|\* 2 - 1|--seed 0",
         "",
         text,
     )
