@@ -36,7 +36,7 @@ def chosen_epochs(log: Log, count: int) -> dict[str, dict[str, Any]]:
 
 
 def compared_rules(logs: Sequence[tuple[Log, int]]) -> dict[str, dict[str, float]]:
-    """{rule: mean val "accuracy", "loss" and "epoch" of what it chooses} over the (log, number of val clips) of runs."""
+    """{rule: mean val "accuracy", "loss" and "epoch" of its choices} over the (log, number of val clips) of runs."""
     chosen = [chosen_epochs(log, count) for log, count in logs]
     columns = {"accuracy": "val_accuracy", "loss": "val_loss", "epoch": "epoch"}
     return {

@@ -10,7 +10,7 @@ import numpy as np
 from experiments.epochs import compared_rules
 from experiments.grid import MODES, NAMES, NOT_RUN, TASKS, Row
 from experiments.intervals import Estimate, difference, estimate
-from experiments.scores import Comparison, Study
+from experiments.scores import Study
 from experiments.tables import control_value, show
 from experiments.trials import learning_curves, sweep_curves
 from metrics import wilson
@@ -95,9 +95,13 @@ def sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def comparisons_of(study: Study, task: str, first: str, second: str) -> list[Comparison]:
-    """The comparisons of two training modes within a task."""
-    return [c for c in study.comparisons if (c.first.task, c.first.mode, c.second.mode) == (task, first, second)]
+def comparisons_of(study: Study, task: str, first: str, second: str) -> dict[str, Estimate]:
+    """The difference of two training modes, for each model of a task: {its title without the mode: difference}"""
+    return {
+        c.title.split(":")[0]: c.columns["all"]
+        for c in study.comparisons
+        if (c.first.task, c.first.mode, c.second.mode) == (task, first, second)
+    }
 
 
 def adapting(study: Study, task: str) -> str:
@@ -106,10 +110,9 @@ def adapting(study: Study, task: str) -> str:
         comparisons_of(study, task, a, b) for a, b in (("lora", "frozen"), ("full", "frozen"), ("full", "lora"))
     )
     found = []
-    for with_lora, in_full, against in zip(lora, full, both, strict=True):
-        gains = [gained(with_lora.columns["all"], "through LoRA"), gained(in_full.columns["all"], "in full")]
-        verdict = compared(against.columns["all"], "training in full", "LoRA")
-        found.append(f"{with_lora.title.split(':')[0]} {listed(gains)}; {verdict}.")
+    for name in (name for name in lora if name in full and name in both):  # others have not been run in every mode
+        gains = [gained(lora[name], "through LoRA"), gained(full[name], "in full")]
+        found.append(f"{name} {listed(gains)}; {compared(both[name], 'training in full', 'LoRA')}.")
     return " ".join(found) or NOT_RUN
 
 
@@ -166,8 +169,8 @@ def text_read(study: Study) -> str:
     exchanged, other = costs("as_it_is", "text_shuffled"), costs("several_objects", "text_other_object")
     left = spread(values_of(rows, "text_other_object"))
     found = (
-        f"The text of another clip costs {spread(exchanged, ' points')}. With two objects, the text of the other object "
-        f"costs {spread(other, ' points')} and leaves {left} right"
+        f"The text of another clip costs {spread(exchanged, ' points')}. With two objects, the text of the other "
+        f"object costs {spread(other, ' points')} and leaves {left} right"
     )
     reading = sum(cost > READ for cost in other)
     if reading == len(other):
@@ -331,7 +334,8 @@ def confused(study: Study, names: dict[str, str]) -> str:
         (truth, answered), count = max(counts.items(), key=lambda item: item[1])
         wrong = sum(counts.values())
         share = percent(count / wrong) if wrong else "none"
-        parts.append(f"{top.title} most often takes “{names[truth]}” for “{names[answered]}” ({share} of its errors)")
+        mistake = f"“{names[truth]}” for “{names[answered]}”"
+        parts.append(f"{top.title} most often takes {mistake} ({share} of its errors)")
     return sentence("; ".join(parts))
 
 
@@ -359,9 +363,8 @@ def sweep(study: Study, option: str) -> str:
     rows, parts = {row.name: row for row in study.rows}, []
     for name, curve in sweep_curves(study.trials, option).items():
         top, low = max(curve, key=lambda v: curve[v]), min(curve, key=lambda v: curve[v])
-        parts.append(
-            f"{rows[name].title} is best with {top} ({percent(curve[top])}) and worst with {low} ({percent(curve[low])})"
-        )
+        best_and_worst = f"best with {top} ({percent(curve[top])}) and worst with {low} ({percent(curve[low])})"
+        parts.append(f"{rows[name].title} is {best_and_worst}")
     what = {"lora_r": "rank", "token_grid": "grid"}[option]
     return f"By {what}: {'; '.join(parts)}." if parts else NOT_RUN
 

@@ -38,9 +38,9 @@ def drawn_clips(count: int) -> np.ndarray:
 def bootstrap_means(*groups: np.ndarray) -> list[np.ndarray]:
     """The hierarchical bootstrap over seeds and clips: the means of scores (S, n), (DRAWS,) for each group.
 
-    Each draw takes S seeds and n clips, both with replacement (Owen 2007, doi 10.1214/07-AOAS122). The clips are the same for all groups, which makes their
-    differences paired. The seeds are drawn for every group by itself: seed 0 of one model has nothing in common with
-    seed 0 of another one.
+    Each draw takes S seeds and n clips, both with replacement (Owen 2007, doi 10.1214/07-AOAS122). The clips are the
+    same for all groups, which makes their differences paired. The seeds are drawn for every group by itself: seed 0 of
+    one model has nothing in common with seed 0 of another one.
     """
     rng = np.random.default_rng(1)
     clips = drawn_clips(groups[0].shape[1])  # (DRAWS, n)

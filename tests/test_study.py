@@ -11,9 +11,11 @@ import pytest
 import main
 from config import ROOT
 from experiments import epochs, grid, make_study
-from experiments.intervals import DRAWS, bootstrap_means, difference, drawn_clips, estimate, mcnemar_p
+from experiments.findings import adapting
+from experiments.intervals import DRAWS, Estimate, bootstrap_means, difference, drawn_clips, estimate, mcnemar_p
 from experiments.make_study import chosen_rows, planned, swept_values, write_share
 from experiments.results import read_clips
+from experiments.scores import Comparison
 from experiments.trials import Trial, learning_curves, read_trials, sweep_curves
 from metrics import wilson
 from script import UserError
@@ -95,6 +97,28 @@ def test_mcnemar_takes_the_least_sure_pair_of_seeds():
     first[1, :2], second[1, 2] = True, True
     assert mcnemar_p(first[:1], second[:1]) == pytest.approx(0.0625)
     assert mcnemar_p(first, second) == 1
+
+
+def test_sentences_about_modes_need_all_three(tmp_path):
+    """TimeSformer was run in all modes, VideoMAE not in full."""
+
+    def comparison(model: str, first: str, second: str, value: Estimate) -> Comparison:
+        suffix = {"full": "", "lora": "_loravision", "frozen": "_fvbb"}
+        rows = [row_of(f"{model}{suffix[mode]}", tmp_path) for mode in (first, second)]
+        return Comparison(*rows, {"all": value}, 1.0)
+
+    values = {
+        ("lora", "frozen"): (0.1, 0.05, 0.15),
+        ("full", "frozen"): (0.02, -0.01, 0.05),
+        ("full", "lora"): (-0.08, -0.1, -0.05),
+    }
+    found = [comparison("timesformer", *modes, Estimate(*value)) for modes, value in values.items()]
+    found.append(comparison("videomae", "lora", "frozen", Estimate(0.1, 0.05, 0.15)))
+    assert adapting(SimpleNamespace(comparisons=found), grid.TASKS[0]) == (
+        "TimeSformer gains 10.0 points [5.0, 15.0] through LoRA and gains nothing measurable in full "
+        "(+2.0 points [−1.0, +5.0]); training in full is behind LoRA by 8.0 points [5.0, 10.0]."
+    )
+    assert adapting(SimpleNamespace(comparisons=[]), grid.TASKS[0]) == grid.NOT_RUN
 
 
 # -- which epoch ------------------------------------------------------------------------------------
