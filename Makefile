@@ -4,7 +4,8 @@
 # make check     only lint and check types
 # make campaign  stress tests with thousands of kills, races and damaged inputs; takes hours
 # make report    train the missing runs of experiments/, write report.pdf and RESULTS.md
-# make provided  the same, then rewrite checkpoints/provided/
+# make study     tune and sweep the rows of experiments/; takes hours, and goes on where it was stopped
+# make provided  like make report, then rewrite checkpoints/provided/
 #
 # PIP_ARGS is passed to pip; see README.md for the CPU build of torch.
 
@@ -15,7 +16,7 @@ DEMO := demo
 # two test processes with one thread each: more threads would slow each other down on a small machine
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2
 
-.PHONY: demo test test-all check campaign report provided clean
+.PHONY: demo test test-all check campaign report study provided clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "error: vidtune needs Python 3.11 or newer, this is %d.%d" % v)'
@@ -73,7 +74,10 @@ campaign: $(VENV)/installed-dev
 	echo "== $$name"; nice -n 19 $(PY) -m tests.campaign.$$name || status=1; done; exit $$status
 
 report: $(VENV)/installed-extra
-	$(PY) -m experiments.make_report
+	$(PY) -m experiments.make_report --pack
+
+study: $(VENV)/installed-extra
+	$(PY) -m experiments.make_study
 
 provided: $(VENV)/installed-extra
 	$(PY) -m experiments.make_report --provide

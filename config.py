@@ -317,8 +317,8 @@ class Config:
     are drawn at random"""
 
     epochs: int | str = option("auto", auto_or(number(int, 1, 100_000)), "training", "main sweep_heads")
-    """passes over the training videos; the best epoch on val is kept. auto: 1,800 optimizer steps, or 3,600 for a
-    classifier on cached features, but from 5 to 30 epochs"""
+    """passes over the training videos; the best epoch on val is kept. auto: 1,800 optimizer steps, or 3,600 on
+    cached features, but from 5 to 30 epochs"""
     batch_size: int | str = option(
         "auto", auto_or(number(int, 1, 65_536)), "training", f"main sweep_heads preview {USE}"
     )
@@ -744,7 +744,7 @@ def fill_auto(
 def fill_epochs(config: Config, num_videos: int) -> Config:
     """Replaces `auto` in epochs and patience, which depend on the number of training videos."""
     if config.epochs == "auto":
-        cached = training_mode(config)["vision"] == "frozen" and config.augment == "none" and not config.captioning
+        cached = training_mode(config)["vision"] == "frozen" and config.augment == "none"
         budget = STEPS["cached" if cached and config.cache_features != "False" else "other"]
         steps = math.ceil(num_videos / (config.batch_size * config.gradient_accumulation_steps))
         epochs = max(EPOCHS[0], min(EPOCHS[1], round(budget / steps)))

@@ -374,9 +374,11 @@ def naive_bayes(
         counts[name].update({*row})
     total = Counter(classes)
 
-    # one more of each count, because a feature that was never seen with a class is not impossible
+    # one more of each count, because a feature that was never seen with a class is not impossible; each feature counts
+    # once, in the row's order: that of a set differs from process to process, and with it the rounding of the sum
     def log_probability(row: list[Hashable], name: str) -> float:
-        return np.log(total[name]) + sum(np.log((counts[name][f] + 1) / (total[name] + 2)) for f in {*row})
+        odds = [np.log((counts[name][f] + 1) / (total[name] + 2)) for f in dict.fromkeys(row)]
+        return np.log(total[name]) + sum(odds)
 
     return [{name: log_probability(row, name) for name in total} for row in questions]
 

@@ -91,6 +91,8 @@ def test_an_older_python_can_parse_the_guard():
         "convert_dataset",
         "metrics",
         "experiments.make_report",
+        "experiments.make_study",
+        "experiments.epochs",
     ],
 )
 def test_help_is_printed_and_nothing_else_happens(name, tmp_path):

@@ -1,0 +1,429 @@
+"""Every sentence of the report that states a result. None is fixed prose: it says what the numbers say, or it is
+asserted, and other numbers stop the build."""
+
+from collections.abc import Callable, Sequence
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from experiments.epochs import compared_rules
+from experiments.grid import MODES, NAMES, NOT_RUN, TASKS, Row
+from experiments.intervals import Estimate, difference, estimate
+from experiments.scores import Study
+from experiments.tables import control_value, show
+from experiments.trials import learning_curves, sweep_curves
+from metrics import wilson
+from script import UserError
+
+READ = 0.2  # a model whose accuracy falls by more than this with the other object's text has read it
+
+
+def asserted(sentence: str, holds: bool) -> str:
+    """The sentence. Raises UserError if it does not hold."""
+    if not holds:
+        raise UserError(f'the runs contradict this sentence of the report: "{sentence}"')
+    return sentence
+
+
+# -- words for numbers ------------------------------------------------------------------------------
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def points(value: Estimate) -> str:
+    """`8.1 points [6.0, 10.2]`, without the sign."""
+    if value.mean < 0:
+        value = Estimate(-value.mean, -value.high, -value.low)
+    return show(value, interval=True).replace(" [", " points [")
+
+
+def spread(values: Sequence[float], unit: str = " %") -> str:
+    """`91.3 %`, or `79.8 to 92.0 %` if the values differ after rounding."""
+    ends = sorted({f"{100 * v:.1f}" for v in (min(values), max(values))}, key=float)
+    return " to ".join(ends) + unit
+
+
+def signed(value: Estimate) -> str:
+    """`+8.1 points [+6.0, +10.2]`"""
+    return show(value, interval=True, sign="+").replace(" [", " points [")
+
+
+def gained(value: Estimate, how: str) -> str:
+    """What a paired difference says about one way to train: `gains 8.1 points [6.0, 10.2] through LoRA`."""
+    if value.excludes_zero:
+        return f"{'gains' if value.mean > 0 else 'loses'} {points(value)} {how}"
+    return f"gains nothing measurable {how} ({signed(value)})"
+
+
+def compared(value: Estimate, first: str, second: str) -> str:
+    """What a paired difference says about two things: `A is ahead of B by 8.1 points [6.0, 10.2]`."""
+    if value.excludes_zero:
+        return f"{first} is {'ahead of' if value.mean > 0 else 'behind'} {second} by {points(value)}"
+    return f"{first} and {second} cannot be told apart ({signed(value)})"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, or `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
+def values_of(rows: Sequence[Row], control: str, score: str = "accuracy") -> list[float]:
+    """A control's score in all runs of the rows that have it."""
+    values = [control_value(result, control, score) for row in rows for result in row.results.values()]
+    return [value for value in values if value is not None]
+
+
+# -- which rows are best, and what training gains ---------------------------------------------------
+
+
+def best(study: Study) -> str:
+    """The best row of each task."""
+    parts = []
+    for task in TASKS:
+        rows = [row for row in study.rows if row.task == task and study.scores[row.name] is not None]
+        if not rows:
+            return NOT_RUN
+        top = max(rows, key=lambda row: study.scores[row.name].right.mean())
+        parts.append(f"the best {task} is {top.title} ({show(study.scores[top.name].accuracy(), interval=True)} %)")
+    return sentence("; ".join(parts))
+
+
+def sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def comparisons_of(study: Study, task: str, first: str, second: str) -> dict[str, Estimate]:
+    """The difference of two training modes, for each model of a task: {its title without the mode: difference}"""
+    return {
+        c.title.split(":")[0]: c.columns["all"]
+        for c in study.comparisons
+        if (c.first.task, c.first.mode, c.second.mode) == (task, first, second)
+    }
+
+
+def adapting(study: Study, task: str) -> str:
+    """What LoRA and training in full gain over the frozen backbone, and one over the other: one sentence per model."""
+    lora, full, both = (
+        comparisons_of(study, task, a, b) for a, b in (("lora", "frozen"), ("full", "frozen"), ("full", "lora"))
+    )
+    found = []
+    for name in (name for name in lora if name in full and name in both):  # others have not been run in every mode
+        gains = [gained(lora[name], "through LoRA"), gained(full[name], "in full")]
+        found.append(f"{name} {listed(gains)}; {compared(both[name], 'training in full', 'LoRA')}.")
+    return " ".join(found) or NOT_RUN
+
+
+def neighbour(study: Study) -> str:
+    """How far the best row of each vision backbone is above the nearest neighbour in its frozen features."""
+    parts = []
+    for model, nearest in study.nearest[False].items():
+        rows = [row for row in study.finished(captioning=False) if row.config.vision_model == model]
+        if not rows:
+            return NOT_RUN
+        top = max(rows, key=lambda row: study.scores[row.name].right.mean())
+        gap = difference(study.scores[top.name].right, nearest.right)
+        parts.append(compared(gap, f"the best row with {NAMES[model]}", "the nearest neighbour in its frozen features"))
+    return sentence(listed(parts))
+
+
+# -- what the models use ----------------------------------------------------------------------------
+
+
+def text_gain(study: Study) -> str:
+    """With text against without."""
+    pairs = [c for c in study.comparisons if c.first.config.use_text != c.second.config.use_text]
+    if not pairs:
+        return NOT_RUN
+    above = [c for c in pairs if c.columns["all"].low > 0]
+    gains = spread([c.columns["all"].mean for c in pairs], " points")
+    two = spread([c.columns["two"].mean for c in pairs], " points")
+    found = f"The text raises the accuracy of {len(above)} of {len(pairs)} pairs of rows; the differences are {gains}."
+    if len(above) == len(pairs):
+        found = (
+            f"The text raises the accuracy of all {len(pairs)} pairs of rows, by {gains}; with two objects, by {two}."
+        )
+
+    # a pair whose heads differ says nothing about the text alone
+    heads = [[next(iter(row.results.values())).options["head"] for row in (c.first, c.second)] for c in pairs]
+    other = [(first, second) for first, second in heads if first != second]
+    if other:
+        found += (
+            f" {len(other)} of these pairs also differ in the head: {other[0][0]} with text, {other[0][1]} without."
+        )
+    return found
+
+
+def text_read(study: Study) -> str:
+    """What a wrong text costs: whether the text is read."""
+    rows = [row for row in study.finished(captioning=False) if row.config.use_text]
+    if not rows:
+        return NOT_RUN
+    results = [result for row in rows for result in row.results.values()]
+
+    def costs(right: str, wrong: str) -> list[float]:
+        return [control_value(r, right, "accuracy") - control_value(r, wrong, "accuracy") for r in results]
+
+    exchanged, other = costs("as_it_is", "text_shuffled"), costs("several_objects", "text_other_object")
+    left = spread(values_of(rows, "text_other_object"))
+    found = (
+        f"The text of another clip costs {spread(exchanged, ' points')}. With two objects, the text of the other "
+        f"object costs {spread(other, ' points')} and leaves {left} right"
+    )
+    reading = sum(cost > READ for cost in other)
+    if reading == len(other):
+        return f"{found}: every model reads its text, and answers for the object that it names."
+    return f"{found}: {reading} of {len(other)} runs read their text."
+
+
+def is_above(value: float, limit: float, study: Study) -> bool:
+    """Whether an accuracy on the test clips is above a limit by more than chance: its Wilson interval is."""
+    count = len(study.clips)
+    return wilson(round(value * count), count)[0] > limit
+
+
+def ceiling_claim(study: Study) -> str:
+    """Asserted: nothing beats the best possible observer without text. If a row did, something would leak."""
+    top = study.ceilings["video without text"]
+    rows = [row for row in study.finished(captioning=False) if not row.config.use_text]
+    holds = all(study.scores[row.name].accuracy().low <= top for row in rows)
+    return asserted(f"No row without text is above the {percent(top)} that are possible without it.", holds)
+
+
+def grey_claim(study: Study) -> str:
+    """Asserted: without a video nothing is left."""
+    rows = [row for row in study.finished(captioning=False) if not row.config.use_text]
+    values = values_of(rows, "blank_video")
+    if not values:
+        return NOT_RUN
+    majority = max(values_of(rows, "majority"))
+    holds = not any(is_above(value, majority, study) for value in values)
+    return asserted(f"On a grey video every classifier without text is at chance ({spread(values)}).", holds)
+
+
+def one_frame_claim(study: Study) -> str:
+    """Asserted: a single frame does not show a motion."""
+    rows = study.finished(captioning=False)
+    values = values_of(rows, "one_frame")
+    if not values:
+        return NOT_RUN
+    top = max(study.ceilings["one frame, and text"], 1 / len({*study.clips.labels}))
+    holds = not any(is_above(value, top, study) for value in values)
+    return asserted(f"With one frame repeated, no classifier is better than chance ({spread(values)}).", holds)
+
+
+def order(study: Study) -> str:
+    """Frames in another order, against the best observer that does not know the order."""
+    parts = []
+    for text, name in ((False, "frames in any order, without text"), (True, "frames in any order, and text")):
+        rows = [row for row in study.finished(captioning=False) if row.config.use_text == text]
+        values, top = values_of(rows, "shuffled"), study.ceilings[name]
+        if not values:
+            return NOT_RUN
+        above = sum(is_above(value, top, study) for value in values)
+        verdict = "all within it" if not above else f"{above} of {len(values)} runs above it"
+        kind = "with" if text else "without"
+        parts.append(
+            f"classifiers {kind} text have {spread(values)}, and an observer of unordered frames can have "
+            f"{percent(top)} ({verdict})"
+        )
+    backwards = spread(values_of(study.finished(captioning=False), "reversed"))
+    return f"With shuffled frames, {listed(parts)}. With reversed frames, classifiers have {backwards}."
+
+
+# -- captions ---------------------------------------------------------------------------------------
+
+
+def captions(study: Study) -> str:
+    """The captioners against the caption of the nearest neighbour."""
+    parts = []
+    for model, nearest in study.nearest[True].items():
+        rows = [row for row in study.finished(captioning=True) if row.config.vision_model == model]
+        if not rows:
+            return NOT_RUN
+        one, two = ([study.scores[row.name].columns[c].mean() for row in rows] for c in ("one", "two"))
+        copied = [nearest.columns[column].mean() for column in ("one", "two")]
+        parts.append(
+            f"{NAMES[model]}: {spread(one)} of the captions of one object are wholly right and {spread(two)} of those "
+            f"of two; the nearest neighbour's caption is in {percent(copied[0])} and {percent(copied[1])}."
+        )
+    return " ".join(parts)
+
+
+def binding(study: Study) -> str:
+    """Which attribute the captions of two objects get wrong."""
+    rows = study.finished(captioning=True)
+    if not rows:
+        return NOT_RUN
+    two = ~study.clips.single
+    named = {n: mean(study.scores[r.name].attributes[n][:, two].mean() for r in rows) for n in ("motion", "colour")}
+    whole = mean(study.scores[row.name].right[:, two].mean() for row in rows)
+    hardest = min(named, key=lambda name: named[name])
+    shown = listed([f"both {name}s in {percent(value)}" for name, value in named.items()])
+    return (
+        f"With two objects, the captions name {shown}, and everything in {percent(whole)} (means of all captioners): "
+        f"{hardest} is the harder one of the two."
+    )
+
+
+# -- where the errors are ---------------------------------------------------------------------------
+
+# name -> the groups of clips that a picture and a sentence compare
+GROUPS = ("speed", "size", "objects")
+
+
+def groups_of(study: Study, name: str) -> dict[str, np.ndarray]:
+    """{group: which clips belong to it}, by a property of the named object or by the number of objects. (n,) each"""
+    items = [row["objects"][0] for row in study.clips.rows]
+    if name == "size":
+        return {size: np.array([item["size"] == size for item in items]) for size in ("small", "large")}
+    if name == "objects":
+        return {"one": study.clips.single, "two": ~study.clips.single}
+
+    # an object that stands still has a speed in its description, but shows none
+    moving = np.array([item["motion"] != "still" for item in items])
+    speeds = np.array([item["speed"] for item in items])
+    cuts = np.quantile(speeds[moving], [1 / 3, 2 / 3])
+    third = np.searchsorted(cuts, speeds)
+    groups = {group: moving & (third == number) for number, group in enumerate(("slow", "middle", "fast"))}
+    return {group: mask for group, mask in groups.items() if mask.any()}
+
+
+def shown_rows(study: Study) -> list[Row]:
+    """The best classifier of each vision backbone, with and without text: those whose errors are shown."""
+    rows = study.finished(captioning=False)
+    keys = sorted({(row.config.vision_model, row.config.use_text) for row in rows})
+    return [
+        max(
+            (r for r in rows if (r.config.vision_model, r.config.use_text) == key),
+            key=lambda r: study.scores[r.name].right.mean(),
+        )
+        for key in keys
+    ]
+
+
+def errors(study: Study, name: str) -> str:
+    """Whether the errors of the best rows depend on a property of the clips."""
+    parts = []
+    for row in shown_rows(study):
+        scores = {group: estimate(study.scores[row.name].right[:, m]) for group, m in groups_of(study, name).items()}
+        low, high = min(scores, key=lambda g: scores[g].mean), max(scores, key=lambda g: scores[g].mean)
+        apart = scores[low].high < scores[high].low
+        verdict = "" if apart else ", intervals overlap"
+        shown = f"{percent(scores[low].mean)} ({low}) to {percent(scores[high].mean)} ({high}){verdict}"
+        parts.append(f"{row.title} {shown}")
+    what = "number of objects" if name == "objects" else name
+    return f"By {what}: {'; '.join(parts)}." if parts else NOT_RUN
+
+
+def confused(study: Study, names: dict[str, str]) -> str:
+    """The most frequent error of the best row without text, and of the best one with text."""
+    parts = []
+    for text in (False, True):
+        rows = [row for row in study.finished(captioning=False) if row.config.use_text == text]
+        if not rows:
+            return NOT_RUN
+        top = max(rows, key=lambda row: study.scores[row.name].right.mean())
+        counts: dict[tuple[str, str], int] = {}
+        for result in top.results.values():
+            for answer in result.answers(study.clips):
+                pair = (answer["truth"], answer["label"])
+                counts[pair] = counts.get(pair, 0) + (pair[0] != pair[1])
+        (truth, answered), count = max(counts.items(), key=lambda item: item[1])
+        wrong = sum(counts.values())
+        share = percent(count / wrong) if wrong else "none"
+        mistake = f"“{names[truth]}” for “{names[answered]}”"
+        parts.append(f"{top.title} most often takes {mistake} ({share} of its errors)")
+    return sentence("; ".join(parts))
+
+
+# -- sweeps -----------------------------------------------------------------------------------------
+
+
+def learning(study: Study) -> str:
+    """The order of frozen, LoRA and full at each share of the training clips, by vision backbone."""
+    parts = []
+    for model, curves in learning_curves(study).items():
+        shares = [share for share in (5, 20, 100) if all(share in curve for curve in curves.values())]
+        if not curves or not shares:
+            continue
+        ranked = []
+        for share in shares:
+            means = {mode: mean(curve[share]) for mode, curve in curves.items()}
+            top = max(means, key=lambda mode: means[mode])
+            ranked.append(f"{MODES[top]} at {share} % of the clips ({percent(means[top])})")
+        parts.append(f"with {NAMES[model]}, the best is {listed(ranked)}")
+    return sentence("; ".join(parts)) if parts else NOT_RUN
+
+
+def sweep(study: Study, option: str) -> str:
+    """The best and the worst value of an option in each row of a sweep, on val."""
+    rows, parts = {row.name: row for row in study.rows}, []
+    for name, curve in sweep_curves(study.trials, option).items():
+        top, low = max(curve, key=lambda v: curve[v]), min(curve, key=lambda v: curve[v])
+        best_and_worst = f"best with {top} ({percent(curve[top])}) and worst with {low} ({percent(curve[low])})"
+        parts.append(f"{rows[name].title} is {best_and_worst}")
+    what = {"lora_r": "rank", "token_grid": "grid"}[option]
+    return f"By {what}: {'; '.join(parts)}." if parts else NOT_RUN
+
+
+def pareto(study: Study) -> str:
+    """The classifiers that no other one beats in both accuracy and seconds."""
+    rows = study.finished(captioning=False)
+    if not rows:
+        return NOT_RUN
+    seconds = {r.name: mean(result.metrics["seconds"] for result in r.results.values()) for r in rows}
+    accuracy = {r.name: study.scores[r.name].right.mean() for r in rows}
+    front = [
+        r
+        for r in rows
+        if not any(seconds[o.name] < seconds[r.name] and accuracy[o.name] >= accuracy[r.name] for o in rows)
+    ]
+    shown = [f"{r.title} ({percent(accuracy[r.name])}, {seconds[r.name]:.0f} s)" for r in front]
+    return f"No other classifier is both faster to train and as accurate as {listed(shown)}."
+
+
+def tuning(study: Study) -> str:
+    """How many learning rates were tried for each row."""
+    rates: dict[str, set[Any]] = {}
+    for trial in study.trials:
+        if [*trial["options"]] == ["learning_rate"] and trial["share"] == 100:
+            rates.setdefault(trial["row"], set()).add(trial["options"]["learning_rate"])
+    if not rates:
+        return "No learning rate was tuned: all are those of the program's table."
+    counts = sorted({len(values) for values in rates.values()})
+    every = f"all {len(rates)} rows" if len(rates) == len(study.rows) else f"{len(rates)} of {len(study.rows)} rows"
+    return (
+        f"The learning rate was chosen on val for {every}, from {' or '.join(map(str, counts))} values for each, "
+        "with one seed."
+    )
+
+
+def epoch_choice(study: Study) -> str:
+    """What other rules for the best epoch would have chosen in these runs."""
+    results = [r for row in study.finished(captioning=False) for r in row.results.values()]
+    if not results:
+        return NOT_RUN
+    rules = compared_rules([(r.log, r.metrics["val"]["count"]) for r in results])
+    parts = [f"{name} has {percent(v['accuracy'])} and a loss of {v['loss']:.3f}" for name, v in rules.items()]
+    return f"Mean val accuracy and loss of the chosen epoch, by rule: {listed(parts)}."
+
+
+def all_findings(study: Study, names: dict[str, str]) -> dict[str, str]:
+    """{name in report.typ: sentences}. `names` are the display names of the classes.
+
+    Raises UserError, naming the sentence, if the numbers contradict one that is asserted.
+    """
+    plain: tuple[Callable[[Study], str], ...] = (
+        *(best, neighbour, text_gain, text_read, ceiling_claim, grey_claim, one_frame_claim, order),
+        *(captions, binding, learning, pareto, tuning, epoch_choice),
+    )
+    return (
+        {make.__name__: make(study) for make in plain}
+        | {f"adapting_{number}": adapting(study, task) for number, task in enumerate(TASKS)}
+        | {f"errors_{name}": errors(study, name) for name in GROUPS}
+        | {f"sweep_{option}": sweep(study, option) for option in ("lora_r", "token_grid")}
+        | {"confused": confused(study, names)}
+    )

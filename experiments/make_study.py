@@ -1,0 +1,238 @@
+"""Tunes and sweeps the rows of the grid in experiments/, and trains them on a part of the training clips.
+
+python -m experiments.make_study                                    the whole plan: `make study`
+python -m experiments.make_study --sweep learning_rate=x0.3,x1,x3 --rows gpt2     tune an option of some rows
+python -m experiments.make_study --train_share 5,20 --rows '^videomae' --seeds 3  learning curves
+
+Every finished trial is added to experiments/study.json at once, and is never trained again: stop with Ctrl-C and give
+the same command to go on. A value like x3 is three times the row's own value. Options are chosen on val alone.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from config import FIELDS, Config, default_rates, training_mode
+from experiments.grid import EXPERIMENTS, Row, in_parallel, read_grid, train_run
+from experiments.make_report import PREDICTIONS, draw_dataset_once
+from experiments.results import KEPT, read_clips
+from experiments.trials import STUDY, Trial, add_trial, read_trials
+from script import UserError, make_folder, script, write_rows
+
+MOST_EPOCHS = 4  # a small share of the clips is trained for at most this many times the row's epochs
+# (rows, --sweep, --train_share, --seeds): the same three rates for every row, then the sweeps of the report
+PLAN = (
+    ("", "learning_rate=x0.3,x1,x3", "", 1),
+    ("loravision", "lora_r=2,4,8,16,32,64", "", 1),
+    ("(text|gpt2_caption)_fvbb_lorallm", "token_grid=1,2,4", "", 1),
+    ("^(timesformer|videomae)(_loravision|_fvbb)?$", "", "5,20", 3),
+)
+
+
+# -- what to train ----------------------------------------------------------------------------------
+
+
+def swept_values(text: str, row: Row) -> list[dict[str, Any]]:
+    """The options of each trial of `OPTION=a,b,c` for a row. Raises UserError for an impossible one."""
+    option, _, values = text.partition("=")
+    if option not in KEPT or not values:
+        raise UserError(f"--sweep {text}: expected OPTION=a,b,c with an option of main.py that changes the training")
+    found = []
+    for value in values.split(","):
+        try:
+            factor = float(value[1:]) if value.startswith("x") else None
+            converted = own_value(option, row.config) * factor if factor else value
+            found.append({option: FIELDS[option].metadata["convert"](f"{converted:g}" if factor else value)})
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--sweep {text}: {value} is no value of {option} for {row.name}: {error}") from None
+    return found
+
+
+def own_value(option: str, config: Config) -> Any:
+    """The value that a row has without the sweep."""
+    value = getattr(config, option)
+    return default_rates(config)[0] if option == "learning_rate" and value == "auto" else value
+
+
+def matters(option: str, row: Row) -> bool:
+    """Whether an option changes anything in a row: a rank needs adapters, a grid needs tokens that are read."""
+    if option == "lora_r":
+        return "lora" in training_mode(row.config).values()
+    return option != "token_grid" or row.config.use_vlm or row.config.head == "attentive"
+
+
+def planned(rows: Sequence[Row], sweep: str, shares: Sequence[int], seeds: int) -> list[Trial]:
+    """The trials of a sweep, or of a learning curve, for these rows. Raises UserError if there are none."""
+    trials = []
+    for row in rows:
+        if sweep and matters(sweep.partition("=")[0], row):
+            trials += [Trial(row.name, o, 100, seed) for o in swept_values(sweep, row) for seed in range(seeds)]
+        # the final runs are those with all clips
+        trials += [Trial(row.name, {}, share, seed) for share in shares if share < 100 for seed in range(seeds)]
+    if not trials:
+        raise UserError("nothing to train: no row matches --rows, or the option changes nothing in those that do")
+    return trials
+
+
+def as_shares(text: str) -> list[int]:
+    """`5,20,100` as numbers. Raises UserError."""
+    try:
+        shares = [int(part) for part in filter(None, text.split(","))]
+    except ValueError:
+        shares = [0]
+    if not all(1 <= share <= 100 for share in shares):
+        raise UserError(f"--train_share {text}: expected whole numbers from 1 to 100, in percent, as in 5,20,100")
+    return shares
+
+
+# -- a share of the training clips ------------------------------------------------------------------
+
+
+def write_share(data_dir: Path, share: int, folder: Path) -> Path:
+    """A dataset with `share` percent of the training clips of each class, and all of val and test.
+
+    The clips are chosen by a hash of their names, so a smaller share is a part of every larger one. The folder holds
+    only metadata: its rows name the videos of the original dataset, so no video is copied.
+    """
+    for split in ("train", "val", "test"):
+        clips = read_clips(data_dir, split)
+        rows = chosen_rows(clips.rows, share) if split == "train" else clips.rows
+        make_folder(folder / split)
+        path = os.path.relpath(data_dir / split, folder / split)
+        named = [
+            row | {"file_name": Path(path, row["file_name"]).as_posix(), "label": row["file_name"].split("/")[0]}
+            for row in rows
+        ]
+        write_rows(named, folder / split / "metadata.jsonl")
+    for name in ("classes.json", "lexicon.json"):
+        shutil.copy(data_dir / name, folder / name)
+    return folder
+
+
+def chosen_rows(rows: list[dict[str, Any]], share: int) -> list[dict[str, Any]]:
+    """`share` percent of the rows of each class, at least one of each, in their order."""
+    by_class: dict[str, list[str]] = {}
+    for row in rows:
+        by_class.setdefault(row["file_name"].split("/")[0], []).append(row["file_name"])
+    kept: set[str] = set()
+    for files in by_class.values():
+        ranked = sorted(files, key=lambda file: hashlib.sha256(file.encode()).hexdigest())
+        kept |= {*ranked[: max(1, round(share / 100 * len(files)))]}
+    return [row for row in rows if row["file_name"] in kept]
+
+
+def epochs_for(config: Config, share: int) -> dict[str, Any]:
+    """More epochs for fewer clips, or a small share would hardly be trained. `auto` decides by itself."""
+    if share == 100 or not isinstance(config.epochs, int):
+        return {}
+    return {"epochs": round(config.epochs * min(100 / share, MOST_EPOCHS))}
+
+
+# -- training ---------------------------------------------------------------------------------------
+
+
+def train_trial(
+    trial: Trial, row: Row, data_dir: Path, runs: Path, file: Path, lock: Lock, environment: dict[str, str]
+) -> str:
+    """Trains a trial, adds its scores to the file, removes its weights. Returns a line to print."""
+    from checkpoint import read_metrics
+
+    changes = trial.options | epochs_for(row.config, trial.share)
+    flags = ["--config", str(row.file), "--seed", str(trial.seed)]
+    flags += [text for option, value in changes.items() for text in (f"--{option}", str(value))]
+    run_dir = runs / trial.name
+    line = train_run(run_dir, flags, data_dir, environment, controls=False)
+    metrics = read_metrics(run_dir)
+    scores = {"val": right(metrics["val"]), "val_loss": metrics["val"]["loss"], "test": right(metrics["test"])}
+    with lock:
+        add_trial(trial, scores | {"seconds": metrics["seconds"], "best_epoch": metrics["best_epoch"]}, file)
+    for name in ("model.safetensors", "vision", "language"):
+        path = run_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return f"{line}, {100 * scores['val']:.1f} % on val"
+
+
+def right(scores: dict[str, Any]) -> float:
+    """The accuracy, or of a captioner the fraction of captions that are wholly right."""
+    return scores["accuracy"] if "accuracy" in scores else scores["attributes"]["all"]
+
+
+def train_all(trials: Sequence[Trial], rows: dict[str, Row], args: argparse.Namespace) -> None:
+    """Trains the trials that are not in the file yet. Raises UserError if one fails."""
+    done = {Trial(t["row"], t["options"], t["share"], t["seed"]).name for t in read_trials(args.study)}
+    todo = [trial for name, trial in {t.name: t for t in trials}.items() if name not in done]
+    folders = {
+        share: write_share(args.data_dir, share, args.runs / f"data_{share}") if share < 100 else args.data_dir
+        for share in {trial.share for trial in todo}
+    }
+    lock = Lock()
+
+    def call(trial: Trial) -> Callable[[dict[str, str]], str]:
+        where = (folders[trial.share], args.runs, args.study, lock)
+        return lambda environment: train_trial(trial, rows[trial.row], *where, environment)
+
+    print(f"{len(trials) - len(todo)} trials are in {args.study}; {len(todo)} to train")
+    in_parallel([call(trial) for trial in todo], args.jobs)
+
+
+def print_best(trials: Sequence[Trial], file: Path) -> None:
+    """For each row and option of these trials the score on val of every value, and the best one."""
+    wanted = {trial.name for trial in trials}
+    table: dict[tuple[str, str], dict[Any, list[float]]] = {}
+    for t in read_trials(file):
+        if t["options"] and Trial(t["row"], t["options"], t["share"], t["seed"]).name in wanted:
+            ((option, value),) = t["options"].items()
+            table.setdefault((t["row"], option), {}).setdefault(value, []).append(t["val"])
+    for (row, option), values in table.items():
+        means = {value: sum(scores) / len(scores) for value, scores in values.items()}
+        shown = ", ".join(f"{value}: {100 * score:.1f} %" for value, score in means.items())
+        print(f"{row}: {option} {max(means, key=lambda v: means[v])} is best on val ({shown})")
+
+
+# -- the script -------------------------------------------------------------------------------------
+
+
+@script
+def main(argv: list[str] | None = None) -> None:
+    """Trains what is missing of a sweep, of learning curves, or of the whole plan. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.make_study",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sweep", metavar="OPTION=a,b,c", default="", help="values of an option of main.py to compare")
+    parser.add_argument("--train_share", metavar="5,20,100", default="", help="shares of the training clips in percent")
+    parser.add_argument("--rows", metavar="REGEX", default="", help="only the rows whose names match")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of each trial")
+    parser.add_argument("--jobs", type=int, default=2, help="trials to train at the same time; they share the cores")
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("synthetic_dataset"), help="it is drawn if it does not exist"
+    )
+    parser.add_argument("--runs", type=Path, default=EXPERIMENTS / "runs" / "study", help="folder of the runs")
+    parser.add_argument("--study", type=Path, default=STUDY, help="json file of the finished trials")
+    args = parser.parse_args(argv)
+    if args.seeds < 1 or args.jobs < 1:
+        raise UserError("--seeds and --jobs must be at least 1")
+
+    # without a sweep or shares, all of the plan
+    plan = [(args.rows, args.sweep, args.train_share, args.seeds)] if args.sweep or args.train_share else PLAN
+    rows = {row.name: row for row in read_grid(args.runs, PREDICTIONS, 1)}
+    trials = []
+    for only, sweep, shares, seeds in plan:
+        chosen = read_grid(args.runs, PREDICTIONS, 1, only)
+        trials += planned(chosen, sweep, as_shares(shares), seeds)
+    draw_dataset_once(args.data_dir)
+    make_folder(args.runs)
+    train_all(trials, rows, args)
+    print_best(trials, args.study)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""The pictures of report.pdf: one function for each. Curves and points are SVG, frames of videos are JPEG."""
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+import figures
+from experiments.findings import GROUPS, groups_of, shown_rows
+from experiments.grid import MODES, NAMES, Row
+from experiments.intervals import estimate
+from experiments.scores import Study
+from experiments.trials import learning_curves, sweep_curves
+from script import make_folder
+
+COLOURS = {"full": "#b5452c", "lora": "#2f6b9a", "frozen": "#6b8e3d"}
+SHADES = {"timesformer": "#33638d", "videomae": "#d1603d"}  # of vision backbones
+MARKERS = {"timesformer": "o", "videomae": "s"}
+WIDTH = 6.6  # inches; the report's column
+SHOWN_CLASSES = ("right", "clockwise", "reverses", "stops")  # in the picture of the dataset
+WORST = 4  # clips on a sheet
+
+
+def panels(columns: int, height: float, width: float = WIDTH, **options: Any) -> tuple[Any, Any]:
+    """A figure with panels side by side, in the small letters of a paper."""
+    plt = figures.pyplot()
+    plt.rcParams |= {"font.size": 7.5, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
+    return figure, axes[0]
+
+
+def draw_estimate(axis: Any, scores: np.ndarray, y: float, colour: str, proportion: bool = True) -> None:
+    """The mean over seeds and clips with its interval, and a small dot for each seed, in percent."""
+    value = estimate(scores, proportion)
+    sides = [[100 * max(0.0, value.mean - value.low)], [100 * max(0.0, value.high - value.mean)]]
+    axis.errorbar(100 * value.mean, y, xerr=sides, fmt="o", ms=4, color=colour, capsize=2, lw=1)
+    axis.plot([100 * v for v in value.seeds], [y + 0.28] * len(value.seeds), ".", ms=3, color=colour, alpha=0.6)
+
+
+def draw_rows(study: Study, captioning: bool, columns: dict[str, str], path: Path) -> None:
+    """Points of all rows, one panel for each {column of scores: title}. Lines: what needs no training, and ceilings."""
+    rows = study.finished(captioning)
+    figure, axes = panels(len(columns), 0.75 + 0.165 * len(rows), sharey=True)
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+        for y, row in enumerate(rows):
+            draw_estimate(axis, study.scores[row.name].columns[column], y, COLOURS[row.mode])
+        for model, nearest in study.nearest[captioning].items():
+            value = 100 * nearest.columns[column].mean()
+            label = f"nearest neighbour, {NAMES[model]}"
+            axis.axvline(value, color=SHADES[model], lw=0.9, ls=":", label=label)
+        if column == "all" and not captioning:
+            for style, name in (("--", "video without text"), ("-.", "frames in any order, without text")):
+                axis.axvline(100 * study.ceilings[name], color="0.45", lw=0.9, ls=style, label=f"best: {name}")
+        axis.set(title=title, xlabel="%", ylim=(len(rows) - 0.4, -0.6))
+        axis.grid(axis="y", color="0.93")
+    axes[0].set_yticks(range(len(rows)), [row.title for row in rows])
+
+    # one legend for all panels
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=COLOURS[mode], marker="o", ms=4, lw=1, label=MODES[mode]) for mode in COLOURS]
+    handles += axes[0].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=6.5)
+    figures.save(figure, path)
+
+
+def draw_errors(study: Study, path: Path) -> None:
+    """Accuracy of the best rows by speed, size and number of objects."""
+    rows = shown_rows(study)
+    figure, axes = panels(len(GROUPS), 1.9, sharey=True)
+    for axis, name in zip(axes, GROUPS, strict=True):
+        groups = groups_of(study, name)
+        for row in rows:
+            values = [estimate(study.scores[row.name].right[:, mask]) for mask in groups.values()]
+            means = [100 * v.mean for v in values]
+            sides = [[100 * (v.mean - v.low) for v in values], [100 * (v.high - v.mean) for v in values]]
+            model, text = row.config.vision_model, row.config.use_text
+            style = {"marker": MARKERS[model], "ls": "-" if text else "--", "color": SHADES[model], "label": row.title}
+            axis.errorbar(range(len(groups)), means, yerr=np.clip(sides, 0, None), ms=4, lw=1, capsize=2, **style)
+        axis.set_xticks(range(len(groups)), [*groups])
+        axis.set(title="number of objects" if name == "objects" else f"{name} of the named object")
+        axis.margins(x=0.15)
+    axes[0].set(ylabel="test accuracy %")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=6.5
+    )
+    figures.save(figure, path)
+
+
+def draw_confusions(study: Study, names: dict[str, str], path: Path) -> None:
+    """Confusion matrices of the best row without text and of the best one with text, all seeds together."""
+    chosen = []
+    for text in (False, True):
+        rows = [row for row in study.finished(captioning=False) if row.config.use_text == text]
+        chosen += [max(rows, key=lambda row: study.scores[row.name].right.mean())] if rows else []
+    figure, axes = panels(len(chosen), 2.9, sharey=True)
+    for axis, row in zip(axes, chosen, strict=True):
+        matrix = confusion(study, row, [*names])
+        axis.imshow(matrix, vmin=0, vmax=100, cmap="Blues")
+        for (i, j), value in np.ndenumerate(matrix):
+            if value >= 0.5:
+                colour = "white" if value > 50 else "black"
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour)
+        ticks = range(len(names))
+        axis.set_xticks(ticks, [*names.values()], rotation=50, ha="right", fontsize=6.5)
+        axis.set_yticks(ticks, [*names.values()], fontsize=6.5)
+        axis.set(title=row.title, xlabel="answer")
+    axes[0].set(ylabel="truth")
+    figures.save(figure, path)
+
+
+def confusion(study: Study, row: Row, names: list[str]) -> np.ndarray:
+    """How often each class (rows) is answered by each class (columns), in percent of its clips. (K, K)"""
+    matrix = np.zeros((len(names), len(names)))
+    for result in row.results.values():
+        for answer in result.answers(study.clips):
+            matrix[names.index(answer["truth"]), names.index(answer["label"])] += 1
+    return 100 * matrix / matrix.sum(1, keepdims=True)
+
+
+def draw_learning(study: Study, path: Path) -> None:
+    """Test accuracy of the video classifiers over the share of training clips: one panel for each vision backbone."""
+    curves = learning_curves(study)
+    figure, axes = panels(len(curves), 2.0, sharey=True)
+    for axis, (model, modes) in zip(axes, curves.items(), strict=True):
+        for mode, curve in modes.items():
+            means = [100 * mean(values) for values in curve.values()]
+            axis.plot([*curve], means, color=COLOURS[mode], lw=1.2, label=MODES[mode])
+            for share, values in curve.items():
+                axis.plot([share] * len(values), [100 * v for v in values], ".", ms=5, color=COLOURS[mode])
+        nearest = 100 * study.nearest[False][model].right.mean()
+        axis.axhline(nearest, color="0.5", lw=0.8, ls=":", label="nearest neighbour, all clips")
+        axis.set_xscale("log")
+        axis.set_xticks([*next(iter(modes.values()))], [f"{share} %" for share in next(iter(modes.values()))])
+        axis.minorticks_off()
+        axis.set(title=NAMES[model], xlabel="share of the training clips")
+    axes[0].set(ylabel="test accuracy %")
+    axes[-1].legend(frameon=False, fontsize=6.5)
+    figures.save(figure, path)
+
+
+def draw_sweeps(study: Study, path: Path) -> None:
+    """Scores on val over the LoRA rank and over the token grid."""
+    sweeps = {"lora_r": "LoRA rank", "token_grid": "token grid (N × N for each time step)"}
+    curves = {option: sweep_curves(study.trials, option) for option in sweeps}
+    curves = {option: found for option, found in curves.items() if found}
+    titles = {row.name: row.title for row in study.rows}
+    figure, axes = panels(len(curves), 2.1)
+    for axis, (option, found) in zip(axes, curves.items(), strict=True):
+        for row, curve in found.items():
+            axis.plot([*curve], [100 * v for v in curve.values()], ".-", lw=1, label=titles[row])
+        values = sorted({value for curve in found.values() for value in curve})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(values, [str(value) for value in values])
+        axis.minorticks_off()
+        axis.set(xlabel=sweeps[option], ylabel="right on val, %")
+        axis.legend(frameon=False, fontsize=6)
+    figures.save(figure, path)
+
+
+def draw_pareto(study: Study, path: Path) -> None:
+    """Accuracy of the classifiers over what they cost."""
+    costs = {
+        "seconds of training": lambda r: mean(result.metrics["seconds"] for result in r.results.values()),
+        "peak memory, MB": lambda r: max(result.metrics["peak_mb"] for result in r.results.values()),
+        "trained parameters": lambda r: next(iter(r.results.values())).parameters,
+    }
+    figure, axes = panels(len(costs), 2.2, sharey=True)
+    for axis, (title, cost) in zip(axes, costs.items(), strict=True):
+        for row in study.finished(captioning=False):
+            kind = "text" if row.config.use_text else "BERT" if row.config.use_vlm else "video"
+            filled = {"text": COLOURS[row.mode], "BERT": "none", "video": "0.85"}[kind]
+            accuracy = 100 * study.scores[row.name].right.mean()
+            axis.plot(
+                *(cost(row), accuracy, MARKERS[row.config.vision_model]),
+                **{"ms": 5, "mec": COLOURS[row.mode], "mfc": filled, "mew": 1},
+            )
+        if "MB" not in title:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axis.xaxis.set_minor_formatter(lambda value, _: "")
+        axis.set(xlabel=title)
+        axis.grid(color="0.94")
+    axes[0].set(ylabel="test accuracy %")
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, lw=3, label=MODES[mode]) for mode, colour in COLOURS.items()]
+    handles += [Line2D([], [], ls="", marker=mark, color="0.4", label=NAMES[m]) for m, mark in MARKERS.items()]
+    fills = {"with text": "0.3", "with BERT, no text": "none", "video classifier": "0.85"}
+    handles += [Line2D([], [], ls="", marker="D", mec="0.3", mfc=fill, label=name) for name, fill in fills.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=6.5)
+    figures.save(figure, path)
+
+
+# -- frames of videos -------------------------------------------------------------------------------
+
+
+def frames_of(data_dir: Path, file: str, count: int = 8) -> Any:
+    """`count` evenly spaced frames of a test clip, uint8 [T, C, H, W]."""
+    from readers import open_video
+
+    video = open_video(data_dir / "test" / file)
+    return video.frames(np.linspace(0, len(video) - 1, count).round().astype(int))
+
+
+def sheet(clips: list[tuple[Any, str]], path: Path, heading: str = "") -> None:
+    """A contact sheet as a JPEG: noisy frames make a PNG, and so the report, ten times as large."""
+    from PIL import Image
+
+    picture = figures.plot_clips(clips, path.with_suffix(".png"), heading)
+    Image.open(picture).convert("RGB").save(path, quality=85)
+
+
+def draw_dataset(study: Study, data_dir: Path, path: Path) -> None:
+    """One clip with two objects for some of the classes, with its text, the text of the other object, and a caption."""
+    clips = []
+    for motion in SHOWN_CLASSES:
+        rows = [row for row in study.clips.rows if row["objects"][0]["motion"] == motion and len(row["objects"]) == 2]
+        for row in rows[:1]:
+            shortest = min(row["caption"], key=len)
+            title = f"text: {row['text']}  |  other text: {row['other_text']}  |  caption: {shortest}"
+            clips.append((frames_of(data_dir, row["file_name"]), title))
+    sheet(clips, path)
+
+
+def draw_worst(study: Study, names: dict[str, str], data_dir: Path, path: Path) -> None:
+    """The surest wrong answers of the first run of the best classifier."""
+    row = max(study.finished(captioning=False), key=lambda row: study.scores[row.name].right.mean())
+    answers = next(iter(row.results.values())).answers(study.clips)
+    clips = []
+    for index, title in figures.worst_clips(answers, names)[:WORST]:
+        text = f"  |  text: {study.clips.rows[index]['text']}" if row.config.use_text else ""
+        clips.append((frames_of(data_dir, answers[index]["file"]), title + text))
+    sheet(clips, path)
+
+
+def draw_captions(study: Study, data_dir: Path, path: Path) -> None:
+    """Captions of two objects that are wrong, and that are wholly right, of the first run of the best captioner."""
+    row = max(study.finished(captioning=True), key=lambda row: study.scores[row.name].right.mean())
+    seed, result = next(iter(row.results.items()))
+    answers, right = result.answers(study.clips), study.scores[row.name].right[[*row.results].index(seed)]
+    two = ~study.clips.single
+    wrong, good = np.flatnonzero(two & ~right)[: WORST - 1], np.flatnonzero(two & right)[:1]
+    clips = []
+    for index in (*wrong, *good):
+        answer = answers[index] | {"references": sorted(study.clips.rows[index]["caption"], key=len)}
+        clips.append((frames_of(data_dir, answer["file"]), figures.caption_title(answer)))
+    sheet(clips, path)
+
+
+def draw_all(study: Study, names: dict[str, str], data_dir: Path, folder: Path) -> dict[str, str]:
+    """Draws the report's pictures into `folder`: {name in report.typ: file}. Pictures without runs are absent."""
+    make_folder(folder)
+    three = {"all": "all clips", "one": "one object", "two": "two objects"}
+    whole = {"one": "one object: wholly right", "two": "two objects: both wholly right"}
+    calls: dict[str, Any] = {"dataset.jpg": lambda path: draw_dataset(study, data_dir, path)}
+    if study.finished(captioning=False):
+        calls |= {
+            "labels.svg": lambda path: draw_rows(study, False, three, path),
+            "errors.svg": lambda path: draw_errors(study, path),
+            "confusion.svg": lambda path: draw_confusions(study, names, path),
+            "pareto.svg": lambda path: draw_pareto(study, path),
+            "worst.jpg": lambda path: draw_worst(study, names, data_dir, path),
+        }
+    if study.finished(captioning=True):
+        calls |= {
+            "captions.svg": lambda path: draw_rows(study, True, whole, path),
+            "caption_clips.jpg": lambda path: draw_captions(study, data_dir, path),
+        }
+    if learning_curves(study):
+        calls["learning.svg"] = lambda path: draw_learning(study, path)
+    if sweep_curves(study.trials, "lora_r") or sweep_curves(study.trials, "token_grid"):
+        calls["sweeps.svg"] = lambda path: draw_sweeps(study, path)
+    for name, draw in calls.items():
+        draw(folder / name)
+    return {Path(name).stem: name for name in calls}

@@ -1,0 +1,277 @@
+"""Statistics of the study against slow references and values by hand, and its trials."""
+
+import json
+import subprocess
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import main
+from config import ROOT
+from experiments import epochs, grid, make_study
+from experiments.findings import adapting
+from experiments.intervals import DRAWS, Estimate, bootstrap_means, difference, drawn_clips, estimate, mcnemar_p
+from experiments.make_study import chosen_rows, planned, swept_values, write_share
+from experiments.results import read_clips
+from experiments.scores import Comparison
+from experiments.trials import Trial, learning_curves, read_trials, sweep_curves
+from metrics import wilson
+from script import UserError
+from VLoader import read_splits
+
+
+def some_scores(seeds: int = 3, clips: int = 40, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).random((seeds, clips)) < 0.7).astype(float)
+
+
+# -- intervals --------------------------------------------------------------------------------------
+
+
+def test_a_draw_is_the_mean_over_the_drawn_seeds_and_clips():
+    """Drawn by indices, one draw at a time, from the same numbers of draws."""
+    first, second = some_scores(), some_scores(2, seed=1)
+    rng = np.random.default_rng(1)
+    for scores, means in zip((first, second), bootstrap_means(first, second), strict=True):
+        seeds = rng.multinomial(len(scores), np.full(len(scores), 1 / len(scores)), DRAWS)
+        clips = drawn_clips(scores.shape[1]).astype(int)
+        for draw in range(0, DRAWS, 100):
+            drawn = scores[np.repeat(np.arange(len(scores)), seeds[draw])][
+                :, np.repeat(np.arange(scores.shape[1]), clips[draw])
+            ]
+            assert drawn.shape == scores.shape
+            assert means[draw] == pytest.approx(drawn.mean())
+
+
+def test_the_bootstrap_agrees_with_one_that_draws_indices():
+    scores, rng = some_scores(clips=60), np.random.default_rng(7)
+    slow = []
+    for _ in range(DRAWS):
+        seeds, clips = rng.integers(0, 3, 3), rng.integers(0, 60, 60)
+        slow.append(scores[seeds][:, clips].mean())
+    value = estimate(scores)
+    assert [value.low, value.high] == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.02)
+    assert value.mean == pytest.approx(scores.mean()) and value.seeds == tuple(scores.mean(1))
+
+
+def test_the_spread_of_seeds_widens_the_interval():
+    """Two seeds with no clip in common are further apart than two equal ones of the same mean."""
+    half = np.arange(40) % 2 == 0
+    apart, equal = np.stack([np.ones(40), np.zeros(40)]), np.stack([half, half])
+    assert estimate(apart).low == 0 and estimate(apart).high == 1
+    assert 0.2 < estimate(equal).low < estimate(equal).high < 0.8
+
+
+def test_all_right_gets_wilsons_interval_of_the_clips():
+    value = estimate(np.ones((3, 200)))
+    assert [value.low, value.high] == wilson(200, 200) and value.low == pytest.approx(0.981, abs=5e-4)
+    assert estimate(np.zeros((3, 200))).high == pytest.approx(0.019, abs=5e-4)
+
+
+def test_differences_are_paired():
+    """Of two rows with one seed each that differ in the same 4 of 40 clips, every draw sees the same clips."""
+    first = some_scores(1)
+    second = first.copy()
+    assert difference(first, second).low == difference(first, second).high == 0
+    second[0, np.flatnonzero(first[0])[:4]] = 0
+    value = difference(first, second)
+    assert value.mean == pytest.approx(0.1) and 0 <= value.low < value.high < 0.25
+
+
+def test_two_rows_that_are_all_right_differ_by_newcombes_interval():
+    """By hand: 200 of 200 against 200 of 200, Wilson [0.9812, 1], so the difference is within 0.0188."""
+    value = difference(np.ones((2, 200)), np.ones((3, 200)))
+    assert [value.mean, value.low, value.high] == pytest.approx([0, -0.0188, 0.0188], abs=1e-4)
+    value = difference(np.ones((1, 200)), np.zeros((1, 200)))
+    assert (
+        value.mean == 1 and value.high == pytest.approx(1) and value.low == pytest.approx(1 - 0.0188 * 2**0.5, abs=1e-4)
+    )
+
+
+def test_mcnemar_takes_the_least_sure_pair_of_seeds():
+    """By hand: 5 clips against 0 have p = 2 / 2 ** 5; 2 against 1 have 1."""
+    base = np.zeros((2, 10), bool)
+    first, second = base.copy(), base.copy()
+    first[0, :5] = True
+    first[1, :2], second[1, 2] = True, True
+    assert mcnemar_p(first[:1], second[:1]) == pytest.approx(0.0625)
+    assert mcnemar_p(first, second) == 1
+
+
+def test_sentences_about_modes_need_all_three(tmp_path):
+    """TimeSformer was run in all modes, VideoMAE not in full."""
+
+    def comparison(model: str, first: str, second: str, value: Estimate) -> Comparison:
+        suffix = {"full": "", "lora": "_loravision", "frozen": "_fvbb"}
+        rows = [row_of(f"{model}{suffix[mode]}", tmp_path) for mode in (first, second)]
+        return Comparison(*rows, {"all": value}, 1.0)
+
+    values = {
+        ("lora", "frozen"): (0.1, 0.05, 0.15),
+        ("full", "frozen"): (0.02, -0.01, 0.05),
+        ("full", "lora"): (-0.08, -0.1, -0.05),
+    }
+    found = [comparison("timesformer", *modes, Estimate(*value)) for modes, value in values.items()]
+    found.append(comparison("videomae", "lora", "frozen", Estimate(0.1, 0.05, 0.15)))
+    assert adapting(SimpleNamespace(comparisons=found), grid.TASKS[0]) == (
+        "TimeSformer gains 10.0 points [5.0, 15.0] through LoRA and gains nothing measurable in full "
+        "(+2.0 points [−1.0, +5.0]); training in full is behind LoRA by 8.0 points [5.0, 10.0]."
+    )
+    assert adapting(SimpleNamespace(comparisons=[]), grid.TASKS[0]) == grid.NOT_RUN
+
+
+# -- which epoch ------------------------------------------------------------------------------------
+
+
+def test_the_rules_choose_their_epochs(tmp_path, capsys):
+    """By hand: 90 % of 100 clips has a standard error of 3 points, so epochs 2 to 4 are equally good."""
+    values = [(0.80, 0.50), (0.88, 0.30), (0.90, 0.40), (0.89, 0.35), (0.86, 0.29)]
+    log = [{"epoch": n, "val_accuracy": a, "val_loss": loss} for n, (a, loss) in enumerate(values, start=1)]
+    chosen = epochs.chosen_epochs(log, 100)
+    assert {rule: row["epoch"] for rule, row in chosen.items()} == {
+        "best accuracy": 3,
+        "lowest loss": 5,
+        "one standard error": 2,
+    }
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"val": {"count": 100}}))
+    assert epochs.main([str(tmp_path / "run")]) == 0
+    assert "mean of 1 runs, lowest loss: 86.00 %, loss 0.2900, epoch 5.0" in capsys.readouterr().out
+    assert epochs.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: none of these folders holds a finished run of a classifier\n"
+
+
+# -- shares of the training clips -------------------------------------------------------------------
+
+
+def test_smaller_shares_are_parts_of_larger_ones():
+    rows = [{"file_name": f"class_{k}/video_{i}.pt"} for k in range(3) for i in range(40)]
+    shares = {share: [row["file_name"] for row in chosen_rows(rows, share)] for share in (1, 5, 20, 100)}
+    assert {*shares[1]} < {*shares[5]} < {*shares[20]} < {*shares[100]}
+    assert [len(shares[share]) for share in (1, 5, 20, 100)] == [3, 6, 24, 120]
+    for files in shares.values():
+        counts = [sum(file.startswith(f"class_{k}/") for file in files) for k in range(3)]
+        assert len({*counts}) == 1
+    assert shares[20] != [row["file_name"] for row in rows if int(row["file_name"].split("_")[2][:-3]) < 8]
+
+
+def test_a_share_holds_the_same_videos_and_texts(dataset, tmp_path):
+    whole, part = read_splits(dataset), read_splits(write_share(dataset, 50, tmp_path / "half"))
+    assert part.class_names == whole.class_names and part.lexicon == whole.lexicon
+    by_path = {s.path.resolve(): s for s in [*whole.train, *whole.val, *whole.test]}
+    assert (len(part.train), len(part.val), len(part.test)) == (len(whole.train) // 2, len(whole.val), len(whole.test))
+    for sample in [*part.train, *part.val, *part.test]:
+        assert replace(by_path[sample.path.resolve()], path=sample.path) == sample
+        assert by_path[sample.path.resolve()].objects == sample.objects
+
+
+# -- trials -----------------------------------------------------------------------------------------
+
+
+def row_of(name: str, tmp_path) -> grid.Row:
+    return grid.Row(ROOT / "experiments" / f"{name}.yaml", tmp_path, tmp_path, 1)
+
+
+def test_relative_values_are_multiples_of_the_rows_own(tmp_path):
+    values = swept_values("learning_rate=x0.5,x1,0.01", row_of("timesformer_fvbb", tmp_path))
+    rate = make_study.own_value("learning_rate", row_of("timesformer_fvbb", tmp_path).config)
+    assert values == [{"learning_rate": rate / 2}, {"learning_rate": rate}, {"learning_rate": 0.01}]
+
+
+def test_every_row_gets_the_same_number_of_rates(tmp_path):
+    rows = grid.read_grid(tmp_path, tmp_path, 1)
+    only, sweep, shares, seeds = make_study.PLAN[0]
+    trials = planned(grid.read_grid(tmp_path, tmp_path, 1, only), sweep, make_study.as_shares(shares), seeds)
+    counts = [sum(trial.row == row.name for trial in trials) for row in rows]
+    assert len(counts) == 24 and {*counts} == {3}
+
+
+def test_a_sweep_leaves_out_rows_in_which_nothing_changes(tmp_path):
+    rows = grid.read_grid(tmp_path, tmp_path, 1)
+    ranked = {trial.row for trial in planned(rows, "lora_r=2,4", [], 1)}
+    assert ranked == {row.name for row in rows if "lora" in row.name}
+    assert not any("_bert" not in t.row and "gpt2" not in t.row for t in planned(rows, "token_grid=1", [], 1))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sweep", "learning_rat=1"], "expected OPTION=a,b,c"),
+        (["--sweep", "data_dir=a,b"], "expected OPTION=a,b,c"),
+        (["--sweep", "learning_rate"], "expected OPTION=a,b,c"),
+        (["--sweep", "learning_rate=1e-3,fast", "--rows", "^videomae$"], "fast is no value of learning_rate"),
+        (["--sweep", "head=x2", "--rows", "^videomae$"], "x2 is no value of head"),
+        (["--sweep", "lora_r=4", "--rows", "^videomae$"], "nothing to train"),
+        (["--train_share", "0,5"], "expected whole numbers from 1 to 100"),
+        (["--train_share", "five"], "expected whole numbers from 1 to 100"),
+        (["--train_share", "5", "--rows", "("], "is no regular expression"),
+        (["--train_share", "5", "--jobs", "0"], "must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(argv, message, tmp_path, capsys):
+    assert make_study.main([*argv, "--data_dir", str(tmp_path), "--runs", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_damaged_study_is_one_line(tmp_path):
+    file = tmp_path / "study.json"
+    for text in ("{", '{"a": 1}', "[1]", '[{"row": "videomae"}]'):
+        file.write_text(text)
+        with pytest.raises(UserError, match="holds no trials"):
+            read_trials(file)
+
+
+def test_a_stopped_study_goes_on_where_it_was(dataset, tmp_path, monkeypatch, capsys):
+    """The second of three trials fails. What is finished is kept, and is not trained again."""
+    names: list[str] = []
+
+    def run(command: list[str], **_) -> subprocess.CompletedProcess:
+        name = command[command.index("--run_name") + 1]
+        if len(names) == 1 and "broken" not in names:
+            names.append("broken")
+            return subprocess.CompletedProcess(command, 1, stdout="", stderr="error: the power failed\n")
+        names.append(name)
+        return subprocess.CompletedProcess(command, main.main([*command[2:], "--num_workers", "0"]), stderr="")
+
+    monkeypatch.setattr(grid, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(make_study, "MOST_EPOCHS", 1)
+    argv = ["--data_dir", str(dataset), "--runs", str(tmp_path / "runs"), "--study", str(tmp_path / "s.json")]
+    argv += ["--sweep", "learning_rate=x0.5,x1", "--train_share", "50", "--rows", "^timesformer_fvbb$", "--jobs", "1"]
+    assert make_study.main(argv) == 2
+    assert "failed: error: the power failed" in capsys.readouterr().err
+    first = read_trials(tmp_path / "s.json")
+    assert 1 <= len(first) <= 2  # the third one may have been started before the failure was seen
+    assert all(0 <= trial["val"] <= 1 for trial in first)
+    assert make_study.main(argv) == 0
+    trials = read_trials(tmp_path / "s.json")
+    assert trials[: len(first)] == first and len(trials) == 3 and len({*names}) == len(names) == 4
+    assert f"{len(first)} trials are in" in capsys.readouterr().out
+    assert len(sweep_curves(trials, "learning_rate")["timesformer_fvbb"]) == 2
+    assert sorted(t["share"] for t in trials) == [50, 100, 100]
+    assert not list((tmp_path / "runs").rglob("model.safetensors"))
+    assert make_study.main(argv) == 0 and len(names) == 4
+
+
+def test_learning_curves_end_with_the_final_runs(tmp_path):
+    row = row_of("timesformer_fvbb", tmp_path)
+    trials = [{"row": row.name, "options": {}, "share": s, "seed": n, "test": s / 100} for s in (5, 20) for n in (0, 1)]
+    scores = SimpleNamespace(accuracy=lambda: SimpleNamespace(seeds=(0.9, 0.8)))
+    study = SimpleNamespace(rows=[row], trials=trials, scores={row.name: scores})
+    curves = {"timesformer": {"frozen": {5: [0.05, 0.05], 20: [0.2, 0.2], 100: [0.9, 0.8]}}}
+    assert learning_curves(study) == curves
+
+
+def test_a_trials_name_tells_it_from_all_others():
+    trials = [Trial("a", {"lora_r": r}, share, seed) for r in (2, 4) for share in (5, 100) for seed in (0, 1)]
+    assert len({trial.name for trial in [*trials, Trial("a"), Trial("b")]}) == len(trials) + 2
+
+
+def test_clips_are_read_in_the_order_of_the_metadata(dataset):
+    clips = read_clips(dataset, "test")
+    values = {file: number for number, file in enumerate(clips.files)}
+    assert clips.in_order(dict(reversed(values.items())), "x") == [*range(len(clips))]
+    with pytest.raises(UserError, match="x has predictions for other clips"):
+        clips.in_order(values | {"other": 1}, "x")
