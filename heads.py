@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+NUM_QUERIES = 16  # of a captioner
 
 class StepAttention(nn.Module):
     """Multi-head attention of a few queries to the tokens of each time step.
@@ -112,7 +113,7 @@ class AttentiveProjector(StepReader):
     does. Perceiver-like resamplers (arXiv:2204.14198) have queries too, but not one result per time step.
     """
 
-    def __init__(self, vision: Any, width: int, dropout: float, num_tokens: int = 16):
+    def __init__(self, vision: Any, width: int, dropout: float, num_tokens: int = NUM_QUERIES):
         """`width` is that of the language model's embeddings."""
         super().__init__(vision, dropout)
         hidden, self.num_tokens = vision.config.hidden_size, num_tokens

@@ -37,6 +37,8 @@ def collect(study: Study, seeds: int, data_dir: Path, names: dict[str, str]) -> 
 
     Raises UserError if the runs contradict a sentence of the report.
     """
+    from heads import NUM_QUERIES
+
     results = [result for row in study.rows for result in row.results.values()]
     single = int(study.clips.single.sum())
     counts = {split: count_clips(data_dir / split) for split in ("train", "val", "test")}
@@ -47,13 +49,14 @@ def collect(study: Study, seeds: int, data_dir: Path, names: dict[str, str]) -> 
         "single": str(single),
         "double": str(len(study.clips) - single),
         "rank": str(Config().lora_r),
+        "queries": str(NUM_QUERIES),
         "dropout": str(Config().dropout),
         "decay": str(Config().weight_decay),
         "level": "95 %",
         "shares": " and ".join(map(str, sorted({t["share"] for t in study.trials} - {100}))) or NOT_RUN,
         "draws": f"{DRAWS:,}",
         "machine": machine(study.rows),
-        "backbones": [backbone_cells(name) for name in BACKBONES],
+        "backbones": [backbone_cells(name) for name, backbone in BACKBONES.items() if backbone.tiny],
         "heads": HEADS,
         "tables": all_tables(study),
         "findings": all_findings(study, names),
