@@ -336,7 +336,7 @@ class Config:
     """fraction of each target that is spread over all classes or tokens; 0.1 reduces overconfidence"""
     patience: int | str = option("auto", auto_or(number(int, 0)), "training", "main sweep_heads")
     """stop early if val has not improved for this many epochs. 0: never. auto: half of --epochs auto, else 0"""
-    gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", "main")
+    gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", "main sweep_heads")
     """batches per optimizer step: N batches of size B train like one batch of N x B, with the memory of B"""
     gradient_checkpointing: bool = option(False, to_bool, "training", "main doctor")
     """recompute activations in the backward pass: uses less memory, about a third slower"""

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 NUM_QUERIES = 16  # of a captioner
 
+
 class StepAttention(nn.Module):
     """Multi-head attention of a few queries to the tokens of each time step.
 

@@ -158,10 +158,14 @@ def test_smaller_shares_are_parts_of_larger_ones():
 
 
 def test_a_share_holds_the_same_videos_and_texts(dataset, tmp_path):
-    whole, part = read_splits(dataset), read_splits(write_share(dataset, 50, tmp_path / "half"))
+    whole, part = read_splits(dataset), read_splits(write_share(dataset, 67, tmp_path / "part"))
     assert part.class_names == whole.class_names and part.lexicon == whole.lexicon
     by_path = {s.path.resolve(): s for s in [*whole.train, *whole.val, *whole.test]}
-    assert (len(part.train), len(part.val), len(part.test)) == (len(whole.train) // 2, len(whole.val), len(whole.test))
+    assert (len(part.train), len(part.val), len(part.test)) == (
+        2 * len(whole.train) // 3,
+        len(whole.val),
+        len(whole.test),
+    )
     for sample in [*part.train, *part.val, *part.test]:
         assert replace(by_path[sample.path.resolve()], path=sample.path) == sample
         assert by_path[sample.path.resolve()].objects == sample.objects
