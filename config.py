@@ -89,13 +89,16 @@ BACKBONES = {
 # decides: full before lora before frozen, then published weights before tiny ones, because they have more to lose.
 LEARNING_RATES = {
     ("hub", "full"): (5e-5, 10.0),
-    ("tiny", "full"): (5e-4, 2.0),
+    ("tiny", "full"): (1e-3, 2.0),
     ("hub", "lora"): (5e-4, 2.0),
     ("tiny", "lora"): (3e-3, 1.0),
     ("hub", "frozen"): (1e-3, 1.0),
     ("tiny", "frozen"): (3e-3, 1.0),
 }
-ATTENTIVE_RATE = 1e-3  # highest peak learning rate of an attentive head
+# highest peak learning rates with an attentive head, of the head and of the vision backbone by training mode. The head
+# does not find what to attend to in features that change fast
+ATTENTIVE_RATE = 1e-3
+ATTENTIVE_VISION_RATES = {"full": 1e-4, "lora": 1e-3, "frozen": math.inf}
 
 
 def is_non_commercial(licence: str) -> bool:
@@ -703,16 +706,19 @@ def default_rates(config: Config) -> tuple[float, dict[str, float]]:
     """The default learning rates: (peak rate of the least restricted backbone, {part: its rate as a multiple of it}).
     Parts are "vision", "language" and "new layers"."""
     # folders and hub ids get the rates of published weights
-    kinds = {part: ("tiny" if is_tiny(config, part) else "hub", mode) for part, mode in training_mode(config).items()}
+    modes = training_mode(config)
+    kinds = {part: ("tiny" if is_tiny(config, part) else "hub", mode) for part, mode in modes.items()}
+    rates = {part: LEARNING_RATES[kind][0] for part, kind in kinds.items()}
     # the keys of LEARNING_RATES are ordered from least to most restricted
-    rate, factor = LEARNING_RATES[min(kinds.values(), key=[*LEARNING_RATES].index)]
+    lead = min(kinds, key=lambda part: [*LEARNING_RATES].index(kinds[part]))
+    new_layers = rates[lead] * LEARNING_RATES[kinds[lead]][1]
     if head_of(config) == "attentive":
-        factor = min(factor, ATTENTIVE_RATE / rate)
+        new_layers = min(new_layers, ATTENTIVE_RATE)
+        rates["vision"] = min(rates["vision"], ATTENTIVE_VISION_RATES[modes["vision"]])
 
     # without a trained backbone there are only new layers
-    if all(mode == "frozen" for _, mode in kinds.values()):
-        rate, factor = rate * factor, 1.0
-    return rate, {part: LEARNING_RATES[kind][0] / rate for part, kind in kinds.items()} | {"new layers": factor}
+    rate = new_layers if {*modes.values()} == {"frozen"} else rates[lead]
+    return rate, {part: value / rate for part, value in (rates | {"new layers": new_layers}).items()}
 
 
 def head_of(config: Config) -> str:
