@@ -103,9 +103,9 @@ def trainer_model(folder: str, kind: str, num_classes: int) -> Any:
         return model
     from peft import LoraConfig, get_peft_model
 
-    # the same layers, rank, alpha and dropout as vidtune's adapters
+    # the same layers, rank and alpha as vidtune's adapters
     layers = linear_layers(model.base_model)
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=layers, modules_to_save=["classifier"])
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=layers, modules_to_save=["classifier"])
     return get_peft_model(model, lora)
 
 
