@@ -98,7 +98,7 @@ LEARNING_RATES = {
 # highest peak learning rates with an attentive head, of the head and of the vision backbone by training mode. The head
 # does not find what to attend to in features that change fast
 ATTENTIVE_RATE = 1e-3
-ATTENTIVE_VISION_RATES = {"full": 1e-4, "lora": 1e-3, "frozen": math.inf}
+ATTENTIVE_VISION_RATES = {"full": 3e-4, "lora": 1e-3, "frozen": math.inf}
 
 
 def is_non_commercial(licence: str) -> bool:

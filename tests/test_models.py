@@ -801,8 +801,8 @@ F_TINY, F_HUB, L_TINY, L_HUB, H_TINY, H_HUB = 1e-3, 5e-5, 3e-3, 5e-4, 3e-3, 1e-3
         ("tiny", "hub", {}, (F_TINY, F_HUB, 10 * F_HUB)),
         ("tiny", "tiny", {"use_lora_vision": True}, (L_TINY, F_TINY, 2 * F_TINY)),
         ("hub", "tiny", {"use_lora_llm": True}, (F_HUB, L_TINY, 10 * F_HUB)),
-        # an attentive head learns by at most 1e-3, and the vision backbone below it by no more, in full by a tenth of it
-        ("tiny", "tiny", {"head": "attentive"}, (1e-4, F_TINY, 1e-3)),
+        # an attentive head learns by at most 1e-3, and the vision backbone below it by no more, in full by less
+        ("tiny", "tiny", {"head": "attentive"}, (3e-4, F_TINY, 1e-3)),
         ("hub", "hub", {"head": "attentive"}, (F_HUB, F_HUB, 10 * F_HUB)),
         ("tiny", "tiny", {"use_lora_vision": True, "head": "attentive"}, (1e-3, F_TINY, 1e-3)),
         (
