@@ -81,6 +81,11 @@ BACKBONES = {
         "encoder", "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594", "Apache-2.0", tiny=True
     ),
     "gpt2": Backbone("decoder", "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", "MIT", tiny=True),
+    # base models: the others expect a chat, and captions have none
+    "smollm2": Backbone(
+        "decoder", "HuggingFaceTB/SmolLM2-135M", "93efa2f097d58c2a74874c7e644dbc9b0cee75a2", "Apache-2.0"
+    ),
+    "qwen3": Backbone("decoder", "Qwen/Qwen3-0.6B-Base", "da87bfb608c14b7cf20ba1ce41287e8de496c0cd", "Apache-2.0"),
 }
 
 # (weights, training mode) -> (peak learning rate, factor for new layers). With two backbones the one listed first here
@@ -235,8 +240,8 @@ class Config:
     """vision backbone: a short name from the table at the end, or a folder (from save_pretrained) or hub id of one of
     the families in that table"""
     language_model: str | None = option(None, path_value, "model", NO_SWEEP, names_run=True, needs_vlm=True)
-    """language backbone for --use_vlm True: bert for classification, gpt2 for captioning, or a folder or hub id of a
-    similar model"""
+    """language backbone for --use_vlm True: bert for classification; gpt2, smollm2 or qwen3 for captioning; or a folder
+    or hub id of a similar model"""
     use_vlm: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
     """connect a language model to the video backbone"""
     captioning: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
