@@ -409,6 +409,11 @@ class Config:
     mixed_precision: str = option("auto", one_of("auto", "no", "bf16", "fp16"), "run and machine", ALL)
     """compute in 16 bit where that is safe (autocast): bf16 or fp16, or no for 32 bit. auto: bf16 on a GPU that
     supports it, else no"""
+    frozen_dtype: str = option(
+        "auto", one_of("auto", "fp32", "bf16"), "run and machine", f"main sweep_heads {USE}", changes_answers=True
+    )
+    """hold the frozen weights of backbones in fp32 or bf16. bf16 takes half the memory and needs --mixed_precision
+    bf16, which computes with bf16 copies of them anyway. auto: bf16 on a GPU with --mixed_precision bf16, else fp32"""
     num_workers: int = option(2, number(int, 0, 256), "run and machine", ALL, free_at_resume=True)
     """number of processes that decode videos. 0: decode in the main process"""
 
@@ -724,7 +729,7 @@ def fill_auto(
     """Replaces every `auto` that depends on the model. The backbone reads num_frames frames of image_size x image_size
     pixels, in side x side patches; its family was trained with every stride-th frame, or 0.
 
-    Options that depend on the machine stay `auto`: device, mixed_precision, cache_features, cache_dir.
+    Options that depend on the machine stay `auto`: device, mixed_precision, frozen_dtype, cache_features, cache_dir.
     """
     values = {"num_frames": num_frames, "image_size": image_size, "batch_size": batch_size}
     values["frame_stride"] = 0 if is_tiny(config, "vision") else -stride
