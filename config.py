@@ -83,6 +83,11 @@ BACKBONES = {
         "encoder", "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594", "Apache-2.0", tiny=True
     ),
     "gpt2": Backbone("decoder", "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", "MIT", tiny=True),
+    # base models: the others expect a chat, and captions have none
+    "smollm2": Backbone(
+        "decoder", "HuggingFaceTB/SmolLM2-135M", "93efa2f097d58c2a74874c7e644dbc9b0cee75a2", "Apache-2.0"
+    ),
+    "qwen3": Backbone("decoder", "Qwen/Qwen3-0.6B-Base", "da87bfb608c14b7cf20ba1ce41287e8de496c0cd", "Apache-2.0"),
 }
 
 # (weights, training mode) -> (peak learning rate, factor for new layers). With two backbones the one listed first here
@@ -245,8 +250,8 @@ class Config:
     """vision backbone: a short name from the table at the end, or a folder (from save_pretrained) or hub id of one of
     the families in that table"""
     language_model: str | None = option(None, path_value, "model", NO_SWEEP, names_run=True, needs_vlm=True)
-    """language backbone for --use_vlm True: bert for classification, gpt2 for captioning, or a folder or hub id of a
-    similar model"""
+    """language backbone for --use_vlm True: bert for classification; gpt2, smollm2 or qwen3 for captioning; or a folder
+    or hub id of a similar model"""
     use_vlm: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
     """connect a language model to the video backbone"""
     captioning: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
@@ -416,6 +421,11 @@ class Config:
     mixed_precision: str = option("auto", one_of("auto", "no", "bf16", "fp16"), "run and machine", ALL)
     """compute in 16 bit where that is safe (autocast): bf16 or fp16, or no for 32 bit. auto: bf16 on a GPU that
     supports it, else no"""
+    frozen_dtype: str = option(
+        "auto", one_of("auto", "fp32", "bf16"), "run and machine", f"main sweep_heads {USE}", changes_answers=True
+    )
+    """hold the frozen weights of backbones in fp32 or bf16. bf16 takes half the memory and needs --mixed_precision
+    bf16, which computes with bf16 copies of them anyway. auto: bf16 on a GPU with --mixed_precision bf16, else fp32"""
     num_workers: int = option(2, number(int, 0, 256), "run and machine", ALL, free_at_resume=True)
     """number of processes that decode videos. 0: decode in the main process"""
 
@@ -737,7 +747,7 @@ def fill_auto(
     """Replaces every `auto` that depends on the model. The backbone reads num_frames frames of image_size x image_size
     pixels, in side x side patches; its family was trained with every stride-th frame, or 0.
 
-    Options that depend on the machine stay `auto`: device, mixed_precision, cache_features, cache_dir.
+    Options that depend on the machine stay `auto`: device, mixed_precision, frozen_dtype, cache_features, cache_dir.
     """
     values = {"num_frames": num_frames, "image_size": image_size, "batch_size": batch_size}
     values["frame_stride"] = 0 if is_tiny(config, "vision") else -stride

@@ -26,7 +26,7 @@ from config import Config
 from feature_cache import compute_missing, open_store, video_ids
 from metrics import Lexicon, attribute_summary, caption_summary
 from script import UserError
-from train_code import build_loaders, caption_all, evaluate, loss_sum, to_device
+from train_code import build_loaders, caption_all, evaluate, hold_frozen, loss_sum, to_device
 from transforms import Preprocessing
 from VLoader import Sample, Splits
 
@@ -105,6 +105,7 @@ def nearest_neighbours(splits: Splits, samples: list[Sample], config: Config, ac
         flip=False,
     )
     model = build_model(frozen_config, num_classes=1)
+    hold_frozen(model, config, accelerator)
 
     # the feature cache may have most of them already
     store = open_store(model, frozen_config)

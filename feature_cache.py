@@ -210,6 +210,8 @@ def open_store(model: VideoModel, config: Config) -> FeatureStore:
         "frames": [sample_indices(n, config.num_frames, config.frame_stride).tolist() for n in (10, 1000)],
         "format": 1,  # raise it when the same frames and options give other features
     } | {name: getattr(config, name) for name in options_with("in_feature_key")}
+    if any(p.dtype == torch.bfloat16 for p in model.vision_encoder.parameters()):
+        description["frozen_dtype"] = "bf16"  # not an option's value, which may be auto
     # leave out the path: the same weights may be stored elsewhere
     hashed = {name: value for name, value in description.items() if name != "backbone"}
     key = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]

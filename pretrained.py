@@ -291,12 +291,12 @@ def load_language(source: Source, captioning: bool) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    # lm_head may be missing in the file: most causal models share its weights with their embeddings
+    # a file without lm_head is whole if the model shares its weights with the embeddings, as most causal models do
     hf_config = read_config(source)
     if captioning:
         if not is_decoder(hf_config):
             raise UserError(f"captioning needs a causal language model such as gpt2, not {source.path}")
-        model = load_backbone(AutoModelForCausalLM, source, hf_config, new_layers=("lm_head.",))
+        model = load_backbone(AutoModelForCausalLM, source, hf_config, new_layers=())
         model.generation_config = GenerationConfig()  # captions depend on our options, not on a file of the backbone
 
     # the head reads [CLS] itself, so BERT's pooler is left out where possible: published checkpoints often lack it
@@ -312,7 +312,25 @@ def load_language(source: Source, captioning: bool) -> tuple[nn.Module, Any]:
 
     # a checkpoint records which weights it was trained on
     source.fingerprint = fingerprint(model) if source.weights else source.fingerprint
-    return model, from_source(AutoTokenizer, source, "tokenizer")
+    tokenizer = from_source(AutoTokenizer, source, "tokenizer")
+    check_tokenizer(source, tokenizer, model.get_input_embeddings().num_embeddings)
+    return model, tokenizer
+
+
+def check_tokenizer(source: Source, tokenizer: Any, num_embeddings: int) -> None:
+    """Raises UserError if a tokenizer cannot be that of a model with so many embeddings."""
+    # without its files, transformers makes a tokenizer that knows special tokens only
+    if len(tokenizer) <= len({*tokenizer.all_special_ids}):
+        raise UserError(f"{source.path} has no tokenizer (tokenizer.json): copy the folder again")
+
+    # added tokens may lie beyond the embeddings if no text contains them, such as Gemma 3's token for images
+    ends = (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
+    largest = max([tokenizer.vocab_size - 1, *ends])
+    if largest >= num_embeddings:
+        raise UserError(
+            f"{source.path}: the tokenizer has ids up to {largest}, but the model has {num_embeddings} embeddings: the "
+            "tokenizer is another model's"
+        )
 
 
 def model_class(hf_config: Any) -> type[nn.Module] | None:

@@ -18,7 +18,7 @@ from controls import control_line, control_scores, occlusion_maps
 from pretrained import licence_of, warn_of_tiny
 from scan import prepare_data
 from script import UserError, counted, is_main, printable, read_rows
-from train_code import build_accelerator, build_loaders
+from train_code import build_accelerator, build_loaders, hold_frozen
 from VLoader import SPLITS, Splits, check_samples, fingerprint_data, read_display_names, read_splits
 
 
@@ -53,6 +53,7 @@ def train_run(config: Config, typed_flags: set[str]) -> int:
     # the folder comes first, and locked, so that two processes never write the same run
     with claimed_run(config, typed_flags, is_main()) as (folder, config):
         run = prepare(config, folder)
+        hold_frozen(run.model, run.config, run.accelerator)
         print_backbones(run)
         print_hints(run)
 

@@ -74,7 +74,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     from pretrained import warn_of_tiny
     from runs import Run, memory_advice, only, report
     from scan import prepare_data
-    from train_code import build_accelerator, score_splits
+    from train_code import build_accelerator, hold_frozen, score_splits
     from VLoader import check_samples, read_splits
 
     # the trained model, and data with the same classes
@@ -89,6 +89,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
 
     # as in training: read every video once, and use cached features
     accelerator = build_accelerator(config)
+    hold_frozen(model, config, accelerator)
     splits, features = prepare_data(splits, config, model, accelerator)
     run = Run(config, model.to(accelerator.device), splits, metadata["display_names"], accelerator, folder, features)
 

@@ -88,13 +88,14 @@ def build_candidates(config: Config, folder: Path) -> list[Candidate]:
     """Every combination of head, learning rate and weight decay, as main.py starts it. Computes missing features."""
     from runs import prepare, print_backbones, print_data, print_hints
     from scan import prepare_data
-    from train_code import build_accelerator, build_engine
+    from train_code import build_accelerator, build_engine, hold_frozen
 
     # attentive first: what is cached for it includes the pooled token, which is all that the linear head reads
     candidates: list[Candidate] = []
     rates, decays = ([float(value) for value in text.split()] for text in (config.learning_rates, config.weight_decays))
     for head in sorted(config.heads.split()):
         run = prepare(replace(config, head=head), folder)
+        hold_frozen(run.model, run.config, run.accelerator)
         if not candidates:
             print_backbones(run)
             print_hints(run)

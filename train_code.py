@@ -109,12 +109,32 @@ def build_accelerator(config: Config) -> Any:
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
     if precision == "fp16" and not on_gpu:
         raise UserError("--mixed_precision fp16 needs an NVIDIA GPU; bf16 or no work everywhere")
+    if config.frozen_dtype == "bf16" and precision != "bf16":
+        raise UserError("--frozen_dtype bf16 needs --mixed_precision bf16; in 32 bit it would only round the weights")
 
     # several processes without a GPU: accelerate would look for one
     accelerator = Accelerator(cpu=device == "cpu" or (not on_gpu and "RANK" in os.environ), mixed_precision=precision)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
+
+
+def hold_frozen(model: VideoModel, config: Config, accelerator: Any) -> None:
+    """Holds the frozen weights of linear layers and convolutions in bf16 if --frozen_dtype says so, in place.
+
+    Autocast would make bf16 copies of just these at each use, so results are the same bit for bit. All else stays in
+    fp32: adapters, norms, biases, and embeddings with the output layers that share their weights.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    on_gpu = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
+    if config.frozen_dtype == "fp32" or (config.frozen_dtype == "auto" and not on_gpu):
+        return
+    shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for backbone in model.backbones().values():
+        weights = (m.weight for m in backbone.modules() if isinstance(m, (nn.Linear, Conv1D, nn.Conv2d, nn.Conv3d)))
+        for weight in (w for w in weights if not w.requires_grad and id(w) not in shared):
+            weight.data = weight.data.bfloat16()
 
 
 def summed(accelerator: Any, *values: float) -> list[float]:

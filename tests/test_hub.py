@@ -36,8 +36,10 @@ def test_a_short_name_leads_to_one_commit_of_the_hub(name):
 
 @pytest.mark.parametrize("name", HUB_ONLY)
 def test_a_name_without_tiny_weights_says_what_to_add(capsys, name):
-    assert main.main(["--vision_model", name]) == 2
-    assert capsys.readouterr().err == f"error: --vision_model {name} has no tiny weights: add --weights hub\n"
+    option = "--vision_model" if BACKBONES[name].kind == "vision" else "--language_model"
+    captioning = [] if BACKBONES[name].kind == "vision" else ["--use_vlm", "True", "--captioning", "True"]
+    assert main.main([option, name, *captioning]) == 2
+    assert capsys.readouterr().err == f"error: {option} {name} has no tiny weights: add --weights hub\n"
 
 
 def test_help_gives_the_licence_of_every_short_name():

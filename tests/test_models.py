@@ -556,7 +556,9 @@ DECODERS = {
     "llama": {},
     "gpt_neox": {},
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 8},
+    "qwen2": {"num_key_value_heads": 1},
     "qwen3": {"head_dim": 8, "num_key_value_heads": 1},
+    "gemma": {"head_dim": 8, "num_key_value_heads": 1},
 }
 
 

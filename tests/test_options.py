@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import counting_frames, read_clip, resolved, write_video
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,13 +18,15 @@ from torch.nn import functional as F
 import inference
 import main
 import score
-from build_model import build_model
+from answers import fingerprint_answers
+from build_model import build_model, trained_tensors
 from config import Config, parse
 from train_code import (
     build_accelerator,
     build_loaders,
     build_optimizer,
     evaluate,
+    hold_frozen,
     layers_above,
     loss_sum,
     out_of_patience,
@@ -309,3 +312,94 @@ def test_captioners_refuse_options_of_classifiers(dataset, capsys, script, flag)
     argv = argv if script is inference else [*argv[:-2], "--data_dir", str(dataset)]
     assert script.main([*argv, f"--{flag}", "True" if flag == "class_balance" else "2"]) == 2
     assert f"--{flag} works with classifiers only" in capsys.readouterr().err
+
+
+# -- frozen weights in bf16 -------------------------------------------------------------------------
+
+BF16 = {"device": "cpu", "mixed_precision": "bf16", "num_workers": 0, "num_frames": 4, "frame_stride": 0}
+CAPTIONER = {"use_vlm": True, "language_model": "gpt2", "captioning": True, "freeze_visionbackbone": True}
+
+
+@pytest.fixture(autouse=True)
+def any_precision():
+    """Lets a test choose the precision: accelerate keeps the first one of a process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def held(dtype: str, **options):
+    """A model whose frozen weights are held in this dtype, and its options and accelerator."""
+    config = Config(**(BF16 | options | {"frozen_dtype": dtype}))
+    torch.manual_seed(0)
+    model = build_model(config, 3)
+    accelerator = build_accelerator(config)
+    hold_frozen(model, config, accelerator)
+    return model, resolved(config, model), accelerator
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"freeze_visionbackbone": True},
+        {"vision_model": "videomae", "use_lora_vision": True},
+        CAPTIONER | {"freeze_llmbackbone": True},
+        CAPTIONER | {"use_lora_llm": True},
+    ],
+)
+def test_frozen_weights_in_bf16_change_neither_loss_nor_gradients(dataset, options):
+    """Autocast computes with bf16 copies of them anyway. What is trained, and embeddings, stay in fp32."""
+    results = []
+    for dtype in ("fp32", "bf16"):
+        model, config, accelerator = held(dtype, dropout=0.0, **options)
+        loader = build_loaders(model, config, read_splits(dataset))["train"]
+        with accelerator.autocast():
+            loss = loss_sum(model.train(), next(iter(loader)))[0]
+        loss.backward()
+        results.append((loss.item(), {name: p.grad for name, p in trained_tensors(model).items()}))
+        loader.close()
+    (expected, gradients), (found, found_gradients) = results
+    assert found == expected
+    assert all(torch.equal(found_gradients[name], gradient) for name, gradient in gradients.items())
+
+    # the second model: half the memory of almost all that is frozen
+    assert all(p.dtype == torch.float32 for p in trained_tensors(model).values())
+    frozen = [p for b in model.backbones().values() for p in b.parameters() if not p.requires_grad]
+    halved = sum(p.numel() for p in frozen if p.dtype == torch.bfloat16)
+    assert halved > 0.7 * sum(p.numel() for p in frozen)
+
+
+def test_an_epoch_with_frozen_weights_in_bf16_ends_at_the_loss_of_fp32(dataset, tmp_path):
+    options = CAPTIONER | {"use_lora_llm": True, "epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "num_workers": 0}
+    options |= {"data_dir": dataset, "output_dir": tmp_path, "device": "cpu"}
+    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    assert main.main([*argv, "--run_name", "a"]) == 0
+    AcceleratorState._reset_state()
+    assert main.main([*argv, "--run_name", "b", "--mixed_precision", "bf16", "--frozen_dtype", "bf16"]) == 0
+    logs = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("a", "b")]
+    for name in ("train_loss", "val_loss"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-2)
+
+    # features computed by bf16 weights are kept apart, and the run loads without them
+    about = [json.loads(path.read_text()) for path in (tmp_path / ".features").rglob("about.json")]
+    assert sorted(row.get("frozen_dtype", "fp32") for row in about) == ["bf16", "fp32"]
+    run = tmp_path / "b"
+    AcceleratorState._reset_state()
+    flags = ["--checkpoint", str(run), "--video_dir", str(dataset / "test" / "class_0"), "--num_workers", "0"]
+    assert inference.main([*flags, "--device", "cpu"]) == 0
+    assert fingerprint_answers(run, Config(frozen_dtype="bf16")) != fingerprint_answers(run, Config())
+
+
+@pytest.mark.parametrize(
+    "dtype, precision, expected", [("auto", "bf16", torch.float32), ("bf16", "bf16", torch.bfloat16)]
+)
+def test_a_cpu_holds_frozen_weights_in_fp32_unless_asked(dtype, precision, expected):
+    model, _, _ = held(dtype, freeze_visionbackbone=True, mixed_precision=precision)
+    layers = [m for m in model.vision_encoder.modules() if isinstance(m, torch.nn.Linear)]
+    assert {layer.weight.dtype for layer in layers} == {expected}
+
+
+def test_frozen_weights_in_bf16_need_bf16(dataset, tmp_path, capsys):
+    argv = ["--data_dir", str(dataset), "--output_dir", str(tmp_path), "--device", "cpu", "--frozen_dtype", "bf16"]
+    assert main.main(argv) == 2
+    assert capsys.readouterr().err.startswith("error: --frozen_dtype bf16 needs --mixed_precision bf16; ")
