@@ -1,0 +1,115 @@
+"""A GPU gives the results of the CPU: losses, answers, features and resumed runs. Skipped where there is no GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from test_options import CAPTIONER
+from test_resume import assert_resumed_exactly
+
+import inference
+import main
+from build_model import build_model, trained_tensors
+from config import Config
+from script import read_rows
+from train_code import build_accelerator, build_loaders, hold_frozen, loss_sum, to_device
+from VLoader import read_splits
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+
+# no dropout anywhere: the CPU and a GPU draw other random numbers
+JOBS = {
+    "full": [],
+    "lora": ["--vision_model", "videomae", "--use_lora_vision", "True"],
+    "frozen": ["--freeze_visionbackbone", "True"],
+    "attentive": ["--freeze_visionbackbone", "True", "--vision_model", "videomae"],
+    "text": ["--use_vlm", "--freeze_visionbackbone", "--use_text", "--freeze_llmbackbone", "True"],
+    "caption": ["--use_vlm", "--captioning", "--freeze_visionbackbone", "--freeze_llmbackbone", "True"],
+}
+EXACT = ["--mixed_precision", "no", "--frozen_dtype", "fp32"]
+
+
+@pytest.fixture(autouse=True)
+def any_device():
+    """Lets a test choose device and precision: accelerate keeps the first ones of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(dataset: Path, folder: Path, *flags: str) -> tuple[list[dict], dict]:
+    """Log and metrics of a run in folder/r."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    argv = ["--data_dir", str(dataset), "--output_dir", str(folder), "--run_name", "r", "--dropout", "0"]
+    argv += ["--epochs", "2", "--batch_size", "3", "--learning_rate", "3e-4", "--num_workers", "0"]
+    assert main.main([*argv, *flags]) == 0
+    rows = [json.loads(line) for line in (folder / "r" / "log.jsonl").read_text().splitlines()]
+    return rows, json.loads((folder / "r" / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_gpu_trains_as_the_cpu_does(dataset, tmp_path, job):
+    expected, _ = train(dataset, tmp_path / "cpu", *JOBS[job], *EXACT, "--device", "cpu")
+    found, metrics = train(dataset, tmp_path / "gpu", *JOBS[job], *EXACT)
+    assert metrics["device"] == torch.cuda.get_device_name()
+    rounded, _ = train(dataset, tmp_path / "bf16", *JOBS[job])  # what --mixed_precision auto means on this GPU
+    for cpu, gpu, bf16 in zip(expected, found, rounded, strict=True):
+        for name in ("train_loss", "val_loss"):
+            assert gpu[name] == pytest.approx(cpu[name], rel=1e-3)
+            assert bf16[name] == pytest.approx(cpu[name], rel=5e-2)
+
+
+@pytest.mark.parametrize("job", ["full", "lora", "text", "caption"])
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_run_resumed_on_a_gpu_equals_an_uninterrupted_one(dataset, tmp_path, monkeypatch, job, precision):
+    more = [*JOBS[job], "--num_workers", "0", "--mixed_precision", precision]
+    assert_resumed_exactly(dataset, tmp_path, monkeypatch, more, 5, 2)
+
+
+@pytest.mark.parametrize("job", ["full", "caption"])
+def test_a_checkpoint_of_a_gpu_answers_on_the_cpu(dataset, tmp_path, job):
+    train(dataset, tmp_path, *JOBS[job])
+    answers = {}
+    for device in ("cuda", "cpu"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        output = tmp_path / f"{device}.jsonl"
+        argv = ["--checkpoint", str(tmp_path / "r"), "--video_dir", str(dataset / "test"), "--output", str(output)]
+        assert inference.main([*argv, *EXACT[:2], "--num_workers", "0", "--device", device]) == 0
+        answers[device] = {row["file"]: row for row in read_rows(output)}
+    assert answers["cuda"].keys() == answers["cpu"].keys()
+    for video, row in answers["cuda"].items():
+        other = answers["cpu"][video]
+        if job == "caption":
+            assert row["caption"] == other["caption"]
+        else:
+            scores = [{top["label"]: top["score"] for top in r["top_k"]} for r in (row, other)]
+            assert scores[0] == pytest.approx(scores[1], abs=2e-3)
+
+
+def test_frozen_weights_in_bf16_take_less_memory_and_give_the_same_gradients(dataset):
+    """Bit for bit the gradients of bf16 autocast on fp32 weights."""
+    used, results = {}, []
+    for dtype in ("fp32", "auto"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = Config(**CAPTIONER, use_lora_llm=True, dropout=0.0, num_workers=0, frozen_dtype=dtype)
+        torch.manual_seed(0)
+        model = build_model(config, 3)
+        accelerator = build_accelerator(config)
+        hold_frozen(model, config, accelerator)
+        before = torch.cuda.memory_allocated()
+        model.to(accelerator.device)
+        used[dtype] = torch.cuda.memory_allocated() - before
+        config = model.vision_encoder.fill_auto(config)
+        loader = build_loaders(model, config, read_splits(dataset))["train"]
+        batch = to_device(next(iter(loader)), accelerator.device)
+        with accelerator.autocast():
+            loss = loss_sum(model.train(), batch)[0]
+        loss.backward()
+        results.append((loss.item(), {n: p.grad.cpu() for n, p in trained_tensors(model).items()}))
+        loader.close()
+    (expected, gradients), (found, found_gradients) = results
+    assert found == expected
+    assert all(torch.equal(found_gradients[name], gradient) for name, gradient in gradients.items())
+    assert used["auto"] < 0.75 * used["fp32"]
