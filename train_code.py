@@ -111,11 +111,16 @@ def build_accelerator(config: Config) -> Any:
         raise UserError("--mixed_precision fp16 needs an NVIDIA GPU; bf16 or no work everywhere")
     if config.frozen_dtype == "bf16" and precision != "bf16":
         raise UserError("--frozen_dtype bf16 needs --mixed_precision bf16; in 32 bit it would only round the weights")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if on_gpu and processes > gpus:
+        raise UserError(f"{processes} processes need as many GPUs, and this machine has {gpus}; start {gpus}")
 
     # several processes without a GPU: accelerate would look for one
     accelerator = Accelerator(cpu=device == "cpu" or (not on_gpu and "RANK" in os.environ), mixed_precision=precision)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    # the fastest gradient of a convolution differs from run to run, and a resumed run must not differ
+    torch.backends.cudnn.deterministic = True
     return accelerator
 
 
@@ -216,6 +221,7 @@ class Progress:
     seconds: float = 0.0  # training time of this epoch
     best: tuple[float, ...] | None = None  # rank of the best epoch
     skipped: list[str] = field(default_factory=list)  # errors of the videos skipped so far
+    scaler: dict[str, Any] = field(default_factory=dict)  # the state of fp16's loss scaling; other precisions have none
     log: list[dict[str, Any]] = field(default_factory=list)  # one row per evaluation on val
 
     def next_epoch(self) -> None:
@@ -704,6 +710,7 @@ def save_progress(model: VideoModel, loader: DataLoader, engine: Engine, run_dir
     """Writes what --resume needs, including the random generator of every process."""
     accelerator, progress = engine.accelerator, engine.progress
     progress.skipped = all_skipped(loader, accelerator)
+    progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
     generators = dict(gathered(accelerator, [(accelerator.process_index, torch.get_rng_state())]))
     if accelerator.is_main_process:
         save_state(run_dir, model, engine.optimizer, asdict(progress), generators)
@@ -723,7 +730,9 @@ def resumed_progress(model: VideoModel, engine: Engine, epochs: int, run_dir: Pa
         # val was evaluated in every finished epoch, perhaps more than once, and perhaps in the current one
         evaluated = {row["epoch"] for row in progress.log} - {progress.epoch + 1}
         fits = fits and evaluated == {*range(1, progress.epoch + 1)}
-    except (TypeError, KeyError):
+        if accelerator.scaler:
+            accelerator.scaler.load_state_dict(progress.scaler)
+    except (TypeError, KeyError, RuntimeError):
         fits = False
     if not fits:
         raise UserError(f"{run_dir / STATE} does not hold a state of this run")

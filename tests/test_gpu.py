@@ -43,7 +43,18 @@ def train(dataset: Path, folder: Path, *flags: str) -> tuple[list[dict], dict]:
     """Log and metrics of a run in folder/r."""
     AcceleratorState._reset_state(reset_partial_state=True)
     argv = ["--data_dir", str(dataset), "--output_dir", str(folder), "--run_name", "r", "--dropout", "0"]
-    argv += ["--epochs", "2", "--batch_size", "3", "--learning_rate", "3e-4", "--num_workers", "0"]
+    argv += [
+        "--epochs",
+        "2",
+        "--batch_size",
+        "3",
+        "--learning_rate",
+        "3e-4",
+        "--num_workers",
+        "0",
+        "--controls",
+        "True",
+    ]
     assert main.main([*argv, *flags]) == 0
     rows = [json.loads(line) for line in (folder / "r" / "log.jsonl").read_text().splitlines()]
     return rows, json.loads((folder / "r" / "metrics.json").read_text())
@@ -66,6 +77,12 @@ def test_a_gpu_trains_as_the_cpu_does(dataset, tmp_path, job):
 def test_a_run_resumed_on_a_gpu_equals_an_uninterrupted_one(dataset, tmp_path, monkeypatch, job, precision):
     more = [*JOBS[job], "--num_workers", "0", "--mixed_precision", precision]
     assert_resumed_exactly(dataset, tmp_path, monkeypatch, more, 5, 2)
+
+
+def test_more_processes_than_gpus_are_refused(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
+    assert main.main(["--data_dir", str(dataset), "--output_dir", str(tmp_path)]) == 2
+    assert "99 processes need as many GPUs, and this machine has " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("job", ["full", "caption"])
