@@ -374,7 +374,7 @@ def pareto(study: Study) -> str:
     rows = study.finished(captioning=False)
     if not rows:
         return NOT_RUN
-    seconds = {r.name: mean(result.metrics["seconds"] for result in r.results.values()) for r in rows}
+    seconds = {r.name: r.first.metrics["seconds"] for r in rows}
     accuracy = {r.name: study.scores[r.name].right.mean() for r in rows}
     front = [
         r

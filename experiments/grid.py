@@ -53,6 +53,11 @@ class Row:
         found = {seed: read_result(*places) for seed, places in enumerate(zip(self.dirs, self.packed, strict=True))}
         return {seed: result for seed, result in found.items() if result is not None}
 
+    @property
+    def first(self) -> Result:
+        """The result of the first finished seed. Raises StopIteration if none is finished."""
+        return next(iter(self.results.values()))
+
 
 def read_grid(runs: Path, packed: Path, seeds: int, only: str = "") -> list[Row]:
     """The rows whose file name matches the regex `only`, sorted by task, text, vision model and training mode.

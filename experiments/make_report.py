@@ -12,15 +12,16 @@ import argparse
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from config import BACKBONES, ROOT, Config
-from experiments.findings import all_findings
-from experiments.grid import EXPERIMENTS, NAMES, NOT_RUN, Row, read_grid, train_missing
+from experiments.findings import all_findings, listed
+from experiments.grid import EXPERIMENTS, NAMES, NOT_RUN, read_grid, train_missing
 from experiments.intervals import DRAWS
 from experiments.pictures import draw_all
-from experiments.results import pack
+from experiments.results import Result, pack
 from experiments.scores import Study, read_study
 from experiments.tables import HEADS, all_tables
 from experiments.trials import STUDY, read_trials
@@ -53,9 +54,9 @@ def collect(study: Study, seeds: int, data_dir: Path, names: dict[str, str]) -> 
         "dropout": str(Config().dropout),
         "decay": str(Config().weight_decay),
         "level": "95 %",
-        "shares": " and ".join(map(str, sorted({t["share"] for t in study.trials} - {100}))) or NOT_RUN,
+        "shares": listed([f"{share} %" for share in sorted({t["share"] for t in study.trials} - {100})] or [NOT_RUN]),
         "draws": f"{DRAWS:,}",
-        "machine": machine(study.rows),
+        "devices": devices(results),
         "backbones": [backbone_cells(name) for name, backbone in BACKBONES.items() if backbone.tiny],
         "heads": HEADS,
         "tables": all_tables(study),
@@ -68,10 +69,10 @@ def count_clips(folder: Path) -> int:
     return sum(bool(line.strip()) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n"))
 
 
-def machine(rows: list[Row]) -> str:
-    """The devices of all runs."""
-    devices = sorted({result.metrics["device"] for row in rows for result in row.results.values()})
-    return " and ".join(devices) or NOT_RUN
+def devices(results: list[Result]) -> str:
+    """`60 runs on 1 CPU thread and 12 runs on NVIDIA H200`"""
+    counts = Counter(result.metrics["device"] for result in results).most_common()
+    return listed([f"{counted(n, 'run')} on {device}" for device, n in counts]) if counts else NOT_RUN
 
 
 def backbone_cells(name: str) -> list[str]:
@@ -154,7 +155,7 @@ right motions in %.
 
 {markdown(HEADS["cost"], tables["cost"])}
 
-Measured on {data["machine"]}. [report.pdf](report.pdf) explains the method and discusses the results.
+Hardware: {data["devices"]}; costs are those of seed 0. [report.pdf](report.pdf) explains the method and discusses the results.
 `make report` writes both from the runs or from [experiments/predictions/](experiments/predictions).
 """
 

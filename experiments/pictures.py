@@ -162,8 +162,8 @@ def draw_sweeps(study: Study, path: Path) -> None:
 def draw_pareto(study: Study, path: Path) -> None:
     """Accuracy of the classifiers over what they cost."""
     costs = {
-        "seconds of training": lambda r: mean(result.metrics["seconds"] for result in r.results.values()),
-        "peak memory, MB": lambda r: max(result.metrics["peak_mb"] for result in r.results.values()),
+        "seconds of training": lambda r: r.first.metrics["seconds"],
+        "peak memory, MB": lambda r: r.first.metrics["peak_mb"],
         "trained parameters": lambda r: next(iter(r.results.values())).parameters,
     }
     figure, axes = panels(len(costs), 2.2, sharey=True)

@@ -137,15 +137,13 @@ def option_cells(row: Row) -> list[str]:
 
 
 def cost_cells(row: Row) -> list[str]:
-    """A row of the table of costs: means over the seeds, and the peak memory of the worst seed."""
+    """A row of the table of costs: those of the first seed, because other seeds may have run on other machines."""
     if not row.results:
         return [row.title, *[NOT_RUN] * (len(HEADS["cost"]) - 1)]
-    results = [*row.results.values()]
+    first, costs = row.first, row.first.metrics
     return [
-        *(row.title, f"{results[0].parameters:,}", f"{results[0].megabytes:.2f}"),
-        f"{max(r.metrics['peak_mb'] for r in results):.0f}",
-        f"{mean(r.metrics['seconds_per_epoch'] for r in results):.1f}",
-        f"{mean(r.metrics['seconds'] for r in results):.0f}",
+        *(row.title, f"{first.parameters:,}", f"{first.megabytes:.2f}"),
+        *(f"{costs['peak_mb']:.0f}", f"{costs['seconds_per_epoch']:.1f}", f"{costs['seconds']:.0f}"),
     ]
 
 
