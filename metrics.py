@@ -396,7 +396,8 @@ def attribute_summary(
 
 
 def read_by_id(path: Path) -> dict[str, Any]:
-    """{id: value} of a JSON object, or {file: row} of a JSON Lines file. Raises UserError if it is neither."""
+    """{id: value} of a JSON object, or {file: row} of a JSON Lines file; rows with a start have ids "file start-end".
+    Raises UserError if it is neither."""
     # a JSON object with a `file` is the only row of a jsonl
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -412,7 +413,7 @@ def read_by_id(path: Path) -> dict[str, Any]:
     # predictions of a run or of inference.py
     try:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        files = [row["file"] for row in rows]
+        files = [f"{row['file']} {row['start']}-{row.get('end')}" if "start" in row else row["file"] for row in rows]
     except (ValueError, KeyError, TypeError, RecursionError):
         files = [None]
     if not all(isinstance(file, str) for file in files):
