@@ -38,6 +38,7 @@ from readers import (
     survey,
 )
 from script import UserError, cause_of, counted, printable, shown
+from segments import check_times, refuse_overlaps, segment_of
 from transforms import Preprocessing, sample_indices, view_indices
 
 SPLITS = ("train", "val", "test")
@@ -203,31 +204,6 @@ def check_row(row: Any, where: str) -> str:
     return row["file_name"]
 
 
-def check_times(row: dict[str, Any], where: str) -> None:
-    """Checks start, end and fps of a row of metadata.jsonl. Raises UserError."""
-    start, end, fps = (row.get(key) for key in ("start", "end", "fps"))
-    if (start, end) == (None, None):
-        return
-    if not (is_number(start) and is_number(end) and 0 <= start < end):
-        times = f"{shown(start)} and {shown(end)}"
-        raise UserError(f"{where}: start and end must be seconds with 0 <= start < end, not {times}")
-    if fps is not None and not (is_number(fps) and fps > 0):
-        raise UserError(f"{where}: fps must be a number above 0, not {shown(fps)}")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
-
-
-def segment_of(row: dict[str, Any]) -> Segment | None:
-    """The segment that a checked row of metadata.jsonl names; None for the whole video."""
-    if row.get("start") is None:
-        return None
-    fps = row.get("fps")
-    return Segment(float(row["start"]), float(row["end"]), None if fps is None else float(fps))
-
-
 def as_list(value: Any) -> list[Any]:
     """A value of metadata.jsonl that may be one or several."""
     return value if isinstance(value, list) else [value]
@@ -378,6 +354,8 @@ def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
         # some samples may lack a text, but if all do, --use_text has nothing to read
         if use_text and not captioning and samples and all(s.text is None for s in samples):
             raise UserError(f"--use_text True: no video of {name} has a text in metadata.jsonl")
+    if not captioning:
+        refuse_overlaps(splits.train + splits.val + splits.test)
     if not captioning and len(splits.class_names) < 2:
         raise UserError(f"classification needs at least two classes; train has {splits.class_names}")
 

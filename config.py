@@ -306,6 +306,10 @@ class Config:
     always takes the centred frames. auto: True if the video backbone is frozen and clips are not augmented"""
     cache_dir: str = option("auto", path_value, "data", "main sweep_heads score", free_at_resume=True)
     """folder of cached features; safe to delete. auto: .features in --output_dir"""
+    background: float = option(0.0, number(float, 0, 10), "data", f"{TRAIN} score", classifiers_only=True)
+    """with segments (start and end in metadata.jsonl): add clips from the gaps between them as a class "background".
+    0.3 adds 3 for every 10 segments, in train, val and test. For timelines, where most of a video may show none of the
+    classes"""
     skip_unreadable: bool = option(False, to_bool, "data", "main sweep_heads preview score")
     """skip videos that cannot be read and list them in metrics.json; otherwise they are an error"""
     augment: str = option("none", one_of("none", "light", "strong"), "data", "main preview")

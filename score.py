@@ -74,12 +74,13 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     from pretrained import warn_of_tiny
     from runs import Run, memory_advice, only, report
     from scan import prepare_data
+    from segments import add_background
     from train_code import build_accelerator, score_splits
     from VLoader import check_samples, read_splits
 
     # the trained model, and data with the same classes
     model, _, metadata = load_run(run_dir, flags, typed_flags)
-    splits = read_splits(Path(config.data_dir), metadata["class_names"])
+    splits = add_background(read_splits(Path(config.data_dir), metadata["class_names"]), config.background)
     check_samples(splits, config.captioning, config.use_text)
     warn_of_tiny(config, splits.lexicon)
     if config.controls and not splits.train:

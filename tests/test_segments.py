@@ -23,8 +23,9 @@ from feature_cache import compute_missing, open_store, read_features, video_ids
 from readers import ReadError, Segment, open_video
 from runs import prepare
 from script import UserError
+from segments import BACKGROUND, add_background
 from transforms import Preprocessing, view_indices
-from VLoader import ClipDataset, Sample, fingerprint_data, hold_out, read_folder, read_splits
+from VLoader import ClipDataset, Sample, Splits, fingerprint_data, hold_out, read_folder, read_splits
 
 AS_IS = Preprocessing(32, None, "bilinear", 1 / 255, (0.0,) * 3, (1.0,) * 3)
 
@@ -329,6 +330,78 @@ def test_the_doctor_names_segments_that_do_not_fit(tmp_path, capsys):
     assert "FAIL  segments are as long as a clip" in out and "b.mp4 (0 to 0.1 s) has 1 frame" in out
     assert "FAIL  no video is in two classes" in out and "c.mp4 (4 to 5 s)" in out
     assert "FAIL  val and test share no video with train" in out and "a.mp4 (4.2 to 4.6 s)" in out
+
+
+# -- the background ---------------------------------------------------------------------------------
+
+
+def splits_of(**samples: list[Sample]) -> Splits:
+    filled = {"train": [], "val": [], "test": []} | samples
+    return Splits(**filled, class_names=["a", "b"], note="")
+
+
+def some_segments(seed: int, files: str = "xyz") -> list[Sample]:
+    """Up to 20 segments without overlaps in each of some files, with gaps between most of them."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for name in files:
+        edges = np.sort(rng.uniform(0, 300, 2 * rng.integers(2, 20))).round(2)
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            if end > start:
+                segment = Segment(float(start), float(end))
+                samples.append(Sample(Path(f"{name}.mp4"), "ab"[rng.integers(2)], ("c",), "t", segment=segment))
+    return samples
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_background_never_overlaps_a_segment(seed):
+    """Of any split, or another clip of the background, also if the splits share videos."""
+    splits = splits_of(train=some_segments(seed), test=some_segments(seed + 100, "xw"))
+    # the test segments of x overlap its training segments, which is allowed with the same label only
+    more = add_background(splits, 0.3)
+    everything = more.train + more.test
+    added = [s for s in everything if s.label == BACKGROUND]
+    assert more.class_names == ["a", "b", "background"] and added
+    assert all(s.captions == () and s.text is None and s.digest is None for s in added)
+    for clip in added:
+        for other in everything:
+            if other is not clip and other.path == clip.path:
+                assert other.segment.end <= clip.segment.start or clip.segment.end <= other.segment.start
+    for name in ("train", "test"):
+        before, after = getattr(splits, name), getattr(more, name)
+        lengths = {round(s.segment.end - s.segment.start, 6) for s in before}
+        clips = after[len(before) :]
+        assert after[: len(before)] == before and len(clips) <= round(0.3 * len(before))
+        assert {round(s.segment.end - s.segment.start, 6) for s in clips} <= lengths
+    assert add_background(splits, 0.3) == more  # the same in every run
+
+
+def test_as_many_background_clips_as_asked_for():
+    samples = [Sample(Path("v.mp4"), "a", segment=Segment(100 * i + 50, 100 * i + 51)) for i in range(20)]
+    more = add_background(splits_of(train=samples), 0.3)
+    assert len(more.train) == 26
+    starts = [s.segment.start for s in more.train[20:]]
+    assert len(set(starts)) == 6 and starts == sorted(starts)
+    assert add_background(splits_of(train=samples), 0) == splits_of(train=samples)
+
+
+def test_gaps_that_are_too_few_or_absent_are_said(capsys):
+    close = [Sample(Path("v.mp4"), "a", segment=Segment(3.0 * i + 2, 3.0 * i + 4)) for i in range(10)]
+    more = add_background(splits_of(train=close), 2)  # one gap of 2 s, nine of 1 s
+    assert len(more.train) == 11 and "background of train: 1 of 20 clips" in capsys.readouterr().out
+    full = [Sample(Path("v.mp4"), "a", segment=Segment(i, i + 1.0)) for i in range(4)]
+    with pytest.raises(UserError, match="no gap before or between segments"):
+        add_background(splits_of(train=full), 0.5)
+    with pytest.raises(UserError, match="--background needs segments"):
+        add_background(splits_of(train=[Sample(Path("v.mp4"), "a")]), 0.5)
+
+
+def test_overlapping_segments_of_two_labels_are_one_line(data, tmp_path, capsys):
+    copy = make_data(tmp_path / "data")
+    with (copy / "train" / "metadata.jsonl").open("a") as rows:
+        rows.write(json.dumps({"file_name": "../a.mp4", "label": "bright", "start": 4.5, "end": 5.5}) + "\n")
+    error = refused(capsys, train(copy, tmp_path / "runs"))
+    assert "a.mp4: dark (4 to 5 s) and bright (4.5 to 5.5 s) overlap; a segment can have only one label" in error
 
 
 # -- csv --------------------------------------------------------------------------------------------
