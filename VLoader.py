@@ -93,10 +93,10 @@ class Sample:
         return hashlib.blake2b(repr((content, *self.segment)).encode(), digest_size=16).hexdigest()
 
 
-def split_into_windows(sample: Sample, seconds: float) -> list[tuple[Sample, float, float]]:
+def split_into_windows(sample: Sample, seconds: float, stride: float = 0) -> list[tuple[Sample, float, float]]:
     """Splits a video into windows of `seconds`: (sample with the window as its segment, start, end in seconds).
 
-    The last window may be shorter. Raises ReadError for a video that cannot be read, and for frame folders and tensors,
+    A window starts every `stride` seconds; 0 means that windows do not overlap. The last window may be shorter. Raises ReadError for a video that cannot be read, and for frame folders and tensors,
     which have no timestamps.
     """
     # only video files know when a frame is shown
@@ -108,12 +108,13 @@ def split_into_windows(sample: Sample, seconds: float) -> list[tuple[Sample, flo
 
     # nothing says how long the last frame is shown; assume as long as a typical one
     end = max(1e-9, float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0)))
-    if end > MOST_WINDOWS * seconds:
+    stride = stride or seconds
+    if end > MOST_WINDOWS * stride:
         raise ReadError(sample.path, f"{end:g} s would make more than {MOST_WINDOWS} windows of {seconds:g} s")
 
     # a window contains the frames with start <= time < start + seconds; empty windows have nothing to predict
     windows = []
-    for start in np.arange(0, end, seconds):
+    for start in np.arange(0, max(end - (seconds - stride), 1e-9), stride):  # the last one reaches the end
         first, after = np.searchsorted(times, [start - 1e-6, start + seconds - 1e-6])
         if after > first:
             window = replace(sample, segment=Segment(float(start), float(start + seconds)))

@@ -54,8 +54,9 @@ def absolute_path(path: str | Path, folder: str | Path) -> str:
     return os.path.normpath(os.path.join(os.path.realpath(root), below))
 
 
-def list_jobs(samples: list["Sample"], folder: str, seconds: float) -> list[Job]:
-    """A job for every sample, or for every window of `seconds` if that is not 0. They are in the order of the videos."""
+def list_jobs(samples: list["Sample"], folder: str, seconds: float, stride: float = 0) -> list[Job]:
+    """A job for every sample, or for every window of `seconds` if that is not 0, see split_into_windows(). They are in
+    the order of the videos."""
     if not seconds:
         return [Job(sample, absolute_path(sample.path, folder), sample.times) for sample in samples]
     from tqdm import tqdm
@@ -68,7 +69,7 @@ def list_jobs(samples: list["Sample"], folder: str, seconds: float) -> list[Job]
     parts = []
     for job in tqdm(jobs, desc="lengths", unit="video", leave=False):
         try:
-            windows = split_into_windows(job.sample, seconds)
+            windows = split_into_windows(job.sample, seconds, stride)
             parts += [Job(part, job.path, {"start": start, "end": end}) for part, start, end in windows]
         except UserError as error:
             parts.append(replace(job, error=str(error)))
@@ -123,7 +124,7 @@ def answer_line(name: str, answer: dict[str, Any]) -> str:
     """What is printed for an answer to the video `name`."""
     text = answer.get("caption", answer.get("error"))  # a caption may be empty
     if text is None:
-        text = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer["top_k"])
+        text = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer.get("top_k", [answer]))
     times = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
     mark = {None: "", True: "  right", False: "  WRONG"}[answer.get("right")]
     return printable(f"{name}  {times}{text[:LONGEST_ANSWER]}{mark}")
@@ -135,7 +136,7 @@ def answer_line(name: str, answer: dict[str, Any]) -> str:
 def read_answers(path: Path, run: str, folder: str) -> dict[AnswerKey, dict[str, Any]]:
     """The answers in an unfinished file, by Job.key; {} if there is no such file.
 
-    Drops errors, duplicates, and a last line that was cut short, also from the file. The paths in files of earlier
+    Drops errors, duplicates, segments merged from windows, and a last line that was cut short, also from the file. The paths in files of earlier
     versions, which have no `path`, are taken relative to the working directory.
 
     Raises UserError if the file holds anything but answers of the same run with the same options.
@@ -150,7 +151,7 @@ def read_answers(path: Path, run: str, folder: str) -> dict[AnswerKey, dict[str,
             row_run = row["run"]
             file = row["path"] if "path" in row else absolute_path(row["file"], folder)
             key = file, row.get("start"), row.get("end")
-            usable = "error" not in row and key not in answers
+            usable = "error" not in row and "segment" not in row and key not in answers
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and is_cut_short(line, first=number == 1):
                 break

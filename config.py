@@ -383,6 +383,11 @@ class Config:
     """beam width. 1: greedy decoding. 3 to 5: beam search, slower"""
     timeline: float = option(0.0, number(float, 0), "inference", "inference", changes_answers=True)
     """make one prediction for every window of this many seconds. 0: one prediction per video"""
+    timeline_stride: float = option(
+        0.0, number(float, 0), "inference", "inference", changes_answers=True, classifiers_only=True
+    )
+    """start a window of --timeline every this many seconds, at most its length; average the windows where they overlap,
+    and add the segments with the same best class to --output. 0: windows one after the other, and no segments"""
     output: str | None = option(None, path_value, "inference", "inference")
     """also write the predictions to this file, one JSON object per line; an unfinished file of the same run is
     continued"""
@@ -536,7 +541,8 @@ def config_file_text() -> str:
 ABOUT = {
     "main": "Train a video classifier, a video + language classifier or a video captioner.",
     "inference": "Classify or caption videos with a trained run.",
-    "score": "Score a trained run again on val and test, on its own or other videos.",
+    "score": "Score a trained run again on val and test, on its own or other videos. --segments TRUTH ANSWERS scores "
+    "the segments of a timeline, as inference.py writes them, against those of a metadata.jsonl.",
     "doctor": "Check data, backbone and options before training. Takes the flags of main.py and saves nothing.",
     "sweep_heads": "Train many heads on cached features of a frozen backbone, and keep the one that is best on val.",
     "preview": "Draw the first training clips as the model will see them. Takes the flags of main.py.",

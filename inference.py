@@ -156,13 +156,15 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
     """
     from tqdm import tqdm
 
+    from segments import merged_segments
+
     # what --output already holds is not computed again
     config = predictor.config
     run = fingerprint_answers(run_dir, config)
     output = Path(config.output) if config.output is not None else None
     started = time.perf_counter()
     with open_output(output, run, config.video_dir) as (done, append):
-        jobs = list_jobs(samples, config.video_dir, config.timeline)
+        jobs = list_jobs(samples, config.video_dir, config.timeline, config.timeline_stride)
         todo = [job for job in jobs if job.key not in done]
         if len(todo) < len(jobs):
             print(printable(f"{output} already has {len(jobs) - len(todo)} of {counted(len(jobs), 'answer')}"))
@@ -179,6 +181,10 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
                 if show:
                     tqdm.write(answer_line(f"{short_name(row['file'], config.video_dir):<{width}}", row))
                 append(row | {"run": run})
+        for row in merged_segments(rows, config.timeline_stride):
+            append(row | {"run": run})
+            if show:
+                print(f"segment: {answer_line(short_name(row['file'], config.video_dir), row)}")
     print_summary(rows, len(todo), time.perf_counter() - started, output)
     return int(any("error" in row for row in rows))
 
@@ -229,6 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     """Classifies or captions the videos in --video_dir, exports the run, or both. Returns 1 if a video could not be
     read."""
     config, typed_flags = parse(argv, "inference")
+    if config.timeline_stride > config.timeline:
+        raise UserError("--timeline_stride must not be above --timeline, or nothing would look between the windows")
     from checkpoint import find_run, load_run
     from pretrained import warn_of_tiny
     from VLoader import read_folder

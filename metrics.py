@@ -22,6 +22,7 @@ import numpy as np
 from script import Parser, UserError, cause_of, counted, script, shown
 
 RESAMPLES = 1000
+UNBOUNDED = {"CIDEr", "false_alarms_per_hour"}  # scores that are no proportions: they may exceed 1
 BINS = 15  # confidence bins of the calibration error
 Summary = Callable[[np.ndarray], dict[str, float]]  # indices of clips -> {name: score}
 
@@ -66,7 +67,7 @@ def with_intervals(summary: Summary, count: int) -> dict[str, Any]:
     scores, (draws,) = summary(np.arange(count)), resampled([summary], count)
     intervals = {name: bounds(values) for name, values in draws.items()}
     for name, score in scores.items():
-        if score in (0, 1) and name != "CIDEr":  # CIDEr is not a proportion: it may exceed 1
+        if score in (0, 1) and name not in UNBOUNDED:
             intervals[name] = wilson(round(score * count), count)
     return scores | {"intervals": intervals}
 

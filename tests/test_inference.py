@@ -468,7 +468,7 @@ def test_scores_that_are_not_finite_are_no_answer(run, videos):
 
 
 def test_any_error_of_a_timeline_is_a_row(run, tmp_path, monkeypatch):
-    def split_into_windows(sample, seconds):
+    def split_into_windows(sample, seconds, stride):
         raise UserError("too many windows")
 
     monkeypatch.setattr(VLoader, "split_into_windows", split_into_windows)

@@ -239,7 +239,7 @@ USES = {
     ("README.md", "texts"): (lambda: None, "with another object's text"),
     ("README.md", "csv"): (make_csv, "next: python main.py --data_dir my_data"),
     ("datasets.md", "csv"): (make_csv, "wrote predictions.jsonl"),
-    ("datasets.md", "segments"): (make_segments, "of 4 right"),
+    ("datasets.md", "segments"): (make_segments, '"false_alarms_per_hour"'),
     ("datasets.md", "frames"): (make_frames, "8 videos in"),
     ("datasets.md", "ucf101"): (make_ucf101, "wrote ucf101.jsonl"),
     ("datasets.md", "hmdb51"): (make_hmdb51, "wrote hmdb51.jsonl"),

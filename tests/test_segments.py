@@ -404,6 +404,42 @@ def test_overlapping_segments_of_two_labels_are_one_line(data, tmp_path, capsys)
     assert "a.mp4: dark (4 to 5 s) and bright (4.5 to 5.5 s) overlap; a segment can have only one label" in error
 
 
+def test_a_run_learns_the_background_and_finds_segments_again(data, tmp_path, capsys):
+    """Seconds 0 and 3 are grey; a timeline gives the bright and the dark seconds as segments, and score.py agrees."""
+    argv = ["--background", "0.5", "--run_name", "r", "--learning_rate", "0.01", "--epochs", "60"]
+    assert train(data, tmp_path, *argv) == 0
+    assert "accuracy 100.0 %" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "r" / "predictions_test.jsonl").read_text().splitlines()]
+    assert [r["truth"] for r in rows] == ["bright", "bright", "dark", "dark", "background", "background"]
+    assert score.main(["--checkpoint", str(tmp_path / "r"), "--num_workers", "0"]) == 0
+    assert "on 6 videos" in capsys.readouterr().out
+
+    output = tmp_path / "line.jsonl"
+    argv = ["--checkpoint", str(tmp_path / "r"), "--video_dir", str(data / "d.mp4"), "--output", str(output)]
+    argv += ["--timeline", "1", "--timeline_stride", "0.5"]
+    assert inference.main(argv) == 0
+    assert "segment: d.mp4" in capsys.readouterr().out
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    windows, segments = ([r for r in rows if ("segment" in r) == merged] for merged in (False, True))
+    assert [w["start"] for w in windows] == [0.5 * i for i in range(11)] and windows[-1]["end"] == 6
+    assert [r["label"] for r in segments] == ["bright", "dark"] and rows[-2:] == segments
+    for row, (start, end) in zip(segments, ((1, 3), (4, 6)), strict=True):
+        assert abs(row["start"] - start) <= 0.5 and abs(row["end"] - end) <= 0.5
+
+    # a finished file stays as it is, and an unfinished one ends the same
+    before = output.read_bytes()
+    assert inference.main(argv) == 0 and output.read_bytes() == before
+    output.write_bytes(b"".join(before.splitlines(keepends=True)[:5]))
+    assert inference.main(argv) == 0 and output.read_bytes() == before
+    capsys.readouterr()
+    assert score.main(["--segments", str(data / "test" / "metadata.jsonl"), str(output)]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    # two true seconds in a row are one prediction
+    assert scores["F1@0.1"] == pytest.approx(2 / 3) and scores["false_alarms_per_hour"] == 0
+    assert inference.main([*argv[:-1], "2"]) == 2
+    assert "--timeline_stride must not be above --timeline" in capsys.readouterr().err
+
+
 # -- csv --------------------------------------------------------------------------------------------
 
 
