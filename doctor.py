@@ -52,9 +52,8 @@ def check_readable(splits: "Splits") -> Finding:
         try:
             reader = open_video(sample.path)
             first, count = reader.part(sample.segment)
-            reader.frames(
-                range(first, first + count), corner
-            )  # keeps one pixel of each frame, so that any video fits in memory
+            # keeps one pixel of each frame, so that any video fits in memory
+            reader.frames(range(first, first + count), corner)
         except UserError as error:
             errors.append(str(error))
     if errors:
@@ -101,11 +100,10 @@ def check_copies(splits: "Splits") -> Iterator[Finding]:
                 copies[known(sample.path)].append(sample)
 
     # copies inflate the scores; one video with two labels cannot be learned
-    pairs = [
+    leaked, mixed = (
         [pair for samples in copies.values() if (pair := first_overlap(samples, group))]
         for group in (lambda s: split_of[id(s)], lambda s: s.label)
-    ]
-    leaked, mixed = pairs
+    )
     for check, groups, advice in (
         ("val and test share no video with train", leaked, "remove the copies: they make scores too good"),
         ("no video is in two classes", mixed, "keep each in one class"),
@@ -138,7 +136,7 @@ def check_segments(splits: "Splits", config: Config) -> Iterator[Finding]:
     from readers import ReadError, open_video
 
     beyond, short = [], []
-    stride = abs(config.frame_stride) if config.frame_stride > 0 else 1
+    stride = max(1, config.frame_stride)  # 0 and below spread the frames over what there is
     for sample in [s for s in (*splits.train, *splits.val, *splits.test) if s.segment is not None]:
         with suppress(ReadError):  # check_readable reports it
             reader = open_video(sample.path)

@@ -319,9 +319,10 @@ def test_the_doctor_names_segments_that_do_not_fit(tmp_path, capsys):
     assert "ok    segments end within their video" in out and "ok    segments are as long as a clip" in out
     assert "ok    val and test share no video with train" in out and "ok    no video is in two classes" in out
     with (copy / "train" / "metadata.jsonl").open("a") as rows:
-        for name, label, start, end in (("a", "dark", 5.5, 9), ("b", "dark", 0, 0.1), ("c", "bright", 4.5, 5.5)):
+        for name, label, start, end in (("a", "dark", 5.5, 9), ("b", "dark", 0, 0.1), ("copy", "bright", 4.5, 5.5)):
             row = {"file_name": f"../{name}.mp4", "label": label, "start": start, "end": end}
             rows.write(json.dumps(row) + "\n")
+    (copy / "copy.mp4").write_bytes((copy / "c.mp4").read_bytes())
     with (copy / "test" / "metadata.jsonl").open("a") as rows:
         rows.write(json.dumps({"file_name": "../a.mp4", "label": "dark", "start": 4.2, "end": 4.6}) + "\n")
     assert doctor.main(argv) == 1
