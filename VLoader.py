@@ -176,7 +176,8 @@ def read_metadata(folder: Path) -> dict[Path, list[dict[str, Any]]]:
         segment = segment_of(row)
         others = rows.setdefault(path, {})
         if segment in others:
-            raise UserError(f"{where}: file_name {shown(row['file_name'])} appears twice")
+            times = f" with start {segment.start:g} and end {segment.end:g}" if segment else ""
+            raise UserError(f"{where}: file_name {shown(row['file_name'])}{times} appears twice")
         if others and None in (segment, *others):
             raise UserError(f"{where}: file_name {shown(row['file_name'])} has rows with start and end and one without")
         if not others and not exists(path, where):
@@ -297,7 +298,7 @@ def hold_out(samples: list[Sample], folder: Path) -> tuple[list[Sample], list[Sa
     total, taken = Counter(s.label for s in samples), Counter()
     left = Counter(label for labels in samples_of.values() for label in labels)  # videos that remain, by class
     held_out: set[Path] = set()
-    for label, count in total.items():
+    for label, count in sorted(total.items(), key=lambda item: (item[1], str(item[0]))):  # the smallest class first
         for path in (path for path, labels in samples_of.items() if label in labels):
             if taken[label] >= max(1, round(VAL_FRACTION * count)):
                 break

@@ -160,6 +160,8 @@ def test_rows_of_one_file_are_segments_or_one_whole(tmp_path, long_video):
     assert [s.segment for s in samples] == [Segment(0, 1), Segment(1, 2.5), Segment(0.5, 1)]
     with pytest.raises(UserError, match=r"line 2: .* appears twice"):
         read_folder(write_rows(tmp_path / "b", row | times[0], row | {"start": 0.0, "end": 1.0}))
+    with pytest.raises(UserError, match=r"line 2: .* with start 0 and end 1 appears twice"):
+        read_folder(write_rows(tmp_path / "b", row | times[0], row | {"start": 0.0, "end": 1.0, "label": "b"}))
     for pair in ([row, row | times[0]], [row | times[0], row]):
         with pytest.raises(UserError, match=r"line 2: .* has rows with start and end and one without"):
             read_folder(write_rows(tmp_path / "c", *pair))
@@ -196,6 +198,7 @@ def test_segments_of_a_video_stay_together():
     assert not names[0] & names[1] and len(names[1]) == 2
     assert {s.label for s in train} == set("abcd") and {s.label for s in val} == set("abc")
     assert "only_d.mp4" in names[0]
+    assert {s.path.name for s in hold_out(samples_of(files)[::-1], Path("d"))[1]} == names[1]
 
 
 def test_a_class_in_one_video_keeps_it():
