@@ -22,6 +22,7 @@ from readers import Segment, natural_key
 from script import UserError, cause_of, counted, printable, shown
 
 BACKGROUND = "background"  # the class of clips without any segment
+ROUNDING = 1e-6  # seconds: times that were computed may differ by less, and no frame is so short
 
 # -- rows of metadata.jsonl -------------------------------------------------------------------------
 
@@ -67,7 +68,7 @@ def first_overlap(samples: Iterable[Any], group: Callable[[Any], Any]) -> tuple[
         start, end = times_of(sample)
         own = group(sample)
         for name, other in latest.items():
-            if name != own and times_of(other)[1] > start:
+            if name != own and times_of(other)[1] > start + ROUNDING:
                 return other, sample
         if own not in latest or end > times_of(latest[own])[1]:
             latest[own] = sample
@@ -109,7 +110,7 @@ def add_background(splits: Any, share: float) -> Any:
         return splits
     videos = by_video(sample for name in names for sample in getattr(splits, name))
     if not videos:
-        raise UserError("--background needs segments: rows of metadata.jsonl with start and end; leave it out")
+        raise UserError("--background needs segments: rows of metadata.jsonl with start and end; without them use 0")
     free = {video: gaps_between(samples) for video, samples in videos.items()}
 
     # the same clips whatever --seed is, so that runs with several seeds are scored on the same test clips
@@ -125,7 +126,7 @@ def add_background(splits: Any, share: float) -> Any:
         changed[name] = samples + clips
     if splits.train and not any(s.label == BACKGROUND for s in changed["train"]):
         cause = "no gap before or between segments is as long as a segment, or the share is too small"
-        raise UserError(f"--background {share:g} gives train no clip: {cause}; leave it out")
+        raise UserError(f"--background {share:g} gives train no clip: {cause}; use 0")
     return replace(splits, **changed, class_names=sorted({*splits.class_names, BACKGROUND}, key=natural_key))
 
 

@@ -23,7 +23,7 @@ from feature_cache import compute_missing, open_store, read_features, video_ids
 from readers import ReadError, Segment, open_video
 from runs import prepare
 from script import UserError
-from segments import BACKGROUND, add_background
+from segments import BACKGROUND, add_background, refuse_overlaps
 from transforms import Preprocessing, view_indices
 from VLoader import ClipDataset, Sample, Splits, fingerprint_data, hold_out, read_folder, read_splits
 
@@ -406,6 +406,14 @@ def test_overlapping_segments_of_two_labels_are_one_line(data, tmp_path, capsys)
         rows.write(json.dumps({"file_name": "../a.mp4", "label": "bright", "start": 4.5, "end": 5.5}) + "\n")
     error = refused(capsys, train(copy, tmp_path / "runs"))
     assert "a.mp4: dark (4 to 5 s) and bright (4.5 to 5.5 s) overlap; a segment can have only one label" in error
+
+
+def test_times_may_be_rounded(tmp_path):
+    """0.1 + 0.2 is above 0.3, but no frame lies between them."""
+    parts = [Sample(tmp_path, "a", segment=Segment(0, 0.1 + 0.2)), Sample(tmp_path, "b", segment=Segment(0.3, 1))]
+    refuse_overlaps(parts)
+    with pytest.raises(UserError, match=r"a \(0 to 0.3 s\) and b \(0.299 to 1 s\) overlap"):
+        refuse_overlaps([parts[0], Sample(tmp_path, "b", segment=Segment(0.299, 1))])
 
 
 def test_a_run_learns_the_background_and_finds_segments_again(data, tmp_path, capsys):
