@@ -136,8 +136,8 @@ def answer_line(name: str, answer: dict[str, Any]) -> str:
 def read_answers(path: Path, run: str, folder: str) -> dict[AnswerKey, dict[str, Any]]:
     """The answers in an unfinished file, by Job.key; {} if there is no such file.
 
-    Drops errors, duplicates, segments merged from windows, and a last line that was cut short, also from the file. The paths in files of earlier
-    versions, which have no `path`, are taken relative to the working directory.
+    Drops errors, duplicates, segments merged from windows, and a last line that was cut short, also from the file. The
+    paths in files of earlier versions, which have no `path`, are taken relative to the working directory.
 
     Raises UserError if the file holds anything but answers of the same run with the same options.
     """
@@ -151,7 +151,7 @@ def read_answers(path: Path, run: str, folder: str) -> dict[AnswerKey, dict[str,
             row_run = row["run"]
             file = row["path"] if "path" in row else absolute_path(row["file"], folder)
             key = file, row.get("start"), row.get("end")
-            usable = "error" not in row and "segment" not in row and key not in answers
+            usable = "error" not in row and row.get("segment") is not True and key not in answers
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and is_cut_short(line, first=number == 1):
                 break

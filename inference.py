@@ -174,13 +174,14 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
         show = output is None or len(jobs) <= SHOWN
         width = max(len(short_name(s.path, config.video_dir)) for s in samples)
         lexicon, quiet = find_lexicon(Path(config.video_dir)), len(todo) <= FEW
+        kind = {"segment": False} if config.timeline_stride else {}  # score.py must not take windows for segments
         with tqdm(total=len(jobs), initial=len(rows), unit="clip", disable=quiet, leave=False) as bar:
             for row in predict_jobs(predictor, todo, lexicon):
                 rows.append(row)
                 bar.update()
                 if show:
                     tqdm.write(answer_line(f"{short_name(row['file'], config.video_dir):<{width}}", row))
-                append(row | {"run": run})
+                append(row | kind | {"run": run})
         for row in merged_segments(rows, config.timeline_stride):
             append(row | {"run": run})
             if show:

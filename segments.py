@@ -8,6 +8,7 @@ VLoader.
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -387,12 +388,11 @@ def read_recordings(truth_file: Path, answers_file: Path) -> list[Recording]:
         raise UserError(f"{truth_file if not truth else answers_file} is empty")
     answers = [row for row in answers if "error" not in row]
 
-    # windows count as segments only if none were made of them
-    merged = [row for row in answers if row.get("segment") is True]
-    if not merged and any("top_k" in row and row.get("label") != BACKGROUND for row in answers):
-        print(
-            f"note: {printable(answers_file)} has no merged segments (--timeline_stride), so each window counts as one"
-        )
+    # windows that were merged say so, even if no segment came of it; only others count as segments themselves
+    merged = any(isinstance(row.get("segment"), bool) for row in answers)
+    if not merged and any("top_k" in row for row in answers):
+        note = "has no merged segments (--timeline_stride), so each window counts as one"
+        print(f"note: {printable(answers_file)} {note}", file=sys.stderr)
     true_names = [name_of(row, truth_file, truth_file.parent) for row in truth]
     names = {id(row): name_of(row, answers_file, Path()) for row in answers}
     if not {*true_names} & {*names.values()}:

@@ -213,7 +213,16 @@ def test_windows_alone_count_one_by_one(tmp_path, capsys):
         tmp_path / "a.jsonl", *(window(i, i + 2, a=0.9) | {"path": str(tmp_path / "v.mp4")} for i in (0, 2))
     )
     (recording,) = read_recordings(truth, answers)
-    assert len(recording.predicted) == 2 and "each window counts as one" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert len(recording.predicted) == 2 and "each window counts as one" in printed.err
+    assert not printed.out  # it has only the JSON
+
+
+def test_merged_windows_without_a_segment_predict_nothing(tmp_path, capsys):
+    truth = write(tmp_path / "t.jsonl", {"file_name": "v.mp4", "label": "a", "start": 0, "end": 4})
+    row = window(0, 2, a=0.9) | {"path": str(tmp_path / "v.mp4"), "segment": False}
+    (recording,) = read_recordings(truth, write(tmp_path / "a.jsonl", row))
+    assert recording.predicted == [] and recording.seconds == 4 and not capsys.readouterr().err
 
 
 BAD = {

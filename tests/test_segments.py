@@ -432,7 +432,7 @@ def test_a_run_learns_the_background_and_finds_segments_again(data, tmp_path, ca
     assert inference.main(argv) == 0
     assert "segment: d.mp4" in capsys.readouterr().out
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    windows, segments = ([r for r in rows if ("segment" in r) == merged] for merged in (False, True))
+    windows, segments = ([r for r in rows if r["segment"] is merged] for merged in (False, True))
     assert [w["start"] for w in windows] == [0.5 * i for i in range(11)] and windows[-1]["end"] == 6
     assert [r["label"] for r in segments] == ["bright", "dark"] and rows[-2:] == segments
     for row, (start, end) in zip(segments, ((1, 3), (4, 6)), strict=True):
