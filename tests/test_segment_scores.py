@@ -94,6 +94,24 @@ def random_recordings(seed: int, count: int = 6) -> list[Recording]:
     return recordings
 
 
+# random_recordings(seed, 10): mAP at 0.1, 0.25, 0.5 and its mean over 0.5 to 0.95, computed by ActivityNet's own code
+# (Evaluation/eval_detection.py of activitynet/ActivityNet, commit 82304fa); F1 at 0.1, 0.25, 0.5 by MS-TCN's (eval.py
+# of yabufarha/ms-tcn, commit 33ed91c)
+PUBLISHED = [
+    (0, [0.75, 0.597176, 0.289286], 0.11956, [0.6, 0.533333, 0.333333]),
+    (1, [0.660244, 0.477203, 0.340344], 0.137712, [0.492308, 0.430769, 0.338462]),
+    (2, [0.596459, 0.45757, 0.293875], 0.088332, [0.447761, 0.38806, 0.268657]),
+]
+
+
+@pytest.mark.parametrize(("seed", "precisions", "mean", "f1"), PUBLISHED)
+def test_scores_equal_the_published_code(seed, precisions, mean, f1):
+    scores = segment_summary(random_recordings(seed, 10))(np.arange(10))
+    assert [scores[f"mAP@{least:g}"] for least in F1_OVERLAPS] == pytest.approx(precisions, abs=1e-6)
+    assert scores["mAP"] == pytest.approx(mean, abs=1e-6)
+    assert [scores[f"F1@{least:g}"] for least in F1_OVERLAPS] == pytest.approx(f1, abs=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_scores_equal_slow_references(seed):
     recordings = random_recordings(seed)
