@@ -96,8 +96,8 @@ class Sample:
 def split_into_windows(sample: Sample, seconds: float, stride: float = 0) -> list[tuple[Sample, float, float]]:
     """Splits a video into windows of `seconds`: (sample with the window as its segment, start, end in seconds).
 
-    A window starts every `stride` seconds; 0 means that windows do not overlap. The last window may be shorter. Raises ReadError for a video that cannot be read, and for frame folders and tensors,
-    which have no timestamps.
+    A window starts every `stride` seconds; 0 means that windows do not overlap. The last window may be shorter.
+    Raises ReadError for a video that cannot be read, and for frame folders and tensors, which have no timestamps.
     """
     # only video files know when a frame is shown
     reader = open_video(sample.path)

@@ -25,8 +25,8 @@ from VLoader import Key, Splits, WorkerLoader, identified
 LISTED = 20  # unreadable videos that an error message lists
 SCAN_CACHE = ".videos.json"  # in --output_dir
 
-# the result for a readable video: {"stamp": ..., "digest": ..., "decoded": ["frames/stride/clips", ...]}; what was decoded
-# of a segment also says which
+# the result for a readable video: {"stamp": ..., "digest": ..., "decoded": ["frames/stride/clips", ...]}; entries of a
+# segment end with its times
 Record = dict[str, Any]
 # what to read of a video: (a segment or None for the whole video, the number of clips to decode)
 Part = tuple[Segment | None, int | None]

@@ -144,7 +144,7 @@ def gaps_between(samples: list[Any]) -> list[tuple[float, float]]:
 def draw_clips(
     videos: dict[str, list[Any]], free: dict[str, list[tuple[float, float]]], count: int, rng: np.random.Generator
 ) -> list[Any]:
-    """Up to `count` samples of the background of `videos`, in the order of the videos; takes their times from `free`."""
+    """Up to `count` samples of the background of `videos`, in the order of the videos. Their times go from `free`."""
     # arrays with room for the pieces that drawing a clip leaves of a gap; unused places have no length
     gaps = [(video, gap) for video in videos for gap in free[video]]
     names = [video for video, _ in gaps] + [""] * count
@@ -431,7 +431,7 @@ def name_of(row: dict[str, Any], file: Path, folder: Path) -> str:
 def by_file_name(
     truth: list[str], answers: dict[int, str], truth_file: Path, answers_file: Path
 ) -> tuple[list[str], dict[int, str]]:
-    """The names without their folders. Raises UserError if that makes two videos one, or still none is in both files."""
+    """The names without their folders. Raises UserError if that makes two videos one, or if still none is in both."""
     for names in ({*truth}, {*answers.values()}):
         if len({Path(name).name for name in names}) < len(names):
             raise UserError(
