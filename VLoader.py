@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,8 +25,20 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
 from metrics import Lexicon
-from readers import VIDEO_SUFFIXES, Reader, ReadError, VideoFile, as_read_error, digest, natural_key, open_video, survey
+from readers import (
+    VIDEO_SUFFIXES,
+    Reader,
+    ReadError,
+    Segment,
+    VideoFile,
+    as_read_error,
+    digest,
+    natural_key,
+    open_video,
+    survey,
+)
 from script import UserError, cause_of, counted, printable, shown
+from segments import check_times, refuse_overlaps, segment_of
 from transforms import Preprocessing, sample_indices, view_indices
 
 SPLITS = ("train", "val", "test")
@@ -33,12 +46,17 @@ VAL_FRACTION, VAL_SALT = 0.1, "val"  # another salt would hold out other videos
 MOST_WINDOWS = 100_000  # per video with --timeline
 
 
+# identifies a sample within a dataset: the path of a whole video, or (path, segment)
+Key = Path | tuple[Path, Segment]
+
+
 # -- samples ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One video and its annotations. `label` is the one in metadata.jsonl, else the name of the class folder."""
+    """One video, or one segment of a video, and its annotations. `label` is the one in metadata.jsonl, else the name of
+    the class folder."""
 
     path: Path
     label: str | None = None
@@ -46,24 +64,40 @@ class Sample:
     text: str | None = None
     other_text: str | None = None  # a text about another object in the same clip, for controls.py
     objects: tuple[dict[str, str], ...] = field(default=(), hash=False)  # the attributes of each object
-    span: tuple[int, int] | None = None  # first and last frame, for a part of a video
-    digest: str | None = field(default=None, compare=False)  # set by identified()
+    segment: Segment | None = None  # None: the whole video
+    digest: str | None = field(default=None, compare=False)  # of the whole video; set by identified()
 
     def has_attributes(self, lexicon: Lexicon) -> bool:
         """Whether all attributes of the lexicon are known."""
         return bool(self.objects) and all(item.keys() == lexicon.keys() for item in self.objects)
 
     @property
+    def key(self) -> Key:
+        """Identifies the sample within its dataset."""
+        return self.path if self.segment is None else (self.path, self.segment)
+
+    @property
+    def times(self) -> dict[str, float]:
+        """{"start", "end"} of a segment in seconds, {} for a whole video."""
+        return {} if self.segment is None else {"start": self.segment.start, "end": self.segment.end}
+
+    @property
     def identity(self) -> str:
-        """The digest of the video, computed now unless it is already set. Raises ReadError."""
-        return self.digest or digest(self.path)
+        """32 hex digits for the content: the digest of the video, of a segment combined with its times.
+
+        The digest is computed now unless it is already set. Raises ReadError.
+        """
+        content = self.digest or digest(self.path)
+        if self.segment is None:
+            return content
+        return hashlib.blake2b(repr((content, *self.segment)).encode(), digest_size=16).hexdigest()
 
 
-def split_into_windows(sample: Sample, seconds: float) -> list[tuple[Sample, float, float]]:
-    """Splits a video into windows of `seconds`: (sample with the window as its span, start, end in seconds).
+def split_into_windows(sample: Sample, seconds: float, stride: float = 0) -> list[tuple[Sample, float, float]]:
+    """Splits a video into windows of `seconds`: (sample with the window as its segment, start, end in seconds).
 
-    The last window may be shorter. Raises ReadError for a video that cannot be read, and for frame folders and tensors,
-    which have no timestamps.
+    A window starts every `stride` seconds; 0 means that windows do not overlap. The last window may be shorter.
+    Raises ReadError for a video that cannot be read, and for frame folders and tensors, which have no timestamps.
     """
     # only video files know when a frame is shown
     reader = open_video(sample.path)
@@ -74,15 +108,16 @@ def split_into_windows(sample: Sample, seconds: float) -> list[tuple[Sample, flo
 
     # nothing says how long the last frame is shown; assume as long as a typical one
     end = max(1e-9, float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0)))
-    if end > MOST_WINDOWS * seconds:
+    stride = stride or seconds
+    if end > MOST_WINDOWS * stride:
         raise ReadError(sample.path, f"{end:g} s would make more than {MOST_WINDOWS} windows of {seconds:g} s")
 
     # a window contains the frames with start <= time < start + seconds; empty windows have nothing to predict
     windows = []
-    for start in np.arange(0, end, seconds):
-        first, after = np.searchsorted(times, [start, start + seconds - 1e-6])
+    for start in np.arange(0, max(end - (seconds - stride), 1e-9), stride):  # the last one reaches the end
+        first, after = np.searchsorted(times, [start - 1e-6, start + seconds - 1e-6])
         if after > first:
-            window = replace(sample, span=(int(first), int(after) - 1))
+            window = replace(sample, segment=Segment(float(start), float(start + seconds)))
             windows.append((window, round(float(start), 3), round(min(start + seconds, end), 3)))
     return windows
 
@@ -91,8 +126,8 @@ def split_into_windows(sample: Sample, seconds: float) -> list[tuple[Sample, flo
 
 
 def read_folder(folder: Path) -> list[Sample]:
-    """A sample for every video in a folder or in its metadata.jsonl, sorted by name. Prints how many other files were
-    ignored.
+    """A sample for every video in a folder or in its metadata.jsonl, sorted by name; for a video with segments one for
+    each of them, in the order of the file. Prints how many other files were ignored.
 
     Raises:
         UserError: the folder is missing or has no videos, or metadata.jsonl is malformed or names a missing file.
@@ -109,11 +144,14 @@ def read_folder(folder: Path) -> list[Sample]:
     if not paths:
         kinds = ", ".join(sorted(VIDEO_SUFFIXES))
         raise UserError(f"no videos in {folder}: expected files ({kinds}, .pt) or folders of images")
-    return [make_sample(path, rows.get(path, {}), folder) for path in paths]
+    return [make_sample(path, row, folder) for path in paths for row in rows.get(path, [{}])]
 
 
-def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
-    """{path: row} of a folder's metadata.jsonl; {} without one. Raises UserError naming the line."""
+def read_metadata(folder: Path) -> dict[Path, list[dict[str, Any]]]:
+    """{path: its rows} of a folder's metadata.jsonl; {} without one. Several rows of one video are segments of it.
+
+    Raises UserError naming the line.
+    """
     # the file is optional; a byte order mark, as Windows programs write it, is ignored (utf-8-sig)
     file = folder / "metadata.jsonl"
     if not file.is_file():
@@ -124,7 +162,7 @@ def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
         raise UserError(f"cannot read {file}: {cause_of(error)}") from None
 
     # check every row before any video is opened, because opening all videos takes long
-    rows: dict[Path, dict[str, Any]] = {}
+    rows: dict[Path, dict[Segment | None, dict[str, Any]]] = {}
     missing: list[Path] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -135,16 +173,21 @@ def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from None
         path = folder / check_row(row, where)
-        if path in rows:
-            raise UserError(f"{where}: file_name {shown(row['file_name'])} appears twice")
-        rows[path] = row
-        if not exists(path, where):
+        segment = segment_of(row)
+        others = rows.setdefault(path, {})
+        if segment in others:
+            times = f" with start {segment.start:g} and end {segment.end:g}" if segment else ""
+            raise UserError(f"{where}: file_name {shown(row['file_name'])}{times} appears twice")
+        if others and None in (segment, *others):
+            raise UserError(f"{where}: file_name {shown(row['file_name'])} has rows with start and end and one without")
+        if not others and not exists(path, where):
             missing.append(path)
+        others[segment] = row
 
     # count all of them: many missing files mean that the metadata was written for another folder layout
     if missing:
         raise UserError(f"{file} names {counted(len(missing), 'missing file')}, for example {missing[0]}")
-    return rows
+    return {path: [*segments.values()] for path, segments in rows.items()}
 
 
 def check_row(row: Any, where: str) -> str:
@@ -159,6 +202,7 @@ def check_row(row: Any, where: str) -> str:
     items = as_list(row.get("attributes", []))
     if not all(isinstance(item, dict) and all(map(is_text, item.values())) for item in items):
         raise UserError(f'{where}: attributes must be {{"name": "value"}}, or a list of these, one for each object')
+    check_times(row, where)
     return row["file_name"]
 
 
@@ -190,7 +234,7 @@ def make_sample(path: Path, row: dict[str, Any], folder: Path) -> Sample:
         parts = Path(os.path.relpath(path, folder)).parts
         label = parts[0] if len(parts) > 1 and parts[0] != os.pardir else None
     captions, objects = (tuple(as_list(row.get(key, []))) for key in ("caption", "attributes"))
-    return Sample(path, label, captions, row.get("text"), row.get("other_text"), objects)
+    return Sample(path, label, captions, row.get("text"), row.get("other_text"), objects, segment_of(row))
 
 
 # -- the splits of a data folder --------------------------------------------------------------------
@@ -236,20 +280,32 @@ def read_splits(data_dir: Path, class_names: list[str] | None = None) -> Splits:
 def hold_out(samples: list[Sample], folder: Path) -> tuple[list[Sample], list[Sample]]:
     """Splits training samples into (train, val). val gets a tenth of each class, at least one of two or more videos.
 
-    Videos are ranked by a hash of their names, so the split does not depend on machine, seed or order of files.
-    Raises UserError if every class has only one video.
+    Videos are ranked by a hash of their names, so the split does not depend on machine, seed or order of files. All
+    segments of a video stay together. Raises UserError if every class has only one video.
     """
 
     def rank(sample: Sample) -> str:
         name = Path(os.path.relpath(sample.path, folder)).as_posix()
         return hashlib.sha256(f"{VAL_SALT}/{name}".encode("utf-8", "surrogateescape")).hexdigest()
 
-    # class by class, so that val also has the small classes
+    # how many samples of each class a video has: one, or its segments
+    samples_of: dict[Path, Counter[str | None]] = {}
+    for sample in sorted(samples, key=rank):
+        samples_of.setdefault(sample.path, Counter())[sample.label] += 1
+
+    # class by class, so that val also has the small classes. With segments, the videos of one class may bring enough of
+    # another class too; no class may lose its last video
+    total, taken = Counter(s.label for s in samples), Counter()
+    left = Counter(label for labels in samples_of.values() for label in labels)  # videos that remain, by class
     held_out: set[Path] = set()
-    for label in {s.label for s in samples}:
-        ranked = sorted((s for s in samples if s.label == label), key=rank)
-        count = max(1, round(VAL_FRACTION * len(ranked))) if len(ranked) > 1 else 0
-        held_out |= {s.path for s in ranked[:count]}
+    for label, count in sorted(total.items(), key=lambda item: (item[1], str(item[0]))):  # the smallest class first
+        for path in (path for path, labels in samples_of.items() if label in labels):
+            if taken[label] >= max(1, round(VAL_FRACTION * count)):
+                break
+            if path not in held_out and all(left[name] > 1 for name in samples_of[path]):
+                held_out.add(path)
+                taken += samples_of[path]
+                left.subtract([*samples_of[path]])
     if not held_out:
         raise UserError(f"{folder}: too few videos to hold any out for val; add a folder val/ next to it")
     return [s for s in samples if s.path not in held_out], [s for s in samples if s.path in held_out]
@@ -300,6 +356,8 @@ def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
         # some samples may lack a text, but if all do, --use_text has nothing to read
         if use_text and not captioning and samples and all(s.text is None for s in samples):
             raise UserError(f"--use_text True: no video of {name} has a text in metadata.jsonl")
+    if not captioning:
+        refuse_overlaps(splits.train + splits.val + splits.test)
     if not captioning and len(splits.class_names) < 2:
         raise UserError(f"classification needs at least two classes; train has {splits.class_names}")
 
@@ -316,7 +374,7 @@ def fingerprint_data(splits: Splits, data_dir: Path) -> str:
     for name in SPLITS:
         for s in getattr(splits, name):
             relative = Path(os.path.relpath(s.path, data_dir)).as_posix()
-            row = repr((name, relative, s.label, s.captions, s.text))
+            row = repr((name, relative, s.label, s.captions, s.text, *(s.segment or ())))
             annotations.update(row.encode("utf-8", "surrogateescape"))
             contents.update(s.identity.encode())
     return annotations.hexdigest()[:32] + contents.hexdigest()[:32]
@@ -349,7 +407,7 @@ class ClipDataset(Dataset):
     def __post_init__(self) -> None:
         self.class_index = {name: i for i, name in enumerate(self.class_names)}
         self.labels = [self.class_index.get(sample.label, -100) for sample in self.samples]  # -100: unknown
-        self.opened: tuple[Path, Reader] | None = None  # the last video with spans: its other windows come next
+        self.opened: tuple[Path, Reader] | None = None  # the last video with segments: its others often come next
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -372,9 +430,9 @@ class ClipDataset(Dataset):
     def pixels(self, sample: Sample, rng: np.random.Generator | None) -> torch.Tensor:
         """Reads a clip as uint8 [T, C, H, W], or several views as [V, T, C, H, W]. Raises ReadError."""
         reader = self.reader(sample)
-        # within a span, indices count from its first frame
-        first, last = sample.span or (0, len(reader) - 1)
-        available, (clips, crops) = last - first + 1, self.views
+        # within a segment, indices count from its first frame
+        first, available = reader.part(sample.segment)
+        clips, crops = self.views
         if self.views == (1, 1):
             indices = sample_indices(available, self.num_frames, self.stride, rng)
             return reader.frames(first + indices, self.preprocessing.pixels)
@@ -384,8 +442,8 @@ class ClipDataset(Dataset):
         return views.unflatten(0, (clips, -1)).transpose(1, 2).flatten(0, 1)
 
     def reader(self, sample: Sample) -> Reader:
-        """The opened video of a sample. Windows of one video share it, because opening reads the whole file."""
-        if sample.span is None:
+        """The opened video of a sample. Segments of one video that follow each other share it."""
+        if sample.segment is None:
             return open_video(sample.path)
         if self.opened is None or self.opened[0] != sample.path:
             self.opened = (sample.path, open_video(sample.path))

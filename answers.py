@@ -21,6 +21,7 @@ from script import FileLock, UserError, printable, replace_file
 if TYPE_CHECKING:
     from VLoader import Sample
 
+AnswerKey = tuple[str, float | None, float | None]  # path, start, end
 LONGEST_ANSWER = 1000  # characters of an answer that are printed; the file holds all of it
 
 # -- what is to be answered -------------------------------------------------------------------------
@@ -28,17 +29,17 @@ LONGEST_ANSWER = 1000  # characters of an answer that are printed; the file hold
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to compute: for a whole video, or with --timeline for one window of it."""
+    """One answer to compute: for a video, a segment of it, or with --timeline a window of it."""
 
     sample: "Sample"
     path: str  # identifies the video, see absolute_path
-    times: dict[str, float] = field(default_factory=dict)  # start and end of the window in seconds
+    times: dict[str, float] = field(default_factory=dict)  # start and end of the segment or window in seconds
     error: str = ""  # why the video could not be split into windows
 
     @property
-    def key(self) -> tuple[str, float | None]:
+    def key(self) -> AnswerKey:
         """Identifies the answer in the file."""
-        return self.path, self.times.get("start")
+        return self.path, self.times.get("start"), self.times.get("end")
 
 
 def absolute_path(path: str | Path, folder: str | Path) -> str:
@@ -53,19 +54,22 @@ def absolute_path(path: str | Path, folder: str | Path) -> str:
     return os.path.normpath(os.path.join(os.path.realpath(root), below))
 
 
-def list_jobs(samples: list["Sample"], folder: str, seconds: float) -> list[Job]:
-    """A job for every video, or for every window of `seconds` if that is not 0. They are in the order of the videos."""
-    jobs = [Job(sample, absolute_path(sample.path, folder)) for sample in samples]
+def list_jobs(samples: list["Sample"], folder: str, seconds: float, stride: float = 0) -> list[Job]:
+    """A job for every sample, or for every window of `seconds` if that is not 0, see split_into_windows(). They are in
+    the order of the videos."""
     if not seconds:
-        return jobs
+        return [Job(sample, absolute_path(sample.path, folder), sample.times) for sample in samples]
     from tqdm import tqdm
 
     from VLoader import split_into_windows
 
+    # the windows of a video say nothing about its segments, and belong to none of them
+    whole = {s.path: s if s.segment is None else replace(s, segment=None, label=None, objects=()) for s in samples}
+    jobs = [Job(sample, absolute_path(path, folder)) for path, sample in whole.items()]
     parts = []
     for job in tqdm(jobs, desc="lengths", unit="video", leave=False):
         try:
-            windows = split_into_windows(job.sample, seconds)
+            windows = split_into_windows(job.sample, seconds, stride)
             parts += [Job(part, job.path, {"start": start, "end": end}) for part, start, end in windows]
         except UserError as error:
             parts.append(replace(job, error=str(error)))
@@ -120,7 +124,7 @@ def answer_line(name: str, answer: dict[str, Any]) -> str:
     """What is printed for an answer to the video `name`."""
     text = answer.get("caption", answer.get("error"))  # a caption may be empty
     if text is None:
-        text = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer["top_k"])
+        text = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer.get("top_k", [answer]))
     times = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
     mark = {None: "", True: "  right", False: "  WRONG"}[answer.get("right")]
     return printable(f"{name}  {times}{text[:LONGEST_ANSWER]}{mark}")
@@ -129,24 +133,25 @@ def answer_line(name: str, answer: dict[str, Any]) -> str:
 # -- the file of answers ----------------------------------------------------------------------------
 
 
-def read_answers(path: Path, run: str, folder: str) -> dict[tuple[str, float | None], dict[str, Any]]:
+def read_answers(path: Path, run: str, folder: str) -> dict[AnswerKey, dict[str, Any]]:
     """The answers in an unfinished file, by Job.key; {} if there is no such file.
 
-    Drops errors, duplicates, and a last line that was cut short, also from the file. The paths in files of earlier
-    versions, which have no `path`, are taken relative to the working directory.
+    Drops errors, duplicates, segments merged from windows, and a last line that was cut short, also from the file. The
+    paths in files of earlier versions, which have no `path`, are taken relative to the working directory.
 
     Raises UserError if the file holds anything but answers of the same run with the same options.
     """
     # parse row by row; only the last line may be broken, because a killed run may have left it so
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = text.split("\n")  # not splitlines: captions may contain other line separators
-    answers: dict[tuple[str, float | None], dict[str, Any]] = {}
+    answers: dict[AnswerKey, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             row_run = row["run"]
-            key = row["path"] if "path" in row else absolute_path(row["file"], folder), row.get("start")
-            usable = "error" not in row and key not in answers
+            file = row["path"] if "path" in row else absolute_path(row["file"], folder)
+            key = file, row.get("start"), row.get("end")
+            usable = "error" not in row and row.get("segment") is not True and key not in answers
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and is_cut_short(line, first=number == 1):
                 break
@@ -183,7 +188,7 @@ def as_line(row: dict[str, Any]) -> str:
 @contextmanager
 def open_output(
     path: Path | None, run: str, folder: str
-) -> Generator[tuple[dict[tuple[str, float | None], dict[str, Any]], Callable[[dict[str, Any]], None]]]:
+) -> Generator[tuple[dict[AnswerKey, dict[str, Any]], Callable[[dict[str, Any]], None]]]:
     """Yields (the answers that --output already has, a function that appends a row to it).
 
     A file is locked and continued; a pipe or a device gets the rows as they come.

@@ -311,6 +311,10 @@ class Config:
     always takes the centred frames. auto: True if the video backbone is frozen and clips are not augmented"""
     cache_dir: str = option("auto", path_value, "data", "main sweep_heads score", free_at_resume=True)
     """folder of cached features; safe to delete. auto: .features in --output_dir"""
+    background: float = option(0.0, number(float, 0, 10), "data", f"{TRAIN} score", classifiers_only=True)
+    """with segments (start and end in metadata.jsonl): add clips from the gaps between them as a class "background".
+    0.3 adds 3 for every 10 segments, in train, val and test. For timelines, where most of a video may show none of the
+    classes"""
     skip_unreadable: bool = option(False, to_bool, "data", "main sweep_heads preview score")
     """skip videos that cannot be read and list them in metrics.json; otherwise they are an error"""
     augment: str = option("none", one_of("none", "light", "strong"), "data", "main preview")
@@ -384,6 +388,11 @@ class Config:
     """beam width. 1: greedy decoding. 3 to 5: beam search, slower"""
     timeline: float = option(0.0, number(float, 0), "inference", "inference", changes_answers=True)
     """make one prediction for every window of this many seconds. 0: one prediction per video"""
+    timeline_stride: float = option(
+        0.0, number(float, 0), "inference", "inference", changes_answers=True, classifiers_only=True
+    )
+    """start a window of --timeline every this many seconds, at most its length; average the windows where they overlap,
+    and add the segments with the same best class to --output. 0: windows one after the other, and no segments"""
     output: str | None = option(None, path_value, "inference", "inference")
     """also write the predictions to this file, one JSON object per line; an unfinished file of the same run is
     continued"""
@@ -542,7 +551,8 @@ def config_file_text() -> str:
 ABOUT = {
     "main": "Train a video classifier, a video + language classifier or a video captioner.",
     "inference": "Classify or caption videos with a trained run.",
-    "score": "Score a trained run again on val and test, on its own or other videos.",
+    "score": "Score a trained run again on val and test, on its own or other videos. --segments TRUTH ANSWERS scores "
+    "the segments of a timeline, as inference.py writes them, against those of a metadata.jsonl.",
     "doctor": "Check data, backbone and options before training. Takes the flags of main.py and saves nothing.",
     "sweep_heads": "Train many heads on cached features of a frozen backbone, and keep the one that is best on val.",
     "preview": "Draw the first training clips as the model will see them. Takes the flags of main.py.",

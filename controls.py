@@ -112,8 +112,8 @@ def nearest_neighbours(splits: Splits, samples: list[Sample], config: Config, ac
     bad = compute_missing(store, model, replace(splits, val=[], test=samples), frozen_config, accelerator)
 
     # training read other frames of these videos, so a damaged one may show up only now
-    readable = [index for index, sample in enumerate(splits.train) if sample.path not in bad]
-    if bad and (not config.skip_unreadable or not readable or any(s.path in bad for s in samples)):
+    readable = [index for index, sample in enumerate(splits.train) if sample.key not in bad]
+    if bad and (not config.skip_unreadable or not readable or any(s.key in bad for s in samples)):
         raise UserError(next(iter(bad.values())))
 
     def pooled(samples: list[Sample]) -> torch.Tensor:

@@ -10,6 +10,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from script import Parser, UserError, counted, make_folder, printable, replace_file, script, shown
 
 if TYPE_CHECKING:
-    from VLoader import Sample
+    from VLoader import Key, Sample
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
@@ -53,6 +54,7 @@ class Row:
     text: str | None = None
     split: str | None = None  # None: inferred from the file name
     frames: tuple[int, int] | None = None  # first and last image number, if the video is part of a frame folder
+    times: tuple[float, float, float | None] | None = None  # start and end in seconds, fps; None: the whole video
     problem: str = ""  # why the row is refused
     unused: bool = False  # the list itself excludes the video from this split
 
@@ -125,7 +127,8 @@ CAPTION_TITLES = ("caption", "sentence", "description")
 
 
 def list_rows(file: Path) -> Iterator[Row]:
-    """`path label`, separated by a tab, comma or spaces; or a table with a header (path, label, caption, text, split)
+    """`path label`, separated by a tab, comma or spaces; or a table with a header (path, label, caption, text, split,
+    start, end)
 
     Other common column names work too: PATH_TITLES, LABEL_TITLES, CAPTION_TITLES.
     """
@@ -174,8 +177,24 @@ def table_rows(rows: Iterator[dict[str, str]]) -> Iterator[Row]:
             label=cell(row, LABEL_TITLES),
             captions=(caption,) if caption else (),
             text=cell(row, ("text",)),
-            **split_fields(cell(row, ("split", "subset")) or ""),
+            **split_fields(cell(row, ("split", "subset")) or "") | times_fields(row),
         )
+
+
+def times_fields(row: dict[str, str]) -> dict[str, Any]:
+    """The `times` or `problem` field of a Row, from the columns start and end (in seconds) and fps."""
+    start, end, fps = (row.get(key, "") for key in ("start", "end", "fps"))
+    if not start and not end:
+        return {}
+    try:
+        times = float(start), float(end), float(fps) if fps else None
+    except ValueError:
+        times = (0.0, 0.0, None)
+    if 0 <= times[0] < times[1] < math.inf and (times[2] is None or 0 < times[2] < math.inf):
+        return {"times": times}
+    return {
+        "problem": f"start and end must be seconds with 0 <= start < end, and fps above 0, not {start}, {end}, {fps}"
+    }
 
 
 def ucf101_rows(file: Path) -> Iterator[Row]:
@@ -438,7 +457,7 @@ class Outcome:
     found: int = 0
     unused: int = 0
     captions: int = 0
-    samples: dict[Path, "Sample"] = field(default_factory=dict)
+    samples: dict["Key", "Sample"] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -447,12 +466,13 @@ class Outcome:
 
 
 def sort_rows(rows: Iterator[Row], index: VideoIndex, names: dict[str, str], output: Path) -> dict[str, Outcome]:
-    """{split: outcome}. Each row counts once: as found, missing, refused or unused. Rows of one video are merged.
+    """{split: outcome}. Each row counts once: as found, missing, refused or unused. Rows of one video are merged, or of
+    one segment of it.
 
     `names` maps class numbers to class names; `output` is where folders of linked frames will be made.
     """
     outcomes: dict[str, Outcome] = {}
-    groups: dict[tuple[str, Path], list[Row]] = {}
+    groups: dict[tuple[str, Path, Any], list[Row]] = {}
     for row in rows:
         # rows that the list itself excludes are counted and need no video
         outcome = outcomes.setdefault(row.split, Outcome())
@@ -471,10 +491,15 @@ def sort_rows(rows: Iterator[Row], index: VideoIndex, names: dict[str, str], out
         elif path is None:
             outcome.missing.append(row.video)
         else:
-            groups.setdefault((row.split, path), []).append(row)
+            groups.setdefault((row.split, path, row.times), []).append(row)
 
     # only now are all captions and labels of a video known
-    for (split, path), group in groups.items():
+    with_segments = {(split, path) for split, path, times in groups if times}
+    for (split, path, times), group in groups.items():
+        if times is None and (split, path) in with_segments:
+            problem = "no start and end, which other rows of this video have"
+            outcomes[split].refused += [f"{row.video}: {problem}" for row in group]
+            continue
         join_rows(group, path, outcomes[split])
     return outcomes
 
@@ -510,7 +535,8 @@ def find_row(row: Row, index: VideoIndex, output: Path, outcome: Outcome) -> tup
 
 
 def join_rows(group: list[Row], path: Path, outcome: Outcome) -> None:
-    """Merges the rows of one video into one sample: captions add up, labels and texts must agree."""
+    """Merges the rows of one video or segment into one sample: captions add up, labels and texts must agree."""
+    from readers import Segment
     from VLoader import Sample
 
     labels = dict.fromkeys(row.label for row in group if row.label)
@@ -526,7 +552,9 @@ def join_rows(group: list[Row], path: Path, outcome: Outcome) -> None:
     outcome.refused += [f"{row.video}: text differs from an earlier row" for row in group if row not in taken]
     outcome.found += len(taken)
     captions = tuple(caption for row in taken for caption in row.captions)
-    outcome.samples[path] = Sample(path, next(iter(labels), None), captions, text)
+    segment = Segment(*group[0].times) if group[0].times else None
+    sample = Sample(path, next(iter(labels), None), captions, text, segment=segment)
+    outcome.samples[sample.key] = sample
 
 
 def drop_unreadable(outcomes: dict[str, Outcome], workers: int) -> None:
@@ -537,11 +565,11 @@ def drop_unreadable(outcomes: dict[str, Outcome], workers: int) -> None:
     from scan import scan_videos
 
     # 0 clips: only the first and the last frame are decoded, so num_frames and stride do not matter
-    jobs = {path: 0 for outcome in outcomes.values() for path in outcome.samples}
+    jobs = {key: 0 for outcome in outcomes.values() for key in outcome.samples}
     bad, _ = scan_videos(jobs, num_frames=8, stride=0, num_workers=workers, known={})
     for outcome in outcomes.values():
-        outcome.unreadable += [bad[path] for path in outcome.samples if path in bad]
-        outcome.samples = {path: s for path, s in outcome.samples.items() if path not in bad}
+        outcome.unreadable += [bad[key] for key in outcome.samples if key in bad]
+        outcome.samples = {key: s for key, s in outcome.samples.items() if key not in bad}
     if not any(outcome.samples for outcome in outcomes.values()):
         raise UserError(f"no video can be read; the first error: {next(iter(bad.values()))}")
 
@@ -554,11 +582,13 @@ def write_rows(outcomes: dict[str, Outcome], output: Path) -> None:
         lines = []
 
         # relative names keep working when the data and the output move together
-        for path, sample in outcome.samples.items():
+        for sample in outcome.samples.values():
             outcome.captions += len(sample.captions)
-            target = path.parent.resolve() / path.name  # resolved: `..` after a symlinked folder would lead elsewhere
+            # resolved, because `..` after a symlinked folder would lead elsewhere
+            target = sample.path.parent.resolve() / sample.path.name
             name = Path(os.path.relpath(target, folder.resolve())).as_posix()
             row = {"file_name": name, "label": sample.label, "caption": list(sample.captions), "text": sample.text}
+            row |= sample.segment._asdict() if sample.segment else {}
             lines.append(json.dumps({k: v for k, v in row.items() if v not in (None, [])}) + "\n")
         text = "".join(lines)
         replace_file(folder / "metadata.jsonl", lambda p, text=text: p.write_text(text, encoding="utf-8"))
@@ -638,7 +668,7 @@ def check_outcomes(outcomes: dict[str, Outcome], index: VideoIndex) -> None:
         raise UserError(f"no row could be converted: {'; '.join(causes)}")
 
     # an overlap between train and test makes scores too good, but the lists of some datasets have one: only warn
-    split_counts = Counter(path for o in outcomes.values() for path in o.samples)
+    split_counts = Counter(path for o in outcomes.values() for path in {s.path for s in o.samples.values()})
     overlap = [path for path, count in split_counts.items() if count > 1]
     if overlap:
         print(f"warning: {counted(len(overlap), 'video')} in two splits, first {printable(overlap[0])}")

@@ -57,8 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         for sample in tqdm([s for group in by_class for s in group], unit="video"):
             name = free_name(f"{sample.label}_{sample.path.stem}" if sample.label else sample.path.stem, rows)
             reader = open_video(sample.path)
-            for start in range(0, len(reader), CHUNK):
-                frames = reader.frames(range(start, min(start + CHUNK, len(reader))))
+            first, count = reader.part(sample.segment)
+            for start in range(0, count, CHUNK):
+                frames = reader.frames(range(first + start, first + min(start + CHUNK, count)))
                 save_frames(frames.numpy(), args.output / name, start)
             row = {"file_name": name, "label": sample.label, "caption": sample.captions, "text": sample.text}
             row |= {"other_text": sample.other_text, "attributes": sample.objects}

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,9 @@ def check_readable(splits: "Splits") -> Finding:
     for sample in tqdm(samples, desc="decoding all", unit="video", leave=False):
         try:
             reader = open_video(sample.path)
-            reader.frames(range(len(reader)), corner)  # keeps one pixel of each frame, so that any video fits in memory
+            first, count = reader.part(sample.segment)
+            # keeps one pixel of each frame, so that any video fits in memory
+            reader.frames(range(first, first + count), corner)
         except UserError as error:
             errors.append(str(error))
     if errors:
@@ -82,24 +85,31 @@ def check_classes(splits: "Splits", folder: Path) -> Finding:
 
 
 def check_copies(splits: "Splits") -> Iterator[Finding]:
-    """Looks for videos of val or test that are in train too, and for videos in two classes, by their contents."""
+    """Looks for videos of val or test that are in train too, and for videos in two classes, by their contents. Segments
+    of one video are copies if they overlap."""
     from readers import ReadError, digest
+    from segments import first_overlap
 
-    copies: dict[str, list[tuple[str, Any]]] = defaultdict(list)
+    known = cache(digest)  # a video may have many segments
+    copies: dict[str, list[Any]] = defaultdict(list)
+    split_of: dict[int, str] = {}  # by id(): two splits may have equal samples
     for name in ("train", "val", "test"):
         for sample in getattr(splits, name):
+            split_of[id(sample)] = name
             with suppress(ReadError):  # check_readable reports it
-                copies[digest(sample.path)].append((name, sample))
+                copies[known(sample.path)].append(sample)
 
     # copies inflate the scores; one video with two labels cannot be learned
-    leaked = [group for group in copies.values() if len({name for name, _ in group}) > 1]
-    mixed = [group for group in copies.values() if len({sample.label for _, sample in group}) > 1]
+    leaked, mixed = (
+        [pair for samples in copies.values() if (pair := first_overlap(samples, group))]
+        for group in (lambda s: split_of[id(s)], lambda s: s.label)
+    )
     for check, groups, advice in (
         ("val and test share no video with train", leaked, "remove the copies: they make scores too good"),
         ("no video is in two classes", mixed, "keep each in one class"),
     ):
         if groups:
-            pair = " = ".join(str(sample.path) for _, sample in groups[0][:2])
+            pair = " = ".join(clip_name(sample) for sample in groups[0])
             yield Finding(check, f"{counted(len(groups), 'copied video')}, first {pair}", advice)
         else:
             yield Finding(check, counted(len(copies), "different video"))
@@ -113,6 +123,38 @@ def check_captions(splits: "Splits") -> Finding:
         result = f"{counted(len(without), 'video')} without one, first {without[0].path}"
         return Finding("every video has a caption", result, "add captions to metadata.jsonl")
     return Finding("every video has a caption", counted(sum(len(s.captions) for s in samples), "caption"))
+
+
+def clip_name(sample: Any) -> str:
+    """The path of a sample, for a segment with its times."""
+    times = "" if sample.segment is None else f" ({sample.segment.start:g} to {sample.segment.end:g} s)"
+    return f"{sample.path}{times}"
+
+
+def check_segments(splits: "Splits", config: Config) -> Iterator[Finding]:
+    """Looks for segments that end after their video, or are shorter than a clip."""
+    from readers import ReadError, open_video
+
+    beyond, short = [], []
+    stride = max(1, config.frame_stride)  # 0 and below spread the frames over what there is
+    for sample in [s for s in (*splits.train, *splits.val, *splits.test) if s.segment is not None]:
+        with suppress(ReadError):  # check_readable reports it
+            reader = open_video(sample.path)
+            times, (_, count) = reader.seconds(sample.segment.fps), reader.part(sample.segment)
+            # nothing says how long the last frame is shown: half a second more is a rounded time, not a mistake
+            if sample.segment.end > times[-1] + 0.5:
+                beyond.append(f"{clip_name(sample)}; the last frame is at {times[-1]:.2f} s")
+            if count <= (config.num_frames - 1) * stride:
+                short.append(f"{clip_name(sample)} has {counted(count, 'frame')}")
+
+    for check, found, advice in (
+        ("segments end within their video", beyond, "correct start and end in metadata.jsonl: they are in seconds"),
+        ("segments are as long as a clip", short, "their last frame is repeated: lower --num_frames or --frame_stride"),
+    ):
+        if found:
+            yield Finding(check, f"not {counted(len(found), 'segment')}, first {found[0]}", advice)
+        else:
+            yield Finding(check, "all of them")
 
 
 # -- the model --------------------------------------------------------------------------------------
@@ -240,6 +282,8 @@ def examine(run: "Run") -> list[Finding]:
         findings.append(check_captions(splits))
     else:
         findings.append(check_classes(splits, Path(config.data_dir) / "train"))
+    if any(s.segment is not None for s in splits.train + splits.val + splits.test):
+        findings += check_segments(splits, config)
 
     # the model needs a batch; without one, the data has to be fixed first
     model = copy.deepcopy(run.model).to(device)

@@ -4,10 +4,10 @@
                       about.json               what the key stands for
 
 The key is a hash of the backbone's fingerprint, its preprocessing, the sampled frames, and token_grid. The id of a
-video is the digest of its content. So moved or copied videos still hit the cache, and a changed video or another
-backbone never does. Shards are written atomically, so a killed extraction resumes after its last shard. Each contains a
-digest of its ids and features, which is checked before a run uses them. Files are only added: several runs may write at
-the same time, and the folder may be deleted at any time.
+video is the digest of its content, of a segment combined with its times. So moved or copied videos still hit the cache,
+and a changed video or another backbone never does. Shards are written atomically, so a killed extraction resumes after
+its last shard. Each contains a digest of its ids and features, which is checked before a run uses them. Files are only
+added: several runs may write at the same time, and the folder may be deleted at any time.
 
 A row number combines two numbers: shard * 2^32 + the row in that shard.
 """
@@ -31,7 +31,7 @@ from config import Config, options_with
 from script import UserError, counted, make_folder, printable, remove_leftovers, replace_file
 from transforms import sample_indices
 from vision import VisionEncoder
-from VLoader import ClipDataset, EpochBatches, Sample, Splits, build_loader
+from VLoader import ClipDataset, EpochBatches, Key, Sample, Splits, build_loader
 
 SHARD = 256  # videos per file
 
@@ -238,13 +238,13 @@ def read_features(store: FeatureStore, splits: Splits, config: Config) -> dict[s
 
 def compute_missing(
     store: FeatureStore, model: VideoModel, splits: Splits, config: Config, accelerator: Any
-) -> dict[Path, str]:
-    """Computes the features that are not in the store yet. Returns {path: error} of the unreadable videos.
+) -> dict[Key, str]:
+    """Computes the features that are not in the store yet. Returns {key: error} of the unreadable samples.
 
     With several processes each computes a part. Raises UserError if a feature is too large for fp16.
     """
     # a video may be in several splits
-    samples = list({s.path: s for name in cached_splits(config) for s in getattr(splits, name)}.values())
+    samples = list({s.key: s for name in cached_splits(config) for s in getattr(splits, name)}.values())
     ids = video_ids(samples)
     missing = np.flatnonzero(store.find(ids) < 0)
 
@@ -281,14 +281,14 @@ def extract_features(
     store: FeatureStore,
     config: Config,
     accelerator: Any,
-) -> dict[Path, str]:
-    """Computes and stores features, shard by shard. Returns {path: error} of the unreadable videos."""
+) -> dict[Key, str]:
+    """Computes and stores features, shard by shard. Returns {key: error} of the unreadable samples."""
     # for less than a shard of videos, starting worker processes takes longer than decoding
     encoder.to(accelerator.device).eval()
     dataset = ClipDataset(samples, encoder.preprocessing, config.num_frames, config.frame_stride, [])
     workers = config.num_workers if len(samples) > SHARD else 0
     loader = build_loader(dataset, stack_clips, workers, EpochBatches(dataset, config.batch_size))
-    bad: dict[Path, str] = {}
+    bad: dict[Key, str] = {}
     shard: list[tuple[int, torch.Tensor]] = []  # (index of the sample, its features)
 
     # after every shard, so that a killed run loses little
@@ -301,7 +301,7 @@ def extract_features(
     # a batch without readable videos is None
     with tqdm(total=len(samples), desc="features", unit="video", leave=False, disable=not samples) as bar:
         for batch, errors in loader.with_errors():
-            bad |= {samples[index].path: error for index, error in errors.items()}
+            bad |= {samples[index].key: error for index, error in errors.items()}
             if batch is not None:
                 features = features_of(encoder, batch["video"], config.token_grid, accelerator)
                 shard += zip(batch["index"].tolist(), features, strict=True)

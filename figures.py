@@ -11,6 +11,7 @@ from script import printable, replace_file
 SHEET_WIDTH = 1600  # largest width of a contact sheet, in pixels
 MOST_NAMES = 30  # with more classes, the confusion matrix has no names, and only the worst classes get a bar
 MOST_CLIPS = 8  # on a contact sheet
+MOST_RECORDINGS = 20  # with their segments in one picture
 LONGEST_LABEL, LONGEST_TITLE = 60, 400  # characters
 COLOUR, ERROR_COLOUR = "#33638d", "#d1603d"
 
@@ -145,22 +146,25 @@ def worst_clips(rows: list[dict], display_names: dict[str, str]) -> list[tuple[i
     return [(index, label_title(rows[index], display_names)) for index in order]
 
 
-def clip_name(file: str | Path) -> str:
-    """The name of a video with its folder, which often is its class."""
-    return "/".join(Path(file).parts[-2:])
+def clip_name(file: str | Path, start: float | None = None, end: float | None = None) -> str:
+    """The name of a video with its folder, which often is its class; for a segment with its times in seconds."""
+    times = "" if start is None else f" {start:g}-{end:g} s"
+    return f"{'/'.join(Path(file).parts[-2:])}{times}"
 
 
 def label_title(row: dict[str, Any], display_names: dict[str, str]) -> str:
     """The title of a classified clip: file, predicted class, its score, and the true class if it is another one."""
     mark = "right" if row["label"] == row["truth"] else f"wrong, truth: {display_names[row['truth']]}"
-    return f"{clip_name(row['file'])}: {display_names[row['label']]} {100 * row['score']:.0f} %, {mark}"
+    name = clip_name(row["file"], row.get("start"), row.get("end"))
+    return f"{name}: {display_names[row['label']]} {100 * row['score']:.0f} %, {mark}"
 
 
 def caption_title(row: dict[str, Any]) -> str:
     """The title of a captioned clip: file, caption, and a reference if the caption equals none."""
     equal = row["caption"] in row["references"]
     mark = "equals a reference" if equal else f"reference: {row['references'][0]}"
-    return f"{clip_name(row['file'])}: {row['caption']}  |  {mark}"
+    name = clip_name(row["file"], row.get("start"), row.get("end"))
+    return f"{name}: {row['caption']}  |  {mark}"
 
 
 def plot_confusion(classes: dict[str, Any], display_names: dict[str, str], path: Path) -> Path:
@@ -267,6 +271,28 @@ def plot_occlusion(maps: list[tuple[Any, Any, dict]], display_names: dict[str, s
         )
         clips.append(((clip * (1 - alpha) + red * alpha).to(clip.dtype), title))
     return plot_clips(clips, path)
+
+
+def plot_timelines(recordings: list[Any], path: Path) -> Path:
+    """Draws the true segments of each recording above the predicted ones, a colour for each label. `recordings` are
+    those of segments.py."""
+    from matplotlib.patches import Patch
+
+    plt = pyplot()
+    shown = recordings[:MOST_RECORDINGS]
+    labels = sorted({event.label for r in shown for event in r.truth + r.predicted})
+    colours = {label: plt.get_cmap("tab20")(number % 20) for number, label in enumerate(labels)}
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
+    for row, recording in enumerate(shown):
+        for events, bottom in ((recording.truth, row - 0.38), (recording.predicted, row + 0.02)):
+            spans = [(event.start, event.end - event.start) for event in events]
+            axis.broken_barh(spans, (bottom, 0.36), facecolors=[colours[e.label] for e in events], edgecolor="white")
+    axis.set_yticks(range(len(shown)), [label_text(Path(r.name).name) for r in shown], fontsize=8)
+    axis.set(xlabel="seconds", ylim=(len(shown) - 0.5, -0.5), xlim=(0, max(r.seconds for r in shown)))
+    axis.set_title(f"truth above prediction, {len(shown)} of n = {len(recordings)} recordings", fontsize=9)
+    patches = [Patch(color=colours[label], label=label_text(label)) for label in labels[:MOST_NAMES]]
+    axis.legend(handles=patches, frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return save(figure, path)
 
 
 def save(figure: Any, path: Path) -> Path:

@@ -157,13 +157,15 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
     """
     from tqdm import tqdm
 
+    from segments import merged_segments
+
     # what --output already holds is not computed again
     config = predictor.config
     run = fingerprint_answers(run_dir, config)
     output = Path(config.output) if config.output is not None else None
     started = time.perf_counter()
     with open_output(output, run, config.video_dir) as (done, append):
-        jobs = list_jobs(samples, config.video_dir, config.timeline)
+        jobs = list_jobs(samples, config.video_dir, config.timeline, config.timeline_stride)
         todo = [job for job in jobs if job.key not in done]
         if len(todo) < len(jobs):
             print(printable(f"{output} already has {len(jobs) - len(todo)} of {counted(len(jobs), 'answer')}"))
@@ -173,13 +175,18 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
         show = output is None or len(jobs) <= SHOWN
         width = max(len(short_name(s.path, config.video_dir)) for s in samples)
         lexicon, quiet = find_lexicon(Path(config.video_dir)), len(todo) <= FEW
+        kind = {"segment": False} if config.timeline_stride else {}  # score.py must not take windows for segments
         with tqdm(total=len(jobs), initial=len(rows), unit="clip", disable=quiet, leave=False) as bar:
             for row in predict_jobs(predictor, todo, lexicon):
                 rows.append(row)
                 bar.update()
                 if show:
                     tqdm.write(answer_line(f"{short_name(row['file'], config.video_dir):<{width}}", row))
-                append(row | {"run": run})
+                append(row | kind | {"run": run})
+        for row in merged_segments(rows, config.timeline_stride):
+            append(row | {"run": run})
+            if show:
+                print(f"segment: {answer_line(short_name(row['file'], config.video_dir), row)}")
     print_summary(rows, len(todo), time.perf_counter() - started, output)
     return int(any("error" in row for row in rows))
 
@@ -230,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     """Classifies or captions the videos in --video_dir, exports the run, or both. Returns 1 if a video could not be
     read."""
     config, typed_flags = parse(argv, "inference")
+    if config.timeline_stride > config.timeline:
+        raise UserError("--timeline_stride must not be above --timeline, or nothing would look between the windows")
     from checkpoint import find_run, load_run
     from pretrained import warn_of_tiny
     from VLoader import read_folder

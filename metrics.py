@@ -22,6 +22,7 @@ import numpy as np
 from script import Parser, UserError, cause_of, counted, script, shown
 
 RESAMPLES = 1000
+UNBOUNDED = {"CIDEr", "false_alarms_per_hour"}  # scores that are no proportions: they may exceed 1
 BINS = 15  # confidence bins of the calibration error
 Summary = Callable[[np.ndarray], dict[str, float]]  # indices of clips -> {name: score}
 
@@ -66,7 +67,7 @@ def with_intervals(summary: Summary, count: int) -> dict[str, Any]:
     scores, (draws,) = summary(np.arange(count)), resampled([summary], count)
     intervals = {name: bounds(values) for name, values in draws.items()}
     for name, score in scores.items():
-        if score in (0, 1) and name != "CIDEr":  # CIDEr is not a proportion: it may exceed 1
+        if score in (0, 1) and name not in UNBOUNDED:
             intervals[name] = wilson(round(score * count), count)
     return scores | {"intervals": intervals}
 
@@ -396,7 +397,8 @@ def attribute_summary(
 
 
 def read_by_id(path: Path) -> dict[str, Any]:
-    """{id: value} of a JSON object, or {file: row} of a JSON Lines file. Raises UserError if it is neither."""
+    """{id: value} of a JSON object, or {file: row} of a JSON Lines file; rows with a start have ids "file start-end".
+    Raises UserError if it is neither."""
     # a JSON object with a `file` is the only row of a jsonl
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -412,7 +414,7 @@ def read_by_id(path: Path) -> dict[str, Any]:
     # predictions of a run or of inference.py
     try:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        files = [row["file"] for row in rows]
+        files = [f"{row['file']} {row['start']}-{row.get('end')}" if "start" in row else row["file"] for row in rows]
     except (ValueError, KeyError, TypeError, RecursionError):
         files = [None]
     if not all(isinstance(file, str) for file in files):

@@ -59,7 +59,8 @@ def clip_titles(batch: dict[str, Any], run: "Run") -> list[str]:
     names = [run.display_names[name] for name in run.splits.class_names]
     titles = []
     for row, index in enumerate(batch["index"].tolist()):
-        parts = [clip_name(run.splits.train[index].path)]
+        sample = run.splits.train[index]
+        parts = [clip_name(sample.path, **sample.times)]
         if "labels" in batch:
             parts.append(names[batch["labels"][row]])
         if "mix" in batch:

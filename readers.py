@@ -15,12 +15,13 @@ import re
 import stat
 import warnings
 import zipfile
+from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,12 +41,21 @@ REPEATED = "a link to a folder that was already read"
 
 LARGE = 1280 * 720  # pixels of a frame from which several decoding threads are faster than one
 LARGEST_CLIP = 2**30  # bytes of all frames of a clip
+INDEXED = 32  # video files whose timestamps are remembered; an hour of video takes about 1 MB
 
 # FFmpeg formats that only name other files. What they show may change while their own digest stays the same
 PLAYLISTS = {"concat", "hls", "applehttp", "dash", "webm_dash_manifest", "imf", "sdp", "rtsp"}
 
 # turns uint8 [n, 3, H, W] into [n, ...]; must treat frames independently, because a reader may pass them one by one
 Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Segment(NamedTuple):
+    """A part of a video: the frames with start <= time < end, in seconds after the first frame."""
+
+    start: float
+    end: float
+    fps: float | None = None  # frames per second, for frame folders and tensors, which store no times
 
 
 class ReadError(UserError):
@@ -106,6 +116,30 @@ class Reader:
         """
         with as_read_error(self.path):
             return self._frames([int(i) for i in indices], transform)
+
+    def seconds(self, fps: float | None = None) -> np.ndarray:
+        """The time at which each frame is shown, in seconds after the first. (frames,)
+
+        Frame folders and tensors need their frame rate, `fps`. Raises ReadError without it.
+        """
+        if fps is None:
+            raise ReadError(self.path, 'it stores no times: add "fps" (frames per second) to its row in metadata.jsonl')
+        return np.arange(len(self)) / fps
+
+    def part(self, segment: Segment | None) -> tuple[int, int]:
+        """(index of the first frame, number of frames) of a segment, or of the whole video for None.
+
+        Raises ReadError if no frame lies in the segment.
+        """
+        if segment is None:
+            return 0, len(self)
+        # times are fractions of a time base, so allow for rounding: by a microsecond, much less than a frame lasts
+        times = self.seconds(segment.fps)
+        first, after = np.searchsorted(times, [segment.start - 1e-6, segment.end - 1e-6])
+        if first == after:
+            cause = f"no frame between {segment.start:g} and {segment.end:g} s; its last one is at {times[-1]:.2f} s"
+            raise ReadError(self.path, cause)
+        return int(first), int(after - first)
 
     def _frames(self, indices: list[int], transform: Transform | None) -> torch.Tensor:
         # decode each frame once and in order, even if a short video repeats it
@@ -240,6 +274,9 @@ def read_picture(file: Path) -> torch.Tensor:
 
 # -- video files ------------------------------------------------------------------------------------
 
+# what opening a file found out, by its path, inode, size and time
+INDEXES: dict[tuple[Path, int, int, int], tuple[array | None, array, int]] = {}
+
 
 class VideoFile(Reader):
     """Any file that FFmpeg can decode, through PyAV. Frame i is the i-th frame that the decoder returns.
@@ -254,17 +291,29 @@ class VideoFile(Reader):
     def _open(self) -> None:
         self.container, self.stream = open_stream(self.path)
         self.started = False
+        # segments of one file are read in any order, and reading all packets of a long one takes seconds
+        info = self.path.stat()
+        key = (self.path, info.st_ino, info.st_size, info.st_mtime_ns)
+        if key not in INDEXES:
+            if len(INDEXES) >= INDEXED:
+                del INDEXES[next(iter(INDEXES))]  # the oldest
+            INDEXES[key] = self._index()
+        self.times, self.keyframes, self.count = INDEXES[key]
+        if not self.count:
+            raise ReadError(self.path, "no frames in this file")
+
+    def _index(self) -> tuple[array | None, array, int]:
+        """(timestamps of the frames, or None if they are not reliable; those of the keyframes; number of frames)."""
         # keep only these three values per packet: the packets together are the whole file
         packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self.container.demux(self.stream) if p.size]
         # a clip that was cut without re-encoding starts with frames that are decoded but never shown
         times = [time for time, _, hidden in packets if not hidden]
         # AVI stores no presentation times, so with B-frames the times of its packets are wrong
         ordered = self.container.format.name != "avi" and None not in times and len(set(times)) == len(times)
-        self.times = sorted(times) if ordered else None
-        self.keyframes = sorted(time for time, is_key, _ in packets if is_key and time is not None) if ordered else []
-        self.count = len(times)
-        if not times:
-            raise ReadError(self.path, "no frames in this file")
+        if not ordered:
+            return None, array("q"), len(times)
+        keyframes = sorted(time for time, is_key, _ in packets if is_key and time is not None)
+        return array("q", sorted(times)), array("q", keyframes), len(times)
 
     def __del__(self):
         # close now, not when the garbage collector runs: if decoding threads still exist when a loader forks a worker,
@@ -275,8 +324,8 @@ class VideoFile(Reader):
     def __len__(self) -> int:
         return self.count
 
-    def seconds(self) -> np.ndarray:
-        """The time at which each frame is shown, in seconds after the first. (frames,)"""
+    def seconds(self, fps: float | None = None) -> np.ndarray:
+        """The time at which each frame is shown, in seconds after the first. (frames,) Ignores `fps`."""
         # without reliable timestamps, assume a constant frame rate
         if self.times is not None:
             times = np.array(self.times, dtype=float) * float(self.stream.time_base)

@@ -18,6 +18,7 @@ from controls import control_line, control_scores, occlusion_maps
 from pretrained import licence_of, warn_of_tiny
 from scan import prepare_data
 from script import UserError, counted, is_main, printable, read_rows
+from segments import add_background
 from train_code import build_accelerator, build_loaders, hold_frozen
 from VLoader import SPLITS, Splits, check_samples, fingerprint_data, read_display_names, read_splits
 
@@ -73,7 +74,7 @@ def prepare(config: Config, folder: Path) -> Run:
     """Reads what the data folder holds and builds the model. Raises UserError if either cannot be used."""
     # data first: it takes less time than the model, and fails more often
     data_dir = Path(config.data_dir)
-    splits = read_splits(data_dir)
+    splits = add_background(read_splits(data_dir), config.background)
     check_samples(splits, config.captioning, config.use_text)
 
     # seed right before the model, so that nothing else changes the random weights of its new layers

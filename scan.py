@@ -6,7 +6,7 @@ A run calls prepare_data(), which returns the splits without unreadable videos, 
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,19 @@ from tqdm import tqdm
 from build_model import VideoModel
 from config import Config
 from feature_cache import CachedFeatures, cached_splits, compute_missing, open_store, read_features, use_cache
-from readers import ReadError, corner, digest, open_video, stamp
+from readers import Reader, ReadError, Segment, corner, digest, open_video, stamp
 from script import UserError, counted, is_main, make_folder, printable, remove_leftovers, write_json
 from transforms import view_indices
-from VLoader import Splits, WorkerLoader, identified
+from VLoader import Key, Splits, WorkerLoader, identified
 
 LISTED = 20  # unreadable videos that an error message lists
 SCAN_CACHE = ".videos.json"  # in --output_dir
 
-# the result for a readable video: {"stamp": ..., "digest": ..., "decoded": ["frames/stride/clips", ...]}
+# the result for a readable video: {"stamp": ..., "digest": ..., "decoded": ["frames/stride/clips", ...]}; entries of a
+# segment end with its times
 Record = dict[str, Any]
+# what to read of a video: (a segment or None for the whole video, the number of clips to decode)
+Part = tuple[Segment | None, int | None]
 
 
 # -- before training --------------------------------------------------------------------------------
@@ -50,14 +53,14 @@ def prepare_data(
     # computing features can find more unreadable videos, so the error that lists them comes last
     with accelerator.main_process_first():
         store = open_store(model, config)
-    readable = {name: [s for s in getattr(splits, name) if s.path not in bad] for name in cached}
+    readable = {name: [s for s in getattr(splits, name) if s.key not in bad] for name in cached}
     bad |= compute_missing(store, model, replace(splits, **readable), config, accelerator)
     splits = without_unreadable(splits, bad, config)
     return splits, read_features(store, splits, config)
 
 
-def scan(splits: Splits, config: Config, cached: Sequence[str] = ()) -> tuple[Splits, dict[Path, str]]:
-    """Returns (the splits with the digest of every video, {path: error} of the unreadable videos)."""
+def scan(splits: Splits, config: Config, cached: Sequence[str] = ()) -> tuple[Splits, dict[Key, str]]:
+    """Returns (the splits with the digest of every video, {key: error} of the unreadable samples)."""
     # records of all runs in --output_dir are shared
     jobs = clips_to_decode(splits, config.test_clips, cached)
     file = Path(config.output_dir) / SCAN_CACHE
@@ -70,31 +73,32 @@ def scan(splits: Splits, config: Config, cached: Sequence[str] = ()) -> tuple[Sp
     return identified(splits, {path: record["digest"] for path, record in good.items()}), bad
 
 
-def clips_to_decode(splits: Splits, test_clips: int, cached: Sequence[str] = ()) -> dict[Path, int | None]:
-    """The jobs of ScanDataset: {path: clips}.
+def clips_to_decode(splits: Splits, test_clips: int, cached: Sequence[str] = ()) -> dict[Key, int | None]:
+    """What the scan has to read: {key: clips}.
 
     For val and test these are all clips that evaluation uses; for train 0, which means two frames; for the `cached`
     splits None, because their videos are decoded later.
     """
     counts = {"train": 0, "val": 1, "test": test_clips}
-    return {s.path: None if name in cached else n for name, n in counts.items() for s in getattr(splits, name)}
+    return {s.key: None if name in cached else n for name, n in counts.items() for s in getattr(splits, name)}
 
 
-def without_unreadable(splits: Splits, bad: dict[Path, str], config: Config) -> Splits:
-    """The splits without the videos in `bad`. Raises UserError with a list of them unless --skip_unreadable True."""
+def without_unreadable(splits: Splits, bad: dict[Key, str], config: Config) -> Splits:
+    """The splits without the samples in `bad`. Raises UserError with a list of them unless --skip_unreadable True."""
+    errors = [*dict.fromkeys(bad.values())]  # the segments of an unreadable file share one
     if bad and not config.skip_unreadable:
-        causes = "; ".join([*bad.values()][:LISTED]) + (f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
+        causes = "; ".join(errors[:LISTED]) + (f"; and {len(errors) - LISTED} more" if len(errors) > LISTED else "")
         raise UserError(f"{causes} -- fix or remove them, or add --skip_unreadable True to skip them")
     if bad:
         splits = drop_unreadable(splits, bad)
         first = printable(splits.unreadable[0])
-        print(f"skipped {counted(len(bad), 'unreadable video')} (listed in metrics.json), first: {first}")
+        print(f"skipped {counted(len(splits.unreadable), 'unreadable video')} (listed in metrics.json), first: {first}")
     return splits
 
 
-def drop_unreadable(splits: Splits, bad: dict[Path, str]) -> Splits:
-    """The splits without the videos in `bad`. Raises UserError if a split or a class loses its last video."""
-    kept = {n: [s for s in getattr(splits, n) if s.path not in bad] for n in ("train", "val", "test")}
+def drop_unreadable(splits: Splits, bad: dict[Key, str]) -> Splits:
+    """The splits without the samples in `bad`. Raises UserError if a split or a class loses its last video."""
+    kept = {n: [s for s in getattr(splits, n) if s.key not in bad] for n in ("train", "val", "test")}
     for name, samples in kept.items():
         if getattr(splits, name) and not samples:
             raise UserError(f"no video of {name} can be read; the first error: {next(iter(bad.values()))}")
@@ -102,34 +106,41 @@ def drop_unreadable(splits: Splits, bad: dict[Path, str]) -> Splits:
     lost = set(splits.class_names) - {s.label for s in kept["train"]}
     if lost:
         raise UserError(f"no training video of class {min(lost)} can be read")
-    return replace(splits, **kept, unreadable=tuple(bad.values()))
+    return replace(splits, **kept, unreadable=tuple(dict.fromkeys(bad.values())))
 
 
 # -- the scan ---------------------------------------------------------------------------------------
 
 
 def scan_videos(
-    jobs: dict[Path, int | None], num_frames: int, stride: int, num_workers: int, known: dict[str, Record]
-) -> tuple[dict[Path, str], dict[Path, Record]]:
-    """Returns ({path: error} of the unreadable videos, {path: record} of the others). `jobs` is as in ScanDataset.
+    jobs: Mapping[Any, int | None], num_frames: int, stride: int, num_workers: int, known: dict[str, Record]
+) -> tuple[dict[Key, str], dict[Path, Record]]:
+    """Returns ({key: error} of the unreadable samples, {path: record} of the others).
 
-    `known` has earlier records by absolute path. A video that has not changed since then, and of which the same frames
-    were decoded, is not read again.
+    `jobs` is {Key: clips}, the number of clips to decode of each sample. 0 decodes only the first and last frame of one
+    clip, and None decodes nothing. `known` has earlier records by absolute path. A video that has not changed since
+    then, and of which the same frames were decoded, is not read again.
     """
+    # a file is read once for all of its segments
+    videos: dict[Path, list[Part]] = {}
+    for key, clips in jobs.items():
+        path, segment = key if isinstance(key, tuple) else (key, None)
+        videos.setdefault(path, []).append((segment, clips))
+
     # compare stamps first: for unchanged videos that is all the work
-    bad: dict[Path, str] = {}
+    bad: dict[Key, str] = {}
     records: dict[Path, Record] = {}
-    to_read: list[tuple[Path, int | None]] = []
-    for path, clips in jobs.items():
-        needed = set() if clips is None else {f"{num_frames}/{stride}/{clips}" if clips else "two frames"}
+    to_read: list[tuple[Path, list[Part]]] = []
+    for path, parts in videos.items():
+        needed = {name_part(part, num_frames, stride) for part in parts if part[1] is not None}
         try:
             current = stamp(path)
         except ReadError as error:
-            bad[path] = str(error)
+            bad |= {key_of(path, part): str(error) for part in parts}
             continue
         record = known.get(os.path.abspath(path), {"stamp": None})
         if record["stamp"] != current or not needed <= {*record["decoded"]}:
-            to_read.append((path, clips))
+            to_read.append((path, parts))
             decoded = record["decoded"] if record["stamp"] == current else []
             record = {"stamp": current, "decoded": sorted({*decoded, *needed})}
         records[path] = record
@@ -138,51 +149,67 @@ def scan_videos(
     workers = num_workers if len(to_read) > 64 else 0
     dataset = ScanDataset(to_read, num_frames, stride)
     loader = WorkerLoader(dataset, batch_size=16, num_workers=workers, collate_fn=list)
-    results: list[tuple[str, str]] = []
+    results: list[tuple[list[str], str]] = []
     with tqdm(total=len(to_read), desc="checking videos", unit="video", leave=False, disable=not to_read) as bar:
         for batch in loader:
             results += batch
             bar.update(len(batch))
 
     # a record is complete only once its video was read
-    for (path, _), (error, content) in zip(to_read, results, strict=True):
-        if error:
-            bad[path] = error
+    for (path, parts), (errors, content) in zip(to_read, results, strict=True):
+        failed = {part: error for part, error in zip(parts, errors, strict=True) if error}
+        bad |= {key_of(path, part): error for part, error in failed.items()}
+        if len(failed) == len(parts):
             del records[path]
         else:
-            records[path] |= {"digest": content}
+            missing = {name_part(part, num_frames, stride) for part in failed}
+            records[path] |= {"digest": content, "decoded": sorted({*records[path]["decoded"]} - missing)}
     return bad, records
 
 
+def key_of(path: Path, part: Part) -> Key:
+    """The key of the sample that a part of a video belongs to."""
+    return path if part[0] is None else (path, part[0])
+
+
+def name_part(part: Part, num_frames: int, stride: int) -> str:
+    """What a record calls a decoded part of a video."""
+    segment, clips = part
+    name = f"{num_frames}/{stride}/{clips}" if clips else "two frames"
+    return name if segment is None else f"{name} of {[*segment]}"
+
+
 class ScanDataset(Dataset):
-    """Item i is (error of video i or "", digest of video i).
+    """Item i is (the error of each part of video i, "" for none; the digest of video i). `jobs` gives its parts."""
 
-    `jobs` gives for each video the number of clips to decode. 0 decodes only the first and last frame of one clip, and
-    None decodes nothing.
-    """
-
-    def __init__(self, jobs: list[tuple[Path, int | None]], num_frames: int, stride: int):
+    def __init__(self, jobs: list[tuple[Path, list[Part]]], num_frames: int, stride: int):
         self.jobs, self.num_frames, self.stride = jobs, num_frames, stride
 
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def __getitem__(self, index: int) -> tuple[str, str]:
+    def __getitem__(self, index: int) -> tuple[list[str], str]:
         # an exception in a worker process would arrive as a traceback, so return the error
-        path, clips = self.jobs[index]
+        path, parts = self.jobs[index]
         try:
             content = digest(path)
-            if clips is not None:
-                self.decode(path, clips)
+            reader = open_video(path) if any(clips is not None for _, clips in parts) else None
         except ReadError as error:
-            return str(error), ""
-        return "", content
+            return [str(error)] * len(parts), ""
+        return [self.error_of(reader, part) for part in parts], content
 
-    def decode(self, path: Path, clips: int) -> None:
-        """Decodes the frames that a run will use. Raises ReadError."""
-        reader = open_video(path)
-        indices = view_indices(len(reader), self.num_frames, self.stride, max(1, clips))
-        reader.frames(indices if clips else indices[[0, -1]], corner)
+    def error_of(self, reader: Reader | None, part: Part) -> str:
+        """Decodes the frames of a part that a run will use. Returns the error, or ""."""
+        segment, clips = part
+        if reader is None or clips is None:
+            return ""
+        try:
+            first, count = reader.part(segment)
+            indices = first + view_indices(count, self.num_frames, self.stride, max(1, clips))
+            reader.frames(indices if clips else indices[[0, -1]], corner)
+        except ReadError as error:
+            return str(error)
+        return ""
 
 
 # -- results of earlier scans -----------------------------------------------------------------------

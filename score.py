@@ -2,19 +2,28 @@
 
 python score.py --checkpoint checkpoints/timesformer --controls True
 python score.py --checkpoint checkpoints/timesformer --data_dir my_clips --output_dir scores
+
+It also scores the segments of a timeline against the true ones:
+
+python score.py --segments my_videos/test/metadata.jsonl timeline.jsonl
 """
 
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from config import FIELDS, Config, parse, refuse_classifier_options
-from script import UserError, is_main, leave, script, write_json
+from script import Parser, UserError, is_main, leave, printable, script, write_json
 
 
 @script
 def main(argv: list[str] | None = None) -> int:
     """Scores a run again; metrics.json, predictions and pictures replace those in its folder, or go to another one."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--segments" in argv:
+        return score_segments(argv)
     flags, typed_flags = parse(argv, "score")
     if flags.checkpoint is None:
         raise UserError("which run? add --checkpoint <run folder>")
@@ -31,6 +40,21 @@ def main(argv: list[str] | None = None) -> int:
         return score_run(run_dir, flags, typed_flags, config, folder)
     with lock_run(folder):
         return score_run(run_dir, flags, typed_flags, config, folder)
+
+
+def score_segments(argv: list[str]) -> int:
+    """Prints the scores of predicted segments as JSON, and draws them next to the file of the answers."""
+    parser = Parser(prog="score.py", allow_abbrev=False)
+    parser.add_argument("--segments", nargs=2, type=Path, metavar=("TRUTH", "ANSWERS"), required=True)
+    truth, answers = parser.parse_args(argv).segments
+    from figures import plot_timelines
+    from segments import read_recordings, segment_scores
+
+    recordings = read_recordings(truth, answers)
+    print(json.dumps(segment_scores(recordings), indent=1))
+    picture = plot_timelines(recordings, answers.with_name(f"{answers.stem}.png"))
+    print(printable(f"wrote {picture}"), file=sys.stderr)
+    return 0
 
 
 def scoring_options(saved: Config, flags: Config, typed_flags: set[str]) -> Config:
@@ -74,12 +98,13 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     from pretrained import warn_of_tiny
     from runs import Run, memory_advice, only, report
     from scan import prepare_data
+    from segments import add_background
     from train_code import build_accelerator, hold_frozen, score_splits
     from VLoader import check_samples, read_splits
 
     # the trained model, and data with the same classes
     model, _, metadata = load_run(run_dir, flags, typed_flags)
-    splits = read_splits(Path(config.data_dir), metadata["class_names"])
+    splits = add_background(read_splits(Path(config.data_dir), metadata["class_names"]), config.background)
     check_samples(splits, config.captioning, config.use_text)
     warn_of_tiny(config, splits.lexicon)
     if config.controls and not splits.train:

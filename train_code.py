@@ -463,7 +463,9 @@ def final_scores(
     if config.captioning:
         captions = caption_all(model, loader, accelerator, config)
         for sample, caption in zip(samples, captions, strict=True):
-            rows.append({"file": str(sample.path), "caption": caption, "references": list(sample.captions)})
+            rows.append(
+                {"file": str(sample.path), **sample.times, "caption": caption, "references": list(sample.captions)}
+            )
         return result | score_captions(captions, loader.dataset), rows
 
     # classifiers: the arrays become rows; metrics.json keeps only the scores
@@ -471,7 +473,7 @@ def final_scores(
     names = loader.dataset.class_names
     for sample, label, best, scores in zip(samples, truth, ranked.tolist(), probabilities.tolist(), strict=True):
         top = [{"label": names[k], "score": round(score, 4)} for k, score in zip(best, scores, strict=True)]
-        rows.append({"file": str(sample.path), "truth": names[label], **top[0], "top_k": top})
+        rows.append({"file": str(sample.path), **sample.times, "truth": names[label], **top[0], "top_k": top})
     return result | label_scores(truth, ranked, probabilities[:, 0], names), rows
 
 

@@ -352,7 +352,11 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
 )
-ROWS = st.dictionaries(st.sampled_from(["file_name", "caption", "text", "label", "attributes", "x"]), JSON, max_size=5)
+ROWS = st.dictionaries(
+    st.sampled_from(["file_name", "caption", "text", "label", "attributes", "start", "end", "fps", "x"]),
+    JSON,
+    max_size=5,
+)
 
 
 @given(st.lists(ROWS.map(json.dumps) | st.text(max_size=20), max_size=4))
@@ -360,7 +364,7 @@ def test_any_metadata_is_read_or_refused_naming_the_line(tmp_path, lines):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
     try:
         rows = read_metadata(tmp_path)
-        assert all(isinstance(row["file_name"], str) for row in rows.values())
+        assert all(isinstance(row["file_name"], str) for found in rows.values() for row in found)
         read_folder(tmp_path)
     except UserError as error:
         assert "metadata.jsonl" in str(error) or "no videos" in str(error)

@@ -171,8 +171,8 @@ def test_windows_cover_every_frame_once(tmp_path):
     path = write_video(tmp_path / "v.mp4", counting_frames(47))  # 10 frames a second
     for seconds in (0.7, 1.0, 2.5, 100.0):
         windows = split_into_windows(Sample(path), seconds)
-        spans = [sample.span for sample, _, _ in windows]
-        assert [i for first, last in spans for i in range(first, last + 1)] == list(range(47))
+        parts = [open_video(path).part(sample.segment) for sample, _, _ in windows]
+        assert [i for first, count in parts for i in range(first, first + count)] == list(range(47))
         assert windows[0][1] == 0 and windows[-1][2] == pytest.approx(4.7)
         assert all(end == pytest.approx(start) for (_, _, end), (_, start, _) in pairwise(windows))
 
@@ -468,7 +468,7 @@ def test_scores_that_are_not_finite_are_no_answer(run, videos):
 
 
 def test_any_error_of_a_timeline_is_a_row(run, tmp_path, monkeypatch):
-    def split_into_windows(sample, seconds):
+    def split_into_windows(sample, seconds, stride):
         raise UserError("too many windows")
 
     monkeypatch.setattr(VLoader, "split_into_windows", split_into_windows)

@@ -146,6 +146,15 @@ def make_csv() -> None:
         Path(f"{split}.csv").write_text("".join(f"{path},{label}\n" for path, label in rows))
 
 
+def make_segments() -> None:
+    for split, videos in (("train", 3), ("test", 2)):
+        rows = []
+        for index in range(videos):
+            clip(f"recordings/{split}{index}.mp4", index % 2, 60)
+            rows += [f"{split}{index}.mp4,{label},{start},{start + 1.5}\n" for label, start in (("up", 1), ("down", 4))]
+        Path(f"{split}.csv").write_text("path,label,start,end\n" + "".join(rows))
+
+
 def make_frames() -> None:
     lines = []
     for index in range(8):
@@ -230,6 +239,7 @@ USES = {
     ("README.md", "texts"): (lambda: None, "with another object's text"),
     ("README.md", "csv"): (make_csv, "next: python main.py --data_dir my_data"),
     ("datasets.md", "csv"): (make_csv, "wrote predictions.jsonl"),
+    ("datasets.md", "segments"): (make_segments, '"false_alarms_per_hour"'),
     ("datasets.md", "frames"): (make_frames, "8 videos in"),
     ("datasets.md", "ucf101"): (make_ucf101, "wrote ucf101.jsonl"),
     ("datasets.md", "hmdb51"): (make_hmdb51, "wrote hmdb51.jsonl"),
