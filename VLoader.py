@@ -46,6 +46,9 @@ class Sample:
     text: str | None = None
     other_text: str | None = None  # a text about another object in the same clip, for controls.py
     objects: tuple[dict[str, str], ...] = field(default=(), hash=False)  # the attributes of each object
+    questions: tuple[tuple[str, str | None, str | None], ...] = ()  # (question, answer, kind) of each; see by_question
+    question: str | None = None  # what a captioner is asked; `captions` then has the answer
+    kind: str | None = None  # of the question, for the scores
     span: tuple[int, int] | None = None  # first and last frame, for a part of a video
     digest: str | None = field(default=None, compare=False)  # set by identified()
 
@@ -90,17 +93,18 @@ def split_into_windows(sample: Sample, seconds: float) -> list[tuple[Sample, flo
 # -- one folder of videos ---------------------------------------------------------------------------
 
 
-def read_folder(folder: Path) -> list[Sample]:
+def read_folder(folder: Path, answered: bool = False) -> list[Sample]:
     """A sample for every video in a folder or in its metadata.jsonl, sorted by name. Prints how many other files were
     ignored.
 
     Raises:
-        UserError: the folder is missing or has no videos, or metadata.jsonl is malformed or names a missing file.
+        UserError: the folder is missing or has no videos, or metadata.jsonl is malformed or names a missing file, or
+            with `answered` a question has no answer.
     """
     if not folder.exists():
         raise UserError(f"no such file or folder: {folder}")
     # metadata may also list videos outside the folder
-    rows = read_metadata(folder) if folder.is_dir() else {}
+    rows = read_metadata(folder, answered) if folder.is_dir() else {}
     videos, ignored = survey(folder)
     if ignored:
         count = counted(len(ignored), "entry that is not a video", "entries that are not videos")
@@ -112,7 +116,7 @@ def read_folder(folder: Path) -> list[Sample]:
     return [make_sample(path, rows.get(path, {}), folder) for path in paths]
 
 
-def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
+def read_metadata(folder: Path, answered: bool = False) -> dict[Path, dict[str, Any]]:
     """{path: row} of a folder's metadata.jsonl; {} without one. Raises UserError naming the line."""
     # the file is optional; a byte order mark, as Windows programs write it, is ignored (utf-8-sig)
     file = folder / "metadata.jsonl"
@@ -135,6 +139,7 @@ def read_metadata(folder: Path) -> dict[Path, dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from None
         path = folder / check_row(row, where)
+        check_questions(row, where, answered)
         if path in rows:
             raise UserError(f"{where}: file_name {shown(row['file_name'])} appears twice")
         rows[path] = row
@@ -160,6 +165,18 @@ def check_row(row: Any, where: str) -> str:
     if not all(isinstance(item, dict) and all(map(is_text, item.values())) for item in items):
         raise UserError(f'{where}: attributes must be {{"name": "value"}}, or a list of these, one for each object')
     return row["file_name"]
+
+
+def check_questions(row: dict[str, Any], where: str, answered: bool) -> None:
+    """Checks the questions of a row: as many answers, which are required if `answered`, and as many kinds if there are
+    any. Raises UserError."""
+    questions, answers, kinds = (as_list(row.get(key, [])) for key in ("question", "answer", "kind"))
+    kinds = kinds if questions else []  # in other rows it is none of ours
+    if not all(is_text(text) and text.strip() for text in (*questions, *answers, *kinds)):
+        raise UserError(f"{where}: question, answer and kind must be strings or lists of strings, none of them empty")
+    for noun, values, required in (("answer", answers, answered), ("kind", kinds, False)):
+        if len(values) != len(questions) and (values or required):
+            raise UserError(f"{where}: {counted(len(questions), 'question')}, but {counted(len(values), noun)}")
 
 
 def as_list(value: Any) -> list[Any]:
@@ -189,8 +206,23 @@ def make_sample(path: Path, row: dict[str, Any], folder: Path) -> Sample:
     if label is None:  # use the class folder, if the video is in one
         parts = Path(os.path.relpath(path, folder)).parts
         label = parts[0] if len(parts) > 1 and parts[0] != os.pardir else None
-    captions, objects = (tuple(as_list(row.get(key, []))) for key in ("caption", "attributes"))
-    return Sample(path, label, captions, row.get("text"), row.get("other_text"), objects)
+    captions, objects, questions = (tuple(as_list(row.get(key, []))) for key in ("caption", "attributes", "question"))
+    answers, kinds = (as_list(row.get(key) or [None] * len(questions)) for key in ("answer", "kind"))
+    asked = tuple(zip(questions, answers, kinds, strict=False))  # a kind without a question means nothing
+    return Sample(path, label, captions, row.get("text"), row.get("other_text"), objects, asked)
+
+
+def by_question(samples: list[Sample]) -> list[Sample]:
+    """What a captioner is asked about the videos: a sample for every question, with its answer as the only caption, and
+    one without a question for every video that has captions, or has no question."""
+    asked = []
+    for sample in samples:
+        if sample.captions or not sample.questions:
+            asked.append(sample)
+        for question, answer, kind in sample.questions:
+            captions = () if answer is None else (answer,)
+            asked.append(replace(sample, question=question, kind=kind, captions=captions, objects=()))
+    return asked
 
 
 # -- the splits of a data folder --------------------------------------------------------------------
@@ -209,17 +241,18 @@ class Splits:
     unreadable: tuple[str, ...] = ()  # errors of the videos that were skipped
 
 
-def read_splits(data_dir: Path, class_names: list[str] | None = None) -> Splits:
+def read_splits(data_dir: Path, class_names: list[str] | None = None, questions: bool = False) -> Splits:
     """Reads train/, val/ and test/ of a data folder. Without val/, a tenth of each training class is held out.
 
-    The classes are those of train/, unless `class_names` lists them; then train/ is optional.
+    The classes are those of train/, unless `class_names` lists them; then train/ is optional. With `questions`, a
+    video has a sample for each of its questions: see by_question().
     Raises UserError if train/ is required and missing.
     """
     # only train/ is required: a dataset without test/ can be trained on, and one without train/ can be scored
     if not data_dir.is_dir():
         hint = "; create it with python dummy_data.py" if data_dir.name == "synthetic_dataset" else ""
         raise UserError(f"no data folder {data_dir}{hint}")
-    splits = {name: read_folder(data_dir / name) for name in SPLITS if (data_dir / name).is_dir()}
+    splits = {name: read_folder(data_dir / name, questions) for name in SPLITS if (data_dir / name).is_dir()}
     if "train" not in splits and (class_names is None or not splits):
         raise UserError(f"{data_dir} has no folder train/ (expected {data_dir}/train/<class>/<video>)")
 
@@ -230,6 +263,8 @@ def read_splits(data_dir: Path, class_names: list[str] | None = None) -> Splits:
         note = "no val/ folder: a tenth of each training class is held out (at least one video), the same in every run"
     if class_names is None:
         class_names = sorted({s.label for s in splits["train"] if s.label is not None}, key=natural_key)
+    if questions:  # only now, so that all questions about a video stay in one split
+        splits = {name: by_question(samples) for name, samples in splits.items()}
     return Splits(*(splits.get(name, []) for name in SPLITS), class_names, note, read_lexicon(data_dir))
 
 
@@ -287,7 +322,7 @@ def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
     for name in SPLITS:
         samples = getattr(splits, name)
         if captioning:
-            unusable, problem = [s for s in samples if not s.captions], "no caption in metadata.jsonl"
+            unusable, problem = [s for s in samples if not s.captions], "no caption and no question in metadata.jsonl"
         else:
             unusable = [s for s in samples if s.label not in splits.class_names]
             problem = "no class folder and no label"
@@ -316,7 +351,7 @@ def fingerprint_data(splits: Splits, data_dir: Path) -> str:
     for name in SPLITS:
         for s in getattr(splits, name):
             relative = Path(os.path.relpath(s.path, data_dir)).as_posix()
-            row = repr((name, relative, s.label, s.captions, s.text))
+            row = repr((name, relative, s.label, s.captions, s.text, *([s.question] if s.question else [])))
             annotations.update(row.encode("utf-8", "surrogateescape"))
             contents.update(s.identity.encode())
     return annotations.hexdigest()[:32] + contents.hexdigest()[:32]
@@ -367,7 +402,7 @@ class ClipDataset(Dataset):
         except ReadError as error:  # ClipLoader raises it; raised here, it would be a traceback of the worker
             return {"error": str(error), "index": index}
         annotations = {"label": self.labels[index], "caption": self.caption(draw, index), "text": sample.text or ""}
-        return {"video": video, "index": index} | annotations
+        return {"video": video, "index": index, "question": sample.question or ""} | annotations
 
     def pixels(self, sample: Sample, rng: np.random.Generator | None) -> torch.Tensor:
         """Reads a clip as uint8 [T, C, H, W], or several views as [V, T, C, H, W]. Raises ReadError."""
@@ -399,9 +434,9 @@ class ClipDataset(Dataset):
         return captions[int(np.random.default_rng([self.seed, draw, index, 1]).integers(len(captions)))]
 
     def caption_length(self, item: tuple[int, int]) -> tuple[int, int]:
-        """(words, characters) of the caption of an item, for sorting."""
-        caption = self.caption(*item)
-        return len(caption.split()), len(caption)
+        """(words, characters) of the question and caption of an item, for sorting."""
+        text = f"{self.samples[item[1]].question or ''} {self.caption(*item)}"
+        return len(text.split()), len(text)
 
 
 # -- batches ----------------------------------------------------------------------------------------

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, options_with
-from metrics import Lexicon, right_attributes
+from metrics import Lexicon, exact_matches, right_attributes
 from script import FileLock, UserError, printable, replace_file
 
 if TYPE_CHECKING:
     from VLoader import Sample
 
 LONGEST_ANSWER = 1000  # characters of an answer that are printed; the file holds all of it
+Key = tuple[
+    str, float | None, str | None
+]  # what identifies an answer: path of the video, start of the window, question
 
 # -- what is to be answered -------------------------------------------------------------------------
 
@@ -36,9 +39,9 @@ class Job:
     error: str = ""  # why the video could not be split into windows
 
     @property
-    def key(self) -> tuple[str, float | None]:
+    def key(self) -> Key:
         """Identifies the answer in the file."""
-        return self.path, self.times.get("start")
+        return self.path, self.times.get("start"), self.sample.question
 
 
 def absolute_path(path: str | Path, folder: str | Path) -> str:
@@ -89,6 +92,10 @@ def is_right(
     answer: dict[str, Any], sample: "Sample", display_names: dict[str, str], lexicon: Lexicon | None
 ) -> bool | None:
     """Whether an answer is right. None if the truth is not known; for captions, if there is no lexicon."""
+    # the answer to a question
+    if "answer" in answer:
+        return bool(exact_matches([answer["answer"]], [sample.captions])[0]) if sample.captions else None
+
     # a caption is right if it names all attributes of the video
     if "caption" in answer:
         if lexicon is None or not sample.has_attributes(lexicon):
@@ -119,6 +126,8 @@ def short_name(path: str | Path, folder: str) -> str:
 def answer_line(name: str, answer: dict[str, Any]) -> str:
     """What is printed for an answer to the video `name`."""
     text = answer.get("caption", answer.get("error"))  # a caption may be empty
+    if "answer" in answer:
+        text = f"{answer['question']}  {answer['answer']}"
     if text is None:
         text = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer["top_k"])
     times = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
@@ -129,7 +138,7 @@ def answer_line(name: str, answer: dict[str, Any]) -> str:
 # -- the file of answers ----------------------------------------------------------------------------
 
 
-def read_answers(path: Path, run: str, folder: str) -> dict[tuple[str, float | None], dict[str, Any]]:
+def read_answers(path: Path, run: str, folder: str) -> dict[Key, dict[str, Any]]:
     """The answers in an unfinished file, by Job.key; {} if there is no such file.
 
     Drops errors, duplicates, and a last line that was cut short, also from the file. The paths in files of earlier
@@ -140,12 +149,13 @@ def read_answers(path: Path, run: str, folder: str) -> dict[tuple[str, float | N
     # parse row by row; only the last line may be broken, because a killed run may have left it so
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = text.split("\n")  # not splitlines: captions may contain other line separators
-    answers: dict[tuple[str, float | None], dict[str, Any]] = {}
+    answers: dict[Key, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             row_run = row["run"]
-            key = row["path"] if "path" in row else absolute_path(row["file"], folder), row.get("start")
+            video = row["path"] if "path" in row else absolute_path(row["file"], folder)
+            key = video, row.get("start"), row.get("question")
             usable = "error" not in row and key not in answers
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and is_cut_short(line, first=number == 1):
@@ -183,7 +193,7 @@ def as_line(row: dict[str, Any]) -> str:
 @contextmanager
 def open_output(
     path: Path | None, run: str, folder: str
-) -> Generator[tuple[dict[tuple[str, float | None], dict[str, Any]], Callable[[dict[str, Any]], None]]]:
+) -> Generator[tuple[dict[Key, dict[str, Any]], Callable[[dict[str, Any]], None]]]:
     """Yields (the answers that --output already has, a function that appends a row to it).
 
     A file is locked and continued; a pipe or a device gets the rows as they come.

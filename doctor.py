@@ -46,17 +46,17 @@ def check_readable(splits: "Splits") -> Finding:
     from readers import corner, open_video
 
     errors = []
-    samples = [*splits.train, *splits.val, *splits.test]
-    for sample in tqdm(samples, desc="decoding all", unit="video", leave=False):
+    paths = {sample.path for sample in (*splits.train, *splits.val, *splits.test)}  # one may have several questions
+    for path in tqdm(sorted(paths), desc="decoding all", unit="video", leave=False):
         try:
-            reader = open_video(sample.path)
+            reader = open_video(path)
             reader.frames(range(len(reader)), corner)  # keeps one pixel of each frame, so that any video fits in memory
         except UserError as error:
             errors.append(str(error))
     if errors:
         result = f"not in {counted(len(errors), 'video')}: {errors[0]}"
         return Finding("every frame decodes", result, "fix or remove them, or add --skip_unreadable True")
-    return Finding("every frame decodes", counted(len(samples), "video"))
+    return Finding("every frame decodes", counted(len(paths), "video"))
 
 
 def check_classes(splits: "Splits", folder: Path) -> Finding:

@@ -356,6 +356,34 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
     return with_intervals(caption_summary(captions, references), len(captions))
 
 
+def question_scores(right: np.ndarray, kinds: Sequence[str | None], videos: Sequence[str]) -> dict[str, Any]:
+    """ "accuracy", the fraction of right answers, its "interval", "count", and under "kinds" the same for each kind of
+    question. The bootstrap draws videos, not questions: the answers about one video are not independent."""
+    names, video = np.unique(np.array(videos), return_inverse=True)  # (number of videos,), (n,)
+    masks = {"all": np.ones(len(right), bool)}
+    masks |= {f"kind {kind}": np.array([k == kind for k in kinds]) for kind in sorted({*kinds} - {None}, key=str)}
+    counts = {
+        n: (np.bincount(video, right & m, len(names)), np.bincount(video, m, len(names))) for n, m in masks.items()
+    }
+
+    def summary(indices: np.ndarray) -> dict[str, float]:
+        return {
+            name: float(hits[indices].sum() / max(1, asked[indices].sum())) for name, (hits, asked) in counts.items()
+        }
+
+    scores = with_intervals(summary, len(names))
+    rows = {
+        name: {"accuracy": scores[name], "interval": scores["intervals"][name], "count": int(mask.sum())}
+        for name, mask in masks.items()
+    }
+    return rows.pop("all") | {"kinds": {name.removeprefix("kind "): row for name, row in rows.items()}}
+
+
+def generated(row: dict[str, Any]) -> str:
+    """What a captioner wrote in a row of predictions: a caption, or the answer to a question."""
+    return row["caption"] if "caption" in row else row["answer"]
+
+
 # the words for each value of an attribute: {attribute: {value: [word, ...]}}
 Lexicon = dict[str, dict[str, list[str]]]
 
@@ -417,6 +445,8 @@ def read_by_id(path: Path) -> dict[str, Any]:
         files = [None]
     if not all(isinstance(file, str) for file in files):
         raise UserError(f"{path} is neither a JSON object {{id: ...}} nor lines with a `file` each")
+    # a video may have several questions
+    files = [f"{row['file']} {row['question']}" if "question" in row else row["file"] for row in rows]
     repeated = [file for file, count in Counter(files).items() if count > 1]
     if repeated:
         raise UserError(f"{path} has several rows for {shown(repeated[0])}")
@@ -449,8 +479,8 @@ def match_ids(references: dict[str, Any] | None, predictions: dict[str, Any], pa
 
 
 def answer_text(row: Any, path: Path) -> str:
-    """The caption or label of a prediction, which is a string or a row. Raises UserError if it is neither."""
-    value = row.get("caption", row.get("label")) if isinstance(row, dict) else row
+    """The caption, answer or label of a prediction, which is a string or a row. Raises UserError if it is neither."""
+    value = row.get("caption", row.get("answer", row.get("label"))) if isinstance(row, dict) else row
     if isinstance(value, list) and len(value) == 1:  # coco-caption's format
         (value,) = value
     if not isinstance(value, str):

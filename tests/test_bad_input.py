@@ -352,7 +352,11 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
 )
-ROWS = st.dictionaries(st.sampled_from(["file_name", "caption", "text", "label", "attributes", "x"]), JSON, max_size=5)
+ROWS = st.dictionaries(
+    st.sampled_from(["file_name", "caption", "text", "label", "attributes", "question", "answer", "kind", "x"]),
+    JSON,
+    max_size=5,
+)
 
 
 @given(st.lists(ROWS.map(json.dumps) | st.text(max_size=20), max_size=4))
