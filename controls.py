@@ -6,7 +6,7 @@ one_frame           every frame replaced by the middle one: no motion
 shuffled reversed   the same frames in another order
 blank_video         every pixel replaced by the backbone's mean grey; a model that reads text then has nothing else
 text_shuffled       every clip with the text of another one
-question_shuffled   every question about another clip: a captioner that reads it then gives that clip's kind of answer
+question_shuffled   every clip with the question of another one
 text_other_object   clips with several objects, with the text of another object in the same clip (`other_text`)
 """
 

@@ -29,7 +29,7 @@ from augment import Augment
 from build_model import VideoModel, adapters, body_of, trained_tensors
 from checkpoint import STATE, load_state, load_weights, save_state, save_weights
 from config import Config, default_rates
-from metrics import question_scores, attribute_summary, caption_scores, exact_matches, label_scores, with_intervals
+from metrics import attribute_summary, caption_scores, exact_matches, label_scores, question_scores, with_intervals
 from script import UserError, counted, keep_freed_memory, make_folder, write_rows
 from VLoader import SPLITS, ClipDataset, EpochBatches, Sample, Splits, build_loader
 
