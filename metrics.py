@@ -357,26 +357,18 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def question_scores(right: np.ndarray, kinds: Sequence[str | None], videos: Sequence[str]) -> dict[str, Any]:
-    """ "accuracy", the fraction of right answers, its "interval", "count", and under "kinds" the same for each kind of
-    question. The bootstrap draws videos, not questions: the answers about one video are not independent."""
-    names, video = np.unique(np.array(videos), return_inverse=True)  # (number of videos,), (n,)
-    masks = {"all": np.ones(len(right), bool)}
-    masks |= {f"kind {kind}": np.array([k == kind for k in kinds]) for kind in sorted({*kinds} - {None}, key=str)}
-    counts = {
-        n: (np.bincount(video, right & m, len(names)), np.bincount(video, m, len(names))) for n, m in masks.items()
-    }
+    """The fraction of right answers: "accuracy", its "interval", "count", and under "kinds" the same for each kind of
+    question. `right`: (n,) bool. The bootstrap draws videos, because the answers about one video are not independent."""
 
-    def summary(indices: np.ndarray) -> dict[str, float]:
-        return {
-            name: float(hits[indices].sum() / max(1, asked[indices].sum())) for name, (hits, asked) in counts.items()
-        }
+    def scores_of(mask: np.ndarray) -> dict[str, Any]:
+        names, video = np.unique(np.array(videos)[mask], return_inverse=True)  # (number of videos,), (n,)
+        hits, asked = np.bincount(video, right[mask]), np.bincount(video)
+        scores = with_intervals(lambda drawn: {"accuracy": float(hits[drawn].sum() / asked[drawn].sum())}, len(names))
+        return {"accuracy": scores["accuracy"], "interval": scores["intervals"]["accuracy"], "count": int(mask.sum())}
 
-    scores = with_intervals(summary, len(names))
-    rows = {
-        name: {"accuracy": scores[name], "interval": scores["intervals"][name], "count": int(mask.sum())}
-        for name, mask in masks.items()
-    }
-    return rows.pop("all") | {"kinds": {name.removeprefix("kind "): row for name, row in rows.items()}}
+    names = sorted({kind for kind in kinds if kind is not None})
+    by_kind = {name: scores_of(np.array([kind == name for kind in kinds])) for name in names}
+    return scores_of(np.ones(len(right), bool)) | {"kinds": by_kind}
 
 
 def generated(row: dict[str, Any]) -> str:
