@@ -58,14 +58,16 @@ class TextCodec:
 
     def prompts(self, questions: list[str]) -> list[list[int]]:
         """The ids before each answer: bos, question, line feed. Of an empty question: bos."""
-        line_feed, *questions_ids = self.tokens(["\n", *questions])
-        return [[*self.bos, *ids[: self.max_question], *(line_feed if ids else [])] for ids in questions_ids]
+        line_feed, *rows = self.tokens(["\n", *questions])
+        return [[*self.bos, *ids[: self.max_question], *(line_feed if ids else [])] for ids in rows]
+
+    def room_after(self, prompt: list[int]) -> int:
+        """How many tokens of a text are kept."""
+        return max(0, len(self.bos) + self.max_tokens - len(prompt))
 
     def __call__(self, texts: list[str], prompts: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
         prompts = prompts or [[*self.bos]] * len(texts)
-        room = len(self.bos) + self.max_tokens
-        texts_ids = self.tokens(texts)
-        rows = [[*p, *ids[: room - len(p)], self.eos] for p, ids in zip(prompts, texts_ids, strict=True)]
+        rows = [[*p, *ids[: self.room_after(p)], self.eos] for p, ids in zip(prompts, self.tokens(texts), strict=True)]
         longest = max(map(len, rows))
         return {
             # any id will do as padding, because the mask hides it; GPT-2 has no padding id
@@ -265,16 +267,24 @@ class VisionLanguageModel(VideoModel):
         codec = self.codec()
         if codec is None:
             return None
-        texts = Counter(t for s in samples for t in (s.captions if self.text_field == "caption" else [s.text or ""]))
         questions = Counter(s.question for s in samples if s.question)
+        texts = Counter(
+            (s.question or "", text)
+            for s in samples
+            for text in (s.captions if self.text_field == "caption" else [s.text or ""])
+        )
         too_long = []
-        for noun, found, most in (
-            (self.text_field, texts, codec.max_tokens),
-            ("question", questions, codec.max_question),
-        ):
-            counts = zip(found.values(), codec.tokens([*found]) if found else [], strict=True)
-            cut = sum(count for count, tokens in counts if len(tokens) > most)
-            too_long += [f"{cut} of {found.total()} {noun}s are longer than {most} tokens"] if cut else []
+        if texts:
+            tokens = codec.tokens([text for _, text in texts])
+            rooms = map(codec.room_after, codec.prompts([question for question, _ in texts]))
+            cut = sum(count for count, ids, room in zip(texts.values(), tokens, rooms, strict=True) if len(ids) > room)
+            noun = "captions and answers, with their questions," if questions else f"{self.text_field}s"
+            too_long += [f"{cut} of {texts.total()} {noun} are longer than {codec.max_tokens} tokens"] if cut else []
+        if questions:
+            counts = zip(questions.values(), codec.tokens([*questions]), strict=True)
+            cut = sum(count for count, ids in counts if len(ids) > codec.max_question)
+            most = codec.max_question
+            too_long += [f"{cut} of {questions.total()} questions are longer than {most} tokens"] if cut else []
         if not too_long:
             return None
 
