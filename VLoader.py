@@ -168,15 +168,17 @@ def check_row(row: Any, where: str) -> str:
 
 
 def check_questions(row: dict[str, Any], where: str, answered: bool) -> None:
-    """Checks the questions of a row: as many answers, which are required if `answered`, and as many kinds if there are
-    any. Raises UserError."""
+    """Checks the questions of a row: all different, with as many answers, which are required if `answered`, and as many
+    kinds if there are any. Raises UserError."""
     questions, answers, kinds = (as_list(row.get(key, [])) for key in ("question", "answer", "kind"))
-    kinds = kinds if questions else []  # in other rows it is none of ours
+    kinds = kinds if questions else []  # without a question, `kind` belongs to another program
     if not all(is_text(text) and text.strip() for text in (*questions, *answers, *kinds)):
         raise UserError(f"{where}: question, answer and kind must be strings or lists of strings, none of them empty")
     for noun, values, required in (("answer", answers, answered), ("kind", kinds, False)):
         if len(values) != len(questions) and (values or required):
             raise UserError(f"{where}: {counted(len(questions), 'question')}, but {counted(len(values), noun)}")
+    if len({*questions}) < len(questions):
+        raise UserError(f"{where}: a question appears twice")
 
 
 def as_list(value: Any) -> list[Any]:
@@ -322,14 +324,16 @@ def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
     for name in SPLITS:
         samples = getattr(splits, name)
         if captioning:
-            unusable, problem = [s for s in samples if not s.captions], "no caption and no question in metadata.jsonl"
+            unusable, problem = [s for s in samples if not s.captions], "no caption in metadata.jsonl"
+            if unusable and not unusable[0].questions:  # only a run with questions can use them
+                problem = "no caption and no question in metadata.jsonl"
         else:
             unusable = [s for s in samples if s.label not in splits.class_names]
             problem = "no class folder and no label"
             if unusable and unusable[0].label:
                 problem = f"a class that is not in train ({unusable[0].label})"
         if unusable:
-            count, example = f"{len(unusable)} of {len(samples)}", unusable[0].path
+            count, example = f"{len(unusable)} of {len({s.path for s in samples})}", unusable[0].path
             raise UserError(f"{count} videos of {name} have {problem}, for example {example}")
 
         # some samples may lack a text, but if all do, --use_text has nothing to read

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from VLoader import Sample
 
 LONGEST_ANSWER = 1000  # characters of an answer that are printed; the file holds all of it
-Key = tuple[
-    str, float | None, str | None
-]  # what identifies an answer: path of the video, start of the window, question
+Key = tuple[str, float | None, str | None]  # of an answer: path of the video, start of the window, question
 
 # -- what is to be answered -------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ class Predictor:
         self.config = config
         self.class_names: list[str] = metadata["class_names"]
         self.display_names: dict[str, str] = metadata["display_names"]
-        self.questions: str = metadata.get("questions", "")  # whether it was trained with "some", "all" or no questions
+        self.questions: str = metadata.get("questions", "")  # "all" or "some" training samples had one; "" if none had
         self.accelerator = build_accelerator(config)
         if self.accelerator.num_processes > 1:
             raise UserError("inference runs in one process: start several with python, each with its own --video_dir")
@@ -67,8 +67,8 @@ class Predictor:
         """
         from VLoader import Sample
 
-        given = {"question" if self.config.captioning else "text": text}
-        answer = next(self.predict_many([Sample(Path(path), **given)]))
+        sample = Sample(Path(path), question=text or None) if self.config.captioning else Sample(Path(path), text=text)
+        answer = next(self.predict_many([sample]))
         if "error" in answer:
             raise UserError(answer["error"])
         return answer
@@ -138,7 +138,7 @@ class Predictor:
         field = "question" if self.questions == "all" else "text" if self.model.text_field == "text" else ""
         without = [s for s in samples if field and getattr(s, field) is None]
         if without:
-            count = f"{len(without)} of {counted(len(samples), 'video')}"
+            count = f"{len(without)} of {counted(len({s.path for s in samples}), 'video')}"
             trained = "--use_text True" if field == "text" else "questions only"
             raise UserError(
                 f"this run was trained with {trained}, but {count} came without a {field}, first "
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         if model.text_field == "text":
             samples = [replace(s, text=config.text_input) for s in samples]
         elif "questions" in metadata:
-            samples = [replace(s, question=config.text_input, captions=(), objects=()) for s in samples]
+            samples = [replace(s, question=config.text_input or None, captions=(), objects=()) for s in samples]
         else:
             what = "questions" if config.captioning else "a text input"
             raise UserError(f"--text_input: {run_dir} was trained without {what}; leave this flag out")
