@@ -87,7 +87,7 @@ def check_copies(splits: "Splits") -> Iterator[Finding]:
 
     copies: dict[str, list[tuple[str, Any]]] = defaultdict(list)
     for name in ("train", "val", "test"):
-        for sample in getattr(splits, name):
+        for sample in {s.path: s for s in getattr(splits, name)}.values():  # one may have several questions
             with suppress(ReadError):  # check_readable reports it
                 copies[digest(sample.path)].append((name, sample))
 
@@ -106,13 +106,15 @@ def check_copies(splits: "Splits") -> Iterator[Finding]:
 
 
 def check_captions(splits: "Splits") -> Finding:
-    """Looks for videos without a caption, also in val and test."""
+    """Looks for videos without a caption or answer, also in val and test."""
     samples = [*splits.train, *splits.val, *splits.test]
     without = [s for s in samples if not s.captions]
     if without:
         result = f"{counted(len(without), 'video')} without one, first {without[0].path}"
         return Finding("every video has a caption", result, "add captions to metadata.jsonl")
-    return Finding("every video has a caption", counted(sum(len(s.captions) for s in samples), "caption"))
+    asked = sum(bool(s.question) for s in samples)
+    count = counted(sum(len(s.captions) for s in samples) - asked, "caption")
+    return Finding("every video has a caption", count + (f", {counted(asked, 'answer')}" if asked else ""))
 
 
 # -- the model --------------------------------------------------------------------------------------
