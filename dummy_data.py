@@ -119,14 +119,14 @@ TEXTS = (
 # every motion and colour is that of one object only, so it says which one is meant
 QUESTIONS = {
     "colour": (
-        "which colour has the object that {motion} ?",
+        "which colour is the object that {motion} ?",
         "what is the colour of the one that {motion} ?",
         "the object that {motion} : which colour is it ?",
     ),
     "motion": (
         "what does the {colour} {shape} do ?",
         "how does the {colour} object move ?",
-        "which motion do we see of the {size} {colour} {shape} ?",
+        "how would you describe the motion of the {size} {colour} {shape} ?",
     ),
     "count": (
         "how many objects are there ?",
