@@ -125,6 +125,7 @@ BAD = [
     ({"question": "a ?", "answer": "x", "kind": [1]}, "must be strings"),
     ({"question": " ", "answer": "x"}, "none of them empty"),
     ({"question": "a ?", "answer": ""}, "none of them empty"),
+    ({"question": ["a ?", "a ?"], "answer": ["x", "y"]}, "a question appears twice"),
 ]
 
 
@@ -230,6 +231,10 @@ def test_long_questions_are_cut_alike_in_training_and_inference_and_counted():
     assert row[: len(prompt)] == prompt and len(prompt) == 1 + 6 + 1 and len(row) == 1 + 12 + 1
     note = model.truncation_note([Sample(Path("a"), captions=("two",), question=q) for q in (long, "x")])
     assert note and "1 of 2 questions are longer than 6 tokens" in note and "captions" not in note
+    note = model.truncation_note(
+        [Sample(Path("a"), captions=("the red circle moves right and left",) * 2, question=q) for q in (long, "x")]
+    )
+    assert note and "2 of 4 captions and answers, with their questions, are longer than 12 tokens" in note
 
 
 def test_a_prompt_without_room_for_an_answer_names_the_question(captioner):
@@ -293,7 +298,7 @@ def test_another_question_gets_another_answer(run, data, tmp_path, capsys):
     predictor = inference.Predictor.from_checkpoint(run)
     question, truth, _ = questions[0]
     assert predictor.predict(video, question) == {"file": str(video), "question": question, "answer": truth}
-    assert predictor.predict(video).keys() == {"file", "caption"}
+    assert predictor.predict(video).keys() == predictor.predict(video, "").keys() == {"file", "caption"}
 
 
 def test_inference_asks_the_questions_of_a_folder(run, data, tmp_path, capsys):
@@ -337,10 +342,10 @@ def test_a_run_with_questions_only_asks_for_one(run, data, tmp_path, capsys):
     assert metadata["questions"] == "some"  # one training video has a caption too
     (copy / "metadata.json").write_text(json.dumps(metadata | {"questions": "all"}))
     capsys.readouterr()
-    assert (
-        inference.main(["--checkpoint", str(copy), "--video_dir", str(data / "train" / "class_0" / "video_0.pt")]) == 2
-    )
-    assert "came without a question" in capsys.readouterr().err
+    argv = ["--checkpoint", str(copy), "--video_dir", str(data / "train" / "class_0" / "video_0.pt")]
+    for more in ([], ["--text_input", ""]):
+        assert inference.main([*argv, *more]) == 2
+        assert "1 of 1 video came without a question" in capsys.readouterr().err
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, monkeypatch):
@@ -369,3 +374,10 @@ def test_answers_about_a_video_are_drawn_together():
     assert {kind: (row["accuracy"], row["count"]) for kind, row in scores["kinds"].items()} == dict.fromkeys(
         ("all", "count", "intervals"), (0.5, 2)
     )
+
+
+def test_a_rare_kind_has_the_interval_of_its_own_videos():
+    """Most draws of 100 videos would miss the only ones with this kind."""
+    right, kinds = np.array([True, False] * 51), ["rare"] * 2 + ["common"] * 100
+    scores = metrics.question_scores(right, kinds, ["x", "x", *map(str, range(100))])
+    assert scores["kinds"]["rare"] == {"accuracy": 0.5, "interval": [0.5, 0.5], "count": 2}
