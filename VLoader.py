@@ -46,7 +46,7 @@ VAL_FRACTION, VAL_SALT = 0.1, "val"  # another salt would hold out other videos
 MOST_WINDOWS = 100_000  # per video with --timeline
 
 
-# identifies a sample within a dataset: the path of a whole video, or (path, segment)
+# identifies what a sample shows within a dataset: the path of a whole video, or (path, segment)
 Key = Path | tuple[Path, Segment]
 
 
@@ -65,6 +65,9 @@ class Sample:
     other_text: str | None = None  # a text about another object in the same clip, for controls.py
     objects: tuple[dict[str, str], ...] = field(default=(), hash=False)  # the attributes of each object
     segment: Segment | None = None  # None: the whole video
+    questions: tuple[tuple[str, str | None, str | None], ...] = ()  # (question, answer, kind) of each; see by_question
+    question: str | None = None  # what a captioner is asked; `captions` then has the answer
+    kind: str | None = None  # of the question, for the scores
     digest: str | None = field(default=None, compare=False)  # of the whole video; set by identified()
 
     def has_attributes(self, lexicon: Lexicon) -> bool:
@@ -73,7 +76,7 @@ class Sample:
 
     @property
     def key(self) -> Key:
-        """Identifies the sample within its dataset."""
+        """Identifies what the sample shows within its dataset. Questions about one video or segment share it."""
         return self.path if self.segment is None else (self.path, self.segment)
 
     @property
@@ -125,17 +128,18 @@ def split_into_windows(sample: Sample, seconds: float, stride: float = 0) -> lis
 # -- one folder of videos ---------------------------------------------------------------------------
 
 
-def read_folder(folder: Path) -> list[Sample]:
+def read_folder(folder: Path, answered: bool = False) -> list[Sample]:
     """A sample for every video in a folder or in its metadata.jsonl, sorted by name; for a video with segments one for
     each of them, in the order of the file. Prints how many other files were ignored.
 
     Raises:
-        UserError: the folder is missing or has no videos, or metadata.jsonl is malformed or names a missing file.
+        UserError: the folder is missing or has no videos, or metadata.jsonl is malformed or names a missing file, or
+            with `answered` a question has no answer.
     """
     if not folder.exists():
         raise UserError(f"no such file or folder: {folder}")
     # metadata may also list videos outside the folder
-    rows = read_metadata(folder) if folder.is_dir() else {}
+    rows = read_metadata(folder, answered) if folder.is_dir() else {}
     videos, ignored = survey(folder)
     if ignored:
         count = counted(len(ignored), "entry that is not a video", "entries that are not videos")
@@ -147,7 +151,7 @@ def read_folder(folder: Path) -> list[Sample]:
     return [make_sample(path, row, folder) for path in paths for row in rows.get(path, [{}])]
 
 
-def read_metadata(folder: Path) -> dict[Path, list[dict[str, Any]]]:
+def read_metadata(folder: Path, answered: bool = False) -> dict[Path, list[dict[str, Any]]]:
     """{path: its rows} of a folder's metadata.jsonl; {} without one. Several rows of one video are segments of it.
 
     Raises UserError naming the line.
@@ -173,6 +177,7 @@ def read_metadata(folder: Path) -> dict[Path, list[dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from None
         path = folder / check_row(row, where)
+        check_questions(row, where, answered)
         segment = segment_of(row)
         others = rows.setdefault(path, {})
         if segment in others:
@@ -206,6 +211,20 @@ def check_row(row: Any, where: str) -> str:
     return row["file_name"]
 
 
+def check_questions(row: dict[str, Any], where: str, answered: bool) -> None:
+    """Checks the questions of a row: all different, with as many answers, which are required if `answered`, and as many
+    kinds if there are any. Raises UserError."""
+    questions, answers, kinds = (as_list(row.get(key, [])) for key in ("question", "answer", "kind"))
+    kinds = kinds if questions else []  # without a question, `kind` belongs to another program
+    if not all(is_text(text) and text.strip() for text in (*questions, *answers, *kinds)):
+        raise UserError(f"{where}: question, answer and kind must be strings or lists of strings, none of them empty")
+    for noun, values, required in (("answer", answers, answered), ("kind", kinds, False)):
+        if len(values) != len(questions) and (values or required):
+            raise UserError(f"{where}: {counted(len(questions), 'question')}, but {counted(len(values), noun)}")
+    if len({*questions}) < len(questions):
+        raise UserError(f"{where}: a question appears twice")
+
+
 def as_list(value: Any) -> list[Any]:
     """A value of metadata.jsonl that may be one or several."""
     return value if isinstance(value, list) else [value]
@@ -233,8 +252,28 @@ def make_sample(path: Path, row: dict[str, Any], folder: Path) -> Sample:
     if label is None:  # use the class folder, if the video is in one
         parts = Path(os.path.relpath(path, folder)).parts
         label = parts[0] if len(parts) > 1 and parts[0] != os.pardir else None
-    captions, objects = (tuple(as_list(row.get(key, []))) for key in ("caption", "attributes"))
-    return Sample(path, label, captions, row.get("text"), row.get("other_text"), objects, segment_of(row))
+    captions, objects, questions = (tuple(as_list(row.get(key, []))) for key in ("caption", "attributes", "question"))
+    answers, kinds = (as_list(row.get(key) or [None] * len(questions)) for key in ("answer", "kind"))
+    asked = tuple(zip(questions, answers, kinds, strict=False))  # a kind without a question means nothing
+    return Sample(path, label, captions, row.get("text"), row.get("other_text"), objects, segment_of(row), asked)
+
+
+def by_question(samples: list[Sample]) -> list[Sample]:
+    """What a captioner is asked about the videos or segments: a sample for every question, with its answer as the only
+    caption, and one without a question for each that has captions, or has no question."""
+    asked = []
+    for sample in samples:
+        if sample.captions or not sample.questions:
+            asked.append(sample)
+        for question, answer, kind in sample.questions:
+            captions = () if answer is None else (answer,)
+            asked.append(replace(sample, question=question, kind=kind, captions=captions, objects=()))
+    return asked
+
+
+def distinct(samples: Iterable[Sample]) -> list[Sample]:
+    """One sample of each video or segment, which may have several questions."""
+    return [*{sample.key: sample for sample in samples}.values()]
 
 
 # -- the splits of a data folder --------------------------------------------------------------------
@@ -253,17 +292,18 @@ class Splits:
     unreadable: tuple[str, ...] = ()  # errors of the videos that were skipped
 
 
-def read_splits(data_dir: Path, class_names: list[str] | None = None) -> Splits:
+def read_splits(data_dir: Path, class_names: list[str] | None = None, questions: bool = False) -> Splits:
     """Reads train/, val/ and test/ of a data folder. Without val/, a tenth of each training class is held out.
 
-    The classes are those of train/, unless `class_names` lists them; then train/ is optional.
+    The classes are those of train/, unless `class_names` lists them; then train/ is optional. With `questions`, a
+    video has a sample for each of its questions: see by_question().
     Raises UserError if train/ is required and missing.
     """
     # only train/ is required: a dataset without test/ can be trained on, and one without train/ can be scored
     if not data_dir.is_dir():
         hint = "; create it with python dummy_data.py" if data_dir.name == "synthetic_dataset" else ""
         raise UserError(f"no data folder {data_dir}{hint}")
-    splits = {name: read_folder(data_dir / name) for name in SPLITS if (data_dir / name).is_dir()}
+    splits = {name: read_folder(data_dir / name, questions) for name in SPLITS if (data_dir / name).is_dir()}
     if "train" not in splits and (class_names is None or not splits):
         raise UserError(f"{data_dir} has no folder train/ (expected {data_dir}/train/<class>/<video>)")
 
@@ -274,6 +314,8 @@ def read_splits(data_dir: Path, class_names: list[str] | None = None) -> Splits:
         note = "no val/ folder: a tenth of each training class is held out (at least one video), the same in every run"
     if class_names is None:
         class_names = sorted({s.label for s in splits["train"] if s.label is not None}, key=natural_key)
+    if questions:  # only now, so that all questions about a video stay in one split
+        splits = {name: by_question(samples) for name, samples in splits.items()}
     return Splits(*(splits.get(name, []) for name in SPLITS), class_names, note, read_lexicon(data_dir))
 
 
@@ -344,13 +386,15 @@ def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
         samples = getattr(splits, name)
         if captioning:
             unusable, problem = [s for s in samples if not s.captions], "no caption in metadata.jsonl"
+            if unusable and not unusable[0].questions:  # only a run with questions can use them
+                problem = "no caption and no question in metadata.jsonl"
         else:
             unusable = [s for s in samples if s.label not in splits.class_names]
             problem = "no class folder and no label"
             if unusable and unusable[0].label:
                 problem = f"a class that is not in train ({unusable[0].label})"
         if unusable:
-            count, example = f"{len(unusable)} of {len(samples)}", unusable[0].path
+            count, example = f"{len(distinct(unusable))} of {len(distinct(samples))}", unusable[0].path
             raise UserError(f"{count} videos of {name} have {problem}, for example {example}")
 
         # some samples may lack a text, but if all do, --use_text has nothing to read
@@ -374,7 +418,8 @@ def fingerprint_data(splits: Splits, data_dir: Path) -> str:
     for name in SPLITS:
         for s in getattr(splits, name):
             relative = Path(os.path.relpath(s.path, data_dir)).as_posix()
-            row = repr((name, relative, s.label, s.captions, s.text, *(s.segment or ())))
+            asked = [s.question] if s.question else []
+            row = repr((name, relative, s.label, s.captions, s.text, *(s.segment or ()), *asked))
             annotations.update(row.encode("utf-8", "surrogateescape"))
             contents.update(s.identity.encode())
     return annotations.hexdigest()[:32] + contents.hexdigest()[:32]
@@ -425,7 +470,7 @@ class ClipDataset(Dataset):
         except ReadError as error:  # ClipLoader raises it; raised here, it would be a traceback of the worker
             return {"error": str(error), "index": index}
         annotations = {"label": self.labels[index], "caption": self.caption(draw, index), "text": sample.text or ""}
-        return {"video": video, "index": index} | annotations
+        return {"video": video, "index": index, "question": sample.question or ""} | annotations
 
     def pixels(self, sample: Sample, rng: np.random.Generator | None) -> torch.Tensor:
         """Reads a clip as uint8 [T, C, H, W], or several views as [V, T, C, H, W]. Raises ReadError."""
@@ -457,9 +502,9 @@ class ClipDataset(Dataset):
         return captions[int(np.random.default_rng([self.seed, draw, index, 1]).integers(len(captions)))]
 
     def caption_length(self, item: tuple[int, int]) -> tuple[int, int]:
-        """(words, characters) of the caption of an item, for sorting."""
-        caption = self.caption(*item)
-        return len(caption.split()), len(caption)
+        """(words, characters) of the question and caption of an item, for sorting."""
+        text = f"{self.samples[item[1]].question or ''} {self.caption(*item)}"
+        return len(text.split()), len(text)
 
 
 # -- batches ----------------------------------------------------------------------------------------

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, options_with
-from metrics import Lexicon, right_attributes
+from metrics import Lexicon, exact_matches, right_attributes
 from script import FileLock, UserError, printable, replace_file
 
 if TYPE_CHECKING:
     from VLoader import Sample
 
-AnswerKey = tuple[str, float | None, float | None]  # path, start, end
+AnswerKey = tuple[str, float | None, float | None, str | None]  # path, start, end, question
 LONGEST_ANSWER = 1000  # characters of an answer that are printed; the file holds all of it
 
 # -- what is to be answered -------------------------------------------------------------------------
@@ -39,7 +39,7 @@ class Job:
     @property
     def key(self) -> AnswerKey:
         """Identifies the answer in the file."""
-        return self.path, self.times.get("start"), self.times.get("end")
+        return self.path, self.times.get("start"), self.times.get("end"), self.sample.question
 
 
 def absolute_path(path: str | Path, folder: str | Path) -> str:
@@ -63,9 +63,12 @@ def list_jobs(samples: list["Sample"], folder: str, seconds: float, stride: floa
 
     from VLoader import split_into_windows
 
-    # the windows of a video say nothing about its segments, and belong to none of them
-    whole = {s.path: s if s.segment is None else replace(s, segment=None, label=None, objects=()) for s in samples}
-    jobs = [Job(sample, absolute_path(path, folder)) for path, sample in whole.items()]
+    # the windows of a video say nothing about its segments, and belong to none of them; each question is asked once
+    whole: dict[tuple[Path, str | None], Sample] = {}
+    for sample in samples:
+        unknown = {} if sample.segment is None else {"segment": None, "label": None, "captions": (), "objects": ()}
+        whole.setdefault((sample.path, sample.question), replace(sample, **unknown))
+    jobs = [Job(sample, absolute_path(sample.path, folder)) for sample in whole.values()]
     parts = []
     for job in tqdm(jobs, desc="lengths", unit="video", leave=False):
         try:
@@ -93,6 +96,10 @@ def is_right(
     answer: dict[str, Any], sample: "Sample", display_names: dict[str, str], lexicon: Lexicon | None
 ) -> bool | None:
     """Whether an answer is right. None if the truth is not known; for captions, if there is no lexicon."""
+    # the answer to a question
+    if "answer" in answer:
+        return bool(exact_matches([answer["answer"]], [sample.captions])[0]) if sample.captions else None
+
     # a caption is right if it names all attributes of the video
     if "caption" in answer:
         if lexicon is None or not sample.has_attributes(lexicon):
@@ -123,6 +130,8 @@ def short_name(path: str | Path, folder: str) -> str:
 def answer_line(name: str, answer: dict[str, Any]) -> str:
     """What is printed for an answer to the video `name`."""
     text = answer.get("caption", answer.get("error"))  # a caption may be empty
+    if "answer" in answer:
+        text = f"{answer['question']}  {answer['answer']}"
     if text is None:
         text = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer.get("top_k", [answer]))
     times = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
@@ -149,8 +158,8 @@ def read_answers(path: Path, run: str, folder: str) -> dict[AnswerKey, dict[str,
         try:
             row = json.loads(line)
             row_run = row["run"]
-            file = row["path"] if "path" in row else absolute_path(row["file"], folder)
-            key = file, row.get("start"), row.get("end")
+            video = row["path"] if "path" in row else absolute_path(row["file"], folder)
+            key = video, row.get("start"), row.get("end"), row.get("question")
             usable = "error" not in row and row.get("segment") is not True and key not in answers
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and is_cut_short(line, first=number == 1):

@@ -2,7 +2,7 @@
 
     video classifier                vision encoder -> pooled token -> head
     video + language classifier     [CLS] video tokens [SEP] text [SEP] -> BERT-like encoder -> head on [CLS]
-    video captioner                 video tokens, BOS, caption, EOS -> causal language model
+    video captioner                 video tokens, BOS, (question,) caption or answer, EOS -> causal language model
 
 With --head attentive (heads.py) a query attends to each time step of the video:
 
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from config import Config, training_mode
@@ -40,18 +41,33 @@ from vision import VisionEncoder, grid_shape, load_vision
 
 @dataclass(frozen=True)
 class TextCodec:
-    """Turns texts into right-padded input_ids and attention_mask, (B, L) each. A row is bos, tokens, eos."""
+    """Turns texts into right-padded input_ids and attention_mask, (B, L) each. A row is a prompt, tokens, eos."""
 
     tokenizer: Any
     bos: tuple[int, ...]  # ids before every text
     eos: int
-    max_tokens: int  # longer texts are cut; bos and eos do not count
+    max_tokens: int  # longer texts are cut; bos and eos do not count. A question and its answer share them
+
+    @property
+    def max_question(self) -> int:
+        """How many tokens of a question are kept: the answer must not decide it, since inference does not know it."""
+        return self.max_tokens // 2
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def __call__(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        rows = [[*self.bos, *ids[: self.max_tokens], self.eos] for ids in self.tokens(texts)]
+    def prompts(self, questions: list[str]) -> list[list[int]]:
+        """The ids before each answer: bos, question, line feed. Of an empty question: bos."""
+        line_feed, *rows = self.tokens(["\n", *questions])
+        return [[*self.bos, *ids[: self.max_question], *(line_feed if ids else [])] for ids in rows]
+
+    def room_after(self, prompt: list[int]) -> int:
+        """How many tokens of a text are kept."""
+        return max(0, len(self.bos) + self.max_tokens - len(prompt))
+
+    def __call__(self, texts: list[str], prompts: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
+        prompts = prompts or [[*self.bos]] * len(texts)
+        rows = [[*p, *ids[: self.room_after(p)], self.eos] for p, ids in zip(prompts, self.tokens(texts), strict=True)]
         longest = max(map(len, rows))
         return {
             # any id will do as padding, because the mask hides it; GPT-2 has no padding id
@@ -72,11 +88,18 @@ class Collator:
             "video": torch.stack([item["video"] for item in items]),  # (B, T, C, H, W) uint8 or (B, 1 + N, D) fp16
             "index": torch.tensor([item["index"] for item in items]),  # (B,)
         }
-        if self.text_field != "caption":  # a captioner's targets are its captions
+        if self.text_field != "caption":
             batch["labels"] = torch.tensor([item["label"] for item in items])
-        if self.codec is not None:
-            batch |= self.codec([item[self.text_field] for item in items])
-        return batch
+        if self.codec is None:
+            return batch
+        texts = [item[self.text_field] for item in items]
+        if self.text_field != "caption":
+            return batch | self.codec(texts)
+
+        # a captioner's targets are its captions and answers: what comes after the prompt
+        prompts = self.codec.prompts([item["question"] for item in items])
+        lengths = torch.tensor([*map(len, prompts)])  # (B,)
+        return batch | self.codec(texts, prompts) | {"prompt_tokens": lengths}
 
 
 # -- models -----------------------------------------------------------------------------------------
@@ -242,12 +265,27 @@ class VisionLanguageModel(VideoModel):
         """Counts texts, not samples: a video may have several captions. See VideoModel."""
         # captions repeat: tokenise each different one once
         codec = self.codec()
-        texts = Counter(t for s in samples for t in (s.captions if self.text_field == "caption" else [s.text or ""]))
-        if codec is None or not texts:
+        if codec is None:
             return None
-        counts = zip(texts.values(), codec.tokens([*texts]), strict=True)
-        cut = sum(count for count, tokens in counts if len(tokens) > codec.max_tokens)
-        if not cut:
+        questions = Counter(s.question for s in samples if s.question)
+        texts = Counter(
+            (s.question or "", text)
+            for s in samples
+            for text in (s.captions if self.text_field == "caption" else [s.text or ""])
+        )
+        too_long = []
+        if texts:
+            tokens = codec.tokens([text for _, text in texts])
+            rooms = map(codec.room_after, codec.prompts([question for question, _ in texts]))
+            cut = sum(count for count, ids, room in zip(texts.values(), tokens, rooms, strict=True) if len(ids) > room)
+            noun = "captions and answers, with their questions," if questions else f"{self.text_field}s"
+            too_long += [f"{cut} of {texts.total()} {noun} are longer than {codec.max_tokens} tokens"] if cut else []
+        if questions:
+            counts = zip(questions.values(), codec.tokens([*questions]), strict=True)
+            cut = sum(count for count, ids in counts if len(ids) > codec.max_question)
+            most = codec.max_question
+            too_long += [f"{cut} of {questions.total()} questions are longer than {most} tokens"] if cut else []
+        if not too_long:
             return None
 
         # either the option is the limit, or what the language model has left after the video
@@ -256,8 +294,7 @@ class VisionLanguageModel(VideoModel):
             advice = "the language model has no more positions"
             if self.video_positions:
                 advice += "; train with a lower --token_grid or --num_frames"
-        too_long = f"{cut} of {texts.total()} {self.text_field}s are longer than {codec.max_tokens} tokens"
-        return f"note: {too_long} and are cut; {advice}"
+        return f"note: {' and '.join(too_long)} and are cut; {advice}"
 
 
 def positions_of(language_model: nn.Module) -> int | None:
@@ -369,7 +406,8 @@ class AttentiveLanguageClassifier(VisionLanguageModel):
 
 
 class VideoCaptioner(ProjectorModel):
-    """Video tokens, BOS, caption, EOS through a causal language model."""
+    """Video tokens, BOS, caption, EOS through a causal language model. If the clip has a question: video tokens, BOS,
+    question, line feed, answer, EOS."""
 
     task = "captioning"
     text_field = "caption"
@@ -384,11 +422,13 @@ class VideoCaptioner(ProjectorModel):
         self.codec()  # raises UserError at once if no caption fits
 
     def targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The ids after BOS, including EOS. Padding is found by the mask, not by its id, which may equal EOS."""
-        return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]  # (B, L - 1)
+        """The ids after the prompt, including EOS. Padding is found by the mask, not by its id, which may equal EOS."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        in_prompt = torch.arange(ids.shape[1], device=ids.device) < batch["prompt_tokens"][:, None]  # (B, L)
+        return ids.masked_fill(in_prompt | (mask == 0), -100)[:, 1:]  # (B, L - 1)
 
     def forward(self, video: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """A video, and BOS, caption, EOS, right-padded (B, L) -> logits for `targets` (B, L - 1, V)."""
+        """A video, and prompt, caption, EOS, right-padded (B, L) -> logits for `targets` (B, L - 1, V)."""
         # the logits of the video tokens are not needed, and each has the size of the vocabulary
         video = self.video_tokens(video)  # (B, N, D)
         video_mask = torch.ones(video.shape[:2], dtype=attention_mask.dtype, device=video.device)
@@ -401,20 +441,26 @@ class VideoCaptioner(ProjectorModel):
         return logits[:, :-1]  # what follows EOS is not a target
 
     @torch.no_grad()
-    def generate(self, video: torch.Tensor, config: Config) -> list[str]:
-        """Writes one caption per clip: greedy, or the best of config.num_beams beams. Raises UserError if the video and
-        config.max_new_tokens exceed the language model's positions."""
+    def generate(self, video: torch.Tensor, config: Config, questions: list[str] | None = None) -> list[str]:
+        """Writes one caption per clip, or the answer to its question unless that is "": greedy, or the best of
+        config.num_beams beams. Raises UserError if the video, the question and config.max_new_tokens exceed the language
+        model's positions."""
         from transformers import GenerationConfig
 
-        # the prompt is the video and BOS
+        # the prompt is the video, BOS, and the question
         video = self.video_tokens(video)  # (B, N, D)
-        positions, taken = positions_of(self.language_model), video.shape[1] + 1
+        prompts = self.codec().prompts(questions or [""] * len(video))
+        positions, taken = positions_of(self.language_model), video.shape[1] + max(map(len, prompts))
         if positions and taken + config.max_new_tokens > positions:
-            raise UserError(
-                f"--max_new_tokens {config.max_new_tokens}: at most {positions - taken} fit after the video"
-            )
-        bos = self.embed(torch.tensor([self.bos] * len(video), device=video.device))  # (B, 1, D)
-        embeds = torch.cat([video, bos.to(video.dtype)], dim=1)  # (B, N + 1, D)
+            after = "the video and the question" if questions and any(questions) else "the video"
+            raise UserError(f"--max_new_tokens {config.max_new_tokens}: at most {positions - taken} fit after {after}")
+        texts = [self.embed(torch.tensor(ids, device=video.device)).to(video.dtype) for ids in prompts]  # (P, D) each
+
+        # padding comes first, because generate() continues the last token of every row
+        rows = [torch.cat(parts) for parts in zip(video, texts, strict=True)]  # (N + P, D) each
+        embeds = pad_sequence(rows, batch_first=True, padding_side="left")  # (B, N + P, D)
+        masks = [torch.ones(len(row), dtype=torch.long, device=video.device) for row in rows]
+        mask = pad_sequence(masks, batch_first=True, padding_side="left")  # (B, N + P)
 
         # a GenerationConfig of our own: generate() would otherwise use the backbone's, which may ask for sampling
         options = GenerationConfig(
@@ -424,7 +470,6 @@ class VideoCaptioner(ProjectorModel):
             eos_token_id=self.eos,
             pad_token_id=self.eos,
         )
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=video.device)
         ids = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 

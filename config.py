@@ -255,7 +255,8 @@ class Config:
     use_vlm: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
     """connect a language model to the video backbone"""
     captioning: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
-    """generate captions instead of predicting a class; needs --use_vlm True"""
+    """generate captions, or answers to the questions in metadata.jsonl, instead of predicting a class; needs --use_vlm
+    True"""
     use_text: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True, needs_vlm=True)
     """classification: also read the clip's text. Captioning: no effect, because captions are the targets either way"""
     weights: str = option("tiny", one_of("tiny", "hub"), "model", ALL, names_run=True)
@@ -266,8 +267,8 @@ class Config:
     finer detail and takes more memory. auto: 8 for the attentive head, or what the backbone has if that is less; else
     2"""
     max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN_ANY)
-    """longest text or caption in tokens; longer ones are truncated and counted. The language model's own maximum also
-    applies"""
+    """longest text or caption in tokens, or question with its answer; longer ones are truncated and counted. A question
+    may have half of them. The language model's own maximum also applies"""
     head: str = option("auto", one_of("auto", "linear", "attentive"), "model", NO_SWEEP, names_run=True)
     """what reads the video. linear: one layer on the pooled token, or on [CLS] of the language model; for captioners,
     an MLP on every token of the grid. attentive: a query, learned or made from the text, attends to each time step, and a
@@ -373,8 +374,8 @@ class Config:
     video_dir: str | None = option(None, path_value, "inference", "inference")
     """input: a video file, a folder of frames, a .pt file, or a folder that contains any of these"""
     text_input: str | None = option(None, text_value, "inference", "inference", changes_answers=True)
-    """text for all clips, for a classifier trained with --use_text True. To give each clip its own text, put a
-    metadata.jsonl into --video_dir"""
+    """text for all clips, for a classifier trained with --use_text True; for a captioner trained with questions, the
+    question. To give each clip its own, put a metadata.jsonl into --video_dir"""
     top_k: int = option(3, number(int, 1), "inference", "inference", changes_answers=True)
     """number of classes to print with their scores"""
     test_clips: int = option(1, number(int, 1, 100), "inference", USE, changes_answers=True, classifiers_only=True)
@@ -383,7 +384,7 @@ class Config:
     """average predictions over N crops per clip, along the longer side of the frame; papers often use 3 crops, with 3
     or more clips"""
     max_new_tokens: int = option(40, number(int, 1, 4096), "inference", USE, changes_answers=True)
-    """longest generated caption in tokens"""
+    """longest generated caption or answer in tokens"""
     num_beams: int = option(1, number(int, 1, 64), "inference", USE, changes_answers=True)
     """beam width. 1: greedy decoding. 3 to 5: beam search, slower"""
     timeline: float = option(0.0, number(float, 0), "inference", "inference", changes_answers=True)

@@ -6,10 +6,11 @@ one_frame           every frame replaced by the middle one: no motion
 shuffled reversed   the same frames in another order
 blank_video         every pixel replaced by the backbone's mean grey; a model that reads text then has nothing else
 text_shuffled       every clip with the text of another one
+question_shuffled   every clip with the question of another one
 text_other_object   clips with several objects, with the text of another object in the same clip (`other_text`)
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise, product
@@ -24,9 +25,9 @@ from tqdm import tqdm
 from build_model import VideoModel, build_model
 from config import Config
 from feature_cache import compute_missing, open_store, video_ids
-from metrics import Lexicon, attribute_summary, caption_summary
+from metrics import Lexicon, attribute_summary, caption_summary, exact_matches, generated
 from script import UserError
-from train_code import build_loaders, caption_all, evaluate, hold_frozen, loss_sum, to_device
+from train_code import build_loaders, caption_all, evaluate, hold_frozen, loss_sum, split_by_question, to_device
 from transforms import Preprocessing
 from VLoader import Sample, Splits
 
@@ -78,18 +79,19 @@ class ChangedLoader:
             yield batch
 
 
-def with_texts_of_others(samples: list[Sample]) -> list[Sample]:
-    """Gives every sample the text of the next one in a random circle, so never its own."""
+def with_texts_of_others(samples: list[Sample], name: str = "text") -> list[Sample]:
+    """Gives every sample the text, or the question, of the next one in a random circle, so never its own."""
     order = np.random.default_rng(0).permutation(len(samples))
-    texts = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
-    return [replace(sample, text=samples[texts[i]].text) for i, sample in enumerate(samples)]
+    others = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+    return [replace(sample, **{name: getattr(samples[others[i]], name)}) for i, sample in enumerate(samples)]
 
 
 # -- baselines without training ---------------------------------------------------------------------
 
 
 def nearest_neighbours(splits: Splits, samples: list[Sample], config: Config, accelerator: Any) -> np.ndarray:
-    """The index of the nearest training sample for each of the samples. (n,)"""
+    """The index of the nearest training sample for each of the samples; for a question, of the nearest that has a
+    question of its kind. (n,)"""
     # the backbone as published, whatever the run has trained: this is what fine-tuning must beat
     frozen_config = replace(
         config,
@@ -123,8 +125,21 @@ def nearest_neighbours(splits: Splits, samples: list[Sample], config: Config, ac
     train = pooled([splits.train[index] for index in readable])  # (n, D)
     centre = train.mean(0)
     train = unit(train - centre).T  # (D, n)
-    nearest = torch.cat([(chunk @ train).argmax(1) for chunk in unit(pooled(samples) - centre).split(256)])
+    groups = {group: number for number, group in enumerate({group_of(s) for s in [*splits.train, *samples]})}
+    train_groups = torch.tensor([groups[group_of(splits.train[index])] for index in readable])  # (n,)
+    own_groups = torch.tensor([groups[group_of(sample)] for sample in samples])  # (m,)
+    nearest = torch.cat(
+        [
+            (chunk @ train).masked_fill(own[:, None] != train_groups, -2.0).argmax(1)  # less than any cosine
+            for chunk, own in zip(unit(pooled(samples) - centre).split(256), own_groups.split(256), strict=True)
+        ]
+    )
     return np.array(readable)[nearest.numpy()]
+
+
+def group_of(sample: Sample) -> tuple[bool, str | None]:
+    """Samples whose answers a baseline may exchange: all without a question, or with questions of one kind."""
+    return bool(sample.question), sample.kind
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
@@ -150,8 +165,8 @@ def occlusion_maps(
     for index in tqdm(chosen(rows), desc="occlusion", unit="clip", leave=False):
         # the question is what the model based its own answer on, right or wrong
         row, item = rows[index], loader.dataset[(0, index)]
-        if "caption" in row:
-            item["caption"] = row["caption"]
+        if "references" in row:
+            item["caption"] = generated(row)
         else:
             item["label"] = names.index(row["label"])
 
@@ -176,12 +191,12 @@ def chosen(rows: list[dict[str, Any]]) -> list[int]:
 
 def truth(row: dict[str, Any]) -> str | list[str]:
     """The true class, or the references of a caption."""
-    return row["references"] if "caption" in row else row["truth"]
+    return row["references"] if "references" in row else row["truth"]
 
 
 def is_right(row: dict[str, Any]) -> bool:
     """Whether the class is the true one, or the caption equals a reference."""
-    return row["caption"] in row["references"] if "caption" in row else row["label"] == row["truth"]
+    return generated(row) in row["references"] if "references" in row else row["label"] == row["truth"]
 
 
 def background(clip: torch.Tensor) -> torch.Tensor:
@@ -224,13 +239,19 @@ def answer_scores(model: VideoModel, items: list[dict], accelerator: Any) -> tor
 # -- the scores -------------------------------------------------------------------------------------
 
 
-def caption_row(captions: list[str], samples: list[Sample], lexicon: Lexicon | None) -> dict[str, float]:
-    """CIDEr; if the dataset has a lexicon, also the fraction of captions with each attribute right, and with all."""
+def caption_row(texts: list[str], samples: list[Sample], lexicon: Lexicon | None) -> dict[str, float]:
+    """CIDEr of the captions; if the dataset has a lexicon, also the fraction of captions with each attribute right, and
+    with all. Under "answers", the fraction of questions with the right answer."""
+    row: dict[str, float] = {}
+    (samples, captions), (asked, answers) = split_by_question(samples, texts)
     everything = np.arange(len(samples))
-    row = {"CIDEr": caption_summary(captions, [s.captions for s in samples])(everything)["CIDEr"]}
-    if lexicon and all(s.has_attributes(lexicon) for s in samples):
+    if samples:
+        row["CIDEr"] = caption_summary(captions, [s.captions for s in samples])(everything)["CIDEr"]
+    if samples and lexicon and all(s.has_attributes(lexicon) for s in samples):
         scores = attribute_summary(captions, [s.objects for s in samples], lexicon)(everything)
         row |= scores | {"all_attributes": scores.pop("all")}
+    if asked:
+        row["answers"] = float(exact_matches(answers, [s.captions for s in asked]).mean())
     return row
 
 
@@ -258,7 +279,11 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
     loader = loader_of(samples)
     table: dict[str, Any] = {"split": split, "as_it_is": score(loader, "as it is")}
     train_answers = [s.captions[0] if config.captioning else str(s.label) for s in splits.train]
-    table["majority"] = score_answers([Counter(train_answers).most_common(1)[0][0]] * len(samples))
+    counts: dict[tuple, Counter] = defaultdict(Counter)
+    for sample, answer in zip(splits.train, train_answers, strict=True):
+        counts[group_of(sample)][answer] += 1
+    most_common = {group: counter.most_common(1)[0][0] for group, counter in counts.items()}
+    table["majority"] = score_answers([most_common.get(group_of(sample), "") for sample in samples])
     neighbours = nearest_neighbours(splits, samples, config, accelerator)
     table["nearest_neighbour"] = score_answers([train_answers[i] for i in neighbours])
 
@@ -282,6 +307,14 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
         several = [sample for sample in samples if sample.other_text]
         if several:
             table |= other_object_scores(several, loader_of, score)
+
+    # changed questions
+    asked = [sample for sample in samples if sample.question]
+    if asked:
+        changed = with_texts_of_others(asked, "question")
+        loader = loader_of(changed)
+        table["question_shuffled"] = caption_row(caption_all(model, loader, accelerator, config), changed, None)
+        loader.close()
     return table
 
 
@@ -303,9 +336,15 @@ def other_object_scores(
 
 
 def control_line(table: dict[str, Any]) -> str:
-    """The result in one line: how much the model uses motion and text."""
-    # CIDEr as it is, accuracy in percent
-    name = "CIDEr" if "CIDEr" in table["as_it_is"] else "accuracy"
+    """The result in one line: how much the model uses motion and text. A captioner of captions and answers has both."""
+    return "; ".join(
+        control_text(table, name) for name in ("accuracy", "CIDEr", "answers") if name in table["as_it_is"]
+    )
+
+
+def control_text(table: dict[str, Any], name: str) -> str:
+    """The part of control_line() about one score."""
+    # CIDEr as it is, the others in percent
     scale, points = (1, "") if name == "CIDEr" else (100, " points")
     digits = 2 if name == "CIDEr" else 1
 
@@ -329,4 +368,6 @@ def control_line(table: dict[str, Any]) -> str:
             f"clips with several objects: {value('several_objects')}, with another object's text "
             f"{value('text_other_object')}"
         )
+    if name == "answers":
+        parts.append(f"questions: those of other clips cost {lost('question_shuffled')}{points}")
     return "; ".join(parts)

@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
                 save_frames(frames.numpy(), args.output / name, start)
             row = {"file_name": name, "label": sample.label, "caption": sample.captions, "text": sample.text}
             row |= {"other_text": sample.other_text, "attributes": sample.objects}
+            for key, *values in zip(("question", "answer", "kind"), *sample.questions, strict=True):
+                row[key] = values if values and None not in values else None
             rows[name] = {k: v for k, v in row.items() if v not in (None, ())}
 
         # with labels, captions and lexicon, inference.py can say which of its answers are right

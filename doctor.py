@@ -45,9 +45,10 @@ def check_readable(splits: "Splits") -> Finding:
     from tqdm import tqdm
 
     from readers import corner, open_video
+    from VLoader import distinct
 
     errors = []
-    samples = [*splits.train, *splits.val, *splits.test]
+    samples = distinct([*splits.train, *splits.val, *splits.test])
     for sample in tqdm(samples, desc="decoding all", unit="video", leave=False):
         try:
             reader = open_video(sample.path)
@@ -116,13 +117,15 @@ def check_copies(splits: "Splits") -> Iterator[Finding]:
 
 
 def check_captions(splits: "Splits") -> Finding:
-    """Looks for videos without a caption, also in val and test."""
+    """Looks for videos without a caption or answer, also in val and test."""
     samples = [*splits.train, *splits.val, *splits.test]
     without = [s for s in samples if not s.captions]
     if without:
         result = f"{counted(len(without), 'video')} without one, first {without[0].path}"
         return Finding("every video has a caption", result, "add captions to metadata.jsonl")
-    return Finding("every video has a caption", counted(sum(len(s.captions) for s in samples), "caption"))
+    asked = sum(bool(s.question) for s in samples)
+    count = counted(sum(len(s.captions) for s in samples) - asked, "caption")
+    return Finding("every video has a caption", count + (f", {counted(asked, 'answer')}" if asked else ""))
 
 
 def clip_name(sample: Any) -> str:
@@ -134,10 +137,11 @@ def clip_name(sample: Any) -> str:
 def check_segments(splits: "Splits", config: Config) -> Iterator[Finding]:
     """Looks for segments that end after their video, or are shorter than a clip."""
     from readers import ReadError, open_video
+    from VLoader import distinct
 
     beyond, short = [], []
     stride = max(1, config.frame_stride)  # 0 and below spread the frames over what there is
-    for sample in [s for s in (*splits.train, *splits.val, *splits.test) if s.segment is not None]:
+    for sample in [s for s in distinct([*splits.train, *splits.val, *splits.test]) if s.segment is not None]:
         with suppress(ReadError):  # check_readable reports it
             reader = open_video(sample.path)
             times, (_, count) = reader.seconds(sample.segment.fps), reader.part(sample.segment)

@@ -1,6 +1,7 @@
 """Draws a synthetic video dataset. The class of a clip is the motion of the object that its text names.
 
     python dummy_data.py                      # synthetic_dataset/{train,val,test}/class_k/video_i.pt
+    python dummy_data.py --questions --output synthetic_questions    # the same videos, with questions for captioners
     python dummy_data.py --ceilings           # the best possible accuracy with less than video and text
 
 Nine classes, one for each motion: moves right, left, down or up; turns clockwise or counterclockwise; reverses; stops;
@@ -115,6 +116,24 @@ TEXTS = (
     "look at the {size} {colour} {shape}",
     "only the {colour} {shape} matters",
 )
+# every motion and colour is that of one object only, so it says which one is meant
+QUESTIONS = {
+    "colour": (
+        "which colour is the object that {motion} ?",
+        "what is the colour of the one that {motion} ?",
+        "the object that {motion} : which colour is it ?",
+    ),
+    "motion": (
+        "what does the {colour} {shape} do ?",
+        "how does the {colour} object move ?",
+        "how would you describe the motion of the {size} {colour} {shape} ?",
+    ),
+    "count": (
+        "how many objects are there ?",
+        "how many shapes do we see ?",
+        "is there one object , or are there two ?",
+    ),
+}
 # the words for each value of an attribute, written to lexicon.json; see metrics.Lexicon
 LEXICON = {
     "size": {size: [*words] for size, words in SIZE_WORDS.items()},
@@ -167,6 +186,20 @@ def write_texts(items: list[dict[str, Any]], rng: np.random.Generator) -> dict[s
     if len(items) == 2:
         return {"text": texts[0], "other_text": texts[1]}
     return {"text": "" if rng.random() < NO_TEXT else texts[0]}
+
+
+def write_questions(items: list[dict[str, Any]], rng: np.random.Generator) -> dict[str, list[str]]:
+    """A question of each kind, in random wording, each about one of the objects: `question`, `answer` and `kind`."""
+    rows = []
+    for kind, templates in QUESTIONS.items():
+        item = choose(items, rng)
+        answers = {
+            "colour": item["colour"],
+            "motion": CLASS_NAMES[item["motion"]],
+            "count": ("one", "two")[len(items) - 1],
+        }
+        rows.append((fill(choose(templates, rng), item, rng), answers[kind], kind))
+    return dict(zip(("question", "answer", "kind"), map(list, zip(*rows, strict=True)), strict=True))
 
 
 # -- motion -----------------------------------------------------------------------------------------
@@ -426,11 +459,13 @@ def save_frames(video: np.ndarray, folder: Path, first: int = 0) -> None:
 def write_split(folder: Path, count: int, args: argparse.Namespace, bar: Any) -> None:
     """Draws the split that the folder is named after: videos and metadata.jsonl. `bar` is a tqdm progress bar."""
     rows, suffix = [], "" if args.format == "frames" else f".{args.format}"
+    rng = np.random.default_rng([args.seed, *f"{folder.name} questions".encode()])  # changes no video and no caption
     for label in range(args.classes):
         name = f"class_{label}"
         (folder / name).mkdir(parents=True)
         for index, (video, row) in enumerate(draw_rows(label, folder.name, count, args)):
             save_video(video, folder / name / f"video_{index}{suffix}")
+            row |= write_questions(row["objects"], rng) if args.questions else {}
             rows.append({"file_name": f"{name}/video_{index}{suffix}"} | row)
             bar.update()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -512,6 +547,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         choices=("pt", "mp4", "frames"),
         default="pt",
         help="save each video as a tensor, an H.264 file, or a folder of PNGs",
+    )
+    parser.add_argument(
+        "--questions", action="store_true", help="add questions about colour, motion and number of objects"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset in --output")
     parser.add_argument(

@@ -31,7 +31,7 @@ from config import Config, options_with
 from script import UserError, counted, make_folder, printable, remove_leftovers, replace_file
 from transforms import sample_indices
 from vision import VisionEncoder
-from VLoader import ClipDataset, EpochBatches, Key, Sample, Splits, build_loader
+from VLoader import ClipDataset, EpochBatches, Key, Sample, Splits, build_loader, distinct
 
 SHARD = 256  # videos per file
 
@@ -244,7 +244,7 @@ def compute_missing(
     With several processes each computes a part. Raises UserError if a feature is too large for fp16.
     """
     # a video may be in several splits
-    samples = list({s.key: s for name in cached_splits(config) for s in getattr(splits, name)}.values())
+    samples = distinct(s for name in cached_splits(config) for s in getattr(splits, name))
     ids = video_ids(samples)
     missing = np.flatnonzero(store.find(ids) < 0)
 

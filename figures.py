@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from metrics import rouge_l, words
+from metrics import generated, rouge_l, words
 from script import printable, replace_file
 
 SHEET_WIDTH = 1600  # largest width of a contact sheet, in pixels
@@ -117,10 +117,10 @@ def draw_captions(
     """Draws all pictures of a captioner on one split: a sheet with the captions that are furthest from their
     references, by ROUGE-L, and with exact ones; bars for attributes, if the dataset has a lexicon."""
     # half of the sheet shows failures, the other half what success looks like
-    overlaps = [rouge_l(words(row["caption"]), [words(r) for r in row["references"]]) for row in rows]
+    overlaps = [rouge_l(words(generated(row)), [words(r) for r in row["references"]]) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: overlaps[index])
-    exact = [index for index in order if rows[index]["caption"] in rows[index]["references"]]
-    worst = [index for index in order if rows[index]["caption"] not in rows[index]["references"]]
+    exact = [index for index in order if generated(rows[index]) in rows[index]["references"]]
+    worst = [index for index in order if generated(rows[index]) not in rows[index]["references"]]
     chosen = [*worst[: MOST_CLIPS // 2], *exact[: MOST_CLIPS // 2]]
     heading = f"captions furthest from their references (lowest ROUGE-L), then exact ones, n = {len(rows)}"
     sheet = [(read_clip(index), caption_title(rows[index])) for index in chosen]
@@ -130,7 +130,8 @@ def draw_captions(
     if "attributes" in scores:
         values = {n: v for n, v in scores["attributes"].items() if n != "intervals"}
         bars = {n: (v, scores["attributes"]["intervals"][n]) for n, v in values.items()}
-        title = f"captions with the right attribute, 95 % intervals, n = {len(rows)}"
+        count = sum("caption" in row for row in rows)
+        title = f"captions with the right attribute, 95 % intervals, n = {count}"
         pictures.append(plot_bars(bars, title, folder / "attributes.png"))
     return pictures
 
@@ -160,11 +161,12 @@ def label_title(row: dict[str, Any], display_names: dict[str, str]) -> str:
 
 
 def caption_title(row: dict[str, Any]) -> str:
-    """The title of a captioned clip: file, caption, and a reference if the caption equals none."""
-    equal = row["caption"] in row["references"]
-    mark = "equals a reference" if equal else f"reference: {row['references'][0]}"
+    """The title of a captioned clip: file, question if it has one, caption or answer, and a reference if it equals
+    none."""
+    text, question = generated(row), f"{row['question']} " if "question" in row else ""
+    mark = "equals a reference" if text in row["references"] else f"reference: {row['references'][0]}"
     name = clip_name(row["file"], row.get("start"), row.get("end"))
-    return f"{name}: {row['caption']}  |  {mark}"
+    return f"{name}: {question}{text}  |  {mark}"
 
 
 def plot_confusion(classes: dict[str, Any], display_names: dict[str, str], path: Path) -> Path:
@@ -265,7 +267,7 @@ def plot_occlusion(maps: list[tuple[Any, Any, dict]], display_names: dict[str, s
         heat = F.interpolate(scaled[None, None], size=(times, height, width), mode="nearest")[0, 0]  # (T, H, W)
         alpha = 0.7 * heat[:, None]  # (T, 1, H, W)
         red = clip.new_tensor([255, 0, 0])[:, None, None]  # (C, 1, 1)
-        clips.append((clip, caption_title(row) if "caption" in row else label_title(row, display_names)))
+        clips.append((clip, caption_title(row) if "references" in row else label_title(row, display_names)))
         title = (
             f"red: covering this cell with background lowers the answer's score, by up to {float(drop.max()):.2f} nats"
         )

@@ -39,6 +39,7 @@ class Predictor:
         self.config = config
         self.class_names: list[str] = metadata["class_names"]
         self.display_names: dict[str, str] = metadata["display_names"]
+        self.questions: str = metadata.get("questions", "")  # "all" or "some" training samples had one; "" if none had
         self.accelerator = build_accelerator(config)
         if self.accelerator.num_processes > 1:
             raise UserError("inference runs in one process: start several with python, each with its own --video_dir")
@@ -60,13 +61,15 @@ class Predictor:
         return cls(*load_run(Path(run_dir), replace(Config(), **options)))
 
     def predict(self, path: str | Path, text: str | None = None) -> dict[str, Any]:
-        """The answer for one video: {"file", "label", "name", "score", "top_k"} or {"file", "caption"}.
+        """The answer for one video: {"file", "label", "name", "score", "top_k"} or {"file", "caption"}. For a captioner
+        the text is a question, and the answer is {"file", "question", "answer"}.
 
-        Raises UserError if the video cannot be read, or if the run needs a text and none is given.
+        Raises UserError if the video cannot be read, or if the run needs a text and none is given, or cannot read one.
         """
         from VLoader import Sample
 
-        answer = next(self.predict_many([Sample(Path(path), text=text)]))
+        sample = Sample(Path(path), question=text or None) if self.config.captioning else Sample(Path(path), text=text)
+        answer = next(self.predict_many([sample]))
         if "error" in answer:
             raise UserError(answer["error"])
         return answer
@@ -98,19 +101,22 @@ class Predictor:
                 answers = {index: {"error": cause} for index, cause in errors.items()}
                 if batch is not None:
                     batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
+                    indices = batch["index"].tolist()
                     with torch.inference_mode(), self.accelerator.autocast():
-                        answers |= zip(batch["index"].tolist(), self.answer(batch), strict=True)
+                        answers |= zip(indices, self.answer(batch, [samples[i] for i in indices]), strict=True)
                 for index in sorted(answers):
                     yield {"file": str(samples[index].path)} | answers[index]
         finally:
             loader.close()
 
-    def answer(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """The predictions for a batch, without the file names. Raises UserError if the scores are not finite."""
+    def answer(self, batch: dict[str, Any], samples: list["Sample"]) -> list[dict[str, Any]]:
+        """The predictions for a batch of samples, without the file names. Raises UserError if the scores are not finite."""
         # captioner
         if self.config.captioning:
-            texts = self.model.generate(batch["video"], self.config)
-            return [{"caption": text} for text in texts]
+            questions = [sample.question or "" for sample in samples]
+            texts = self.model.generate(batch["video"], self.config, questions)
+            pairs = zip(questions, texts, strict=True)
+            return [{"question": asked, "answer": text} if asked else {"caption": text} for asked, text in pairs]
 
         # classifier: the best class, and the top_k best with their scores
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
@@ -129,15 +135,21 @@ class Predictor:
         return rows
 
     def check_texts(self, samples: list["Sample"]) -> None:
-        """Raises UserError unless every sample has the text that the run reads."""
-        without = [s for s in samples if s.text is None]
-        if self.model.text_field == "text" and without:
-            count = f"{len(without)} of {counted(len(samples), 'video')}"
+        """Raises UserError unless every sample has the text or the question that the run reads, and none it cannot."""
+        field = "question" if self.questions == "all" else "text" if self.model.text_field == "text" else ""
+        without = [s for s in samples if field and getattr(s, field) is None]
+        if without:
+            from VLoader import distinct
+
+            count = f"{len(distinct(without))} of {counted(len(distinct(samples)), 'video')}"
+            trained = "--use_text True" if field == "text" else "questions only"
             raise UserError(
-                f"this run was trained with --use_text True, but {count} came without a text, first "
+                f"this run was trained with {trained}, but {count} came without a {field}, first "
                 f"{without[0].path}: add --text_input '...' for all of them, or a metadata.jsonl in the video "
-                'folder with a text for each: {"file_name": "...", "text": "..."}'
+                f'folder with a {field} for each: {{"file_name": "...", "{field}": "..."}}'
             )
+        if not self.questions and any(s.question for s in samples):
+            raise UserError("this run was trained without questions, so it cannot answer any")
 
 
 # -- the script -------------------------------------------------------------------------------------
@@ -241,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--timeline_stride must not be above --timeline, or nothing would look between the windows")
     from checkpoint import find_run, load_run
     from pretrained import warn_of_tiny
-    from VLoader import read_folder
+    from VLoader import by_question, distinct, read_folder
 
     # the videos first: finding them takes less time than loading a model
     samples = read_folder(Path(config.video_dir)) if config.video_dir is not None else []
@@ -249,10 +261,15 @@ def main(argv: list[str] | None = None) -> int:
     note_ignored_flags(typed_flags)
     model, config, metadata = load_run(run_dir, config, typed_flags)
     if config.text_input is not None:
-        if model.text_field != "text":
-            raise UserError(f"--text_input: {run_dir} was trained without a text input; leave this flag out")
-        samples = [replace(s, text=config.text_input) for s in samples]
-
+        if model.text_field == "text":
+            samples = [replace(s, text=config.text_input) for s in samples]
+        elif "questions" in metadata:
+            samples = [replace(s, question=config.text_input or None, captions=(), objects=()) for s in samples]
+        else:
+            what = "questions" if config.captioning else "a text input"
+            raise UserError(f"--text_input: {run_dir} was trained without {what}; leave this flag out")
+    elif "questions" in metadata:
+        samples = by_question(samples)
     warn_of_tiny(config, find_lexicon(Path(config.video_dir)) if samples else None)
 
     # answer
@@ -260,8 +277,9 @@ def main(argv: list[str] | None = None) -> int:
     if samples:
         predictor = Predictor(model, config, metadata)
         predictor.check_texts(samples)
-        print(printable(f"{run_dir}: {metadata['task']}, {counted(len(samples), 'video')} in {config.video_dir}"))
-        if not config.captioning and (note := model.truncation_note(samples)):
+        videos = counted(len(distinct(samples)), "video")
+        print(printable(f"{run_dir}: {metadata['task']}, {videos} in {config.video_dir}"))
+        if note := model.truncation_note([replace(s, captions=()) for s in samples]):  # captions are not read here
             print(note)
         status = answer_all(predictor, samples, run_dir)
 

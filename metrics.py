@@ -357,6 +357,26 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
     return with_intervals(caption_summary(captions, references), len(captions))
 
 
+def question_scores(right: np.ndarray, kinds: Sequence[str | None], videos: Sequence[str]) -> dict[str, Any]:
+    """The fraction of right answers: "accuracy", its "interval", "count", and under "kinds" the same for each kind of
+    question. `right`: (n,) bool. The bootstrap draws videos, because the answers about one video are not independent."""
+
+    def scores_of(mask: np.ndarray) -> dict[str, Any]:
+        names, video = np.unique(np.array(videos)[mask], return_inverse=True)  # (number of videos,), (n,)
+        hits, asked = np.bincount(video, right[mask]), np.bincount(video)
+        scores = with_intervals(lambda drawn: {"accuracy": float(hits[drawn].sum() / asked[drawn].sum())}, len(names))
+        return {"accuracy": scores["accuracy"], "interval": scores["intervals"]["accuracy"], "count": int(mask.sum())}
+
+    names = sorted({kind for kind in kinds if kind is not None})
+    by_kind = {name: scores_of(np.array([kind == name for kind in kinds])) for name in names}
+    return scores_of(np.ones(len(right), bool)) | {"kinds": by_kind}
+
+
+def generated(row: dict[str, Any]) -> str:
+    """What a captioner wrote in a row of predictions: a caption, or the answer to a question."""
+    return row["caption"] if "caption" in row else row["answer"]
+
+
 # the words for each value of an attribute: {attribute: {value: [word, ...]}}
 Lexicon = dict[str, dict[str, list[str]]]
 
@@ -397,8 +417,8 @@ def attribute_summary(
 
 
 def read_by_id(path: Path) -> dict[str, Any]:
-    """{id: value} of a JSON object, or {file: row} of a JSON Lines file; rows with a start have ids "file start-end".
-    Raises UserError if it is neither."""
+    """{id: value} of a JSON object, or {file: row} of a JSON Lines file; see id_of(). Raises UserError if it is
+    neither."""
     # a JSON object with a `file` is the only row of a jsonl
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -414,15 +434,20 @@ def read_by_id(path: Path) -> dict[str, Any]:
     # predictions of a run or of inference.py
     try:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        files = [f"{row['file']} {row['start']}-{row.get('end')}" if "start" in row else row["file"] for row in rows]
+        ids = [id_of(row) for row in rows]
     except (ValueError, KeyError, TypeError, RecursionError):
-        files = [None]
-    if not all(isinstance(file, str) for file in files):
-        raise UserError(f"{path} is neither a JSON object {{id: ...}} nor lines with a `file` each")
-    repeated = [file for file, count in Counter(files).items() if count > 1]
+        raise UserError(f"{path} is neither a JSON object {{id: ...}} nor lines with a `file` each") from None
+    repeated = [key for key, count in Counter(ids).items() if count > 1]
     if repeated:
         raise UserError(f"{path} has several rows for {shown(repeated[0])}")
-    return dict(zip(files, rows, strict=True))
+    return dict(zip(ids, rows, strict=True))
+
+
+def id_of(row: dict[str, Any]) -> str:
+    """What identifies a row of predictions: its file, and the times and the question if it has them. Raises TypeError
+    or KeyError."""
+    times = [f"{row['start']}-{row.get('end')}"] if "start" in row else []
+    return " ".join([row["file"], *times, *([row["question"]] if "question" in row else [])])
 
 
 def match_ids(references: dict[str, Any] | None, predictions: dict[str, Any], path: Path) -> tuple[list, list]:
@@ -451,8 +476,8 @@ def match_ids(references: dict[str, Any] | None, predictions: dict[str, Any], pa
 
 
 def answer_text(row: Any, path: Path) -> str:
-    """The caption or label of a prediction, which is a string or a row. Raises UserError if it is neither."""
-    value = row.get("caption", row.get("label")) if isinstance(row, dict) else row
+    """The caption, answer or label of a prediction, which is a string or a row. Raises UserError if it is neither."""
+    value = row.get("caption", row.get("answer", row.get("label"))) if isinstance(row, dict) else row
     if isinstance(value, list) and len(value) == 1:  # coco-caption's format
         (value,) = value
     if not isinstance(value, str):

@@ -20,7 +20,7 @@ from scan import prepare_data
 from script import UserError, counted, is_main, printable, read_rows
 from segments import add_background
 from train_code import build_accelerator, build_loaders, hold_frozen
-from VLoader import SPLITS, Splits, check_samples, fingerprint_data, read_display_names, read_splits
+from VLoader import SPLITS, Splits, check_samples, distinct, fingerprint_data, read_display_names, read_splits
 
 
 @dataclass
@@ -74,7 +74,7 @@ def prepare(config: Config, folder: Path) -> Run:
     """Reads what the data folder holds and builds the model. Raises UserError if either cannot be used."""
     # data first: it takes less time than the model, and fails more often
     data_dir = Path(config.data_dir)
-    splits = add_background(read_splits(data_dir), config.background)
+    splits = add_background(read_splits(data_dir, questions=config.captioning), config.background)
     check_samples(splits, config.captioning, config.use_text)
 
     # seed right before the model, so that nothing else changes the random weights of its new layers
@@ -96,7 +96,15 @@ def write_or_compare(run: Run) -> None:
     elif run.accelerator.is_main_process:
         clear_run(run.folder, run.config)
         metadata = run_metadata(run.model, run.config, run.splits.class_names, run.display_names, data)
+        if share := share_of_questions(run.splits):
+            metadata["questions"] = share  # inference refuses questions without it
         write_run_files(run.folder, run.model, run.config, metadata)
+
+
+def share_of_questions(splits: Splits) -> str:
+    """Whether "all" or "some" of the training samples have a question, or "" if none has."""
+    asked = [bool(sample.question) for sample in splits.train]
+    return "all" if all(asked) else "some" if any(asked) else ""
 
 
 def fit(run: Run) -> int:
@@ -202,6 +210,12 @@ def result_line(metrics: dict[str, Any]) -> str:
         parts.append(f"exact match {100 * scores['exact_match']:.1f} %")
     attributes = scores.get("attributes", {})
     parts += [f"{name} {100 * value:.1f} %" for name, value in attributes.items() if name != "intervals"]
+    if "answers" in scores:
+        answers = scores["answers"]
+        low, high = answers["interval"]
+        right = f"{100 * answers['accuracy']:.1f} % of {counted(answers['count'], 'answer')} right"
+        parts.append(f"{right} (95 %: {100 * low:.1f} to {100 * high:.1f})")
+        parts += [f"{kind} {100 * row['accuracy']:.1f} %" for kind, row in answers["kinds"].items()]
     return ", ".join(parts)
 
 
@@ -260,9 +274,12 @@ def print_hints(run: Run) -> None:
 def print_data(run: Run) -> None:
     """What the run trains on: the sizes of the splits, how val was made, and texts that are cut."""
     splits = run.splits
-    sizes = ", ".join(f"{len(getattr(splits, name))} {name}" for name in ("train", "val", "test"))
+    sizes = ", ".join(f"{len(distinct(getattr(splits, name)))} {name}" for name in SPLITS)
     classes = counted(len(splits.class_names), "class", "classes")
     print(f"videos: {sizes}; {classes} in {run.config.data_dir}")
+    questions = {name: sum(bool(s.question) for s in getattr(splits, name)) for name in SPLITS}
+    if any(questions.values()):
+        print(f"questions: {', '.join(f'{count} {name}' for name, count in questions.items())}")
     if splits.note:
         print(splits.note)
     if note := run.model.truncation_note([*splits.train, *splits.val, *splits.test]):
@@ -297,7 +314,8 @@ def print_end(run: Run) -> None:
     print(f"run: {run.folder}/ (model.safetensors, config.yaml, metadata.json, log.jsonl, metrics.json, predictions)")
     flags = [as_flags(run.config) if run.config.run_name is None else f"--checkpoint {run.folder}"]
     flags += ["--video_dir <video, frame folder, or a folder of them>"]
-    flags += ["--text_input '...'"] if run.model.text_field == "text" else []
+    reads_text = run.model.text_field == "text" or share_of_questions(run.splits) == "all"
+    flags += ["--text_input '...'"] if reads_text else []
     print("next: python inference.py", *filter(None, flags))
 
 

@@ -179,7 +179,7 @@ def draw_clips(
 def background_of(sample: Any, start: float, end: float) -> Any:
     """A clip of the background of a sample's video."""
     segment = Segment(start, end, sample.segment.fps)
-    nothing = {"captions": (), "text": None, "other_text": None, "objects": ()}
+    nothing = {"captions": (), "text": None, "other_text": None, "objects": (), "questions": ()}
     return replace(sample, label=BACKGROUND, segment=segment, **nothing)
 
 

@@ -29,9 +29,9 @@ from augment import Augment
 from build_model import VideoModel, adapters, body_of, trained_tensors
 from checkpoint import STATE, load_state, load_weights, save_state, save_weights
 from config import Config, default_rates
-from metrics import attribute_summary, caption_scores, label_scores, with_intervals
+from metrics import attribute_summary, caption_scores, exact_matches, label_scores, question_scores, with_intervals
 from script import UserError, counted, keep_freed_memory, make_folder, write_rows
-from VLoader import SPLITS, ClipDataset, EpochBatches, Splits, build_loader
+from VLoader import SPLITS, ClipDataset, EpochBatches, Sample, Splits, build_loader, distinct
 
 WARMUP = 0.1  # fraction of all steps
 # weight decay is for weight matrices; it would blur CLS, position and time embeddings, and the queries of poolers
@@ -324,7 +324,7 @@ def loss_sum(
 
     A mixed clip has two labels, weighted like its two videos (mixup, arXiv:1710.09412).
     """
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "mixed_labels", "mix", "index")}
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "mixed_labels", "mix", "prompt_tokens", "index")}
     logits = model.scores(**inputs)
     targets = model.targets(batch)
 
@@ -429,44 +429,60 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
 
 
 def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config: Config) -> list[str]:
-    """The generated captions of all samples, in the order of the samples."""
+    """The generated captions, or answers to their questions, of all samples, in the order of the samples."""
     captions: dict[int, str] = {}
+    samples = loader.dataset.samples
     with evaluating(model):
         for batch in tqdm(loader, desc="captions", leave=False, unit="batch"):
             if batch is None:
                 continue
             batch = to_device(batch, accelerator.device)
+            indices = batch["index"].tolist()
             with accelerator.autocast():
-                texts = model.generate(batch["video"], config)
-            captions |= dict(zip(batch["index"].tolist(), texts, strict=True))
+                texts = model.generate(batch["video"], config, [samples[i].question or "" for i in indices])
+            captions |= dict(zip(indices, texts, strict=True))
     captions = dict(gathered(accelerator, list(captions.items())))
     return [captions[i] for i in range(len(loader.dataset))]
 
 
-def score_captions(captions: list[str], dataset: ClipDataset) -> dict[str, Any]:
-    """BLEU, ROUGE-L, CIDEr and exact match; if the dataset has a lexicon, also the fraction of captions that name each
-    attribute correctly."""
-    scores: dict[str, Any] = caption_scores(captions, [s.captions for s in dataset.samples])
-    if dataset.lexicon and all(s.has_attributes(dataset.lexicon) for s in dataset.samples):
-        summary = attribute_summary(captions, [s.objects for s in dataset.samples], dataset.lexicon)
+def score_captions(texts: list[str], dataset: ClipDataset) -> dict[str, Any]:
+    """Of captions BLEU, ROUGE-L, CIDEr and exact match; if the dataset has a lexicon, also the fraction of captions that
+    name each attribute correctly. Of answers to questions the fraction of exact matches, in all and by kind."""
+    scores: dict[str, Any] = {}
+    (samples, captions), (asked, answers) = split_by_question(dataset.samples, texts)
+    if samples:
+        scores |= caption_scores(captions, [s.captions for s in samples])
+    if samples and dataset.lexicon and all(s.has_attributes(dataset.lexicon) for s in samples):
+        summary = attribute_summary(captions, [s.objects for s in samples], dataset.lexicon)
         scores["attributes"] = with_intervals(summary, len(captions))
+    if asked:
+        right = exact_matches(answers, [s.captions for s in asked])
+        scores["answers"] = question_scores(right, [s.kind for s in asked], [str(s.path) for s in asked])
+        scores["count"] = len(distinct(dataset.samples))
     return scores
+
+
+def split_by_question(samples: list[Sample], texts: list[str]) -> tuple[tuple[list, list], tuple[list, list]]:
+    """((samples, texts) without a question, (samples, texts) with one)."""
+    pairs = [*zip(samples, texts, strict=True)]
+    captioned, asked = ([pair for pair in pairs if bool(pair[0].question) == with_one] for with_one in (False, True))
+    return ([s for s, _ in captioned], [t for _, t in captioned]), ([s for s, _ in asked], [t for _, t in asked])
 
 
 def final_scores(
     model: VideoModel, loader: DataLoader, accelerator: Any, config: Config, split: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(the scores of a split for metrics.json, one row per clip for predictions_<split>.jsonl)."""
-    # captioners: the loss, and the generated captions against the references
+    # captioners: the loss, and the generated captions and answers against the references
     result = evaluate(model, loader, accelerator, desc=split)
     samples, rows = loader.dataset.samples, []
     if config.captioning:
-        captions = caption_all(model, loader, accelerator, config)
-        for sample, caption in zip(samples, captions, strict=True):
-            rows.append(
-                {"file": str(sample.path), **sample.times, "caption": caption, "references": list(sample.captions)}
-            )
-        return result | score_captions(captions, loader.dataset), rows
+        texts = caption_all(model, loader, accelerator, config)
+        for sample, text in zip(samples, texts, strict=True):
+            written = {"question": sample.question, "answer": text} if sample.question else {"caption": text}
+            row = {"file": str(sample.path), **sample.times, **written, "references": list(sample.captions)}
+            rows.append(row)
+        return result | score_captions(texts, loader.dataset), rows
 
     # classifiers: the arrays become rows; metrics.json keeps only the scores
     truth, ranked, probabilities = (result.pop(name) for name in ("truth", "ranked", "probabilities"))

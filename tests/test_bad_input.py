@@ -353,7 +353,22 @@ JSON = st.recursive(
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
 )
 ROWS = st.dictionaries(
-    st.sampled_from(["file_name", "caption", "text", "label", "attributes", "start", "end", "fps", "x"]),
+    st.sampled_from(
+        [
+            "file_name",
+            "caption",
+            "text",
+            "label",
+            "attributes",
+            "start",
+            "end",
+            "fps",
+            "question",
+            "answer",
+            "kind",
+            "x",
+        ]
+    ),
     JSON,
     max_size=5,
 )

@@ -183,7 +183,7 @@ def test_an_occlusion_map_is_the_loss_of_confidence(runs, dataset, monkeypatch, 
 
 def score_by_hand(model, item: dict) -> float:
     batch = model.collator()([item])
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "prompt_tokens", "index")}
     logits = model(**inputs)[0].double()
     if logits.ndim == 1:
         others = torch.cat([logits[: item["label"]], logits[item["label"] + 1 :]])

@@ -313,7 +313,10 @@ PRODUCT = [
 def batch_of(model) -> dict[str, torch.Tensor]:
     texts = ["a red circle", "it goes up and down"]
     return model.collator()(
-        [{"video": v, "index": i, "label": i, "caption": texts[i], "text": texts[i]} for i, v in enumerate(clips(2))]
+        [
+            {"video": v, "index": i, "label": i, "caption": texts[i], "text": texts[i], "question": ""}
+            for i, v in enumerate(clips(2))
+        ]
     )
 
 

@@ -108,7 +108,7 @@ def batch_of(model: VideoModel) -> dict[str, torch.Tensor]:
     videos = torch.randint(0, 256, (3, 2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     return model.collator()(
         [
-            {"video": v, "index": i, "label": 0, "caption": c}
+            {"video": v, "index": i, "label": 0, "caption": c, "question": ""}
             for i, (v, c) in enumerate(zip(videos, CAPTIONS, strict=True))
         ]
     )

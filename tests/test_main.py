@@ -15,7 +15,7 @@ import create_dummy
 import inference
 import main
 import readers
-from checkpoint import load_run
+from checkpoint import WEIGHTS, load_run
 from config import ROOT, Config
 from inference import Predictor
 from pretrained import check_hub
@@ -181,12 +181,18 @@ def test_the_text_is_read(runs, frames):
 
 
 def test_captioning_takes_use_text_either_way(dataset, tmp_path, frames, capsys):
-    assert train(dataset, tmp_path, *CAPTIONER, "--use_text", "False") == 0
-    assert "captions are the targets with and without it" in capsys.readouterr().out
+    """README trains with True and infers with False: both give the same weights, and the same captions."""
     for value in ("True", "False"):
-        flags = [*CAPTIONER, "--use_text", value, "--output_dir", str(tmp_path), "--video_dir", str(frames)]
+        assert train(dataset, tmp_path, *CAPTIONER, "--use_text", value, "--run_name", value) == 0
+    assert "captions are the targets with and without it" in capsys.readouterr().out
+    assert (tmp_path / "True" / WEIGHTS).read_bytes() == (tmp_path / "False" / WEIGHTS).read_bytes()
+    found = []
+    for value in ("True", "False"):
+        flags = [*CAPTIONER, "--use_text", value, "--checkpoint", str(tmp_path / "True"), "--video_dir", str(frames)]
         status, out, err = answers(capsys, *flags)
         assert status == 0 and "captioning, 3 videos" in out, err
+        found.append(out)
+    assert found[0] == found[1]
 
 
 # -- finding and refusing ---------------------------------------------------------------------------

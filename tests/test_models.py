@@ -74,7 +74,14 @@ def batch_of(model, count: int = 8) -> dict[str, torch.Tensor]:
 def items_of(count: int = 8) -> list[dict]:
     videos = [drawn(k, frames=8)[0] for k in range(count)]
     return [
-        {"video": torch.from_numpy(v), "index": i, "label": i % 4, "caption": CAPTIONS[i], "text": TEXTS[i]}
+        {
+            "video": torch.from_numpy(v),
+            "index": i,
+            "label": i % 4,
+            "caption": CAPTIONS[i],
+            "text": TEXTS[i],
+            "question": "",
+        }
         for i, v in enumerate(videos)
     ]
 
