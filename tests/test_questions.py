@@ -10,12 +10,15 @@ import torch
 from conftest import drawn
 from test_models import clips, model_of
 from test_resume import assert_resumed_exactly
+from test_segments import make_data
 
 import create_dummy
+import doctor
 import dummy_data
 import inference
 import main
 import metrics
+import readers
 import score
 from config import ROOT, Config
 from script import UserError, read_rows
@@ -364,6 +367,60 @@ def test_changed_questions_and_answers_are_noticed_at_resume(data, tmp_path):
     splits.append(read_splits(folder, questions=True))
     prints = [fingerprint_data(s, d)[:32] for s, d in zip(splits, (data, folder, folder), strict=True)]
     assert len({*prints}) == 3
+
+
+def test_segments_of_a_video_have_questions_of_their_own(tmp_path, capsys, monkeypatch):
+    """Every second of a video gets the same two questions; the pixels of the second decide the answers."""
+    data = make_data(tmp_path / "data")
+    for file in data.glob("*/metadata.jsonl"):
+        rows = read_rows(file)
+        for row in rows:
+            answers = [row["label"], f"half {row['start'] // 3}"]
+            row |= {"question": ["how bright ?", "which half ?"], "answer": answers}
+        rows[0]["caption"] = "a bright second"
+        file.write_text("\n".join(map(json.dumps, rows)))
+    argv = ["--run_name", "r", "--epochs", "60", "--learning_rate", "3e-3", "--image_size", "32", "--num_frames", "2"]
+    assert train(data, tmp_path, *argv) == 0
+    out = capsys.readouterr().out
+    assert "feature cache: 0 of 16 videos" in out
+    assert "videos: 8 train, 4 val, 4 test" in out and "questions: 16 train, 8 val, 8 test" in out
+
+    # scores and predictions
+    scores = json.loads((tmp_path / "r" / "metrics.json").read_text())["test"]
+    assert (scores["answers"]["accuracy"], scores["answers"]["count"], scores["count"]) == (1, 8, 4)
+    predictions = tmp_path / "r" / "predictions_test.jsonl"
+    rows = read_rows(predictions)
+    asked = [(second, question) for second in (1, 2, 4, 5) for question in ("how bright ?", "which half ?")]
+    expected = [(1, 2, None), *((second, second + 1, question) for second, question in asked)]
+    assert [(r["start"], r["end"], r.get("question")) for r in rows] == expected
+    assert metrics.main(["--predictions", str(predictions)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["count"], found["exact_match"]) == (9, 1)
+    assert score.main(["--checkpoint", str(tmp_path / "r"), "--num_workers", "0"]) == 0
+    assert "100.0 % of 8 answers right" in capsys.readouterr().out and read_rows(predictions) == rows
+
+    # inference continues its file where it ended, within the questions about a segment
+    output = tmp_path / "out.jsonl"
+    rows = answers_of(tmp_path / "r", data / "test", output)
+    assert [(r["start"], r["end"], r.get("question")) for r in rows] == expected
+    assert [r["right"] for r in rows if "answer" in r] == [True] * 8
+    output.write_text("".join(output.read_text().splitlines(keepends=True)[:4]))
+    capsys.readouterr()
+    assert answers_of(tmp_path / "r", data / "test", output) == rows
+    assert "already has 4 of 9 answers" in capsys.readouterr().out
+
+    # each window is asked every question once, and has no true answer
+    rows = answers_of(tmp_path / "r", data / "test", tmp_path / "line.jsonl", "--timeline", "3")
+    windows = [(r["start"], r.get("question")) for r in rows]
+    assert windows == [(start, q) for q in (None, "how bright ?", "which half ?") for start in (0, 3)]
+    assert not any("right" in r for r in rows)
+
+    # the doctor hashes a video once, and decodes a segment once
+    hashed, digest = [], readers.digest
+    monkeypatch.setattr(readers, "digest", lambda path: hashed.append(path.resolve()) or digest(path))
+    splits = read_splits(data, questions=True)
+    assert all(not finding.advice for finding in doctor.check_copies(splits))
+    assert len(hashed) == len({*hashed}) == 4 and doctor.check_readable(splits).result == "16 videos"
 
 
 def test_answers_about_a_video_are_drawn_together():

@@ -19,6 +19,7 @@ import main
 import metrics
 import readers
 import score
+from answers import list_jobs
 from feature_cache import compute_missing, open_store, read_features, video_ids
 from readers import ReadError, Segment, open_video
 from runs import prepare
@@ -177,6 +178,12 @@ def test_whole_videos_keep_their_identity_and_segments_have_their_own(long_video
     copy.write_bytes(long_video.read_bytes())
     assert Sample(copy, segment=parts[0]).identity == ids[0]
     assert video_ids([Sample(long_video, segment=s) for s in parts]).shape == (4, 16)
+
+
+def test_windows_read_the_text_of_the_first_row(long_video):
+    rows = [Sample(long_video, "a", text=text, segment=Segment(i, i + 1)) for i, text in enumerate("xyz")]
+    jobs = list_jobs(rows, str(long_video.parent), 2)
+    assert [(job.times["start"], job.sample.text, job.sample.label) for job in jobs] == [(0, "x", None), (2, "x", None)]
 
 
 # -- the share held out for val ---------------------------------------------------------------------
