@@ -23,6 +23,9 @@ from script import replace_file
 from transforms import sample_indices
 
 torch.set_num_threads(1)
+# all tests but those of test_gpu.py compare with the CPU, so a GPU is hidden from them
+if not os.environ.get("VIDTUNE_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 controls.SHOWN, controls.CELLS = 1, 2  # few tests look at occlusion maps, so the others draw small ones
 # no deadlines: a busy machine must not fail a test
 settings.register_profile(

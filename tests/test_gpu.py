@@ -1,4 +1,5 @@
-"""A GPU gives the results of the CPU: losses, answers, features and resumed runs. Skipped where there is no GPU."""
+"""A GPU gives the results of the CPU: losses, answers, features and resumed runs. Skipped unless VIDTUNE_TEST_GPU is set
+and there is a GPU."""
 
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ from script import read_rows
 from train_code import build_accelerator, build_loaders, hold_frozen, loss_sum, to_device
 from VLoader import read_splits
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="VIDTUNE_TEST_GPU is not set, or there is no GPU")
 
 # no dropout anywhere: the CPU and a GPU draw other random numbers
 JOBS = {
