@@ -117,15 +117,18 @@ def adapting(study: Study, task: str) -> str:
 
 
 def neighbour(study: Study) -> str:
-    """How far the best row of each vision backbone is above the nearest neighbour in its frozen features."""
+    """How far the best row without text of each vision backbone is above the nearest neighbour in its features."""
     parts = []
     for model, nearest in study.nearest[False].items():
         rows = [row for row in study.finished(captioning=False) if row.config.vision_model == model]
+        rows = [row for row in rows if not row.config.use_text]
         if not rows:
             return NOT_RUN
         top = max(rows, key=lambda row: study.scores[row.name].right.mean())
         gap = difference(study.scores[top.name].right, nearest.right)
-        parts.append(compared(gap, f"the best row with {NAMES[model]}", "the nearest neighbour in its frozen features"))
+        parts.append(
+            compared(gap, f"the best {NAMES[model]} without text", "the nearest neighbour in its frozen features")
+        )
     return sentence(listed(parts))
 
 
@@ -247,7 +250,7 @@ def captions(study: Study) -> str:
         copied = [nearest.columns[column].mean() for column in ("one", "two")]
         parts.append(
             f"{NAMES[model]}: {spread(one)} of the captions of one object are wholly right and {spread(two)} of those "
-            f"of two; the nearest neighbour's caption is in {percent(copied[0])} and {percent(copied[1])}."
+            f"of two; the nearest neighbour's caption is right for {percent(copied[0])} and {percent(copied[1])}."
         )
     return " ".join(parts)
 
@@ -392,7 +395,7 @@ def tuning(study: Study) -> str:
         if [*trial["options"]] == ["learning_rate"] and trial["share"] == 100:
             rates.setdefault(trial["row"], set()).add(trial["options"]["learning_rate"])
     if not rates:
-        return "No learning rate was tuned: all are those of the program's table."
+        return "Learning rates are the program's defaults, which were chosen on val with one seed."
     counts = sorted({len(values) for values in rates.values()})
     every = f"all {len(rates)} rows" if len(rates) == len(study.rows) else f"{len(rates)} of {len(study.rows)} rows"
     return (

@@ -79,8 +79,8 @@ def difference(first: np.ndarray, second: np.ndarray) -> Estimate:
 
 
 def mcnemar_p(first: np.ndarray, second: np.ndarray) -> float:
-    """McNemar's exact test on each pair of seeds, and of these p values the largest. (S, n) bool each.
+    """McNemar's exact test on each seed of one row with each seed of the other: the largest p. (S, n) bool each.
 
     To count the clips of all seeds together would treat each clip as several.
     """
-    return max(mcnemar(a.tolist(), b.tolist())["p"] for a, b in zip(first, second, strict=False))
+    return max(mcnemar(a.tolist(), b.tolist())["p"] for a in first for b in second)

@@ -245,7 +245,8 @@ def draw_captions(study: Study, data_dir: Path, path: Path) -> None:
     clips = []
     for index in (*wrong, *good):
         answer = answers[index] | {"references": sorted(study.clips.rows[index]["caption"], key=len)}
-        clips.append((frames_of(data_dir, answer["file"]), figures.caption_title(answer)))
+        title = f"{answer['caption']}  |  reference: {answer['references'][0]}"
+        clips.append((frames_of(data_dir, answer["file"]), title))
     sheet(clips, path)
 
 
