@@ -330,8 +330,8 @@ class Config:
     are drawn at random"""
 
     epochs: int | str = option("auto", auto_or(number(int, 1, 100_000)), "training", "main sweep_heads")
-    """passes over the training videos; the best epoch on val is kept. auto: 1,800 optimizer steps, or 3,600 on
-    cached features, but from 5 to 30 epochs"""
+    """passes over the training videos; the epoch with the best val accuracy is kept, or for captioners the one with
+    the lowest val loss. auto: 1,800 optimizer steps, or 3,600 on cached features; at least 5 and at most 30 epochs"""
     batch_size: int | str = option(
         "auto", auto_or(number(int, 1, 65_536)), "training", f"main sweep_heads preview {USE}"
     )
@@ -348,7 +348,8 @@ class Config:
     label_smoothing: float = option(0.0, number(float, 0, 0.9), "training", "main sweep_heads")
     """fraction of each target that is spread over all classes or tokens; 0.1 reduces overconfidence"""
     patience: int | str = option("auto", auto_or(number(int, 0)), "training", "main sweep_heads")
-    """stop early if val has not improved for this many epochs. 0: never. auto: half of --epochs auto, else 0"""
+    """stop early if val has not improved for this many epochs. 0: never. auto: half the epochs with --epochs auto,
+    otherwise 0"""
     gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", "main sweep_heads")
     """batches per optimizer step: N batches of size B train like one batch of N x B, with the memory of B"""
     gradient_checkpointing: bool = option(False, to_bool, "training", "main doctor")

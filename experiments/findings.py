@@ -55,7 +55,7 @@ def gained(value: Estimate, how: str) -> str:
     """What a paired difference says about one way to train: `gains 8.1 points [6.0, 10.2] through LoRA`."""
     if value.excludes_zero:
         return f"{'gains' if value.mean > 0 else 'loses'} {points(value)} {how}"
-    return f"gains nothing measurable {how} ({signed(value)})"
+    return f"shows no measurable gain {how} ({signed(value)})"
 
 
 def compared(value: Estimate, first: str, second: str) -> str:

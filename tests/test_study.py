@@ -115,7 +115,7 @@ def test_sentences_about_modes_need_all_three(tmp_path):
     found = [comparison("timesformer", *modes, Estimate(*value)) for modes, value in values.items()]
     found.append(comparison("videomae", "lora", "frozen", Estimate(0.1, 0.05, 0.15)))
     assert adapting(SimpleNamespace(comparisons=found), grid.TASKS[0]) == (
-        "TimeSformer gains 10.0 points [5.0, 15.0] through LoRA and gains nothing measurable in full "
+        "TimeSformer gains 10.0 points [5.0, 15.0] through LoRA and shows no measurable gain in full "
         "(+2.0 points [−1.0, +5.0]); training in full is behind LoRA by 8.0 points [5.0, 10.0]."
     )
     assert adapting(SimpleNamespace(comparisons=[]), grid.TASKS[0]) == grid.NOT_RUN
