@@ -369,6 +369,7 @@ def test_changed_questions_and_answers_are_noticed_at_resume(data, tmp_path):
     assert len({*prints}) == 3
 
 
+@pytest.mark.slow
 def test_segments_of_a_video_have_questions_of_their_own(tmp_path, capsys, monkeypatch):
     """Every second of a video gets the same two questions; the pixels of the second decide the answers."""
     data = make_data(tmp_path / "data")
