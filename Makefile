@@ -36,7 +36,7 @@ $(VENV)/installed-extra: requirements-extra.txt $(VENV)/installed
 
 demo: $(VENV)/installed
 	@set -e; start=$$(date +%s); rm -f $(DEMO)/predictions.jsonl; \
-	$(PY) dummy_data.py --output $(DEMO)/synthetic_dataset --videos_per_class 45 --val_per_class 10 --test_per_class 10 --overwrite; \
+	$(PY) dummy_data.py --output $(DEMO)/synthetic_dataset --classes 4 --videos_per_class 96 --val_per_class 12 --test_per_class 20 --overwrite; \
 	train="$(PY) main.py --data_dir $(DEMO)/synthetic_dataset --output_dir $(DEMO)/checkpoints --overwrite True --use_vlm True \
 	--language_model bert --freeze_visionbackbone True --freeze_llmbackbone True"; \
 	$$train --run_name without_text; $$train --run_name with_text --use_text True --controls True; \
