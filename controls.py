@@ -279,11 +279,7 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
     loader = loader_of(samples)
     table: dict[str, Any] = {"split": split, "as_it_is": score(loader, "as it is")}
     train_answers = [s.captions[0] if config.captioning else str(s.label) for s in splits.train]
-    counts: dict[tuple, Counter] = defaultdict(Counter)
-    for sample, answer in zip(splits.train, train_answers, strict=True):
-        counts[group_of(sample)][answer] += 1
-    most_common = {group: counter.most_common(1)[0][0] for group, counter in counts.items()}
-    table["majority"] = score_answers([most_common.get(group_of(sample), "") for sample in samples])
+    table["majority"] = score_answers(majority_answers(splits.train, train_answers, samples))
     neighbours = nearest_neighbours(splits, samples, config, accelerator)
     table["nearest_neighbour"] = score_answers([train_answers[i] for i in neighbours])
 
@@ -316,6 +312,15 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
         table["question_shuffled"] = caption_row(caption_all(model, loader, accelerator, config), changed, None)
         loader.close()
     return table
+
+
+def majority_answers(train: list[Sample], answers: list[str], samples: list[Sample]) -> list[str]:
+    """For each sample the most frequent answer to the training samples of its group_of(); "" if there are none."""
+    counts: dict[tuple, Counter] = defaultdict(Counter)
+    for sample, answer in zip(train, answers, strict=True):
+        counts[group_of(sample)][answer] += 1
+    most_common = {group: counter.most_common(1)[0][0] for group, counter in counts.items()}
+    return [most_common.get(group_of(sample), "") for sample in samples]
 
 
 def other_object_scores(

@@ -140,7 +140,7 @@ def check_segments(splits: "Splits", config: Config) -> Iterator[Finding]:
     from VLoader import distinct
 
     beyond, short = [], []
-    stride = max(1, config.frame_stride)  # 0 and below spread the frames over what there is
+    stride = max(1, config.frame_stride)  # 0 or less: frames are spread over the whole segment, so any number will do
     for sample in [s for s in distinct([*splits.train, *splits.val, *splits.test]) if s.segment is not None]:
         with suppress(ReadError):  # check_readable reports it
             reader = open_video(sample.path)

@@ -190,7 +190,7 @@ def merge_windows(windows: list[dict[str, Any]], stride: float) -> list[dict[str
     """The segments of one video, as rows {"file", "path", "segment", "start", "end", "label", "name", "score"}.
 
     Args:
-        windows: the answers for its windows, with their times and top_k. They may overlap.
+        windows: the answers for the windows of this video, which may overlap, with their times and top_k.
         stride: seconds from the start of a window to the start of the next.
 
     Every `stride` seconds the scores of all windows around that time are averaged; classes outside of a window's top_k

@@ -177,7 +177,7 @@ def text_read(study: Study) -> str:
     )
     reading = sum(cost > READ for cost in other)
     if reading == len(other):
-        return f"{found}: every model reads its text, and answers for the object that it names."
+        return f"{found}: every model reads its text."
     return f"{found}: {reading} of {len(other)} runs read their text."
 
 
