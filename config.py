@@ -91,7 +91,8 @@ BACKBONES = {
 }
 
 # (weights, training mode) -> (peak learning rate, factor for new layers). With two backbones the one listed first here
-# decides: full before lora before frozen, then published weights before tiny ones, because they have more to lose.
+# decides: full before lora before frozen, and in the same mode hub before tiny, because published weights have more to
+# lose
 LEARNING_RATES = {
     ("hub", "full"): (5e-5, 10.0),
     ("tiny", "full"): (1e-3, 2.0),
@@ -100,8 +101,8 @@ LEARNING_RATES = {
     ("hub", "frozen"): (1e-3, 1.0),
     ("tiny", "frozen"): (3e-3, 1.0),
 }
-# highest peak learning rates with an attentive head, of the head and of the vision backbone by training mode. The head
-# does not find what to attend to in features that change fast
+# highest peak learning rates with an attentive head: of the head, and of the vision backbone by training mode. While
+# features change fast, the head does not learn what to attend to
 ATTENTIVE_RATE = 1e-3
 ATTENTIVE_VISION_RATES = {"full": 3e-4, "lora": 1e-3, "frozen": math.inf}
 
@@ -177,7 +178,7 @@ def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def several(convert: Callable[[str], Any]) -> Callable[[str], str]:
-    """A converter of one or more values with spaces between them. The result is a text like it without repetitions."""
+    """A converter for one or more values separated by spaces. Returns them as one text, without repetitions."""
 
     def convert_all(text: str) -> str:
         try:
@@ -267,13 +268,14 @@ class Config:
     finer detail and takes more memory. auto: 8 for the attentive head, or what the backbone has if that is less; else
     2"""
     max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN_ANY)
-    """longest text or caption in tokens, or question with its answer; longer ones are truncated and counted. A question
-    may have half of them. The language model's own maximum also applies"""
+    """maximum length, in tokens, of a text, of a caption, or of a question with its answer; at most half of it is for
+    the question. Longer ones are cut, and the run says how many. The language model's own maximum also applies"""
     head: str = option("auto", one_of("auto", "linear", "attentive"), "model", NO_SWEEP, names_run=True)
     """what reads the video. linear: one layer on the pooled token, or on [CLS] of the language model; for captioners,
-    an MLP on every token of the grid. attentive: a query, learned or made from the text, attends to each time step, and a
-    small transformer reads the results in order; captioners have 16 such queries. Choose it if the
-    order of events or the text decides. auto: attentive with --use_vlm True and for videomae-tiny, else linear"""
+    an MLP on every token of the grid. attentive: a query, learned or made from the text, attends to each time step, and
+    a small transformer reads the results in order; captioners have 16 such queries. Choose attentive if the answer
+    depends on the order of events or on the text. auto: attentive with --use_vlm True and for videomae-tiny, else
+    linear"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
     """dropout before the new head and in the projector; raise it if val falls behind train"""
 
@@ -303,9 +305,9 @@ class Config:
     """height and width of the model's input in pixels. auto: the size that the backbone was trained with"""
     frame_stride: int | str = option("auto", auto_or(number(int, -1000, 1000)), "data", TRAIN, in_feature_key=True)
     """0: spread the frames over the whole video. S > 0: take every S-th frame of one window, random in training and
-    centred in evaluation; a shorter video repeats its last frame. -S: the same, but the frames are spread over a
-    shorter video. auto: -S with the S of the backbone's published training; 0 for tiny backbones, for image
-    encoders, and if S is unknown"""
+    centred in evaluation; a video shorter than the window repeats its last frame. -S: the same, but the frames are
+    spread over a video shorter than the window. auto: -S with the S of the backbone's published training; 0 for tiny
+    backbones, for image encoders, and if S is unknown"""
     # three values, because auto must not fail where True must: with augmentation or a trained backbone
     cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main score")
     """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
@@ -314,10 +316,10 @@ class Config:
     """folder of cached features; safe to delete. auto: .features in --output_dir"""
     background: float = option(0.0, number(float, 0, 10), "data", f"{TRAIN} score", classifiers_only=True)
     """with segments (start and end in metadata.jsonl): add clips from the gaps between them as a class "background".
-    0.3 adds 3 for every 10 segments, in train, val and test. For timelines, where most of a video may show none of the
-    classes"""
+    0.3 adds 3 for every 10 segments, in train, val and test. Use it for timelines, where most of a video may show none
+    of the classes"""
     skip_unreadable: bool = option(False, to_bool, "data", "main sweep_heads preview score")
-    """skip videos that cannot be read and list them in metrics.json; otherwise they are an error"""
+    """skip videos that cannot be read and list them in metrics.json; otherwise they stop the run"""
     augment: str = option("none", one_of("none", "light", "strong"), "data", "main preview")
     """random changes to training clips, for small datasets; all frames of a clip change alike. light: mild cropping and
     erasing. strong: more cropping, erasing, RandAugment without rotation or flip, colour jitter and, for classifiers
@@ -326,7 +328,7 @@ class Config:
     flip: bool = option(False, to_bool, "data", "main preview")
     """mirror half of the training clips; leave it off if left and right matter, as in "moving left\""""
     class_balance: bool = option(False, to_bool, "data", "main sweep_heads preview", classifiers_only=True)
-    """draw equally many clips of every class in each epoch; small classes repeat clips, with other frames where these
+    """draw equally many clips of every class in each epoch; small classes repeat clips, with different frames if frames
     are drawn at random"""
 
     epochs: int | str = option("auto", auto_or(number(int, 1, 100_000)), "training", "main sweep_heads")
@@ -338,8 +340,8 @@ class Config:
     """clips per batch, over all processes; lower it if you run out of memory. auto: 16, or 8 for inference"""
     learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", "main doctor")
     """peak learning rate: linear warmup over 10 % of the steps, then cosine decay to zero. auto: see the table in
-    docs/runs.md. With two backbones it is the rate of the less restricted one; the other one and new layers keep the
-    table's ratios"""
+    docs/runs.md. With two backbones it is the rate of the less restricted one (in full, then LoRA, then frozen); the
+    other backbone and the new layers keep their default ratios to it"""
     weight_decay: float = option(0.05, number(float, 0), "training", "main")
     """AdamW weight decay, on weight matrices only: not on biases, norms, adapters, CLS, position or time embeddings"""
     layer_decay: float = option(1.0, number(float, 0.1, 1), "training", "main")
@@ -368,7 +370,7 @@ class Config:
     learning_rates: str = option(
         "0.0001 0.0003 0.001 0.003 0.01", several(number(float, 0, above=True)), "sweep", "sweep_heads", several=True
     )
-    """peak learning rates to train each head with. If the lowest or the highest of them is best, go beyond it"""
+    """peak learning rates to train each head with. If the lowest or the highest of them is best, try more beyond it"""
     weight_decays: str = option("0.05 0.5", several(number(float, 0)), "sweep", "sweep_heads", several=True)
     """weight decays to train each head with, at each learning rate; higher ones help if val falls behind train"""
 
@@ -393,8 +395,9 @@ class Config:
     timeline_stride: float = option(
         0.0, number(float, 0), "inference", "inference", changes_answers=True, classifiers_only=True
     )
-    """start a window of --timeline every this many seconds, at most its length; average the windows where they overlap,
-    and add the segments with the same best class to --output. 0: windows one after the other, and no segments"""
+    """start a window every this many seconds, at most --timeline; average the windows where they overlap, and add the
+    segments in which the best class stays the same to --output. 0: windows follow one another without overlap, and no
+    segments are added"""
     output: str | None = option(None, path_value, "inference", "inference")
     """also write the predictions to this file, one JSON object per line; an unfinished file of the same run is
     continued"""
@@ -583,7 +586,7 @@ def build_parser(script: str) -> Parser:
         allow_abbrev=False,
     )
 
-    # no defaults here: the result must contain only the flags that were typed, because these override the yaml file
+    # no defaults here: the result must contain only the flags that were typed, because only these override the yaml file
     parser.add_argument("--config", metavar="FILE", help=f"yaml file with defaults (default: {CONFIG_FILE.name})")
     groups: dict[str, Any] = {}
     texts = help_texts()
@@ -656,7 +659,7 @@ def refuse_foreign(script: str, typed_flags: dict[str, Any]) -> None:
 
 def check_options(config: Config) -> Config:
     """The options with the default language model filled in. Raises UserError for an impossible combination."""
-    # without a language model its options would have no effect, which nobody would notice
+    # without a language model, its options would silently have no effect
     if not config.use_vlm:
         if config.captioning:
             raise UserError("--captioning True needs a language model: add --use_vlm True")
@@ -687,9 +690,9 @@ def refuse_classifier_options(config: Config) -> None:
 
 
 def check_backbone(config: Config, option_name: str, kind: str) -> None:
-    """Raises UserError unless the option is a short name of this kind, with weights of the kind that --weights says, a
-    folder or a hub id."""
-    # hub ids contain a slash, so that any other unknown word is most likely a short name with a typo
+    """Raises UserError unless the option is a folder, a hub id, or a short name of this kind that has the weights that
+    --weights asks for."""
+    # hub ids contain a slash, so any other unknown word is most likely a short name with a typo
     name = getattr(config, option_name)
     if name not in BACKBONES:
         if "/" in name or Path(name).is_dir():
