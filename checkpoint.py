@@ -62,7 +62,7 @@ PROVIDED = ROOT / "checkpoints" / "provided"
 def claimed_run(config: Config, typed_flags: Set[str], first: bool) -> Generator[tuple[Path, Config]]:
     """Yields the folder and the options of a new run, or with --resume of the run to continue.
 
-    Until the end of the block the folder is locked for this process; of several processes, the `first` holds the lock.
+    Until the end of the block this process holds a lock on the folder; of several processes, only the `first` does.
     The options are written at once, so that a run can be resumed whenever it is killed. A new run that ends before
     write_run_files() leaves nothing behind.
 
@@ -78,7 +78,7 @@ def claimed_run(config: Config, typed_flags: Set[str], first: bool) -> Generator
         yield run_dir, resumed_options(run_dir, config, typed_flags) if config.resume else config
         return
 
-    # a new folder appears together with its lock and options; an existing one is locked before it is looked into
+    # a new folder appears together with its lock and options; an existing one is locked before it is read
     new_parent = not run_dir.parent.exists()
     lock, fresh = lock_run(run_dir, None if config.resume else config), False
 
@@ -203,7 +203,7 @@ def clear_run(run_dir: Path, config: Config | None = None) -> None:
 
 def finish_run(run_dir: Path, metrics: dict[str, Any]) -> None:
     """Writes metrics.json, which marks a run as finished, and removes what --resume needs."""
-    # in this order: a kill in between leaves a finished run with some files too many, which --resume removes
+    # in this order: a kill in between leaves a finished run with leftover files, which --resume removes
     write_json(metrics, run_dir / METRICS)
     shutil.rmtree(run_dir / STATE.parent, ignore_errors=True)
 
@@ -316,8 +316,8 @@ def save_state(
     progress: dict[str, Any],
     generators: dict[int, torch.Tensor],
 ) -> None:
-    """Writes what load_state restores: trained tensors, optimizer state, the random generators of all processes, and in
-    the file's header `progress`."""
+    """Writes what load_state restores: trained tensors, optimizer state, the random generators of all processes, and,
+    in the file's header, `progress`."""
     # flat names, <kind>.<rest>, because a safetensors file holds nothing but named tensors
     tensors = {f"model.{name}": p.detach().cpu() for name, p in trained_tensors(model).items()}
     for index, slots in optimizer.state_dict()["state"].items():
@@ -374,7 +374,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
 
 
 def resumed_options(run_dir: Path, config: Config, typed_flags: Set[str]) -> Config:
-    """The options of the run to resume, with those typed ones that may change at resume. `resume` is False in them if
+    """The options of the run to resume, changed by the typed ones that may change at resume. Their `resume` is False if
     the run was killed before it started to train.
 
     Raises UserError if there is no such run, it is finished, or a typed option contradicts it.
@@ -417,12 +417,12 @@ def check_same(run_dir: Path, model: VideoModel, data: str) -> None:
 
 
 def check_fingerprints(run_dir: Path, metadata: dict[str, Any], sources: dict[str, Source]) -> None:
-    """Raises UserError if a backbone has other weights than in training: adapters and heads would not fit them."""
+    """Raises UserError if a backbone's weights differ from those in training: adapters and heads would not fit them."""
     for name, source in sources.items():
         if source.fingerprint != metadata["backbones"][name]["fingerprint"]:
             raise UserError(
-                f"{run_dir} was trained on another {name} backbone than the one in {source.path}; "
-                f"give the folder of the right one with --{name}_model"
+                f"{run_dir} was trained with a {name} backbone whose weights differ from those in {source.path}; "
+                f"pass the folder of the right one with --{name}_model"
             )
 
 
@@ -433,8 +433,8 @@ def check_preprocessing(run_dir: Path, metadata: dict[str, Any], model: VideoMod
     wrong = [name for name, value in used.items() if metadata["preprocessing"].get(name) != value]
     if wrong:
         raise UserError(
-            f"{run_dir} was trained with another {wrong[0]} ({shown(metadata['preprocessing'].get(wrong[0]))}) than "
-            f"{model.sources['vision'].path}/preprocessor_config.json gives ({shown(used[wrong[0]])})"
+            f"{run_dir} was trained with {wrong[0]} {shown(metadata['preprocessing'].get(wrong[0]))}, but "
+            f"{model.sources['vision'].path}/preprocessor_config.json gives {shown(used[wrong[0]])}"
         )
 
 
@@ -472,7 +472,7 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def copy_tensors(model: VideoModel, tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Copies tensors into the model. Raises UserError unless they are exactly the trained ones, each of its shape."""
+    """Copies tensors into the model. Raises UserError unless they are exactly the trained ones, in name and shape."""
     # find all differences before anything is changed
     trained = trained_tensors(model)
     differences = [f"missing {n}" for n in trained.keys() - tensors.keys()]
@@ -552,7 +552,7 @@ def find_run(config: Config) -> Path:
         print(f"{run_dir} does not exist: using the provided checkpoint {provided}, trained on synthetic shapes only")
         return provided
 
-    # most likely one of the flags differs: show the commands for the runs there are
+    # most likely one of the flags differs: show the commands for the existing runs
     runs = list_runs(Path(config.output_dir)) + list_runs(PROVIDED)
     message = f"there is no run {run_dir}; to train it: python main.py {as_flags(config)}".rstrip()
     if not runs:
@@ -607,7 +607,7 @@ def load_run(
         else:
             sources[part] = locate(getattr(saved, option), saved.weights)
 
-    # rebuild the model, make sure that it is the same one, then fill in what was trained
+    # rebuild the model, check that it is the one that was trained, then load the trained tensors
     model = build_model(saved, len(metadata["class_names"]), sources)
     check_fingerprints(run_dir, metadata, sources)
     check_preprocessing(run_dir, metadata, model)

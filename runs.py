@@ -223,8 +223,8 @@ def result_line(metrics: dict[str, Any]) -> str:
 
 
 def print_backbones(run: Run) -> None:
-    """One line per backbone: its name, its size, its licence, and for the tiny ones what they were trained on. A
-    warning for a licence that forbids commercial use. Then which frames of a video make a clip."""
+    """Prints one line per backbone: its name, its size, its licence and, for the tiny ones, what they were trained on;
+    a warning if the licence forbids commercial use; and which frames of a video make a clip."""
     vision = run.model.vision_encoder
     for part, backbone in run.model.backbones().items():
         size = sum(p.numel() for n, p in backbone.named_parameters() if ".lora_" not in n) / 1e6
@@ -272,7 +272,7 @@ def print_hints(run: Run) -> None:
 
 
 def print_data(run: Run) -> None:
-    """What the run trains on: the sizes of the splits, how val was made, and texts that are cut."""
+    """Prints what the run trains on: the sizes of the splits, how val was made, and how many texts are cut."""
     splits = run.splits
     sizes = ", ".join(f"{len(distinct(getattr(splits, name)))} {name}" for name in SPLITS)
     classes = counted(len(splits.class_names), "class", "classes")
@@ -287,7 +287,7 @@ def print_data(run: Run) -> None:
 
 
 def print_settings(run: Run) -> None:
-    """How the run trains: device, batch, learning rates, and how many parameters of each part are trained."""
+    """Prints how the run trains: device, batch, learning rates, and how many parameters of each part are trained."""
     config = run.config
     accumulated = f" x {config.gradient_accumulation_steps}" if config.gradient_accumulation_steps > 1 else ""
     epochs = counted(config.epochs, "epoch")
@@ -310,7 +310,7 @@ def rates_line(config: Config) -> str:
 
 
 def print_end(run: Run) -> None:
-    """Where the results are, and the command that uses them."""
+    """Prints where the results are, and the command that uses them."""
     print(f"run: {run.folder}/ (model.safetensors, config.yaml, metadata.json, log.jsonl, metrics.json, predictions)")
     flags = [as_flags(run.config) if run.config.run_name is None else f"--checkpoint {run.folder}"]
     flags += ["--video_dir <video, frame folder, or a folder of them>"]

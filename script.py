@@ -58,7 +58,7 @@ def printable(text: object) -> str:
 
 
 def cause_of(error: Exception) -> str:
-    """What went wrong. Of an OSError without its number and its path, which the messages name themselves."""
+    """What went wrong. For an OSError, without its number and its path: our messages name the path themselves."""
     return str(getattr(error, "strerror", None) or error)
 
 
@@ -88,7 +88,7 @@ def is_main() -> bool:
 
 
 def script(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Makes main(argv) return the exit status for every way that it can end.
+    """Makes main(argv) return an exit status, however it ends.
 
     A UserError, or a file that cannot be read or written, becomes one line on stderr and exit status 2. Under torchrun
     only rank 0 prints to stdout.
@@ -149,8 +149,8 @@ def discard_output() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Exits the program."""
-    gc.freeze()  # otherwise the garbage collector walks through torch and transformers once more, which takes time
+    """Exits with this status."""
+    gc.freeze()  # otherwise the garbage collector visits all of torch and transformers once more, which takes time
     sys.exit(status)
 
 
@@ -212,7 +212,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     # safetensors raises an error class of its own for a full disk; only writers need it, so import it here
     from safetensors import SafetensorError
 
-    # write in the same file system, because only there a rename is atomic
+    # write in the same file system, because a rename is atomic only there
     folder = temporary(path)
     try:
         folder.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
 """Trains a model and evaluates it: schedule, optimizer, loop, checks of the first steps, scores.
 
-val selects the best epoch; test is scored once, at the end. train() at the end of this file is the whole story;
+val selects the best epoch; test is scored once, at the end. Start reading at train(), the whole training of a run;
 train_one_epoch() and accumulate_gradients() are the loop.
 """
 
@@ -260,7 +260,7 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> No
         for group in bar:
             train_step(model, group, loader, engine)
 
-            # bookkeeping; after_step may stop here, so everything must be up to date; its own time is not training time
+            # after_step may save and stop here, so progress must be up to date; its own time is not training time
             progress.seconds += time.perf_counter() - clock
             bar.set_postfix(loss=f"{progress.loss / max(1, progress.count):.3f}", refresh=False)
             engine.after_step()
@@ -287,7 +287,7 @@ def groups_of(loader: DataLoader, size: int) -> Iterator[list[dict[str, torch.Te
 
 
 def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoader, engine: Engine) -> bool:
-    """Runs the backward passes of one optimizer step, adds to the epoch's sums, returns whether there was any target.
+    """Runs the backward passes of one optimizer step and adds to the epoch's sums. Returns whether there was any target.
 
     The loss is the mean over all targets of the step, so accumulated batches equal one large batch.
     """
@@ -309,7 +309,7 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
         count += int((targets != -100).sum())
         correct += int((logits.argmax(-1) == targets).sum())
 
-    # the log is about all processes
+    # the log covers all processes
     loss_total, count, correct = summed(accelerator, loss_total, count, correct)
     progress.loss += loss_total
     progress.count += count
@@ -395,7 +395,7 @@ def evaluating(model: VideoModel) -> Generator[None]:
 
 
 def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str = "val") -> dict[str, Any]:
-    """The mean loss over all targets and the number of clips. For classifiers also accuracy and, for every clip,
+    """The mean `loss` over all targets and the `count` of clips. For classifiers also `accuracy` and, for every clip,
     `truth` (n,), the most likely classes `ranked` (n, min(5, K)) and their `probabilities`, best first."""
     # this process scores its part of every batch; the loss is summed, since a mean of means would weight small batches
     total, count = 0.0, 0
@@ -429,7 +429,7 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
 
 
 def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config: Config) -> list[str]:
-    """The generated captions, or answers to their questions, of all samples, in the order of the samples."""
+    """Generates a caption for every sample, or the answer to its question. Returns them in the order of the samples."""
     captions: dict[int, str] = {}
     samples = loader.dataset.samples
     with evaluating(model):
@@ -446,8 +446,8 @@ def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config:
 
 
 def score_captions(texts: list[str], dataset: ClipDataset) -> dict[str, Any]:
-    """Of captions BLEU, ROUGE-L, CIDEr and exact match; if the dataset has a lexicon, also the fraction of captions that
-    name each attribute correctly. Of answers to questions the fraction of exact matches, in all and by kind."""
+    """Scores captions by BLEU, ROUGE-L, CIDEr and exact match and, if the dataset has a lexicon, by the fraction that
+    name each attribute correctly. Scores answers to questions by exact match, in total and by kind."""
     scores: dict[str, Any] = {}
     (samples, captions), (asked, answers) = split_by_question(dataset.samples, texts)
     if samples:
@@ -514,8 +514,9 @@ def score_splits(
 def build_loaders(
     model: VideoModel, config: Config, splits: Splits, features: dict[str, Any] | None = None, accelerator: Any = None
 ) -> dict[str, DataLoader]:
-    """A loader for every split that has samples. `features` are the splits to read from the feature cache. With an
-    `accelerator` of several processes, each process gets its part of every batch. `config` has no `auto`."""
+    """A loader for every split that has samples. `features` holds the cached features of some splits; the others are
+    read as pixels. With an `accelerator` of several processes, each process gets its part of every batch. `config` has
+    no `auto`."""
     # only test is seen in several views: val is evaluated after every epoch
     loaders, features = {}, features or {}
     for name in (n for n in SPLITS if getattr(splits, n)):
@@ -552,8 +553,8 @@ def build_loaders(
 
 @contextmanager
 def stop_signals() -> Generator[list[int]]:
-    """Yields a list to which SIGINT and SIGTERM are appended instead of ending the process: the current step can finish
-    and be saved. The same signal a second time interrupts at once."""
+    """Yields a list to which SIGINT and SIGTERM are appended, instead of ending the process, so that the current step
+    can finish and be saved. The same signal a second time interrupts at once."""
     signals: list[int] = []
 
     def on_signal(number: int, _: Any) -> None:
@@ -629,8 +630,8 @@ def train(
 def score_best_epoch(
     model: VideoModel, loaders: dict[str, DataLoader], config: Config, engine: Engine, run_dir: Path, started: float
 ) -> dict[str, Any]:
-    """Scores the weights in `run_dir` on val and test, writes the predictions. `started` is when training started, as
-    time.perf_counter() gives it. Returns the contents of metrics.json, and the log."""
+    """Scores the weights in `run_dir` on val and test, and writes the predictions. `started` is the time.perf_counter()
+    at the start of training. Returns the contents of metrics.json, and the log."""
     accelerator, progress = engine.accelerator, engine.progress
     best_epoch = load_weights(run_dir, model)["epoch"]
     metrics = {"best_epoch": best_epoch} | score_splits(model, loaders, config, accelerator, run_dir)
@@ -645,7 +646,7 @@ def score_best_epoch(
 
 
 def seconds_per_epoch(log: list[dict[str, Any]]) -> float:
-    """The mean over the epochs. An epoch may have several rows in the log; the last one has its whole time."""
+    """The mean time per epoch. An epoch may have several rows in the log; the last one has its whole time."""
     seconds = {row["epoch"]: row["seconds"] for row in log}
     return round(sum(seconds.values()) / log[-1]["epoch"], 2)
 
@@ -664,7 +665,7 @@ def evaluate_and_log(
 ) -> None:
     """Evaluates on val, saves the weights if they are the best so far, and writes a row of the log.
 
-    It may be called after any step. The row then is about the current epoch so far.
+    It may be called after any step. The row then describes the current epoch so far.
     """
     row = evaluate_epoch(model, loaders, engine, config)
     if engine.accelerator.is_main_process:

@@ -328,8 +328,8 @@ def test_a_run_whose_backbone_files_changed_is_refused(dataset, tmp_path, traine
     assert inference.main(["--checkpoint", str(tmp_path / "r"), "--video_dir", str(dataset / "test")]) == 2
     err = capsys.readouterr().err
     told = {
-        "mean": "was trained with another mean",
-        "lacking": "another",
+        "mean": "was trained with mean",
+        "lacking": "was trained with",
         "fifo": "is not a file",
         "patch_size": "config.json",
     }
