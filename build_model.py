@@ -50,14 +50,14 @@ class TextCodec:
 
     @property
     def max_question(self) -> int:
-        """How many tokens of a question are kept: the answer must not decide it, since inference does not know it."""
+        """How many tokens of a question are kept. It must not depend on the answer, which inference does not know."""
         return self.max_tokens // 2
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def prompts(self, questions: list[str]) -> list[list[int]]:
-        """The ids before each answer: bos, question, line feed. Of an empty question: bos."""
+        """The ids before each answer: bos, question, line feed; for an empty question only bos."""
         line_feed, *rows = self.tokens(["\n", *questions])
         return [[*self.bos, *ids[: self.max_question], *(line_feed if ids else [])] for ids in rows]
 
@@ -106,7 +106,7 @@ class Collator:
 
 
 def check_grid(vision: VisionEncoder, grid: int) -> None:
-    """Raises UserError if a time step has fewer patches than the tokens that it is pooled to."""
+    """Raises UserError if a time step has fewer patches than the grid of tokens that it is pooled to."""
     _, side = grid_shape(vision.config)
     if grid > side:
         raise UserError(f"--token_grid {grid}: this backbone has {side} x {side} patches at this size")
@@ -154,7 +154,7 @@ class VideoModel(nn.Module):
         return {"vision": self.vision_encoder} | language
 
     def freeze(self, backbone: nn.Module) -> None:
-        """Stops gradients to the backbone's weights, and keeps it in eval(): dropout would blur what it has learned."""
+        """Stops gradients to the backbone's weights, and keeps it in eval(): dropout would only blur its features."""
         backbone.requires_grad_(False)
         self._frozen.append(backbone)
         if backbone is self.vision_encoder:
@@ -175,7 +175,7 @@ class VideoModel(nn.Module):
         return None
 
     def collator(self) -> Collator:
-        """What makes batches for this model."""
+        """Makes batches for this model from dataset items."""
         return Collator(self.codec(), self.text_field)
 
     def targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -80,7 +80,7 @@ class ChangedLoader:
 
 
 def with_texts_of_others(samples: list[Sample], name: str = "text") -> list[Sample]:
-    """Gives every sample the text, or the question, of the next one in a random circle, so never its own."""
+    """Gives every sample the text, or the question, of the next one in a random cycle, so never its own."""
     order = np.random.default_rng(0).permutation(len(samples))
     others = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
     return [replace(sample, **{name: getattr(samples[others[i]], name)}) for i, sample in enumerate(samples)]
@@ -315,7 +315,7 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
 
 
 def majority_answers(train: list[Sample], answers: list[str], samples: list[Sample]) -> list[str]:
-    """For each sample the most frequent answer to the training samples of its group_of(); "" if there are none."""
+    """For each sample, the most frequent answer among the training samples of its group_of(); "" if there are none."""
     counts: dict[tuple, Counter] = defaultdict(Counter)
     for sample, answer in zip(train, answers, strict=True):
         counts[group_of(sample)][answer] += 1
@@ -341,7 +341,7 @@ def other_object_scores(
 
 
 def control_line(table: dict[str, Any]) -> str:
-    """The result in one line: how much the model uses motion and text. A captioner of captions and answers has both."""
+    """The result in one line: how much the model uses motion and text. Captions and answers have a part each."""
     return "; ".join(
         control_text(table, name) for name in ("accuracy", "CIDEr", "answers") if name in table["as_it_is"]
     )

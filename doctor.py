@@ -67,7 +67,7 @@ def check_classes(splits: "Splits", folder: Path) -> Finding:
     """Looks for class folders without videos, and for classes with a single training video."""
     from readers import SYSTEM_FOLDERS, find_videos
 
-    # an empty folder is no class to the loader, so only the folders show it
+    # read_splits() ignores empty folders, so look at the folders themselves
     check, counts = "classes have videos", Counter(s.label for s in splits.train)
     try:
         classes = [p for p in folder.iterdir() if p.is_dir() and p.name.lower() not in SYSTEM_FOLDERS]

@@ -339,8 +339,8 @@ def draw_rows(label: int, split: str, count: int, args: argparse.Namespace) -> I
 def ceilings(folder: Path) -> dict[str, float]:
     """The accuracy of the best possible observers of the test videos in this dataset. Raises UserError.
 
-    They know each object's path without noise. What text alone and a single frame tell is counted in the training
-    videos: the class is guessed from words, or from place and looks, as if these were independent (naive Bayes).
+    They know each object's path without noise. What the text alone or a single frame tells is estimated on the training
+    videos by naive Bayes: the class is guessed from words, or from place and looks, as if these were independent.
     """
     train, test = (read_rows(folder / split) for split in ("train", "test"))
     truths = [row["objects"][0]["motion"] for row in test]
@@ -381,8 +381,8 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def votes(items: list[dict[str, Any]], classes: set[str], ordered: bool = True) -> Counter:
-    """One vote for each object, shared by the classes that could have made its path. In a set of frames without order,
-    a path may as well have been the other way round."""
+    """One vote for each object, shared by the classes that could have made its path. Without the order of the frames,
+    the object may just as well have moved along its path backwards."""
     result: Counter = Counter()
     for item in items:
         path = trajectory(item, num_frames=item["change"] + 3)  # one step after the change is enough

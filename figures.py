@@ -246,7 +246,7 @@ def plot_reliability(bins: list[tuple[int, float, float]], error: float, path: P
     most = max(count for count, _, _ in bins)
     sizes = [12 + 150 * count / most for count, _, _ in bins]
     confidences, accuracies = [c for _, c, _ in bins], [a for _, _, a in bins]
-    label = "clips of similar confidence\n(the larger, the more clips)"
+    label = "clips of similar confidence\n(larger: more clips)"
     axis.scatter(confidences, accuracies, s=sizes, color=COLOUR, alpha=0.8, label=label)
     axis.set(xlim=(0, 1.04), ylim=(-0.02, 1.04), xlabel="confidence", ylabel="accuracy")
     axis.set_title(f"expected calibration error {error:.3f}, n = {sum(count for count, _, _ in bins)}", fontsize=9)

@@ -79,7 +79,7 @@ class StepReader(nn.Module):
         # the same queries for all time steps; the time embedding tells the steps apart
         steps = self.attention(queries, grid) + self.time_embedding[:, None]  # (B, t, q, D)
 
-        # each query has a row of its own. It reads itself too: a text may tell something about the class by itself
+        # one row per query. The row includes the query itself, because a text alone may tell something about the class
         batch, count = steps.shape[0], steps.shape[2]
         queries = self.query_norm(queries)[:, :, None].expand(batch, -1, -1, -1)  # (B, q, 1, D)
         cls = cls[:, None].expand(-1, count, -1, -1)  # (B, q, 0 or 1, D)
@@ -129,11 +129,10 @@ class AttentiveProjector(StepReader):
 class TextQuery(nn.Module):
     """A text -> a query (B, D). The language model's outputs decide which words count; their embeddings are the query.
 
-    The outputs make a bad query themselves. They are nearly parallel whatever the text says (arXiv:1909.00512): those
-    of "red" and "blue" have cosine 0.997 in BERT-tiny. Training then finds a query that suits all texts, and
-    stays there.
-    The word embeddings are alike too, with cosine 0.92, but they can be whitened before training (arXiv:2103.15316), so
-    that different words make different queries from the first step on.
+    The outputs themselves make a bad query. They are nearly parallel whatever the text says (arXiv:1909.00512): those
+    of "red" and "blue" have cosine 0.997 in BERT-tiny. Training then finds a query that suits all texts, and stays
+    there. The word embeddings are alike too, with cosine 0.92, but they can be whitened before training
+    (arXiv:2103.15316), so that different words make different queries from the first step on.
     """
 
     def __init__(self, embeddings: torch.Tensor, hidden: int, width: int):

@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     read."""
     config, typed_flags = parse(argv, "inference")
     if config.timeline_stride > config.timeline:
-        raise UserError("--timeline_stride must not be above --timeline, or nothing would look between the windows")
+        raise UserError("--timeline_stride must not be above --timeline, or time between the windows would be skipped")
     from checkpoint import find_run, load_run
     from pretrained import warn_of_tiny
     from VLoader import by_question, distinct, read_folder

@@ -22,7 +22,7 @@ import numpy as np
 from script import Parser, UserError, cause_of, counted, script, shown
 
 RESAMPLES = 1000
-UNBOUNDED = {"CIDEr", "false_alarms_per_hour"}  # scores that are no proportions: they may exceed 1
+UNBOUNDED = {"CIDEr", "false_alarms_per_hour"}  # scores that are not proportions: they may exceed 1
 BINS = 15  # confidence bins of the calibration error
 Summary = Callable[[np.ndarray], dict[str, float]]  # indices of clips -> {name: score}
 

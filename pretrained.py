@@ -291,7 +291,7 @@ def load_language(source: Source, captioning: bool) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    # a file without lm_head is whole if the model shares its weights with the embeddings, as most causal models do
+    # a file without lm_head is complete if the model shares its weights with the embeddings, as most causal models do
     hf_config = read_config(source)
     if captioning:
         if not is_decoder(hf_config):

@@ -191,7 +191,7 @@ def train_head(candidate: Candidate, group: list[dict], loader: Any) -> None:
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:
-    """The heads by the accuracy of their best epochs on val, among equals by the loss; diverged ones last.
+    """The heads in the order of the val accuracy of their best epochs, ties by val loss; diverged ones last.
 
     Raises UserError if all have diverged.
     """
@@ -212,7 +212,7 @@ def keep_best(candidates: list[Candidate], loaders: dict[str, Any], started: flo
     rows = [table_row(candidate, loaders) for candidate in candidates]
     print_table(rows)
     run, engine = candidates[0].run, candidates[0].engine
-    print(f"best on val: {candidates[0].name}; the best of many is lucky on val, so report its score on test:")
+    print(f"best on val: {candidates[0].name}; its score on val is partly luck, so report the score on test:")
 
     # in the same order as in training; metrics.json comes last and marks the run as finished
     write_or_compare(run)

@@ -62,7 +62,7 @@ def side_of(size: int | list[int] | tuple[int, ...]) -> int:
 
 def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> None:
     """Makes a backbone accept another number of frames or another image size: changes its position and time embeddings
-    as its family needs it, and the sizes in its configuration.
+    as its family requires, and the sizes in its configuration.
 
     Raises UserError if image_size is not a multiple of the patch size, or num_frames of the tubelet size.
     """
@@ -81,19 +81,19 @@ def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> Non
 
 
 def fit_nothing(backbone: nn.Module, times: int, side: int) -> None:
-    """Positions are rotary and follow the input, or the backbone interpolates its table itself in every forward."""
+    """Changes nothing: positions are rotary and follow the input, or every forward interpolates the table itself."""
 
 
 def fit_rotary(backbone: nn.Module, times: int, side: int) -> None:
-    """V-JEPA 2's positions are rotary, but each layer finds a token's row and column with the configuration's grid.
-    With another grid it would run, and be wrong without an error."""
+    """Gives V-JEPA 2's layers the new grid. Their positions are rotary, but each layer computes a token's row and column
+    from the grid it was built with. At another size it would be wrong without an error."""
     for module in backbone.modules():
         if hasattr(module, "grid_size"):
             module.grid_size, module.grid_depth = side, times
 
 
 def fit_space_and_time(backbone: nn.Module, times: int, side: int) -> None:
-    """TimeSformer has one table for space, which starts with the CLS token, and one for time."""
+    """Resizes TimeSformer's tables: one for space, which starts with the CLS token, and one for time."""
     embeddings, (_, old_side) = backbone.embeddings, grid_shape(backbone.config)
     space = embeddings.position_embeddings.data  # (1, 1 + h w, D)
     grid = resize_grid(space[:, 1:].unflatten(1, (1, old_side, old_side)), (1, side, side))
@@ -104,7 +104,7 @@ def fit_space_and_time(backbone: nn.Module, times: int, side: int) -> None:
 
 
 def fit_one_table(backbone: nn.Module, times: int, side: int) -> None:
-    """VideoMAE and ViViT have one table for all tokens; ViViT's starts with the CLS token."""
+    """Resizes the table of VideoMAE or ViViT, which is for all tokens; ViViT's starts with the CLS token."""
     embeddings, (old_times, old_side) = backbone.embeddings, grid_shape(backbone.config)
     table, first = embeddings.position_embeddings.data, first_patch(backbone.config)
     grid = table[:, first:].unflatten(1, (old_times, old_side, old_side))  # (1, t, h, w, D)
@@ -114,7 +114,7 @@ def fit_one_table(backbone: nn.Module, times: int, side: int) -> None:
 
 
 def tell_size(backbone: nn.Module, side: int, num_patches: int) -> None:
-    """The embeddings check their input against these numbers."""
+    """Sets the sizes that the embeddings check their input against."""
     embeddings, size = backbone.embeddings, side * patch_shape(backbone.config)[1]
     embeddings.image_size = embeddings.patch_embeddings.image_size = (size, size)
     embeddings.num_patches = embeddings.patch_embeddings.num_patches = num_patches
