@@ -67,7 +67,7 @@ def read_grid(runs: Path, packed: Path, seeds: int, only: str = "") -> list[Row]
     try:
         pattern = re.compile(only)
     except re.error as error:
-        raise UserError(f"{only!r} is no regular expression: {error}") from None
+        raise UserError(f"{only!r} is not a regular expression: {error}") from None
     rows = [Row(file, runs, packed, seeds) for file in EXPERIMENTS.glob("*.yaml") if pattern.search(file.stem)]
     modes = [*MODES]
     return sorted(

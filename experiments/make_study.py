@@ -5,7 +5,7 @@ python -m experiments.make_study --sweep learning_rate=x0.3,x1,x3 --rows gpt2   
 python -m experiments.make_study --train_share 5,20 --rows '^videomae' --seeds 3  learning curves
 
 Every finished trial is added to experiments/study.json at once, and is never trained again: stop with Ctrl-C and give
-the same command to go on. A value like x3 is three times the row's own value. Options are chosen on val alone.
+the same command to continue. A value like x3 is three times the row's own value. Options are chosen on val alone.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def swept_values(text: str, row: Row) -> list[dict[str, Any]]:
             converted = own_value(option, row.config) * factor if factor else value
             found.append({option: FIELDS[option].metadata["convert"](f"{converted:g}" if factor else value)})
         except (ValueError, TypeError) as error:
-            raise UserError(f"--sweep {text}: {value} is no value of {option} for {row.name}: {error}") from None
+            raise UserError(f"--sweep {text}: {value} is not a value of {option} for {row.name}: {error}") from None
     return found
 
 
@@ -129,7 +129,7 @@ def chosen_rows(rows: list[dict[str, Any]], share: int) -> list[dict[str, Any]]:
 
 
 def epochs_for(config: Config, share: int) -> dict[str, Any]:
-    """More epochs for fewer clips, or a small share would hardly be trained. `auto` decides by itself."""
+    """More epochs for fewer clips, because a small share would hardly be trained otherwise. `auto` already does this."""
     if share == 100 or not isinstance(config.epochs, int):
         return {}
     return {"epochs": round(config.epochs * min(100 / share, MOST_EPOCHS))}

@@ -69,7 +69,7 @@ Licence: Apache-2.0.
 
 
 def show_all(scores: dict[str, float]) -> str:
-    """`accuracy 98.5 %, macro_f1 98.5 %`; BLEU and CIDEr are no percentages, and counts are left out."""
+    """`accuracy 98.5 %, macro_f1 98.5 %`; BLEU and CIDEr are not percentages, and counts are left out."""
     plain = ("CIDEr", "Bleu_4")
     shown = {name: value for name, value in scores.items() if name != "count"}
     return ", ".join(f"{n} {v:.3f}" if n in plain else f"{n} {100 * v:.1f} %" for n, v in shown.items())

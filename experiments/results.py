@@ -59,7 +59,7 @@ class Clips:
 
 
 def read_clips(data_dir: Path, split: str) -> Clips:
-    """The clips of a split. Raises UserError if the folder is no dataset of dummy_data.py."""
+    """The clips of a split. Raises UserError if the folder is not a dataset of dummy_data.py."""
     return Clips(read_metadata(data_dir / split))
 
 

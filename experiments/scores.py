@@ -25,7 +25,7 @@ class Scores:
     clips: Clips
     cider: np.ndarray | None = None  # captions only: CIDEr of each. (S, n)
     attributes: dict[str, np.ndarray] | None = None  # captions only: which name it right for all objects. (S, n)
-    corpus: dict[str, float] | None = None  # scores that are no means over clips, means over the seeds
+    corpus: dict[str, float] | None = None  # scores that are not means over clips; means over the seeds
 
     @property
     def columns(self) -> dict[str, np.ndarray]:

@@ -190,7 +190,7 @@ def test_finished_runs_are_not_trained_again_and_unfinished_ones_are(study, data
 
 
 def test_bad_options_are_one_line(dataset, tmp_path, capsys):
-    for argv, message in ((["--only", "("], "is no regular expression"), (["--seeds", "0"], "must be at least 1")):
+    for argv, message in ((["--only", "("], "is not a regular expression"), (["--seeds", "0"], "must be at least 1")):
         assert make_report.main([*flags_of(tmp_path, dataset), *argv]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
