@@ -51,11 +51,18 @@ def signed(value: Estimate) -> str:
     return show(value, interval=True, sign="+").replace(" [", " points [")
 
 
-def gained(value: Estimate, how: str) -> str:
-    """What a paired difference says about one way to train: `gains 8.1 points [6.0, 10.2] through LoRA`."""
-    if value.excludes_zero:
-        return f"{'gains' if value.mean > 0 else 'loses'} {points(value)} {how}"
-    return f"shows no measurable gain {how} ({signed(value)})"
+def gained(lora: Estimate, full: Estimate) -> str:
+    """What two paired differences from the frozen backbone say: `gains 8.1 points [6.0, 10.2] through LoRA and 8.9
+    points [6.8, 11.0] in full`."""
+    first, second = (
+        f"{'gains' if value.mean > 0 else 'loses'} {points(value)} {how}"
+        if value.excludes_zero
+        else f"does not change measurably {how} ({signed(value)})"
+        for value, how in ((lora, "through LoRA"), (full, "in full"))
+    )
+    if not lora.excludes_zero and not full.excludes_zero:
+        return f"does not change measurably through LoRA ({signed(lora)}) or in full ({signed(full)})"
+    return f"{first} and {second.removeprefix(f'{first.split()[0]} ')}"
 
 
 def compared(value: Estimate, first: str, second: str) -> str:
@@ -68,6 +75,11 @@ def compared(value: Estimate, first: str, second: str) -> str:
 def listed(parts: Sequence[str]) -> str:
     """`a`, `a and b`, or `a, b and c`."""
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
+def in_words(title: str) -> str:
+    """A title of a row or comparison for use in a sentence: `TimeSformer + BERT frozen with text`."""
+    return title.replace(", text", " with text")
 
 
 def values_of(rows: Sequence[Row], control: str, score: str = "accuracy") -> list[float]:
@@ -105,14 +117,25 @@ def comparisons_of(study: Study, task: str, first: str, second: str) -> dict[str
 
 
 def adapting(study: Study, task: str) -> str:
-    """What LoRA and training in full gain over the frozen backbone, and one over the other: one sentence per model."""
+    """What LoRA and training in full gain over the frozen backbone, and one over the other: a sentence for each model,
+    and one for all models without any measurable difference."""
     lora, full, both = (
         comparisons_of(study, task, a, b) for a, b in (("lora", "frozen"), ("full", "frozen"), ("full", "lora"))
     )
-    found = []
+    found, equal = [], []
     for name in (name for name in lora if name in full and name in both):  # others have not been run in every mode
-        gains = [gained(lora[name], "through LoRA"), gained(full[name], "in full")]
-        found.append(f"{name} {listed(gains)}; {compared(both[name], 'training in full', 'LoRA')}.")
+        gaps = lora[name], full[name], both[name]
+        if any(gap.excludes_zero for gap in gaps):
+            between = compared(both[name], "training in full", "LoRA") if both[name].excludes_zero else ""
+            between = between or f"the two cannot be told apart ({signed(both[name])})"
+            found.append(f"{in_words(name)} {gained(lora[name], full[name])}; {between}.")
+        else:
+            equal.append(f"{in_words(name)} (LoRA {signed(lora[name])}, in full {signed(full[name])})")
+    if equal:
+        found.append(
+            f"There is no measurable difference between frozen, LoRA and in full for {listed(equal)}, each compared "
+            "with frozen."
+        )
     return " ".join(found) or NOT_RUN
 
 
@@ -129,7 +152,7 @@ def neighbour(study: Study) -> str:
         parts.append(
             compared(gap, f"the best {NAMES[model]} without text", "the nearest neighbour in its frozen features")
         )
-    return sentence(listed(parts))
+    return sentence("; ".join(parts))
 
 
 # -- what the models use ----------------------------------------------------------------------------
@@ -143,10 +166,10 @@ def text_gain(study: Study) -> str:
     above = [c for c in pairs if c.columns["all"].low > 0]
     gains = spread([c.columns["all"].mean for c in pairs], " points")
     two = spread([c.columns["two"].mean for c in pairs], " points")
-    found = f"The text raises the accuracy of {len(above)} of {len(pairs)} pairs of rows; the differences are {gains}."
+    found = f"The text raises the accuracy in {len(above)} of {len(pairs)} pairs of rows; the differences are {gains}."
     if len(above) == len(pairs):
         found = (
-            f"The text raises the accuracy of all {len(pairs)} pairs of rows, by {gains}; with two objects, by {two}."
+            f"The text raises the accuracy in all {len(pairs)} pairs of rows, by {gains}; with two objects, by {two}."
         )
 
     # a pair whose heads differ says nothing about the text alone
@@ -219,21 +242,23 @@ def one_frame_claim(study: Study) -> str:
 
 def order(study: Study) -> str:
     """Frames in another order, against the best observer that does not know the order."""
-    parts = []
+    parts, limits, beyond = [], [], []
     for text, name in ((False, "frames in any order, without text"), (True, "frames in any order, and text")):
         rows = [row for row in study.finished(captioning=False) if row.config.use_text == text]
         values, top = values_of(rows, "shuffled"), study.ceilings[name]
         if not values:
             return NOT_RUN
         above = sum(is_above(value, top, study) for value in values)
-        verdict = "all within it" if not above else f"{above} of {len(values)} runs above it"
         kind = "with" if text else "without"
-        parts.append(
-            f"classifiers {kind} text have {spread(values)}, and an observer of unordered frames can have "
-            f"{percent(top)} ({verdict})"
-        )
+        parts.append(f"classifiers {kind} text reach {spread(values)}")
+        limits.append(f"{percent(top)} {kind} text")
+        beyond += [f"{above} of {len(values)} runs {kind} text"] if above else []
+    verdict = f"{listed(beyond)} are measurably above" if beyond else "none is measurably above"
     backwards = spread(values_of(study.finished(captioning=False), "reversed"))
-    return f"With shuffled frames, {listed(parts)}. With reversed frames, classifiers have {backwards}."
+    return (
+        f"With shuffled frames, {listed(parts)}; {verdict} what an observer of unordered frames can reach, "
+        f"{listed(limits)}. With reversed frames, classifiers reach {backwards}."
+    )
 
 
 # -- captions ---------------------------------------------------------------------------------------
@@ -267,7 +292,7 @@ def binding(study: Study) -> str:
     shown = listed([f"both {name}s in {percent(value)}" for name, value in named.items()])
     return (
         f"With two objects, the captions name {shown}, and everything in {percent(whole)} (means of all captioners): "
-        f"{hardest} is the harder one of the two."
+        f"{hardest} is the harder of the two."
     )
 
 
@@ -316,7 +341,7 @@ def errors(study: Study, name: str) -> str:
         apart = scores[low].high < scores[high].low
         verdict = "" if apart else ", intervals overlap"
         shown = f"{percent(scores[low].mean)} ({low}) to {percent(scores[high].mean)} ({high}){verdict}"
-        parts.append(f"{row.title} {shown}")
+        parts.append(f"{in_words(row.title)} {shown}")
     what = "number of objects" if name == "objects" else name
     return f"By {what}: {'; '.join(parts)}." if parts else NOT_RUN
 
@@ -338,7 +363,7 @@ def confused(study: Study, names: dict[str, str]) -> str:
         wrong = sum(counts.values())
         share = percent(count / wrong) if wrong else "none"
         mistake = f"“{names[truth]}” for “{names[answered]}”"
-        parts.append(f"{top.title} most often takes {mistake} ({share} of its errors)")
+        parts.append(f"{in_words(top.title)} most often mistakes {mistake} ({share} of its errors)")
     return sentence("; ".join(parts))
 
 
@@ -357,7 +382,7 @@ def learning(study: Study) -> str:
             means = {mode: mean(curve[share]) for mode, curve in curves.items()}
             top = max(means, key=lambda mode: means[mode])
             ranked.append(f"{MODES[top]} at {share} % of the clips ({percent(means[top])})")
-        parts.append(f"with {NAMES[model]}, the best is {listed(ranked)}")
+        parts.append(f"with {NAMES[model]}, the best mode is {listed(ranked)}")
     return sentence("; ".join(parts)) if parts else NOT_RUN
 
 
@@ -384,8 +409,8 @@ def pareto(study: Study) -> str:
         for r in rows
         if not any(seconds[o.name] < seconds[r.name] and accuracy[o.name] >= accuracy[r.name] for o in rows)
     ]
-    shown = [f"{r.title} ({percent(accuracy[r.name])}, {seconds[r.name]:.0f} s)" for r in front]
-    return f"No other classifier is both faster to train and as accurate as {listed(shown)}."
+    shown = [f"{in_words(r.title)} ({percent(accuracy[r.name])}, {seconds[r.name]:.0f} s)" for r in front]
+    return f"No other classifier is both faster to train and at least as accurate as {listed(shown)}."
 
 
 def tuning(study: Study) -> str:
@@ -410,8 +435,8 @@ def epoch_choice(study: Study) -> str:
     if not results:
         return NOT_RUN
     rules = compared_rules([(r.log, r.metrics["val"]["count"]) for r in results])
-    parts = [f"{name} has {percent(v['accuracy'])} and a loss of {v['loss']:.3f}" for name, v in rules.items()]
-    return f"Mean val accuracy and loss of the chosen epoch, by rule: {listed(parts)}."
+    parts = [f"{name}, {percent(v['accuracy'])} and {v['loss']:.3f}" for name, v in rules.items()]
+    return f"Mean val accuracy and loss of the chosen epoch, by rule: {'; '.join(parts)}."
 
 
 def all_findings(study: Study, names: dict[str, str]) -> dict[str, str]:

@@ -20,6 +20,8 @@ MARKERS = {"timesformer": "o", "videomae": "s"}
 WIDTH = 6.6  # inches; the report's column
 SHOWN_CLASSES = ("right", "clockwise", "reverses", "stops")  # in the picture of the dataset
 WORST = 4  # clips on a sheet
+# the dot of one seed, on top of means and lines, and small, so that it does not hide them
+SEED = {"ls": "", "marker": "o", "ms": 2.2, "mfc": "black", "mec": "white", "mew": 0.4, "zorder": 4}
 
 
 def panels(columns: int, height: float, width: float = WIDTH, **options: Any) -> tuple[Any, Any]:
@@ -34,8 +36,8 @@ def draw_estimate(axis: Any, scores: np.ndarray, y: float, colour: str, proporti
     """The mean over seeds and clips with its interval, and a small dot for each seed, in percent."""
     value = estimate(scores, proportion)
     sides = [[100 * max(0.0, value.mean - value.low)], [100 * max(0.0, value.high - value.mean)]]
-    axis.errorbar(100 * value.mean, y, xerr=sides, fmt="o", ms=4, color=colour, capsize=2, lw=1)
-    axis.plot([100 * v for v in value.seeds], [y + 0.28] * len(value.seeds), ".", ms=3, color=colour, alpha=0.6)
+    axis.errorbar(100 * value.mean, y, xerr=sides, fmt="o", ms=5, color=colour, capsize=2, lw=1)
+    axis.plot([100 * v for v in value.seeds], [y] * len(value.seeds), **SEED)
 
 
 def draw_rows(study: Study, captioning: bool, columns: dict[str, str], path: Path) -> None:
@@ -60,7 +62,7 @@ def draw_rows(study: Study, captioning: bool, columns: dict[str, str], path: Pat
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=COLOURS[mode], marker="o", ms=4, lw=1, label=MODES[mode]) for mode in COLOURS]
-    handles += axes[0].get_legend_handles_labels()[0]
+    handles += [Line2D([], [], **SEED, label="one seed"), *axes[0].get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=6.5)
     figures.save(figure, path)
 
@@ -128,7 +130,8 @@ def draw_learning(study: Study, path: Path) -> None:
             means = [100 * mean(values) for values in curve.values()]
             axis.plot([*curve], means, color=COLOURS[mode], lw=1.2, label=MODES[mode])
             for share, values in curve.items():
-                axis.plot([share] * len(values), [100 * v for v in values], ".", ms=5, color=COLOURS[mode])
+                dots = SEED | {"ms": 4, "mfc": COLOURS[mode]}  # of the line's colour, because it may lie far from it
+                axis.plot([share] * len(values), [100 * v for v in values], **dots)
         nearest = 100 * study.nearest[False][model].right.mean()
         axis.axhline(nearest, color="0.5", lw=0.8, ls=":", label="nearest neighbour, all clips")
         axis.set_xscale("log")
@@ -136,6 +139,7 @@ def draw_learning(study: Study, path: Path) -> None:
         axis.minorticks_off()
         axis.set(title=NAMES[model], xlabel="share of the training clips")
     axes[0].set(ylabel="test accuracy %")
+    axes[-1].plot([], [], **SEED | {"ms": 4}, label="one seed")
     axes[-1].legend(frameon=False, fontsize=6.5)
     figures.save(figure, path)
 
@@ -225,7 +229,7 @@ def draw_dataset(study: Study, data_dir: Path, path: Path) -> None:
 
 
 def draw_worst(study: Study, names: dict[str, str], data_dir: Path, path: Path) -> None:
-    """The surest wrong answers of the first run of the best classifier."""
+    """The most confident wrong answers of the first run of the best classifier."""
     row = max(study.finished(captioning=False), key=lambda row: study.scores[row.name].right.mean())
     answers = next(iter(row.results.values())).answers(study.clips)
     clips = []
