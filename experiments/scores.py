@@ -19,12 +19,12 @@ from metrics import bleu, bleu_counts, cider_d, label_rows_summary, right_attrib
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the runs of a row, or of an answer that needs no training. S seeds, n clips."""
+    """The scores of a row's runs, or of a baseline without training. S seeds, n clips."""
 
     right: np.ndarray  # which answers are right: the class, or everything that the caption says. (S, n)
     clips: Clips
     cider: np.ndarray | None = None  # captions only: CIDEr of each. (S, n)
-    attributes: dict[str, np.ndarray] | None = None  # captions only: which name it right for all objects. (S, n)
+    attributes: dict[str, np.ndarray] | None = None  # captions only: which get it right for all objects. (S, n)
     corpus: dict[str, float] | None = None  # scores that are not means over clips; means over the seeds
 
     @property
