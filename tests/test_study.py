@@ -11,7 +11,7 @@ import pytest
 import main
 from config import ROOT
 from experiments import epochs, grid, make_study
-from experiments.findings import adapting
+from experiments.findings import adapting, gained
 from experiments.intervals import DRAWS, Estimate, bootstrap_means, difference, drawn_clips, estimate, mcnemar_p
 from experiments.make_study import chosen_rows, planned, swept_values, write_share
 from experiments.results import read_clips
@@ -99,6 +99,15 @@ def test_mcnemar_takes_the_least_sure_pair_of_seeds():
     assert mcnemar_p(first, second) == 1
 
 
+def test_gains_of_both_modes_share_their_verb():
+    gain, loss, none = (Estimate(0.1, 0.05, 0.15), Estimate(-0.1, -0.15, -0.05), Estimate(0.0, -0.01, 0.01))
+    size, equal = "10.0 points [5.0, 15.0]", "(+0.0 points [−1.0, +1.0])"
+    assert gained(gain, gain) == f"gains {size} through LoRA and {size} in full"
+    assert gained(gain, loss) == f"gains {size} through LoRA and loses {size} in full"
+    assert gained(none, loss) == f"does not change measurably through LoRA {equal} and loses {size} in full"
+    assert gained(none, none) == f"does not change measurably through LoRA {equal} or in full {equal}"
+
+
 def test_sentences_about_modes_need_all_three(tmp_path):
     """TimeSformer was run in all modes, VideoMAE not in full."""
 
@@ -115,8 +124,14 @@ def test_sentences_about_modes_need_all_three(tmp_path):
     found = [comparison("timesformer", *modes, Estimate(*value)) for modes, value in values.items()]
     found.append(comparison("videomae", "lora", "frozen", Estimate(0.1, 0.05, 0.15)))
     assert adapting(SimpleNamespace(comparisons=found), grid.TASKS[0]) == (
-        "TimeSformer gains 10.0 points [5.0, 15.0] through LoRA and shows no measurable gain in full "
+        "TimeSformer gains 10.0 points [5.0, 15.0] through LoRA and does not change measurably in full "
         "(+2.0 points [−1.0, +5.0]); training in full is behind LoRA by 8.0 points [5.0, 10.0]."
+    )
+    found += [comparison("videomae", *modes, Estimate(0.0, -0.01, 0.01)) for modes in list(values)[1:]]
+    found[3] = comparison("videomae", "lora", "frozen", Estimate(-0.02, -0.05, 0.01))
+    assert adapting(SimpleNamespace(comparisons=found[3:]), grid.TASKS[0]) == (
+        "There is no measurable difference between frozen, LoRA and in full for VideoMAE "
+        "(LoRA −2.0 points [−5.0, +1.0], in full +0.0 points [−1.0, +1.0]), each compared with frozen."
     )
     assert adapting(SimpleNamespace(comparisons=[]), grid.TASKS[0]) == grid.NOT_RUN
 
