@@ -252,7 +252,7 @@ class Config:
     the families in that table"""
     language_model: str | None = option(None, path_value, "model", NO_SWEEP, names_run=True, needs_vlm=True)
     """language backbone for --use_vlm True: bert for classification; gpt2, smollm2 or qwen3 for captioning; or a folder
-    or hub id of a similar model"""
+    or hub id of a similar model. If not set: bert, or gpt2 with --captioning True"""
     use_vlm: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
     """connect a language model to the video backbone"""
     captioning: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
@@ -408,7 +408,8 @@ class Config:
     """number of training clips to draw"""
 
     checkpoint: str | None = option(None, path_value, "run and machine", USE)
-    """run folder to load; all model options are read from it"""
+    """run folder to load; all model options are read from it. inference.py does not need it if the model options are
+    those of training"""
     run_name: str | None = option(
         None, path_value, "run and machine", f"main sweep_heads preview {USE}", free_at_resume=True
     )
@@ -555,7 +556,8 @@ def config_file_text() -> str:
 # what each script does, for the first line of its --help
 ABOUT = {
     "main": "Train a video classifier, a video + language classifier or a video captioner.",
-    "inference": "Classify or caption videos with a trained run.",
+    "inference": "Classify or caption videos with a trained run: give its folder as --checkpoint, or the model options "
+    "that it was trained with.",
     "score": "Score a trained run again on val and test, on its own or other videos. --segments TRUTH ANSWERS scores "
     "the segments of a timeline, as inference.py writes them, against those of a metadata.jsonl.",
     "doctor": "Check data, backbone and options before training. Takes the flags of main.py and saves nothing.",
@@ -568,7 +570,7 @@ INPUT = {"inference": "--video_dir", "score": "--checkpoint"} | dict.fromkeys(TR
 
 def table_of_names() -> str:
     """The short names, what they load with --weights tiny and hub, and the licence of the published weights."""
-    lines = ["short name   tiny  --weights hub, licence"]
+    lines = [f"  {'short name':<12} {'tiny':<4} {'model of --weights hub':<41} licence"]
     for name, backbone in BACKBONES.items():
         licence = f"{backbone.licence}{', not for commercial use' if is_non_commercial(backbone.licence) else ''}"
         lines.append(f"  {name:<12} {'yes' if backbone.tiny else 'no':<4} {backbone.hub:<41} {licence}")
