@@ -556,8 +556,7 @@ def config_file_text() -> str:
 # what each script does, for the first line of its --help
 ABOUT = {
     "main": "Train a video classifier, a video + language classifier or a video captioner.",
-    "inference": "Classify or caption videos with a trained run: give its folder as --checkpoint, or the model options "
-    "that it was trained with.",
+    "inference": "Classify or caption videos with a trained run: --checkpoint FOLDER, or the model options of its training.",
     "score": "Score a trained run again on val and test, on its own or other videos. --segments TRUTH ANSWERS scores "
     "the segments of a timeline, as inference.py writes them, against those of a metadata.jsonl.",
     "doctor": "Check data, backbone and options before training. Takes the flags of main.py and saves nothing.",
