@@ -41,7 +41,8 @@ REPEATED = "a link to a folder that was already read"
 
 LARGE = 1280 * 720  # pixels of a frame from which several decoding threads are faster than one
 LARGEST_CLIP = 2**30  # bytes of all frames of a clip
-INDEXED = 32  # video files whose timestamps are remembered; an hour of video takes about 1 MB
+# of how many files, and frames, the timestamps are remembered, of 8 bytes each; 4 million are 37 hours at 30 per second
+INDEXED_FILES, INDEXED_FRAMES = 1000, 4_000_000
 
 # FFmpeg formats that only name other files. What they show may change while their own digest stays the same
 PLAYLISTS = {"concat", "hls", "applehttp", "dash", "webm_dash_manifest", "imf", "sdp", "rtsp"}
@@ -295,9 +296,11 @@ class VideoFile(Reader):
         info = self.path.stat()
         key = (self.path, info.st_ino, info.st_size, info.st_mtime_ns)
         if key not in INDEXES:
-            if len(INDEXES) >= INDEXED:
-                del INDEXES[next(iter(INDEXES))]  # the oldest
             INDEXES[key] = self._index()
+            while len(INDEXES) > 1 and (
+                len(INDEXES) > INDEXED_FILES or sum(count for *_, count in INDEXES.values()) > INDEXED_FRAMES
+            ):
+                del INDEXES[next(iter(INDEXES))]  # the oldest
         self.times, self.keyframes, self.count = INDEXES[key]
         if not self.count:
             raise ReadError(self.path, "no frames in this file")

@@ -113,11 +113,19 @@ def test_an_index_is_read_once_and_never_stale(tmp_path, monkeypatch):
     assert [len(open_video(path)) for _ in range(3)] == [30] * 3 and len(calls) == 1
     write_video(path, counting_frames(20))
     assert len(open_video(path)) == 20 and len(calls) == 2
-    for number in range(readers.INDEXED + 3):
-        other = tmp_path / f"{number}.mp4"
+
+    # those of the oldest files are forgotten when there are too many frames, or files
+    monkeypatch.setattr(readers, "INDEXED_FRAMES", 50)
+    others = [tmp_path / f"{number}.mp4" for number in range(3)]
+    for other in others:
         other.write_bytes(path.read_bytes())
         open_video(other)
-    assert len(readers.INDEXES) <= readers.INDEXED
+    assert [key[0] for key in readers.INDEXES] == others[1:]
+    monkeypatch.setattr(readers, "INDEXED_FILES", 1)
+    open_video(others[0])
+    assert [key[0] for key in readers.INDEXES] == others[:1]
+    monkeypatch.setattr(readers, "INDEXED_FRAMES", 5)
+    assert len(open_video(others[1])) == 20  # a file with more frames than that can still be read
 
 
 def test_frame_folders_and_tensors_need_a_frame_rate(tmp_path):
