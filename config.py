@@ -213,7 +213,7 @@ def path_value(text: str) -> str:
 # -- the options ------------------------------------------------------------------------------------
 
 # scripts that read an option: those that build a new model, and those that load a run
-TRAIN_ANY = "main doctor preview"  # not a sweep: it trains heads only, and without a language model
+TRAIN_ANY = "main doctor preview plan"  # not a sweep: it trains heads only, and without a language model
 TRAIN = f"{TRAIN_ANY} sweep_heads"
 USE = "inference score"
 ALL = f"{TRAIN} {USE}"
@@ -309,7 +309,7 @@ class Config:
     spread over a video shorter than the window. auto: -S with the S of the backbone's published training; 0 for tiny
     backbones, for image encoders, and if S is unknown"""
     # three values, because auto must not fail where True must: with augmentation or a trained backbone
-    cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main score")
+    cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main plan score")
     """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
     always takes the centred frames. auto: True if the video backbone is frozen and clips are not augmented"""
     cache_dir: str = option("auto", path_value, "data", "main sweep_heads score", free_at_resume=True)
@@ -320,22 +320,22 @@ class Config:
     of the classes"""
     skip_unreadable: bool = option(False, to_bool, "data", "main sweep_heads preview score")
     """skip videos that cannot be read and list them in metrics.json; otherwise they stop the run"""
-    augment: str = option("none", one_of("none", "light", "strong"), "data", "main preview")
+    augment: str = option("none", one_of("none", "light", "strong"), "data", "main plan preview")
     """random changes to training clips, for small datasets; all frames of a clip change alike. light: mild cropping and
     erasing. strong: more cropping, erasing, RandAugment without rotation or flip, colour jitter and, for classifiers
     without text, mixup or cutmix. strong needs kornia (requirements-extra.txt) and changes colours, which captions may
     mention"""
-    flip: bool = option(False, to_bool, "data", "main preview")
+    flip: bool = option(False, to_bool, "data", "main plan preview")
     """mirror half of the training clips; leave it off if left and right matter, as in "moving left\""""
-    class_balance: bool = option(False, to_bool, "data", "main sweep_heads preview", classifiers_only=True)
+    class_balance: bool = option(False, to_bool, "data", "main plan sweep_heads preview", classifiers_only=True)
     """draw equally many clips of every class in each epoch; small classes repeat clips, with different frames if frames
     are drawn at random"""
 
-    epochs: int | str = option("auto", auto_or(number(int, 1, 100_000)), "training", "main sweep_heads")
+    epochs: int | str = option("auto", auto_or(number(int, 1, 100_000)), "training", "main plan sweep_heads")
     """passes over the training videos; the epoch with the best val accuracy is kept, or for captioners the one with
     the lowest val loss. auto: 1,800 optimizer steps, or 3,600 on cached features; at least 5 and at most 30 epochs"""
     batch_size: int | str = option(
-        "auto", auto_or(number(int, 1, 65_536)), "training", f"main sweep_heads preview {USE}"
+        "auto", auto_or(number(int, 1, 65_536)), "training", f"main plan sweep_heads preview {USE}"
     )
     """clips per batch, over all processes; lower it if you run out of memory. auto: 16, or 8 for inference"""
     learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", "main doctor")
@@ -352,11 +352,11 @@ class Config:
     patience: int | str = option("auto", auto_or(number(int, 0)), "training", "main sweep_heads")
     """stop early if val has not improved for this many epochs. 0: never. auto: half the epochs with --epochs auto,
     otherwise 0"""
-    gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", "main sweep_heads")
+    gradient_accumulation_steps: int = option(1, number(int, 1, 65_536), "training", "main plan sweep_heads")
     """batches per optimizer step: N batches of size B train like one batch of N x B, with the memory of B"""
-    gradient_checkpointing: bool = option(False, to_bool, "training", "main doctor")
+    gradient_checkpointing: bool = option(False, to_bool, "training", "main plan doctor")
     """recompute activations in the backward pass: uses less memory, about a third slower"""
-    compile: bool = option(False, to_bool, "training", "main")
+    compile: bool = option(False, to_bool, "training", "main plan")
     """apply torch.compile to the backbones: the first step is slow, later ones are faster; for long runs on a GPU.
     Needs a C++ compiler"""
     seed: int = option(0, number(int, 0, 2**31 - 1), "training", TRAIN)
@@ -437,7 +437,7 @@ class Config:
     """compute in 16 bit where that is safe (autocast): bf16 or fp16, or no for 32 bit. auto: bf16 on a GPU that
     supports it, else no"""
     frozen_dtype: str = option(
-        "auto", one_of("auto", "fp32", "bf16"), "run and machine", f"main sweep_heads {USE}", changes_answers=True
+        "auto", one_of("auto", "fp32", "bf16"), "run and machine", f"main plan sweep_heads {USE}", changes_answers=True
     )
     """hold the frozen weights of backbones in fp32 or bf16. bf16 takes half the memory and needs --mixed_precision
     bf16, which computes with bf16 copies of them anyway. auto: bf16 on a GPU with --mixed_precision bf16, else fp32"""
@@ -561,6 +561,8 @@ ABOUT = {
     "the segments of a timeline, as inference.py writes them, against those of a metadata.jsonl.",
     "doctor": "Check data, backbone and options before training. Takes the flags of main.py and saves nothing.",
     "sweep_heads": "Train many heads on cached features of a frozen backbone, and keep the one that is best on val.",
+    "plan": "Estimate memory and time of a training with the vision backbone frozen, through LoRA and in full, in about a "
+    "minute. Takes the flags of main.py and saves nothing.",
     "preview": "Draw the first training clips as the model will see them. Takes the flags of main.py.",
 }
 # which flag a path without a flag most likely lacks

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,6 @@ def compute_missing(
     return bad
 
 
-@torch.no_grad()
 def extract_features(
     encoder: VisionEncoder,
     samples: list[Sample],
@@ -283,11 +283,6 @@ def extract_features(
     accelerator: Any,
 ) -> dict[Key, str]:
     """Computes and stores features, shard by shard. Returns {key: error} of the unreadable samples."""
-    # for less than a shard of videos, starting worker processes takes longer than decoding
-    encoder.to(accelerator.device).eval()
-    dataset = ClipDataset(samples, encoder.preprocessing, config.num_frames, config.frame_stride, [])
-    workers = config.num_workers if len(samples) > SHARD else 0
-    loader = build_loader(dataset, stack_clips, workers, EpochBatches(dataset, config.batch_size))
     bad: dict[Key, str] = {}
     shard: list[tuple[int, torch.Tensor]] = []  # (index of the sample, its features)
 
@@ -298,19 +293,37 @@ def extract_features(
             store.write(ids[[index for index, _ in shard]], [features for _, features in shard])
             shard.clear()
 
-    # a batch without readable videos is None
     with tqdm(total=len(samples), desc="features", unit="video", leave=False, disable=not samples) as bar:
-        for batch, errors in loader.with_errors():
+        for features, errors in computed_features(encoder, samples, config, accelerator):
             bad |= {samples[index].key: error for index, error in errors.items()}
-            if batch is not None:
-                features = features_of(encoder, batch["video"], config.token_grid, accelerator)
-                shard += zip(batch["index"].tolist(), features, strict=True)
-            bar.update(len(errors) + (len(batch["index"]) if batch is not None else 0))
+            shard += features
+            bar.update(len(errors) + len(features))
             if len(shard) >= SHARD:
                 flush()
     flush()
-    loader.close()
     return bad
+
+
+@torch.no_grad()
+def computed_features(
+    encoder: VisionEncoder, samples: list[Sample], config: Config, accelerator: Any
+) -> Iterator[tuple[list[tuple[int, torch.Tensor]], dict[int, str]]]:
+    """Computes features batch by batch: yields ([(index of the sample, its features fp16 [1 + N, D])], {index: error} of
+    the unreadable samples)."""
+    # for less than a shard of videos, starting worker processes takes longer than decoding
+    encoder.to(accelerator.device).eval()
+    dataset = ClipDataset(samples, encoder.preprocessing, config.num_frames, config.frame_stride, [])
+    workers = config.num_workers if len(samples) > SHARD else 0
+    loader = build_loader(dataset, stack_clips, workers, EpochBatches(dataset, config.batch_size))
+    try:
+        for batch, errors in loader.with_errors():
+            features = []
+            if batch is not None:  # a batch without readable videos is None
+                computed = features_of(encoder, batch["video"], config.token_grid, accelerator)  # (B, 1 + N, D)
+                features = [*zip(batch["index"].tolist(), computed, strict=True)]
+            yield features, errors
+    finally:
+        loader.close()
 
 
 def stack_clips(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ LAYERS = [
     {"scan", "export", "train_code", "figures", "answers"},
     {"controls"},
     {"runs"},
-    {"main", "sweep_heads", "inference", "score", "doctor", "preview"},
+    {"main", "sweep_heads", "inference", "score", "doctor", "preview", "plan"},
     {"create_dummy", "convert_dataset"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -86,6 +86,7 @@ def test_an_older_python_can_parse_the_guard():
         "score",
         "doctor",
         "preview",
+        "plan",
         "dummy_data",
         "create_dummy",
         "backbones.pretrain",
