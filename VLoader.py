@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
+from groups import grouped, ungrouped_classes
 from metrics import Lexicon
 from readers import (
     VIDEO_SUFFIXES,
@@ -68,6 +69,7 @@ class Sample:
     questions: tuple[tuple[str, str | None, str | None], ...] = ()  # (question, answer, kind) of each; see by_question
     question: str | None = None  # what a captioner is asked; `captions` then has the answer
     kind: str | None = None  # of the question, for the scores
+    group: str | None = None  # the recording that it comes from, if that is known; see groups.py
     digest: str | None = field(default=None, compare=False)  # of the whole video; set by identified()
 
     def has_attributes(self, lexicon: Lexicon) -> bool:
@@ -83,6 +85,16 @@ class Sample:
     def times(self) -> dict[str, float]:
         """{"start", "end"} of a segment in seconds, {} for a whole video."""
         return {} if self.segment is None else {"start": self.segment.start, "end": self.segment.end}
+
+    @property
+    def recording(self) -> str:
+        """The recording that the clip comes from: its group or, without one, the path of its video."""
+        return os.path.abspath(self.path) if self.group is None else self.group
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """What says in a row of predictions which clip it is about: file, group if it has one, times of a segment."""
+        return {"file": str(self.path)} | ({} if self.group is None else {"group": self.group}) | self.times
 
     @property
     def identity(self) -> str:
@@ -199,7 +211,7 @@ def check_row(row: Any, where: str) -> str:
     """Checks the types of a row of metadata.jsonl and returns its file_name. Raises UserError."""
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
         raise UserError(f'{where}: expected {{"file_name": "...", ...}}')
-    for key in ("text", "other_text", "label"):
+    for key in ("text", "other_text", "label", "group"):
         if row.get(key) is not None and not is_text(row[key]):
             raise UserError(f"{where}: {key} must be a string")
     if not all(is_text(c) and c.strip() for c in as_list(row.get("caption", []))):
@@ -255,7 +267,8 @@ def make_sample(path: Path, row: dict[str, Any], folder: Path) -> Sample:
     captions, objects, questions = (tuple(as_list(row.get(key, []))) for key in ("caption", "attributes", "question"))
     answers, kinds = (as_list(row.get(key) or [None] * len(questions)) for key in ("answer", "kind"))
     asked = tuple(zip(questions, answers, kinds, strict=False))  # a kind without a question means nothing
-    return Sample(path, label, captions, row.get("text"), row.get("other_text"), objects, segment_of(row), asked)
+    texts = row.get("text"), row.get("other_text")
+    return Sample(path, label, captions, *texts, objects, segment_of(row), asked, group=row.get("group"))
 
 
 def by_question(samples: list[Sample]) -> list[Sample]:
@@ -292,12 +305,15 @@ class Splits:
     unreadable: tuple[str, ...] = ()  # errors of the videos that were skipped
 
 
-def read_splits(data_dir: Path, class_names: list[str] | None = None, questions: bool = False) -> Splits:
+def read_splits(
+    data_dir: Path, class_names: list[str] | None = None, questions: bool = False, group_by: str = "auto"
+) -> Splits:
     """Reads train/, val/ and test/ of a data folder. Without val/, a tenth of each training class is held out.
 
     The classes are those of train/, unless `class_names` lists them; then train/ is optional. With `questions`, a
-    video has a sample for each of its questions: see by_question().
-    Raises UserError if train/ is required and missing.
+    video has a sample for each of its questions: see by_question(). `group_by` says which clips come from one recording:
+    see grouped().
+    Raises UserError if train/ is required and missing, or if `group_by` does not fit the data.
     """
     # only train/ is required: a dataset without test/ can be trained on, and one without train/ can be scored
     if not data_dir.is_dir():
@@ -307,11 +323,16 @@ def read_splits(data_dir: Path, class_names: list[str] | None = None, questions:
     if "train" not in splits and (class_names is None or not splits):
         raise UserError(f"{data_dir} has no folder train/ (expected {data_dir}/train/<class>/<video>)")
 
+    splits = grouped(splits, data_dir, group_by)
+
     # every run needs val, because it selects the best epoch
     note = ""
     if "train" in splits and "val" not in splits:
         splits["train"], splits["val"] = hold_out(splits["train"], data_dir / "train")
         note = "no val/ folder: a tenth of each training class is held out (at least one video), the same in every run"
+        if any(s.group is not None for s in splits["val"]):
+            note = "no val/ folder: about a tenth of each training class is held out, in whole recordings"
+            note += ungrouped_classes(splits["train"], splits["val"])
     if class_names is None:
         class_names = sorted({s.label for s in splits["train"] if s.label is not None}, key=natural_key)
     if questions:  # only now, so that all questions about a video stay in one split
@@ -323,34 +344,45 @@ def hold_out(samples: list[Sample], folder: Path) -> tuple[list[Sample], list[Sa
     """Splits training samples into (train, val). val gets a tenth of each class, at least one of two or more videos.
 
     Videos are ranked by a hash of their names, so the split does not depend on machine, seed or order of files. All
-    segments of a video stay together. Raises UserError if every class has only one video.
+    segments of a video stay together, and all videos of a group; a group with more than half of the clips of a class
+    stays in train. Raises UserError if every class has only one video or group.
     """
 
     def rank(sample: Sample) -> str:
-        name = Path(os.path.relpath(sample.path, folder)).as_posix()
+        name = Path(os.path.relpath(sample.path, folder)).as_posix() if sample.group is None else sample.group
         return hashlib.sha256(f"{VAL_SALT}/{name}".encode("utf-8", "surrogateescape")).hexdigest()
 
-    # how many samples of each class a video has: one, or its segments
-    samples_of: dict[Path, Counter[str | None]] = {}
+    def whole(sample: Sample) -> Path | str:
+        return sample.path if sample.group is None else sample.group
+
+    # how many samples of each class a video has: one, or its segments; or those of a group
+    samples_of: dict[Path | str, Counter[str | None]] = {}
     for sample in sorted(samples, key=rank):
-        samples_of.setdefault(sample.path, Counter())[sample.label] += 1
+        samples_of.setdefault(whole(sample), Counter())[sample.label] += 1
 
     # class by class, so that val also has the small classes. With segments, the videos of one class may bring enough of
     # another class too; no class may lose its last video
     total, taken = Counter(s.label for s in samples), Counter()
-    left = Counter(label for labels in samples_of.values() for label in labels)  # videos that remain, by class
-    held_out: set[Path] = set()
+    left = Counter(label for labels in samples_of.values() for label in labels)  # videos or groups that remain
+    held_out: set[Path | str] = set()
+
+    def spared(unit: Path | str) -> bool:
+        counts = samples_of[unit].items()
+        small = isinstance(unit, Path) or all(2 * n <= total[name] for name, n in counts)
+        return small and all(left[name] > 1 for name, _ in counts)
+
     for label, count in sorted(total.items(), key=lambda item: (item[1], str(item[0]))):  # the smallest class first
-        for path in (path for path, labels in samples_of.items() if label in labels):
+        for unit in (unit for unit, labels in samples_of.items() if label in labels):
             if taken[label] >= max(1, round(VAL_FRACTION * count)):
                 break
-            if path not in held_out and all(left[name] > 1 for name in samples_of[path]):
-                held_out.add(path)
-                taken += samples_of[path]
-                left.subtract([*samples_of[path]])
+            if unit not in held_out and spared(unit):
+                held_out.add(unit)
+                taken += samples_of[unit]
+                left.subtract([*samples_of[unit]])
     if not held_out:
-        raise UserError(f"{folder}: too few videos to hold any out for val; add a folder val/ next to it")
-    return [s for s in samples if s.path not in held_out], [s for s in samples if s.path in held_out]
+        few = "videos" if all(s.group is None for s in samples) else "recordings"
+        raise UserError(f"{folder}: too few {few} to hold any out for val; add a folder val/ next to it")
+    return [s for s in samples if whole(s) not in held_out], [s for s in samples if whole(s) in held_out]
 
 
 def read_display_names(data_dir: Path, class_names: list[str]) -> dict[str, str]:

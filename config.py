@@ -190,6 +190,17 @@ def several(convert: Callable[[str], Any]) -> Callable[[str], str]:
     return convert_all
 
 
+def group_rule(text: str) -> str:
+    """auto, column, parent, none, or a regular expression."""
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"auto, column, parent, none or a regular expression ({error})") from None
+    if not text:
+        raise ValueError("auto, column, parent, none or a regular expression")
+    return text
+
+
 def text_value(text: str) -> str:
     """Any valid text."""
     try:
@@ -320,6 +331,11 @@ class Config:
     of the classes"""
     skip_unreadable: bool = option(False, to_bool, "data", "main sweep_heads preview score")
     """skip videos that cannot be read and list them in metrics.json; otherwise they stop the run"""
+    group_by: str = option("auto", group_rule, "data", f"{TRAIN} score")
+    """which clips come from one recording: if val is held out, a recording stays on one side, and intervals of scores
+    count it as one. auto: those with the same `group` in metadata.jsonl. column: the same, but every clip needs one.
+    parent: those in one folder below the class folder. none: only segments of one video. Anything else is a regular
+    expression; what its first group, or all of it, matches in the file name is the name of the recording"""
     augment: str = option("none", one_of("none", "light", "strong"), "data", "main plan preview")
     """random changes to training clips, for small datasets; all frames of a clip change alike. light: mild cropping and
     erasing. strong: more cropping, erasing, RandAugment without rotation or flip, colour jitter and, for classifiers

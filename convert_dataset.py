@@ -57,10 +57,11 @@ class Row:
     times: tuple[float, float, float | None] | None = None  # start and end in seconds, fps; None: the whole video
     problem: str = ""  # why the row is refused
     unused: bool = False  # the list itself excludes the video from this split
+    group: str | None = None  # the recording that the video comes from
 
     def __post_init__(self) -> None:
         # JSON may hold anything: a wrong type is caught here, where the file that holds it is still known
-        texts = [text for text in (self.video, self.label, *self.captions, self.text) if text is not None]
+        texts = [text for text in (self.video, self.label, *self.captions, self.text, self.group) if text is not None]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("names, labels and captions must be strings")
 
@@ -128,7 +129,7 @@ CAPTION_TITLES = ("caption", "sentence", "description")
 
 def list_rows(file: Path) -> Iterator[Row]:
     """`path label`, separated by a tab, comma or spaces; or a table with a header (path, label, caption, text, split,
-    start, end)
+    group, start, end)
 
     Other common column names work too: PATH_TITLES, LABEL_TITLES, CAPTION_TITLES.
     """
@@ -177,6 +178,7 @@ def table_rows(rows: Iterator[dict[str, str]]) -> Iterator[Row]:
             label=cell(row, LABEL_TITLES),
             captions=(caption,) if caption else (),
             text=cell(row, ("text",)),
+            group=cell(row, ("group",)),
             **split_fields(cell(row, ("split", "subset")) or "") | times_fields(row),
         )
 
@@ -198,10 +200,11 @@ def times_fields(row: dict[str, str]) -> dict[str, Any]:
 
 
 def ucf101_rows(file: Path) -> Iterator[Row]:
-    """`Class/v_Class_g01_c01.avi 1`; test lists have no number. The folder is the class"""
+    """`Class/v_Class_g01_c01.avi 1`; test lists have no number. The folder is the class, v_Class_g01 the recording"""
     for line in lines_of(file):
         name = re.sub(r"\s+\d+$", "", line)  # the class number of a training list
-        yield Row(name, label=PurePosixPath(name).parent.name or None)
+        recording = re.match(r"(.+_g\d+)_c\d+", PurePosixPath(name).name)
+        yield Row(name, label=PurePosixPath(name).parent.name or None, group=recording[1] if recording else None)
 
 
 def hmdb51_rows(file: Path) -> Iterator[Row]:
@@ -535,15 +538,17 @@ def find_row(row: Row, index: VideoIndex, output: Path, outcome: Outcome) -> tup
 
 
 def join_rows(group: list[Row], path: Path, outcome: Outcome) -> None:
-    """Merges the rows of one video or segment into one sample: captions add up, labels and texts must agree."""
+    """Merges the rows of one video or segment into one sample: captions add up, labels, groups and texts must
+    agree."""
     from readers import Segment
     from VLoader import Sample
 
-    labels = dict.fromkeys(row.label for row in group if row.label)
-    if len(labels) > 1:
-        problem = f"several labels ({', '.join(labels)}); a video can have only one"
-        outcome.refused += [f"{row.video}: {problem}" for row in group]
-        return
+    labels, recordings = (dict.fromkeys(filter(None, (getattr(row, n) for row in group))) for n in ("label", "group"))
+    for noun, values in (("labels", labels), ("groups", recordings)):
+        if len(values) > 1:
+            problem = f"several {noun} ({', '.join(values)}); a video can have only one"
+            outcome.refused += [f"{row.video}: {problem}" for row in group]
+            return
 
     # a sample has one text: rows with another one are refused, captions included, because a caption that answers
     # another question would be wrong
@@ -553,7 +558,8 @@ def join_rows(group: list[Row], path: Path, outcome: Outcome) -> None:
     outcome.found += len(taken)
     captions = tuple(caption for row in taken for caption in row.captions)
     segment = Segment(*group[0].times) if group[0].times else None
-    sample = Sample(path, next(iter(labels), None), captions, text, segment=segment)
+    recording = next(iter(recordings), None)
+    sample = Sample(path, next(iter(labels), None), captions, text, segment=segment, group=recording)
     outcome.samples[sample.key] = sample
 
 
@@ -588,6 +594,7 @@ def write_rows(outcomes: dict[str, Outcome], output: Path) -> None:
             target = sample.path.parent.resolve() / sample.path.name
             name = Path(os.path.relpath(target, folder.resolve())).as_posix()
             row = {"file_name": name, "label": sample.label, "caption": list(sample.captions), "text": sample.text}
+            row["group"] = sample.group
             row |= sample.segment._asdict() if sample.segment else {}
             lines.append(json.dumps({k: v for k, v in row.items() if v not in (None, [])}) + "\n")
         text = "".join(lines)

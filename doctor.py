@@ -7,6 +7,7 @@ Modules that need torch are imported inside the functions, so that --help stays 
 
 import copy
 import math
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,15 +27,21 @@ if TYPE_CHECKING:
 
 # a batch of 8 clips must lose half of its loss in 50 steps
 OVERFIT_STEPS, OVERFIT_FRACTION = 50, 0.5
+LONGEST_SEARCH = 120  # seconds to compute features in, for near copies
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table. A check has failed if there is advice on what to fix."""
+    """One row of the table. A check has failed if there is advice on what to fix, unless it is only a suspicion."""
 
     check: str
     result: str
     advice: str = ""
+    suspicion: bool = False
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.advice) and not self.suspicion
 
 
 # -- the data ---------------------------------------------------------------------------------------
@@ -114,6 +121,121 @@ def check_copies(splits: "Splits") -> Iterator[Finding]:
             yield Finding(check, f"{counted(len(groups), 'copied video')}, first {pair}", advice)
         else:
             yield Finding(check, counted(len(copies), "different video"))
+
+
+def check_recordings(splits: "Splits", data_dir: Path) -> Finding:
+    """Looks for recordings with clips in two splits. If nothing says which clips come from one recording, their names
+    may tell."""
+    from groups import crossing_clips, guess, shared_recordings
+
+    check = "no recording is in two splits"
+    if shared := shared_recordings(splits):
+        listed = {where: ", ".join(names[:5]) + ", ..." * (len(names) > 5) for where, names in shared.items()}
+        result = "; ".join(f"{counted(len(shared[w]), 'recording')} in {w}: {names}" for w, names in listed.items())
+        return Finding(check, result, "move all clips of a recording into one split: scores are too good otherwise")
+    samples = [*splits.train, *splits.val, *splits.test]
+    if any(s.group is not None or s.segment is not None for s in samples):
+        return Finding(check, counted(len({s.recording for s in samples}), "recording"))
+    rule = guess(splits, data_dir)
+    if not rule:
+        return Finding(check, "names and folders suggest none")
+    if crossing := crossing_clips(splits, rule, data_dir):
+        advice = f"if names like these name recordings, add --group_by '{rule}' and make splits of whole recordings"
+        return Finding(check, f"share a recording, by their names: {', '.join(crossing)}", advice, suspicion=True)
+    return Finding(check, f"nor by their names (--group_by '{rule}')")
+
+
+def check_near_copies(run: "Run") -> Finding:
+    """Compares the clips of train, val and test by frozen features. Finds copies that are rescaled, compressed again or
+    trimmed, which check_copies() does not."""
+    from groups import FEWEST, near_copies, whitened
+    from VLoader import distinct
+
+    check = "val and test have no near copies"
+    samples = {name: distinct(getattr(run.splits, name)) for name in ("train", "val", "test")}
+    everything = [sample for own in samples.values() for sample in own]
+    if len(everything) < FEWEST:
+        return Finding(check, f"not checked: needs {FEWEST} videos")
+    rows, problem = signatures_of(run, everything)
+    if rows is None:
+        return Finding(check, f"not checked: {problem}")
+
+    # unreadable clips have no features; whitening needs all others together
+    readable = rows.isfinite().all(1)  # (n,)
+    rows[readable] = whitened(rows[readable])
+    rows[~readable] = 0  # similar to nothing
+    parts = dict(zip(samples, rows.split([len(own) for own in samples.values()]), strict=True))
+    found = []
+    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+        for index, other, similarity in near_copies(parts[first], parts[second]):
+            found.append((similarity, f"{second} in {first}", samples[second][index], samples[first][other]))
+    if not found:
+        return Finding(check, f"{counted(int(readable.sum()), 'clip')} compared")
+    found.sort(key=lambda row: -row[0])
+    counts = ", ".join(f"{count} of {places}" for places, count in Counter(row[1] for row in found).items())
+    pairs = "; ".join(f"{clip_name(one)} ~ {clip_name(other)} ({value:.2f})" for value, _, one, other in found[:5])
+    return Finding(check, f"{counts}, most similar: {pairs}", "look at these pairs, and remove copies", suspicion=True)
+
+
+def signatures_of(run: "Run", samples: list[Any]) -> tuple[Any, str]:
+    """(signatures (n, d) for near_copies(), NaN where a video cannot be read; "") or (None, why there are none).
+
+    Features come from the cache of an earlier run, or are computed if that does not take long. Nothing is stored.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from feature_cache import features_of, stack_clips
+    from groups import signatures
+    from train_code import hold_frozen
+    from VLoader import ClipDataset, EpochBatches, build_loader
+
+    # the backbone as published, whatever will be trained, so the features that a frozen run has cached are valid
+    model, config = copy.deepcopy(run.model), run.config
+    hold_frozen(model, config, run.accelerator)
+    encoder = model.vision_encoder.to(run.accelerator.device).eval()
+    rows = cached_signatures(model, config, samples)
+    missing = [index for index in range(len(samples)) if index not in rows]
+
+    preprocessing, frames = encoder.preprocessing, (config.num_frames, config.frame_stride)
+    dataset = ClipDataset([samples[index] for index in missing], preprocessing, *frames, [])
+    batches = EpochBatches(dataset, 16)
+    loader = build_loader(dataset, stack_clips, config.num_workers if len(missing) > 64 else 0, batches)
+    started = 0.0
+    with tqdm(loader.with_errors(), "near copies", len(batches), leave=False, unit="batch") as bar, torch.no_grad():
+        for number, (batch, _) in enumerate(bar):
+            # the first batch takes longer than the others, so it says little about how long all will take
+            started = started or time.perf_counter()
+            expected = (time.perf_counter() - started) / max(1, number) * len(batches)
+            if expected > LONGEST_SEARCH:
+                loader.close()
+                cached = "a run with --freeze_visionbackbone True stores them"
+                return None, f"computing features takes about {expected / 60:.0f} minutes; {cached}"
+            if batch is not None:
+                features = features_of(encoder, batch["video"], config.token_grid, run.accelerator)
+                rows |= zip([missing[i] for i in batch["index"]], signatures(features, encoder.num_times), strict=True)
+    loader.close()
+    if not rows:
+        return None, "no video can be read"
+    unknown = torch.full_like(next(iter(rows.values())), math.nan)
+    return torch.stack([rows.get(index, unknown) for index in range(len(samples))]), ""
+
+
+def cached_signatures(model: "VideoModel", config: Config, samples: list[Any]) -> dict[int, Any]:
+    """{index of a sample: its signature (d,)} for those whose features an earlier run has cached."""
+    from feature_cache import open_store, place_of_store, video_ids
+    from groups import signatures
+    from readers import ReadError
+
+    if not place_of_store(model, config)[0].is_dir():
+        return {}
+    store, rows = open_store(model, config), {}
+    for index, sample in enumerate(samples):
+        with suppress(ReadError):
+            (number,) = store.find(video_ids([sample]))
+            if number >= 0:
+                rows[index] = signatures(store.read(number)[None], model.vision_encoder.num_times)[0]
+    return rows
 
 
 def check_captions(splits: "Splits") -> Finding:
@@ -281,11 +403,13 @@ def examine(run: "Run") -> list[Finding]:
     """The results of all checks that fit the task. The model is left as it was."""
     # the data
     splits, config, device = run.splits, run.config, run.accelerator.device
-    findings = [check_readable(splits), *check_copies(splits)]
+    data_dir = Path(config.data_dir)
+    findings = [check_readable(splits), *check_copies(splits), check_recordings(splits, data_dir)]
+    findings.append(check_near_copies(run))
     if config.captioning:
         findings.append(check_captions(splits))
     else:
-        findings.append(check_classes(splits, Path(config.data_dir) / "train"))
+        findings.append(check_classes(splits, data_dir / "train"))
     if any(s.segment is not None for s in splits.train + splits.val + splits.test):
         findings += check_segments(splits, config)
 
@@ -305,12 +429,12 @@ def examine(run: "Run") -> list[Finding]:
 
 
 def table(findings: list[Finding]) -> str:
-    """The findings as text, with the advice below each failed check."""
+    """The findings as text, with the advice below each failed check and each suspicion."""
     width = max(len(f.check) for f in findings)
     lines = []
     for f in findings:
         result = printable(f.result)[:LONGEST_MESSAGE]  # it may contain file names
-        lines.append(f"{'FAIL' if f.advice else 'ok':<5} {f.check:<{width}}  {result}")
+        lines.append(f"{'FAIL' if f.failed else 'WARN' if f.advice else 'ok':<5} {f.check:<{width}}  {result}")
         if f.advice:
             lines.append(f"{'':<5} {'':<{width}}  -> {f.advice}")
     return "\n".join(lines)
@@ -325,7 +449,7 @@ def main(argv: list[str] | None = None) -> int:
     run = prepare(config, Path(config.output_dir))
     print_backbones(run)
     findings = examine(run)
-    failed = sum(bool(finding.advice) for finding in findings)
+    failed = sum(finding.failed for finding in findings)
     print(table(findings))
     print(f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed")
     return int(failed > 0)

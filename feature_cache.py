@@ -202,7 +202,15 @@ def use_cache(model: VideoModel, config: Config) -> bool:
 
 
 def open_store(model: VideoModel, config: Config) -> FeatureStore:
-    """The store of a model's vision backbone. The options of `config` must be without `auto`."""
+    """The store of a model's vision backbone, which is made if it does not exist. The options of `config` must be
+    without `auto`."""
+    encoder = model.vision_encoder
+    shape = 1 + encoder.num_tokens(config.token_grid), encoder.config.hidden_size
+    return FeatureStore(*place_of_store(model, config), shape)
+
+
+def place_of_store(model: VideoModel, config: Config) -> tuple[Path, dict[str, Any]]:
+    """(the folder of a model's store, which may not exist; what its about.json says)."""
     description = {
         "backbone": model.sources["vision"].path,
         "fingerprint": model.sources["vision"].fingerprint,
@@ -217,10 +225,7 @@ def open_store(model: VideoModel, config: Config) -> FeatureStore:
     hashed = {name: value for name, value in description.items() if name != "backbone"}
     key = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.output_dir) / ".features" if config.cache_dir == "auto" else Path(config.cache_dir)
-    encoder = model.vision_encoder
-    return FeatureStore(
-        folder / key, description, (1 + encoder.num_tokens(config.token_grid), encoder.config.hidden_size)
-    )
+    return folder / key, description
 
 
 def cached_splits(config: Config) -> tuple[str, ...]:

@@ -30,19 +30,35 @@ Summary = Callable[[np.ndarray], dict[str, float]]  # indices of clips -> {name:
 # -- intervals --------------------------------------------------------------------------------------
 
 
-def resampled(summaries: list[Summary], count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+def resampled(
+    summaries: list[Summary], count: int, seed: int = 0, groups: Sequence[str] | None = None
+) -> list[dict[str, np.ndarray]]:
     """Scores on RESAMPLES draws of `count` clips with replacement: {name: (RESAMPLES,)} for each summary.
 
-    All summaries get the same draws, which makes their differences paired.
+    All summaries get the same draws, which makes their differences paired. With `groups`, the group of each clip, whole
+    groups are drawn, as many as there are: the cluster bootstrap (Davison and Hinkley 1997, section 3.8).
     """
     # a fixed seed, so that the same predictions always get the same intervals
     rng = np.random.default_rng(seed)
     rows: list[list[dict[str, float]]] = [[] for _ in summaries]
+    members = members_of(groups)
     for _ in range(RESAMPLES):
-        indices = rng.integers(0, count, count)
+        if members:
+            indices = np.concatenate([members[g] for g in rng.integers(0, len(members), len(members))])
+        else:
+            indices = rng.integers(0, count, count)
         for row, summary in zip(rows, summaries, strict=True):
             row.append(summary(indices))
     return [{name: np.array([r[name] for r in row]) for name in row[0]} for row in rows]
+
+
+def members_of(groups: Sequence[str] | None) -> list[np.ndarray]:
+    """The indices of the clips of each group, or [] if no two clips are in one group."""
+    numbers: dict[str, int] = {}
+    codes = np.array([numbers.setdefault(name, len(numbers)) for name in groups or ()], int)
+    if len(numbers) == len(codes):
+        return []
+    return np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
 
 
 def bounds(draws: np.ndarray) -> list[float]:
@@ -50,7 +66,7 @@ def bounds(draws: np.ndarray) -> list[float]:
     return np.quantile(draws, [0.025, 0.975]).tolist()
 
 
-def wilson(right: int, count: int) -> list[float]:
+def wilson(right: float, count: int) -> list[float]:
     """The 95 % interval of a proportion (Wilson 1927). Unlike the bootstrap's, it has a width at 0 and 1 too."""
     z = 1.959964  # 97.5 % quantile of the normal distribution
     centre = (right + z * z / 2) / (count + z * z)
@@ -58,23 +74,36 @@ def wilson(right: int, count: int) -> list[float]:
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def with_intervals(summary: Summary, count: int) -> dict[str, Any]:
+def with_intervals(summary: Summary, count: int, groups: Sequence[str] | None = None) -> dict[str, Any]:
     """The scores of all `count` clips and their "intervals" {name: [low, high]}.
 
-    The intervals are those of the percentile bootstrap over clips (Efron 1979). It has no width if all draws are equal,
-    as when every clip is right, so a score of exactly 0 or 1 gets the Wilson interval instead.
+    The intervals are those of the percentile bootstrap over clips (Efron 1979), or over the `groups` that they are in.
+    It has no width if all draws are equal, as when every clip is right, so a score of exactly 0 or 1 gets the Wilson
+    interval instead, which counts each group once; with a single group every score does.
     """
-    scores, (draws,) = summary(np.arange(count)), resampled([summary], count)
+    scores, (draws,) = summary(np.arange(count)), resampled([summary], count, groups=groups)
     intervals = {name: bounds(values) for name, values in draws.items()}
+    units = len(members_of(groups)) or count
     for name, score in scores.items():
-        if score in (0, 1) and name not in UNBOUNDED:
-            intervals[name] = wilson(round(score * count), count)
+        if (score in (0, 1) or units == 1 < count) and name not in UNBOUNDED:
+            intervals[name] = wilson(score * units, units)
     return scores | {"intervals": intervals}
 
 
-def compared(first: Summary, second: Summary, count: int) -> dict[str, dict[str, float]]:
+def recall_interval(right: np.ndarray, groups: Sequence[str] | None) -> list[float]:
+    """The 95 % interval of the fraction of right answers (n,): Wilson's, or the bootstrap's over groups."""
+    if not members_of(groups):
+        return wilson(int(right.sum()), len(right))
+    return with_intervals(lambda drawn: {"recall": float(right[drawn].mean())}, len(right), groups)["intervals"][
+        "recall"
+    ]
+
+
+def compared(
+    first: Summary, second: Summary, count: int, groups: Sequence[str] | None = None
+) -> dict[str, dict[str, float]]:
     """The difference second - first of every score, with its interval from the paired bootstrap."""
-    draws, everything = resampled([first, second], count), np.arange(count)
+    draws, everything = resampled([first, second], count, groups=groups), np.arange(count)
     one, two = first(everything), second(everything)
     result = {}
     for name in (name for name in one if name in two):  # labels without probabilities have fewer scores
@@ -84,7 +113,8 @@ def compared(first: Summary, second: Summary, count: int) -> dict[str, dict[str,
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
-    """McNemar's exact test of two classifiers on the same clips. `first` and `second` say which answers are right.
+    """McNemar's exact test of two classifiers on the same clips. `first` and `second` say which answers are right. The
+    clips must be independent.
 
     Counts the clips that only one of them has right. `p` is the two-sided binomial probability of a split at least as
     uneven if both are equally good.
@@ -172,10 +202,14 @@ def label_rows_summary(rows: list[dict[str, Any]]) -> Summary:
 
 
 def label_scores(
-    truth: np.ndarray, ranked: np.ndarray, confidence: np.ndarray, class_names: list[str]
+    truth: np.ndarray,
+    ranked: np.ndarray,
+    confidence: np.ndarray,
+    class_names: list[str],
+    groups: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """label_summary() with intervals, the calibration curve, and "classes": {class: its clips, recall with Wilson
-    interval, and how often each class was predicted for them}."""
+    """label_summary() with intervals, the calibration curve, and "classes": {class: its clips, recall with its
+    interval, and how often each class was predicted for them}. `groups`: the group of each clip."""
     # a row of the confusion matrix per class, without its zeros
     classes: dict[str, dict[str, Any]] = {name: {"count": 0, "recall": None, "predicted": {}} for name in class_names}
     for t, p in zip(truth, ranked[:, 0], strict=True):
@@ -184,12 +218,15 @@ def label_scores(
         row["predicted"][class_names[p]] = row["predicted"].get(class_names[p], 0) + 1
 
     # a class without clips has no recall
-    for name, row in classes.items():
+    hits = ranked[:, 0] == truth  # (n,)
+    for number, (name, row) in enumerate(classes.items()):
         if row["count"]:
-            right = row["predicted"].get(name, 0)
-            row |= {"recall": right / row["count"], "interval": wilson(right, row["count"])}
-    scores = with_intervals(label_summary(truth, ranked, confidence, len(class_names)), len(truth))
-    return scores | {"classes": classes, "calibration": calibration(confidence, ranked[:, 0] == truth)}
+            places = np.flatnonzero(truth == number)
+            own = [groups[i] for i in places] if groups else None
+            row |= {"recall": row["predicted"].get(name, 0) / row["count"]}
+            row |= {"interval": recall_interval(hits[places], own)}
+    scores = with_intervals(label_summary(truth, ranked, confidence, len(class_names)), len(truth), groups)
+    return scores | {"classes": classes, "calibration": calibration(confidence, hits)}
 
 
 # -- captions ---------------------------------------------------------------------------------------
@@ -352,14 +389,17 @@ def caption_summary(captions: Sequence[str], references: Sequence[Sequence[str]]
     return summary
 
 
-def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """caption_summary() with intervals."""
-    return with_intervals(caption_summary(captions, references), len(captions))
+def caption_scores(
+    captions: Sequence[str], references: Sequence[Sequence[str]], groups: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """caption_summary() with intervals. `groups`: the group of each caption's clip."""
+    return with_intervals(caption_summary(captions, references), len(captions), groups)
 
 
 def question_scores(right: np.ndarray, kinds: Sequence[str | None], videos: Sequence[str]) -> dict[str, Any]:
     """The fraction of right answers: "accuracy", its "interval", "count", and under "kinds" the same for each kind of
-    question. `right`: (n,) bool. The bootstrap draws videos, because the answers about one video are not independent."""
+    question. `right`: (n,) bool. The bootstrap draws `videos`, or the groups that are given as such, because the answers
+    about one video are not independent."""
 
     def scores_of(mask: np.ndarray) -> dict[str, Any]:
         names, video = np.unique(np.array(videos)[mask], return_inverse=True)  # (number of videos,), (n,)
@@ -448,6 +488,13 @@ def id_of(row: dict[str, Any]) -> str:
     or KeyError."""
     times = [f"{row['start']}-{row.get('end')}"] if "start" in row else []
     return " ".join([row["file"], *times, *([row["question"]] if "question" in row else [])])
+
+
+def groups_of(rows: list[Any]) -> list[str] | None:
+    """The group of each row of predictions: its recording if it names one, else its file. None without files."""
+    if not all(isinstance(row, dict) and isinstance(row.get("file"), str) for row in rows):
+        return None
+    return [row["group"] if isinstance(row.get("group"), str) else row["file"] for row in rows]
 
 
 def match_ids(references: dict[str, Any] | None, predictions: dict[str, Any], path: Path) -> tuple[list, list]:
@@ -542,8 +589,8 @@ def main(argv: list[str] | None = None) -> None:
         "--compare",
         metavar="P2",
         type=Path,
-        help="other predictions for the same ids; adds the differences P2 - P with paired bootstrap intervals, and "
-        "McNemar's test for labels",
+        help="other predictions for the same ids; adds the differences P2 - P with paired bootstrap intervals and, for "
+        "the labels of independent clips, McNemar's test",
     )
     args = parser.parse_args(argv)
 
@@ -553,14 +600,19 @@ def main(argv: list[str] | None = None) -> None:
     if not truths:
         raise UserError("nothing to score: the file has no ids")
     summary = summary_of(rows, truths, args.predictions)
-    result = {"count": len(truths)} | with_intervals(summary, len(truths))
+    groups = groups_of(rows)
+    recordings = len(members_of(groups))
+    result = {"count": len(truths)} | ({"recordings": recordings} if recordings else {})
+    result |= with_intervals(summary, len(truths), groups)
 
     # the other predictions against the same references, in the same order
     if args.compare:
         ids = [*(references or read_by_id(args.predictions))]
         others, _ = match_ids(dict(zip(ids, truths, strict=True)), read_by_id(args.compare), args.compare)
-        result["compare"] = compared(summary, summary_of(others, truths, args.compare), len(truths))
-        if not isinstance(truths[0], list):
+        result["compare"] = compared(summary, summary_of(others, truths, args.compare), len(truths), groups)
+        if recordings:
+            print("note: without McNemar's test, because clips of one recording are not independent", file=sys.stderr)
+        elif not isinstance(truths[0], list):
             right = [
                 [answer_text(r, args.predictions) == t for r, t in zip(x, truths, strict=True)] for x in (rows, others)
             ]

@@ -15,6 +15,7 @@ from build_model import VideoModel, build_model, parameter_table
 from checkpoint import check_same, claimed_run, clear_run, finish_run, git_commit, run_metadata, write_run_files
 from config import Config, as_flags, default_rates, fill_epochs, is_non_commercial, is_tiny, training_mode
 from controls import control_line, control_scores, occlusion_maps
+from groups import shared_recordings
 from pretrained import licence_of, warn_of_tiny
 from scan import prepare_data
 from script import UserError, counted, is_main, printable, read_rows
@@ -74,7 +75,7 @@ def prepare(config: Config, folder: Path) -> Run:
     """Reads what the data folder holds and builds the model. Raises UserError if either cannot be used."""
     # data first: it takes less time than the model, and fails more often
     data_dir = Path(config.data_dir)
-    splits = add_background(read_splits(data_dir, questions=config.captioning), config.background)
+    splits = add_background(read_splits(data_dir, None, config.captioning, config.group_by), config.background)
     check_samples(splits, config.captioning, config.use_text)
 
     # seed right before the model, so that nothing else changes the random weights of its new layers
@@ -198,6 +199,8 @@ def result_line(metrics: dict[str, Any]) -> str:
     if set(views.values()) != {1}:
         each = f", {counted(views['clips'], 'clip')} x {counted(views['crops'], 'crop')} of each"
     videos = counted(scores["count"], "video")
+    if "recordings" in scores:
+        videos += f" of {counted(scores['recordings'], 'recording')}"
     parts = [f"{split} of epoch {metrics['best_epoch']} on {videos}{each}: loss {scores['loss']:.3f}"]
 
     # a score without its interval says little on a small test split
@@ -282,6 +285,9 @@ def print_data(run: Run) -> None:
         print(f"questions: {', '.join(f'{count} {name}' for name, count in questions.items())}")
     if splits.note:
         print(splits.note)
+    for places, recordings in shared_recordings(splits).items():
+        count = counted(len(recordings), "recording")
+        print(printable(f"warning: {count} in {places}, so these splits are not independent; first: {recordings[0]}"))
     if note := run.model.truncation_note([*splits.train, *splits.val, *splits.test]):
         print(note)
 

@@ -104,7 +104,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
 
     # the trained model, and data with the same classes
     model, _, metadata = load_run(run_dir, flags, typed_flags)
-    splits = read_splits(Path(config.data_dir), metadata["class_names"], "questions" in metadata)
+    splits = read_splits(Path(config.data_dir), metadata["class_names"], "questions" in metadata, config.group_by)
     splits = add_background(splits, config.background)
     check_samples(splits, config.captioning, config.use_text)
     warn_of_tiny(config, splits.lexicon)

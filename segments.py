@@ -256,6 +256,7 @@ class Recording:
     """The true and the predicted segments of one video."""
 
     name: str
+    group: str | None = None  # the recording that this video is a part of
     truth: list[Event] = field(default_factory=list)
     predicted: list[Event] = field(default_factory=list)
     seconds: float = 0.0  # how long the video is, as far as the files tell
@@ -364,14 +365,15 @@ def label_table(recordings: list[Recording], label: str) -> tuple[np.ndarray, np
 
 
 def segment_scores(recordings: list[Recording]) -> dict[str, Any]:
-    """segment_summary() with intervals from the bootstrap over recordings, and counts."""
+    """segment_summary() with intervals from the bootstrap over recordings, or the groups that they are in, and
+    counts."""
     totals = Counter(event.label for r in recordings for event in r.truth)
     return {
         "recordings": len(recordings),
         "hours": sum(r.seconds for r in recordings) / 3600,
         "segments": sum(totals.values()),
         "predicted": sum(len(r.predicted) for r in recordings),
-    } | with_intervals(segment_summary(recordings), len(recordings))
+    } | with_intervals(segment_summary(recordings), len(recordings), [r.group or r.name for r in recordings])
 
 
 # -- files of segments ------------------------------------------------------------------------------
@@ -400,7 +402,9 @@ def read_recordings(truth_file: Path, answers_file: Path) -> list[Recording]:
 
     found: dict[str, Recording] = {}
     for name, row in zip(true_names, truth, strict=True):
-        add_event(found.setdefault(name, Recording(name)), row, truth_file, "truth")
+        recording = found.setdefault(name, Recording(name))
+        recording.group = row["group"] if isinstance(row.get("group"), str) else recording.group
+        add_event(recording, row, truth_file, "truth")
     for row in answers:  # windows too, because they tell how long the video is
         recording = found.setdefault(names[id(row)], Recording(names[id(row)]))
         add_event(recording, row, answers_file, "predicted" if not merged or row.get("segment") is True else "")

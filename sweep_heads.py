@@ -240,7 +240,8 @@ def table_row(candidate: Candidate, loaders: dict[str, Any]) -> dict[str, Any]:
     copy_tensors(run.model, candidate.best, run.folder / WEIGHTS)
     val = evaluate(run.model, loaders["val"], run.accelerator)
     right = val["ranked"][:, 0] == val["truth"]  # (n,)
-    scores = with_intervals(lambda indices: {"accuracy": float(right[indices].mean())}, len(right))
+    groups = [sample.recording for sample in run.splits.val]
+    scores = with_intervals(lambda indices: {"accuracy": float(right[indices].mean())}, len(right), groups)
     epoch = max(row["epoch"] for row in candidate.engine.progress.log if row["best"])
     values = (epoch, val["loss"], val["accuracy"], *scores["intervals"]["accuracy"])
     return row | dict(zip(("epoch", "val_loss", "val_accuracy", "low", "high"), values, strict=True))

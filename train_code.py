@@ -451,13 +451,13 @@ def score_captions(texts: list[str], dataset: ClipDataset) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     (samples, captions), (asked, answers) = split_by_question(dataset.samples, texts)
     if samples:
-        scores |= caption_scores(captions, [s.captions for s in samples])
+        scores |= caption_scores(captions, [s.captions for s in samples], [s.recording for s in samples])
     if samples and dataset.lexicon and all(s.has_attributes(dataset.lexicon) for s in samples):
         summary = attribute_summary(captions, [s.objects for s in samples], dataset.lexicon)
-        scores["attributes"] = with_intervals(summary, len(captions))
+        scores["attributes"] = with_intervals(summary, len(captions), [s.recording for s in samples])
     if asked:
         right = exact_matches(answers, [s.captions for s in asked])
-        scores["answers"] = question_scores(right, [s.kind for s in asked], [str(s.path) for s in asked])
+        scores["answers"] = question_scores(right, [s.kind for s in asked], [s.recording for s in asked])
         scores["count"] = len(distinct(dataset.samples))
     return scores
 
@@ -480,8 +480,7 @@ def final_scores(
         texts = caption_all(model, loader, accelerator, config)
         for sample, text in zip(samples, texts, strict=True):
             written = {"question": sample.question, "answer": text} if sample.question else {"caption": text}
-            row = {"file": str(sample.path), **sample.times, **written, "references": list(sample.captions)}
-            rows.append(row)
+            rows.append({**sample.place, **written, "references": list(sample.captions)})
         return result | score_captions(texts, loader.dataset), rows
 
     # classifiers: the arrays become rows; metrics.json keeps only the scores
@@ -489,8 +488,9 @@ def final_scores(
     names = loader.dataset.class_names
     for sample, label, best, scores in zip(samples, truth, ranked.tolist(), probabilities.tolist(), strict=True):
         top = [{"label": names[k], "score": round(score, 4)} for k, score in zip(best, scores, strict=True)]
-        rows.append({"file": str(sample.path), **sample.times, "truth": names[label], **top[0], "top_k": top})
-    return result | label_scores(truth, ranked, probabilities[:, 0], names), rows
+        rows.append({**sample.place, "truth": names[label], **top[0], "top_k": top})
+    groups = [sample.recording for sample in samples]
+    return result | label_scores(truth, ranked, probabilities[:, 0], names, groups), rows
 
 
 def score_splits(
@@ -501,6 +501,9 @@ def score_splits(
     for split in ("val", "test"):
         if split in loaders:
             metrics[split], rows = final_scores(model, loaders[split], accelerator, config, split)
+            recordings = len({sample.recording for sample in loaders[split].dataset.samples})
+            if recordings < len(distinct(loaders[split].dataset.samples)):
+                metrics[split]["recordings"] = recordings
             if accelerator.is_main_process:
                 write_rows(rows, folder / f"predictions_{split}.jsonl")
     if "test" in metrics:

@@ -33,7 +33,7 @@ def examine(data: Path, tmp_path: Path, *flags: str) -> int:
 def test_a_healthy_setup_passes(dataset, tmp_path, capsys, job):
     assert examine(dataset, tmp_path, *HEALTHY[job]) == 0
     out = capsys.readouterr().out
-    assert "FAIL" not in out and f"all {8 if job == 'captioner' else 9} checks passed" in out
+    assert "FAIL" not in out and f"all {10 if job == 'captioner' else 11} checks passed" in out
 
 
 @pytest.fixture
