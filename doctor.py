@@ -160,11 +160,12 @@ def check_near_copies(run: "Run") -> Finding:
     if rows is None:
         return Finding(check, f"not checked: {problem}")
 
-    # unreadable clips have no features; whitening needs all others together
+    # zeros are similar to nothing: clips that cannot be read
     readable = rows.isfinite().all(1)  # (n,)
-    rows[readable] = whitened(rows[readable])
-    rows[~readable] = 0  # similar to nothing
-    parts = dict(zip(samples, rows.split([len(own) for own in samples.values()]), strict=True))
+    white = whitened(rows[readable])  # (readable, k)
+    vectors = white.new_zeros(len(rows), white.shape[1])
+    vectors[readable] = white
+    parts = dict(zip(samples, vectors.split([len(own) for own in samples.values()]), strict=True))
     found = []
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         for index, other, similarity in near_copies(parts[first], parts[second]):
@@ -186,7 +187,7 @@ def signatures_of(run: "Run", samples: list[Any]) -> tuple[Any, str]:
     from tqdm import tqdm
 
     from feature_cache import features_of, stack_clips
-    from groups import signatures
+    from groups import FEWEST, signatures
     from train_code import hold_frozen
     from VLoader import ClipDataset, EpochBatches, build_loader
 
@@ -215,8 +216,8 @@ def signatures_of(run: "Run", samples: list[Any]) -> tuple[Any, str]:
                 features = features_of(encoder, batch["video"], config.token_grid, run.accelerator)
                 rows |= zip([missing[i] for i in batch["index"]], signatures(features, encoder.num_times), strict=True)
     loader.close()
-    if not rows:
-        return None, "no video can be read"
+    if len(rows) < FEWEST:
+        return None, f"needs {FEWEST} readable videos"
     unknown = torch.full_like(next(iter(rows.values())), math.nan)
     return torch.stack([rows.get(index, unknown) for index in range(len(samples))]), ""
 

@@ -458,23 +458,27 @@ def copies_of(video: np.ndarray, path: Path) -> None:
         write_video(path.with_name(f"{path.name}+{name}.mp4"), frames, crf="38" if name == "low" else "18")
 
 
+@pytest.fixture(scope="module")
+def copied(real_data, tmp_path_factory) -> Path:
+    """train/ has pieces of every second clip, those that COPY was not chosen on; test/ has three near copies of each;
+    val/ has pieces of the other clips."""
+    folder = tmp_path_factory.mktemp("copies") / "data"
+    for number, (name, videos) in enumerate(pieces(real_data / "clips").items()):
+        for index, video in enumerate(videos):
+            homes = {split: folder / split / "ab"[index % 2] for split in ("train", "val", "test")}
+            for home in homes.values():
+                home.mkdir(parents=True, exist_ok=True)
+            write_video(homes["train" if number % 2 else "val"] / f"{name}@{index}.mp4", video, crf="18")
+            if number % 2:
+                copies_of(video, homes["test"] / f"{name}@{index}")
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["timesformer", "videomae"])
-def test_copies_of_real_clips_are_found(real_data, tmp_path, backbone):
-    """Of every second clip, those that COPY was not chosen on. Pieces of one clip are not copies of each other, but may
-    look the same. The other clips have no copies."""
-    videos = pieces(real_data / "clips")
-    for number, name in enumerate(videos):
-        for index, video in enumerate(videos[name]):
-            folder = tmp_path / "data" / ("train" if number % 2 else "val") / "ab"[index % 2]
-            folder.mkdir(parents=True, exist_ok=True)
-            write_video(folder / f"{name}@{index}.mp4", video, crf="18")
-            if number % 2:
-                test = tmp_path / "data" / "test" / "ab"[index % 2]
-                test.mkdir(parents=True, exist_ok=True)
-                copies_of(video, test / f"{name}@{index}")
-
-    argv = ["--data_dir", str(tmp_path / "data"), "--vision_model", backbone, "--freeze_visionbackbone", "True"]
+def test_copies_of_real_clips_are_found(copied, tmp_path, backbone):
+    """Pieces of one clip are not copies of each other, but may look the same."""
+    argv = ["--data_dir", str(copied), "--vision_model", backbone, "--freeze_visionbackbone", "True"]
     run = prepare(parse([*argv, "--num_workers", "0"], "doctor")[0], tmp_path)
     parts = {name: getattr(run.splits, name) for name in ("train", "val", "test")}
     rows, _ = doctor.signatures_of(run, [s for part in parts.values() for s in part])
@@ -482,8 +486,6 @@ def test_copies_of_real_clips_are_found(real_data, tmp_path, backbone):
     found = [(parts["test"][i].path, parts["train"][j].path) for i, j, _ in near_copies(white["train"], white["test"])]
     right = sum(copy.name.startswith(f"{original.stem}+") for copy, original in found)
     same_clip = sum(copy.name.split("@")[0] == original.name.split("@")[0] for copy, original in found)
-    print(f"{backbone}: {right} of {len(parts['test'])} copies found, {same_clip - right} of them in the next piece,")
-    print(f"{len(found) - same_clip} in other clips")
     assert right >= 0.9 * len(parts["test"]) and same_clip == len(found)
     for other in ("train", "test"):
         assert not [*near_copies(white[other], white["val"])]
