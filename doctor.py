@@ -174,8 +174,9 @@ def check_near_copies(run: "Run") -> Finding:
         return Finding(check, f"{counted(int(readable.sum()), 'clip')} compared")
     found.sort(key=lambda row: -row[0])
     counts = ", ".join(f"{count} of {places}" for places, count in Counter(row[1] for row in found).items())
-    pairs = "; ".join(f"{clip_name(one)} ~ {clip_name(other)} ({value:.2f})" for value, _, one, other in found[:5])
-    return Finding(check, f"{counts}, most similar: {pairs}", "look at these pairs, and remove copies", suspicion=True)
+    pairs = "; ".join(f"{clip_name(one)} ~ {clip_name(other)} ({value:.2f})" for value, _, one, other in found[:3])
+    advice = "look at these pairs: remove copies, and keep clips of one recording together (--group_by)"
+    return Finding(check, f"{counts}, most similar: {pairs}", advice, suspicion=True)
 
 
 def signatures_of(run: "Run", samples: list[Any]) -> tuple[Any, str]:
@@ -453,6 +454,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = sum(finding.failed for finding in findings)
     print(table(findings))
     print(f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed")
+    if warned := sum(finding.suspicion for finding in findings):
+        print(f"{counted(warned, 'warning')}: look at the clips")
     return int(failed > 0)
 
 

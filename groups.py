@@ -20,12 +20,8 @@ import torch.nn.functional as F
 from script import UserError, counted, shown
 
 # names of clips that contain the name of their recording: v_Archery_g07_c02, <id>_000010_000020, match3_clip12. The
-# group of each pattern is the recording
-NAMES = (
-    r"(.+_g\d+)_c\d+",
-    r"(.+)_\d+_\d+(?:\.\w+)?$",
-    r"(.+)[ _.-](?:clip|cut|part|scene|segment|seg|shot|c|s)?[ _-]?\d+(?:\.\w+)?$",
-)
+# first group of each pattern is the recording
+NAMES = (r"(.+_g\d+)_c\d+", r"(.+)_\d+_\d+(\.\w+)?$", r"(.+)[ _-][a-z]*\d+(\.\w+)?$")
 # the similarity from which clips count as near copies. Chosen on half of a set of real clips, where anything from 0.6 to
 # 0.75 tells copies from other clips; the higher, because some other clips are very similar too
 COPY = 0.75

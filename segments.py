@@ -256,10 +256,10 @@ class Recording:
     """The true and the predicted segments of one video."""
 
     name: str
-    group: str | None = None  # the recording that this video is a part of
     truth: list[Event] = field(default_factory=list)
     predicted: list[Event] = field(default_factory=list)
     seconds: float = 0.0  # how long the video is, as far as the files tell
+    group: str | None = None  # the recording that this video is a part of
 
 
 def overlap(one: Event, other: Event) -> float:
