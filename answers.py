@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config, options_with
 from metrics import Lexicon, exact_matches, right_attributes
+from reject import Rule
 from script import FileLock, UserError, printable, replace_file
 
 if TYPE_CHECKING:
@@ -79,13 +80,16 @@ def list_jobs(samples: list["Sample"], folder: str, seconds: float, stride: floa
     return parts
 
 
-def fingerprint_answers(run_dir: Path, config: Config) -> str:
-    """Identifies everything that an answer depends on besides its video: the run's weights and the options."""
+def fingerprint_answers(run_dir: Path, config: Config, rule: Rule | None = None) -> str:
+    """Identifies everything that an answer depends on besides its video: the run's weights, the options, and the rule
+    that says which videos are answered."""
     from checkpoint import WEIGHTS
 
     names = options_with("changes_answers")
     digest = hashlib.sha256((run_dir / WEIGHTS).read_bytes())
     digest.update(repr([getattr(config, name) for name in names]).encode())
+    if rule is not None:
+        digest.update(repr(rule).encode())
     return f"{run_dir.name} {digest.hexdigest()[:12]}"
 
 
@@ -95,7 +99,8 @@ def fingerprint_answers(run_dir: Path, config: Config) -> str:
 def is_right(
     answer: dict[str, Any], sample: "Sample", display_names: dict[str, str], lexicon: Lexicon | None
 ) -> bool | None:
-    """Whether an answer is right. None if the truth is not known; for captions, if there is no lexicon."""
+    """Whether an answer is right. None if the truth is not known, or "none of these" is the answer; for captions, if there
+    is no lexicon."""
     # the answer to a question
     if "answer" in answer:
         return bool(exact_matches([answer["answer"]], [sample.captions])[0]) if sample.captions else None
@@ -107,7 +112,7 @@ def is_right(
         return right_attributes(answer["caption"], sample.objects, lexicon)["all"]
 
     # the folder of a video may have the label or its display name; any other folder says nothing about its class
-    if sample.label is None or "error" in answer:
+    if sample.label is None or "error" in answer or answer["label"] is None:
         return None
     if sample.label in display_names:
         return sample.label == answer["label"]
@@ -134,6 +139,7 @@ def answer_line(name: str, answer: dict[str, Any]) -> str:
         text = f"{answer['question']}  {answer['answer']}"
     if text is None:
         text = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer.get("top_k", [answer]))
+        text = f"{answer['name']}  ({text})" if answer["label"] is None else text
     times = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
     mark = {None: "", True: "  right", False: "  WRONG"}[answer.get("right")]
     return printable(f"{name}  {times}{text[:LONGEST_ANSWER]}{mark}")

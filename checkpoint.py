@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from build_model import VideoModel, build_model, trained_tensors
 from config import FIELDS, ROOT, Config, as_flags, options_with, read_yaml, run_name, training_mode, write_yaml
 from pretrained import Source, licence_of, locate, read_config
+from reject import rule_problem
 from script import (
     FileLock,
     UserError,
@@ -48,6 +49,7 @@ WEIGHTS, CONFIG_YAML, METADATA = "model.safetensors", "config.yaml", "metadata.j
 METRICS, LOCK = "metrics.json", ".lock"
 STATE = Path("state") / "state.safetensors"
 PICTURES = ["curves", "confusion", "classes", "reliability", "worst", "captions", "attributes", "occlusion"]
+PICTURES += ["risk_coverage"]
 #: everything a run writes into its folder; --overwrite removes these and nothing else
 RUN_FILES = {WEIGHTS, CONFIG_YAML, METADATA, METRICS, "log.jsonl", "predictions_val.jsonl", "predictions_test.jsonl"}
 RUN_FILES |= {"sweep.csv", "sweep.json"}
@@ -270,6 +272,18 @@ def write_run_files(run_dir: Path, model: VideoModel, config: Config, metadata: 
             save_backbone_files(model, name, run_dir / name)
     replace_file(run_dir / CONFIG_YAML, lambda p: write_yaml(asdict(config), p))
     write_json(metadata, run_dir / METADATA)
+
+
+def write_rule(run_dir: Path, rule: dict[str, Any] | None) -> None:
+    """Writes to a run's metadata.json when it answers (reject.py); None or a rule without a threshold: always. Does
+    nothing in a folder that only has scores."""
+    if (run_dir / METADATA).exists():
+        metadata = json.loads((run_dir / METADATA).read_text(encoding="utf-8"))
+        known = metadata.pop("reject", None)
+        if rule is not None and rule["threshold"] is not None:
+            metadata["reject"] = rule
+        if metadata.get("reject") != known:
+            write_json(metadata, run_dir / METADATA)
 
 
 def save_backbone_files(model: VideoModel, name: str, folder: Path) -> None:
@@ -533,7 +547,7 @@ def metadata_problem(metadata: dict[str, Any], parts: set[str]) -> str:
             return f"the {name} backbone is not described"
         if not isinstance(backbone.get("fingerprint"), str) or not backbone["fingerprint"]:
             return f"the {name} backbone has no fingerprint"
-    return ""
+    return rule_problem(metadata["reject"]) if "reject" in metadata else ""
 
 
 def find_run(config: Config) -> Path:

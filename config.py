@@ -445,6 +445,11 @@ class Config:
     controls: bool = option(False, to_bool, "run and machine", "main sweep_heads score", free_at_resume=True)
     """also score inputs on which the model should fail (one repeated frame, shuffled or reversed frames, a grey video,
     swapped texts) and two baselines (majority class, nearest neighbour), and draw where the model looks"""
+    reject: float = option(
+        0.0, number(float, 0, 0.5), "run and machine", "main score", free_at_resume=True, classifiers_only=True
+    )
+    """answer "none of these" where the best score is low: 0.05 chooses the threshold on val that keeps the fraction of
+    wrong answers below 5 %, with 95 % confidence, and calibrates the scores. 0: always answer"""
     tensorboard: bool = option(False, to_bool, "run and machine", "main", free_at_resume=True, package="tensorboardX")
     """also write TensorBoard logs to the run's folder; needs tensorboardX (requirements-extra.txt)"""
     device: str = option("auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", ALL, free_at_resume=True)

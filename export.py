@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from build_model import VideoModel, adapters, body_of, lora_config, merge_adapters
 from config import ROOT, Config
 from readers import open_video
+from reject import Rule
 from script import (
     UserError,
     cause_of,
@@ -143,14 +144,16 @@ def export_classifier(
     frames = reader.frames(sample_indices(len(reader), config.num_frames, config.frame_stride))
 
     # what the run answers, before its adapters are merged
+    rule = Rule(**metadata["reject"]) if "reject" in metadata else Rule(0)
     with torch.no_grad():
         expected = model.eval()(clips)  # (2, K)
-        probabilities = model(vision.preprocessing.pixels(frames)[None])[0].softmax(-1)  # (K,)
+        probabilities = rule.probabilities(model(vision.preprocessing.pixels(frames)[None]).numpy())[0]  # (K,)
 
     # predict.py reads the choice of frames from preprocessor_config.json, too
     merge_adapters(model)
     native_model(model, metadata).save_pretrained(folder)
     choice = {"num_frames": config.num_frames, "frame_stride": config.frame_stride}
+    choice |= {"reject": metadata["reject"]} if "reject" in metadata else {}
     write_json(preprocessor_fields(vision.preprocessing) | choice, folder / "preprocessor_config.json")
     shutil.copyfile(ROOT / "exported" / "predict.py", folder / "predict.py")
 
@@ -162,7 +165,7 @@ def export_classifier(
     predicted = runpy.run_path(str(folder / "predict.py"))["predict"](video)
     difference = max(abs(a - b) for a, b in zip(predicted.values(), probabilities.tolist(), strict=True))
     video.unlink()
-    write_readme(folder, run, config, metadata["backbones"]["vision"], logit_difference, difference)
+    write_readme(folder, run, config, metadata, logit_difference, difference)
     return logit_difference, difference
 
 
@@ -233,11 +236,17 @@ def draw_video(path: Path, num_frames: int) -> Path:
 
 
 def write_readme(
-    folder: Path, run: str, config: Config, backbone: dict[str, Any], logits: float, probabilities: float
+    folder: Path, run: str, config: Config, metadata: dict[str, Any], logits: float, probabilities: float
 ) -> None:
-    """Writes the export's README: its files, how it chooses frames, how much its logits and probabilities differ, and
-    the licence of the `backbone`, an entry of metadata.json."""
-    adapters = ""
+    """Writes the export's README: its files, how it chooses frames, which videos it rejects, how much its logits and
+    probabilities differ, and the licence of its backbone."""
+    adapters, reject, backbone = "", "", metadata["backbones"]["vision"]
+    if rule := metadata.get("reject"):
+        reject = (
+            f"\nThe best probability must be at least {rule['threshold']:.4g}; otherwise the video is none of these "
+            "classes, and `answer` returns None for the label. The probabilities are calibrated: the logits are divided by "
+            f"{rule['temperature']:.4g} first.\n"
+        )
     if (folder / "adapter_vision").is_dir():
         adapters = "| `adapter_vision/` | the adapters alone, for `PeftModel.from_pretrained` |\n"
     rule = parts = "the middle frames of equally long parts"
@@ -248,6 +257,7 @@ def write_readme(
     text = Template((ROOT / "exported" / "README.md").read_text(encoding="utf-8")).substitute(
         run=printable(run),
         adapters=adapters,
+        reject=reject,
         frames=counted(config.num_frames, "frame"),
         rule=rule,
         count=config.num_frames,

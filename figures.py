@@ -103,12 +103,15 @@ def draw_labels(
         recalls = dict(sorted(recalls.items(), key=lambda item: item[1][0])[:MOST_NAMES])
     sheet = [(read_clip(index), text) for index, text in worst_clips(rows, display_names)]
     heading = f"worst {len(sheet)} of n = {len(rows)}: the surest wrong answers, then the least sure right ones"
-    return [
+    pictures = [
         plot_confusion(scores["classes"], display_names, folder / "confusion.png"),
         plot_bars(recalls, title, folder / "classes.png", display_names=display_names),
         plot_reliability(scores["calibration"], scores["calibration_error"], folder / "reliability.png"),
         plot_clips(sheet, folder / "worst.png", heading),
     ]
+    if "reject" in scores:
+        pictures.append(plot_risk_coverage(scores["reject"], scores["count"], folder / "risk_coverage.png"))
+    return pictures
 
 
 def draw_captions(
@@ -250,6 +253,26 @@ def plot_reliability(bins: list[tuple[int, float, float]], error: float, path: P
     axis.scatter(confidences, accuracies, s=sizes, color=COLOUR, alpha=0.8, label=label)
     axis.set(xlim=(0, 1.04), ylim=(-0.02, 1.04), xlabel="confidence", ylabel="accuracy")
     axis.set_title(f"expected calibration error {error:.3f}, n = {sum(count for count, _, _ in bins)}", fontsize=9)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    return save(figure, path)
+
+
+def plot_risk_coverage(scores: dict[str, Any], count: int, path: Path) -> Path:
+    """Draws how many answers are wrong over how many of the `count` clips are answered, and where the threshold of
+    --reject is. `scores` are those of reject.reject_scores."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(4.6, 3.6), layout="constrained")
+    coverages, risks = zip(*scores["curve"], strict=True)
+    axis.plot(coverages, risks, color=COLOUR, label=f"area under the curve {scores['AURC']:.4f}")
+
+    # without any answer there is no error to show
+    if scores["error"] is not None:
+        low, high = scores["intervals"]["error"]
+        errors = [[max(0.0, scores["error"] - low)], [max(0.0, high - scores["error"])]]
+        point = {"fmt": "o", "color": ERROR_COLOUR, "capsize": 3, "label": "threshold, 95 % interval"}
+        axis.errorbar([scores["coverage"]], [scores["error"]], yerr=errors, **point)
+    axis.set(xlim=(0, 1.02), ylim=(0, None), xlabel="fraction of clips answered", ylabel="of these, fraction wrong")
+    axis.set_title(f"risk and coverage, n = {count}", fontsize=9)
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     return save(figure, path)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from answers import Job, answer_line, find_lexicon, fingerprint_answers, is_right, list_jobs, open_output, short_name
 from config import FIELDS, Config, parse, refuse_classifier_options
 from metrics import Lexicon
+from reject import NONE, Rule
 from script import UserError, counted, leave, printable, script
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Predictor:
         self.config = config
         self.class_names: list[str] = metadata["class_names"]
         self.display_names: dict[str, str] = metadata["display_names"]
+        self.rule = Rule(**metadata["reject"]) if "reject" in metadata else None
         self.questions: str = metadata.get("questions", "")  # "all" or "some" training samples had one; "" if none had
         self.accelerator = build_accelerator(config)
         if self.accelerator.num_processes > 1:
@@ -62,7 +64,8 @@ class Predictor:
 
     def predict(self, path: str | Path, text: str | None = None) -> dict[str, Any]:
         """The answer for one video: {"file", "label", "name", "score", "top_k"} or {"file", "caption"}. For a captioner
-        the text is a question, and the answer is {"file", "question", "answer"}.
+        the text is a question, and the answer is {"file", "question", "answer"}. With a run trained with --reject, the
+        label may be None and the name "none of these".
 
         Raises UserError if the video cannot be read, or if the run needs a text and none is given, or cannot read one.
         """
@@ -111,6 +114,8 @@ class Predictor:
 
     def answer(self, batch: dict[str, Any], samples: list["Sample"]) -> list[dict[str, Any]]:
         """The predictions for a batch of samples, without the file names. Raises UserError if the scores are not finite."""
+        import torch
+
         # captioner
         if self.config.captioning:
             questions = [sample.question or "" for sample in samples]
@@ -123,7 +128,10 @@ class Predictor:
         logits = self.model.scores(**inputs)  # (B, K)
         if not logits.isfinite().all():
             raise UserError("the model's scores are not finite numbers: its weights are damaged; train the run again")
-        scores, classes = logits.softmax(-1).topk(min(self.config.top_k, len(self.class_names)))  # (B, top_k) each
+        probabilities = logits.softmax(-1)
+        if self.rule is not None:
+            probabilities = torch.from_numpy(self.rule.probabilities(logits.cpu().numpy()))
+        scores, classes = probabilities.topk(min(self.config.top_k, len(self.class_names)))  # (B, top_k) each
         rows = []
         for row_scores, row_classes in zip(scores.tolist(), classes.tolist(), strict=True):
             labels = [self.class_names[k] for k in row_classes]
@@ -131,7 +139,8 @@ class Predictor:
                 {"label": label, "name": self.display_names[label], "score": round(score, 4)}
                 for label, score in zip(labels, row_scores, strict=True)
             ]
-            rows.append(top[0] | {"top_k": top})
+            rejected = self.rule is not None and not self.rule.answers(row_scores[0])
+            rows.append(top[0] | ({"label": None, "name": NONE} if rejected else {}) | {"top_k": top})
         return rows
 
     def check_texts(self, samples: list["Sample"]) -> None:
@@ -173,7 +182,7 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
 
     # what --output already holds is not computed again
     config = predictor.config
-    run = fingerprint_answers(run_dir, config)
+    run = fingerprint_answers(run_dir, config, predictor.rule)
     output = Path(config.output) if config.output is not None else None
     started = time.perf_counter()
     with open_output(output, run, config.video_dir) as (done, append):
@@ -221,6 +230,8 @@ def print_summary(rows: list[dict[str, Any]], computed: int, seconds: float, out
     clips = computed - len(errors)  # errors are always new, because they are tried again
     if judged:
         print(f"{sum(judged)} of {len(judged)} right")
+    if rejected := sum(row.get("name") == NONE and row["label"] is None for row in rows):
+        print(f"{rejected} of {counted(len(rows), 'answer')}: {NONE}")
     if clips > FEW:
         print(f"{clips} clips in {seconds:.1f} s, {clips / seconds:.1f} per second")
     if errors:

@@ -12,11 +12,21 @@ from accelerate.utils import set_seed
 import figures
 import train_code
 from build_model import VideoModel, build_model, parameter_table
-from checkpoint import check_same, claimed_run, clear_run, finish_run, git_commit, run_metadata, write_run_files
+from checkpoint import (
+    check_same,
+    claimed_run,
+    clear_run,
+    finish_run,
+    git_commit,
+    run_metadata,
+    write_rule,
+    write_run_files,
+)
 from config import Config, as_flags, default_rates, fill_epochs, is_non_commercial, is_tiny, training_mode
 from controls import control_line, control_scores, occlusion_maps
 from groups import shared_recordings
 from pretrained import licence_of, warn_of_tiny
+from reject import breaks_promise, check_val, reject_line
 from scan import prepare_data
 from script import UserError, counted, is_main, printable, read_rows
 from segments import add_background
@@ -77,6 +87,7 @@ def prepare(config: Config, folder: Path) -> Run:
     data_dir = Path(config.data_dir)
     splits = add_background(read_splits(data_dir, None, config.captioning, config.group_by), config.background)
     check_samples(splits, config.captioning, config.use_text)
+    check_val(splits.val, config.reject)
 
     # seed right before the model, so that nothing else changes the random weights of its new layers
     accelerator = build_accelerator(config)
@@ -126,7 +137,7 @@ def fit(run: Run) -> int:
             loader.close()
         run.accelerator.end_training()
     print_end(run)
-    return 0
+    return int(breaks_promise(metrics))
 
 
 def finish(run: Run, metrics: dict[str, Any]) -> None:
@@ -159,10 +170,13 @@ def memory_advice() -> Generator[None]:
 def report(run: Run, metrics: dict[str, Any]) -> None:
     """Prints the result, adds the controls if --controls is True, draws the pictures."""
     print(printable(result_line(metrics)))
+    if "reject" in metrics:
+        print(reject_line(metrics))
     if run.config.controls:
         metrics["controls"] = control_scores(run.model, run.splits, run.config, run.accelerator)
         print(control_line(metrics["controls"]))
     if run.accelerator.is_main_process:
+        write_rule(run.folder, metrics.get("reject"))
         draw_pictures(run, metrics)
 
 

@@ -67,7 +67,7 @@ def scoring_options(saved: Config, flags: Config, typed_flags: set[str]) -> Conf
     if ignored := sorted(name for name in typed_flags - read if not FIELDS[name].metadata.get("names_run")):
         raise UserError(f"--{ignored[0]} has no effect here: score.py uses the run's own options")
     changed = {name for name in typed_flags & read if not FIELDS[name].metadata.get("names_run")} - {"checkpoint"}
-    config = replace(saved, **{name: getattr(flags, name) for name in changed | {"controls"}})
+    config = replace(saved, **{name: getattr(flags, name) for name in changed | {"controls", "reject"}})
     refuse_classifier_options(config)
     return config
 
@@ -96,6 +96,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     """
     from checkpoint import METRICS, load_run, load_weights, read_metrics
     from pretrained import warn_of_tiny
+    from reject import Rule, breaks_promise, check_val
     from runs import Run, memory_advice, only, report
     from scan import prepare_data
     from segments import add_background
@@ -107,6 +108,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     splits = read_splits(Path(config.data_dir), metadata["class_names"], "questions" in metadata, config.group_by)
     splits = add_background(splits, config.background)
     check_samples(splits, config.captioning, config.use_text)
+    check_val(splits.val, config.reject)
     warn_of_tiny(config, splits.lexicon)
     if config.controls and not splits.train:
         raise UserError(f"--controls True needs the training videos too, and {config.data_dir} has no train/")
@@ -121,12 +123,16 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
 
     # keep what training measured, such as time and memory; the old controls belong to the old scores
     metrics: dict[str, Any] = read_metrics(folder) if folder == run_dir else {}
-    metrics.pop("controls", None)
+    for name in ("controls", "reject"):
+        metrics.pop(name, None)
     metrics["best_epoch"] = load_weights(run_dir, model).get("epoch")
     loaders = run.loaders("val", "test")
+    rule = None  # of --reject: as typed, or else the run's own
+    if "reject" in metadata and "reject" not in typed_flags:
+        rule = Rule(**metadata["reject"])
     try:
         with memory_advice():
-            metrics |= score_splits(model, loaders, config, accelerator, folder)
+            metrics |= score_splits(model, loaders, config, accelerator, folder, rule)
             report(run, metrics)
     finally:
         for loader in loaders.values():
@@ -135,7 +141,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     if accelerator.is_main_process:
         write_json(metrics, folder / METRICS)
     print(f"wrote {folder}/{METRICS} and {folder}/predictions_*.jsonl")
-    return 0
+    return int(breaks_promise(metrics))
 
 
 if __name__ == "__main__":

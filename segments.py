@@ -197,6 +197,9 @@ def merge_windows(windows: list[dict[str, Any]], stride: float) -> list[dict[str
     count as 0 there. Neighbouring times with the same best class become a segment, unless it is the background. Its
     score is the mean over its times.
     """
+    # a window that is none of the classes is background
+    empty = [{"label": BACKGROUND, "name": BACKGROUND, "score": 1.0}]
+    windows = [row if row["label"] is not None else row | {"top_k": empty} for row in windows]
     names = {best["label"]: best["name"] for row in windows for best in row["top_k"]}
     labels = [*names]
     end = max(row["end"] for row in windows)
@@ -455,6 +458,8 @@ def add_event(recording: Recording, row: dict[str, Any], file: Path, kind: str) 
     if kind == "truth" and row.get("start") is None and row.get("end") is None and row.get("label") is None:
         return  # a recording without segments
     start, end, label, score = (row.get(key) for key in ("start", "end", "label", "score"))
+    if kind != "truth" and "label" in row and label is None:
+        label = BACKGROUND  # the answer was "none of these"
     if not (is_number(start) and is_number(end) and 0 <= start < end and isinstance(label, str)):
         raise UserError(f"{file}: a segment needs a label, and start and end with 0 <= start < end: {shown(row)}")
     score = 1.0 if score is None or kind == "truth" else score

@@ -30,6 +30,7 @@ from build_model import VideoModel, adapters, body_of, trained_tensors
 from checkpoint import STATE, load_state, load_weights, save_state, save_weights
 from config import Config, default_rates
 from metrics import attribute_summary, caption_scores, exact_matches, label_scores, question_scores, with_intervals
+from reject import Rule
 from script import UserError, counted, keep_freed_memory, make_folder, write_rows
 from VLoader import SPLITS, ClipDataset, EpochBatches, Sample, Splits, build_loader, distinct
 
@@ -396,10 +397,11 @@ def evaluating(model: VideoModel) -> Generator[None]:
 
 def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str = "val") -> dict[str, Any]:
     """The mean `loss` over all targets and the `count` of clips. For classifiers also `accuracy` and, for every clip,
-    `truth` (n,), the most likely classes `ranked` (n, min(5, K)) and their `probabilities`, best first."""
+    `truth` (n,), `logits` (n, K), the most likely classes `ranked` (n, min(5, K)) and their `probabilities`, best
+    first."""
     # this process scores its part of every batch; the loss is summed, since a mean of means would weight small batches
     total, count = 0.0, 0
-    rows: list[tuple] = []  # index; for classifiers also true class, most likely classes, their probabilities
+    rows: list[tuple] = []  # index; for classifiers also true class, logits, most likely classes, their probabilities
     with evaluating(model):
         for batch in tqdm(loader, desc=desc, leave=False, unit="batch"):
             if batch is None:  # nothing for this process in a small last batch
@@ -412,7 +414,7 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
             columns = [batch["index"].tolist()]
             if targets.ndim == 1:
                 best = logits.softmax(-1).topk(min(5, logits.shape[-1]))
-                columns += [targets.tolist(), best.indices.tolist(), best.values.tolist()]
+                columns += [targets.tolist(), [*logits.cpu().numpy()], best.indices.tolist(), best.values.tolist()]
             rows += zip(*columns, strict=True)
 
     # every clip must have been scored exactly once, by whichever process
@@ -422,9 +424,9 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
         raise AssertionError(f"{desc}: {len(indices)} clips evaluated, the split has {len(loader.dataset)}")
     result: dict[str, Any] = {"loss": total / count, "count": len(indices)}
     if columns:
-        truth, ranked, probabilities = map(np.array, columns)
+        truth, logits, ranked, probabilities = map(np.array, columns)
         result |= {"accuracy": float((ranked[:, 0] == truth).mean())}
-        result |= {"truth": truth, "ranked": ranked, "probabilities": probabilities}
+        result |= {"truth": truth, "logits": logits, "ranked": ranked, "probabilities": probabilities}
     return result
 
 
@@ -470,9 +472,10 @@ def split_by_question(samples: list[Sample], texts: list[str]) -> tuple[tuple[li
 
 
 def final_scores(
-    model: VideoModel, loader: DataLoader, accelerator: Any, config: Config, split: str
+    model: VideoModel, loader: DataLoader, accelerator: Any, config: Config, split: str, rule: Rule | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(the scores of a split for metrics.json, one row per clip for predictions_<split>.jsonl)."""
+    """(the scores of a split for metrics.json, one row per clip for predictions_<split>.jsonl). `rule` says which clips
+    are answered; accuracy and the other scores are about all clips."""
     # captioners: the loss, and the generated captions and answers against the references
     result = evaluate(model, loader, accelerator, desc=split)
     samples, rows = loader.dataset.samples, []
@@ -484,23 +487,35 @@ def final_scores(
         return result | score_captions(texts, loader.dataset), rows
 
     # classifiers: the arrays become rows; metrics.json keeps only the scores
-    truth, ranked, probabilities = (result.pop(name) for name in ("truth", "ranked", "probabilities"))
+    if rule is not None:
+        rule.apply(result, split)
+    arrays = ("truth", "logits", "ranked", "probabilities", "answered")
+    truth, _, ranked, probabilities, answered = (result.pop(name, None) for name in arrays)
     names = loader.dataset.class_names
     for sample, label, best, scores in zip(samples, truth, ranked.tolist(), probabilities.tolist(), strict=True):
         top = [{"label": names[k], "score": round(score, 4)} for k, score in zip(best, scores, strict=True)]
         rows.append({**sample.place, "truth": names[label], **top[0], "top_k": top})
+    if answered is not None:
+        rows = [row | {"answered": bool(answer)} for row, answer in zip(rows, answered, strict=True)]
     groups = [sample.recording for sample in samples]
     return result | label_scores(truth, ranked, probabilities[:, 0], names, groups), rows
 
 
 def score_splits(
-    model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, folder: Path
+    model: VideoModel,
+    loaders: dict[str, DataLoader],
+    config: Config,
+    accelerator: Any,
+    folder: Path,
+    rule: Rule | None = None,
 ) -> dict[str, Any]:
-    """The scores on val and, if there is one, on test. Writes predictions_{val,test}.jsonl."""
+    """The scores on val and, if there is one, on test. Writes predictions_{val,test}.jsonl. With --reject and without a
+    `rule`, val decides which clips are answered."""
     metrics: dict[str, Any] = {}
+    rule = rule or (Rule(config.reject) if config.reject else None)
     for split in ("val", "test"):
         if split in loaders:
-            metrics[split], rows = final_scores(model, loaders[split], accelerator, config, split)
+            metrics[split], rows = final_scores(model, loaders[split], accelerator, config, split, rule)
             recordings = len({sample.recording for sample in loaders[split].dataset.samples})
             if recordings < len(distinct(loaders[split].dataset.samples)):
                 metrics[split]["recordings"] = recordings
@@ -508,7 +523,7 @@ def score_splits(
                 write_rows(rows, folder / f"predictions_{split}.jsonl")
     if "test" in metrics:
         metrics["test"]["views"] = {"clips": config.test_clips, "crops": config.test_crops}
-    return metrics
+    return metrics | ({} if rule is None else {"reject": asdict(rule)})
 
 
 # -- the run ----------------------------------------------------------------------------------------

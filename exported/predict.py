@@ -35,7 +35,8 @@ def read(path: str | Path) -> torch.Tensor:
 
 
 def predict(path: str | Path) -> dict[str, float]:
-    """{label: probability}. Raises ValueError or av.FFmpegError if the video cannot be read."""
+    """{label: probability}, the best of which may be too low to count: see answer. Raises ValueError or av.FFmpegError if
+    the video cannot be read."""
     clip, side, size = read(path), RULES["crop_size"]["height"], RULES["size"]
     if RULES["do_resize"]:
         edge, shape = size.get("shortest_edge"), clip.shape[-2:]  # shortest_edge keeps the proportions
@@ -47,15 +48,24 @@ def predict(path: str | Path) -> dict[str, float]:
     mean, std = (torch.tensor(RULES[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
     with torch.inference_mode():
         logits = MODEL(((clip * RULES["rescale_factor"] - mean) / std)[None]).logits.flatten()
-    return {MODEL.config.id2label[k]: probability for k, probability in enumerate(logits.softmax(-1).tolist())}
+    scores = logits.softmax(-1)
+    if "reject" in RULES:  # in double precision, as where the threshold was chosen
+        scores = (logits.double() / RULES["reject"]["temperature"]).softmax(-1)
+    return {MODEL.config.id2label[k]: probability for k, probability in enumerate(scores.tolist())}
+
+
+def answer(path: str | Path) -> tuple[str | None, float]:
+    """The best label and its probability; None for the label of a video that is none of these."""
+    label, probability = max(predict(path).items(), key=lambda item: item[1])
+    return (None if probability < RULES.get("reject", {}).get("threshold", 0) else label), probability
 
 
 if __name__ == "__main__":
     failed: int | str = 0 if sys.argv[1:] else str(__doc__)  # without a video, exit with the usage
     for path in sys.argv[1:]:
         try:
-            label, probability = max(predict(path).items(), key=lambda item: item[1])
-            print(f"{path!r} {label!r} {probability:.4f}")
+            label, probability = answer(path)
+            print(f"{path!r} {'none of these' if label is None else repr(label)} {probability:.4f}")
         except (av.FFmpegError, OSError, ValueError) as error:
             failed = 1
             cause = getattr(error, "strerror", None) or error  # without FFmpeg's number and its own name of the file

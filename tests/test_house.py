@@ -14,7 +14,7 @@ from config import ROOT
 LAYERS = [
     {"script", "transforms"},
     {"config", "metrics", "readers"},
-    {"segments", "groups"},
+    {"segments", "groups", "reject"},
     {"dummy_data", "VLoader", "augment", "pretrained", "heads"},
     {"vision"},
     {"build_model"},

@@ -1,0 +1,213 @@
+"""Rejection: a classifier answers "none of these" where its best score is low, so that few of its answers are wrong.
+
+After training, val decides two numbers, the Rule. A temperature makes the scores honest: of the clips with a score of
+80 %, about 80 % are right. A threshold on the best score then keeps the fraction of wrong answers below --reject SHARE,
+with 95 % confidence; test shows whether it does.
+
+The score is the largest probability after temperature scaling. We left out one of nine classes of dummy_data.py in
+turn, and measured how many of its clips each score rejects if it rejects 10 % of the others (benchmarks/rejection.py).
+{MEASURED}
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from metrics import bounds, resampled, wilson
+from script import UserError, counted
+
+NONE = "none of these"
+RISK = 0.05  # the probability that the fraction of wrong answers is above SHARE after all
+MOST_POINTS = 200  # of the curve in metrics.json
+
+
+@dataclass
+class Rule:
+    """When a run answers: if the largest of softmax(logits / temperature) is at least the threshold. Without a
+    threshold it always answers, and the temperature is not used."""
+
+    share: float  # of wrong answers
+    temperature: float = 1.0
+    threshold: float | None = None
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """The scores of all classes. (n, K) -> (n, K)"""
+        # in double precision: in single precision many of the best scores would be exactly 1, and so equal
+        return np.exp(log_softmax(logits.astype(np.float64) / self.temperature))
+
+    def answers(self, scores: Any) -> Any:
+        """Whether a run answers, given its best score, or an array of them."""
+        return scores >= (self.threshold or 0.0)
+
+    def fit(self, logits: np.ndarray, truth: np.ndarray) -> None:
+        """Chooses temperature and threshold from the logits (n, K) and the true classes (n,) of val."""
+        self.temperature = fit_temperature(logits, truth)
+        self.threshold = choose_threshold(self.probabilities(logits).max(1), logits.argmax(1) != truth, self.share)
+        if self.threshold is None:
+            self.temperature = 1.0
+
+    def apply(self, result: dict[str, Any], split: str) -> None:
+        """Scores what evaluate() returns, as `reject`; calibrates its `probabilities`, and adds `answered` (n,). If
+        the rule has no threshold, val decides it first."""
+        logits, truth, ranked = (result[name] for name in ("logits", "truth", "ranked"))
+        if split == "val" and self.threshold is None:
+            self.fit(logits, truth)
+        result["probabilities"] = np.take_along_axis(self.probabilities(logits), ranked, 1)  # (n, min(5, K))
+        best = result["probabilities"][:, 0]
+        result["answered"] = self.answers(best)
+        result["reject"] = reject_scores(best, ranked[:, 0] != truth, result["answered"])
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(n, K) -> (n, K)"""
+    shifted = logits - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+# -- temperature and threshold ----------------------------------------------------------------------
+
+
+def fit_temperature(logits: np.ndarray, truth: np.ndarray) -> float:
+    """The temperature with the lowest loss (Guo 2017), from 0.05 to 20. It is 1 if every clip is right, since then the
+    loss falls with the temperature however low it is."""
+    true_logits = logits[np.arange(len(truth)), truth]  # (n,)
+    if (logits.argmax(1) == truth).all():
+        return 1.0
+
+    # the loss is convex in 1 / temperature, so its slope has one zero: the mean logit equals the mean true logit
+    low, high = 0.05, 20.0
+    for _ in range(50):
+        scale = math.sqrt(low * high)
+        mean_logits = (np.exp(log_softmax(logits * scale)) * logits).sum(1)  # (n,)
+        low, high = (scale, high) if mean_logits.mean() < true_logits.mean() else (low, scale)
+    return 1 / math.sqrt(low * high)
+
+
+def binomial_tail(errors: int, count: int, share: float) -> float:
+    """The probability of at most `errors` wrong answers among `count` that are each wrong with probability `share`."""
+    i = np.arange(errors + 1)
+    factorials = np.concatenate([[0.0], np.log(np.arange(1, count + 1)).cumsum()])  # their logarithms
+    terms = factorials[count] - factorials[i] - factorials[count - i] + i * math.log(share)
+    return float(np.exp(terms + (count - i) * math.log1p(-share)).sum())
+
+
+def upper_bound(errors: int, count: int) -> float:
+    """The upper 95 % confidence bound of a fraction of errors, one-sided (Clopper & Pearson 1934)."""
+    low, high = errors / count, 1.0
+    for _ in range(50):
+        share = (low + high) / 2
+        low, high = (low, share) if errors < count and binomial_tail(errors, count, share) <= RISK else (share, high)
+    return high
+
+
+def least_clips(share: float) -> int:
+    """How many clips without any error it takes to show that less than `share` are wrong."""
+    return math.ceil(math.log(RISK) / math.log1p(-share))
+
+
+def choose_threshold(scores: np.ndarray, wrong: np.ndarray, share: float) -> float | None:
+    """The lowest threshold on the scores (n,) that keeps the fraction of wrong answers below `share`, with 95 %
+    confidence; None if none does. `wrong` (n,) says which answers are.
+
+    Trying many thresholds and taking the best would be too optimistic (Geifman & El-Yaniv 2017). So they are tested in
+    a fixed order, from the strictest one down, up to the first that fails: then the probability of any false pass stays
+    5 % (Learn then Test, Angelopoulos 2021). Each test is an exact one for binomial counts. That the thresholds are
+    scores of val does no harm: given the next lower score, the clips above it are independent draws.
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, errors = scores[order], wrong[order].cumsum()
+    threshold = None
+    for count in range(least_clips(share), len(scores) + 1):
+        if count < len(scores) and scores[count] == scores[count - 1]:
+            continue  # equal scores are answered together
+        if binomial_tail(int(errors[count - 1]), count, share) > RISK:
+            break
+        threshold = float(scores[count - 1])
+    return threshold
+
+
+# -- what a run reports -----------------------------------------------------------------------------
+
+
+def risk_coverage(scores: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """With each of the n scores as threshold, highest first: (the fraction of clips answered, the fraction of these
+    that are wrong). (n,) each"""
+    order = np.argsort(-scores, kind="stable")
+    count = np.searchsorted(-scores[order], -scores[order], side="right")  # clips that are answered
+    return count / len(scores), wrong[order].cumsum()[count - 1] / count
+
+
+def reject_scores(scores: np.ndarray, wrong: np.ndarray, answered: np.ndarray) -> dict[str, Any]:
+    """The fraction of clips that are answered, how many of these are wrong, and the area under the risk-coverage curve
+    (AURC, Geifman 2019): the mean fraction of wrong answers over all thresholds. With 95 % intervals."""
+    total, count, errors = len(scores), int(answered.sum()), int(wrong[answered].sum())
+    coverage, risk = risk_coverage(scores, wrong)
+
+    def area(indices: np.ndarray) -> dict[str, float]:
+        return {"AURC": float(risk_coverage(scores[indices], wrong[indices])[1].mean())}
+
+    intervals = {"coverage": wilson(count, total), "AURC": bounds(resampled([area], total)[0]["AURC"])}
+    if count:
+        intervals["error"] = wilson(errors, count)
+    points = np.unique(np.linspace(0, total - 1, MOST_POINTS).round().astype(int))
+    return {
+        "answered": count,
+        "wrong": errors,
+        "coverage": count / total,
+        "error": errors / count if count else None,
+        "AURC": float(risk.mean()),
+        "intervals": intervals,
+        "curve": np.stack([coverage[points], risk[points]], 1).round(5).tolist(),
+    }
+
+
+def breaks_promise(metrics: dict[str, Any]) -> bool:
+    """Whether --reject was asked for, and no threshold keeps it."""
+    return "reject" in metrics and metrics["reject"]["threshold"] is None
+
+
+def reject_line(metrics: dict[str, Any]) -> str:
+    """What a run prints about its rule; a warning if there is none that keeps the promise."""
+    rule = metrics["reject"]
+    wanted = f"{100 * rule['share']:g} %"
+    if rule["threshold"] is None:
+        least, count = least_clips(rule["share"]), metrics["val"]["count"]
+        return (
+            f"warning: --reject {rule['share']:g}: no threshold keeps wrong answers below {wanted} on the "
+            f"{counted(count, 'clip')} of val, so this run always answers; the {least} best scores must be right at "
+            "least: a larger share or more val clips may help"
+        )
+    split = "test" if "test" in metrics else "val"
+    scores = metrics[split]["reject"]
+    parts = [
+        f"reject {wanted}: {split}, threshold {100 * rule['threshold']:.1f} %, temperature {rule['temperature']:.2f}"
+    ]
+    for name, text in (("coverage", "answered"), ("error", "of the answers wrong")):
+        if name in scores["intervals"]:
+            low, high = scores["intervals"][name]
+            parts.append(f"{100 * scores[name]:.1f} % {text} (95 %: {100 * low:.1f} to {100 * high:.1f})")
+    return ", ".join([*parts, f"AURC {scores['AURC']:.4f}"])
+
+
+# -- checks -----------------------------------------------------------------------------------------
+
+
+def check_val(val: Sequence[Any], share: float) -> None:
+    """Raises UserError if val has too few clips for any threshold, which is known before a run trains."""
+    if share and len(val) < (least := least_clips(share)):
+        raise UserError(
+            f"--reject {share:g} needs at least {least} clips in val, even if none is wrong, and val has {len(val)}: add "
+            "clips to val/, or choose a larger share"
+        )
+
+
+def rule_problem(rule: Any) -> str:
+    """What is wrong with the rule in a metadata.json, or ""."""
+    names = ("share", "temperature", "threshold")
+    numbers = isinstance(rule, dict) and {*rule} == {*names} and all(type(rule[name]) is float for name in names)
+    if not numbers or not (0 <= rule["threshold"] <= 1 and 0 < rule["temperature"] < math.inf):
+        return "reject is not a share, a temperature and a threshold"
+    return ""
