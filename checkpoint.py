@@ -48,8 +48,7 @@ FORMAT_VERSION = 1  # of metadata.json; raise it when older programs could no lo
 WEIGHTS, CONFIG_YAML, METADATA = "model.safetensors", "config.yaml", "metadata.json"
 METRICS, LOCK = "metrics.json", ".lock"
 STATE = Path("state") / "state.safetensors"
-PICTURES = ["curves", "confusion", "classes", "reliability", "worst", "captions", "attributes", "occlusion"]
-PICTURES += ["risk_coverage"]
+PICTURES = ["curves", "confusion", "classes", "reliability", "worst", "captions", "attributes", "occlusion", "risk"]
 #: everything a run writes into its folder; --overwrite removes these and nothing else
 RUN_FILES = {WEIGHTS, CONFIG_YAML, METADATA, METRICS, "log.jsonl", "predictions_val.jsonl", "predictions_test.jsonl"}
 RUN_FILES |= {"sweep.csv", "sweep.json"}
@@ -275,15 +274,12 @@ def write_run_files(run_dir: Path, model: VideoModel, config: Config, metadata: 
 
 
 def write_rule(run_dir: Path, rule: dict[str, Any] | None) -> None:
-    """Writes to a run's metadata.json when it answers (reject.py); None or a rule without a threshold: always. Does
-    nothing in a folder that only has scores."""
+    """Writes to a run's metadata.json when it answers, see reject.Rule; None: always. Does nothing in a folder that only
+    has scores."""
     if (run_dir / METADATA).exists():
         metadata = json.loads((run_dir / METADATA).read_text(encoding="utf-8"))
-        known = metadata.pop("reject", None)
-        if rule is not None and rule["threshold"] is not None:
-            metadata["reject"] = rule
-        if metadata.get("reject") != known:
-            write_json(metadata, run_dir / METADATA)
+        if metadata.pop("reject", None) != rule:
+            write_json(metadata | ({"reject": rule} if rule else {}), run_dir / METADATA)
 
 
 def save_backbone_files(model: VideoModel, name: str, folder: Path) -> None:

@@ -110,7 +110,7 @@ def draw_labels(
         plot_clips(sheet, folder / "worst.png", heading),
     ]
     if "reject" in scores:
-        pictures.append(plot_risk_coverage(scores["reject"], scores["count"], folder / "risk_coverage.png"))
+        pictures.append(plot_risk_coverage(scores["reject"], scores["count"], folder / "risk.png"))
     return pictures
 
 

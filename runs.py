@@ -12,16 +12,7 @@ from accelerate.utils import set_seed
 import figures
 import train_code
 from build_model import VideoModel, build_model, parameter_table
-from checkpoint import (
-    check_same,
-    claimed_run,
-    clear_run,
-    finish_run,
-    git_commit,
-    run_metadata,
-    write_rule,
-    write_run_files,
-)
+from checkpoint import check_same, claimed_run, clear_run, finish_run, git_commit, run_metadata, write_run_files
 from config import Config, as_flags, default_rates, fill_epochs, is_non_commercial, is_tiny, training_mode
 from controls import control_line, control_scores, occlusion_maps
 from groups import shared_recordings
@@ -176,7 +167,6 @@ def report(run: Run, metrics: dict[str, Any]) -> None:
         metrics["controls"] = control_scores(run.model, run.splits, run.config, run.accelerator)
         print(control_line(metrics["controls"]))
     if run.accelerator.is_main_process:
-        write_rule(run.folder, metrics.get("reject"))
         draw_pictures(run, metrics)
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from augment import Augment
 from build_model import VideoModel, adapters, body_of, trained_tensors
-from checkpoint import STATE, load_state, load_weights, save_state, save_weights
+from checkpoint import STATE, load_state, load_weights, save_state, save_weights, write_rule
 from config import Config, default_rates
 from metrics import attribute_summary, caption_scores, exact_matches, label_scores, question_scores, with_intervals
 from reject import Rule
@@ -502,15 +502,10 @@ def final_scores(
 
 
 def score_splits(
-    model: VideoModel,
-    loaders: dict[str, DataLoader],
-    config: Config,
-    accelerator: Any,
-    folder: Path,
-    rule: Rule | None = None,
+    model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, folder: Path, rule: Any = None
 ) -> dict[str, Any]:
     """The scores on val and, if there is one, on test. Writes predictions_{val,test}.jsonl. With --reject and without a
-    `rule`, val decides which clips are answered."""
+    reject.Rule, val decides which clips are answered, and metadata.json of a run says so."""
     metrics: dict[str, Any] = {}
     rule = rule or (Rule(config.reject) if config.reject else None)
     for split in ("val", "test"):
@@ -523,7 +518,9 @@ def score_splits(
                 write_rows(rows, folder / f"predictions_{split}.jsonl")
     if "test" in metrics:
         metrics["test"]["views"] = {"clips": config.test_clips, "crops": config.test_crops}
-    return metrics | ({} if rule is None else {"reject": asdict(rule)})
+    if accelerator.is_main_process:
+        write_rule(folder, asdict(rule) if rule and rule.threshold is not None else None)
+    return metrics | ({"reject": asdict(rule)} if rule else {})
 
 
 # -- the run ----------------------------------------------------------------------------------------

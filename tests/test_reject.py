@@ -309,7 +309,7 @@ def test_a_promise_that_cannot_be_kept_is_a_warning_and_the_run_is_kept(run, tmp
     assert score.main(["--checkpoint", str(folder), "--num_workers", "0", "--reject", "0.06"]) == 1
     printed = capsys.readouterr().out
     assert "warning: --reject 0.06: the 60 clips of val show for no threshold that fewer than 6 % of" in printed
-    assert (folder / "risk_coverage.png").exists() and "reject" not in read_run(folder)[1]
+    assert (folder / "risk.png").exists() and "reject" not in read_run(folder)[1]
     assert json.loads((folder / "metrics.json").read_text())["reject"]["threshold"] is None
 
 
