@@ -26,6 +26,7 @@ from torch.utils.data._utils import signal_handling
 
 from groups import grouped, ungrouped_classes
 from metrics import Lexicon
+from multilabel import multi_hot
 from readers import (
     VIDEO_SUFFIXES,
     Reader,
@@ -57,7 +58,7 @@ Key = Path | tuple[Path, Segment]
 @dataclass(frozen=True)
 class Sample:
     """One video, or one segment of a video, and its annotations. `label` is the one in metadata.jsonl, else the name of
-    the class folder."""
+    the class folder, and None if the sample has `labels`."""
 
     path: Path
     label: str | None = None
@@ -71,10 +72,16 @@ class Sample:
     kind: str | None = None  # of the question, for the scores
     group: str | None = None  # the recording that it comes from, if that is known; see groups.py
     digest: str | None = field(default=None, compare=False)  # of the whole video; set by identified()
+    labels: tuple[str, ...] | None = None  # everything that the clip shows, with --multi_label True
 
     def has_attributes(self, lexicon: Lexicon) -> bool:
         """Whether all attributes of the lexicon are known."""
         return bool(self.objects) and all(item.keys() == lexicon.keys() for item in self.objects)
+
+    @property
+    def classes(self) -> tuple[str | None, ...]:
+        """Its label or labels; (None,) if there are none."""
+        return self.labels or (self.label,)
 
     @property
     def key(self) -> Key:
@@ -216,6 +223,9 @@ def check_row(row: Any, where: str) -> str:
             raise UserError(f"{where}: {key} must be a string")
     if not all(is_text(c) and c.strip() for c in as_list(row.get("caption", []))):
         raise UserError(f"{where}: caption must be a string or a list of strings, none of them empty")
+    labels, label = row.get("labels"), row.get("label")
+    if labels is not None and not (isinstance(labels, list) and all(map(is_text, labels)) and label is None):
+        raise UserError(f"{where}: labels must be a list of strings, and a row with labels has no label")
     items = as_list(row.get("attributes", []))
     if not all(isinstance(item, dict) and all(map(is_text, item.values())) for item in items):
         raise UserError(f'{where}: attributes must be {{"name": "value"}}, or a list of these, one for each object')
@@ -260,15 +270,16 @@ def exists(path: Path, where: str) -> bool:
 
 def make_sample(path: Path, row: dict[str, Any], folder: Path) -> Sample:
     """A sample from its row of metadata.jsonl; the row is {} for a video that is not listed there."""
-    label = row.get("label")
-    if label is None:  # use the class folder, if the video is in one
+    label, labels = row.get("label"), row.get("labels")
+    if label is None and labels is None:  # use the class folder, if the video is in one
         parts = Path(os.path.relpath(path, folder)).parts
         label = parts[0] if len(parts) > 1 and parts[0] != os.pardir else None
     captions, objects, questions = (tuple(as_list(row.get(key, []))) for key in ("caption", "attributes", "question"))
     answers, kinds = (as_list(row.get(key) or [None] * len(questions)) for key in ("answer", "kind"))
     asked = tuple(zip(questions, answers, kinds, strict=False))  # a kind without a question means nothing
     texts = row.get("text"), row.get("other_text")
-    return Sample(path, label, captions, *texts, objects, segment_of(row), asked, group=row.get("group"))
+    sample = Sample(path, label, captions, *texts, objects, segment_of(row), asked, group=row.get("group"))
+    return sample if labels is None else replace(sample, labels=tuple(dict.fromkeys(labels)))
 
 
 def by_question(samples: list[Sample]) -> list[Sample]:
@@ -334,7 +345,7 @@ def read_splits(
             note = "no val/ folder: about a tenth of each training class is held out, in whole recordings"
             note += ungrouped_classes(splits["train"], splits["val"])
     if class_names is None:
-        class_names = sorted({s.label for s in splits["train"] if s.label is not None}, key=natural_key)
+        class_names = sorted({c for s in splits["train"] for c in s.classes if c is not None}, key=natural_key)
     if questions:  # only now, so that all questions about a video stay in one split
         splits = {name: by_question(samples) for name, samples in splits.items()}
     return Splits(*(splits.get(name, []) for name in SPLITS), class_names, note, read_lexicon(data_dir))
@@ -355,14 +366,15 @@ def hold_out(samples: list[Sample], folder: Path) -> tuple[list[Sample], list[Sa
     def whole(sample: Sample) -> Path | str:
         return sample.path if sample.group is None else sample.group
 
-    # how many samples of each class a video has: one, or its segments; or those of a group
+    # how many samples of each class a video has: one, or its segments; or those of a group. Without any label, the class
+    # is None
     samples_of: dict[Path | str, Counter[str | None]] = {}
     for sample in sorted(samples, key=rank):
-        samples_of.setdefault(whole(sample), Counter())[sample.label] += 1
+        samples_of.setdefault(whole(sample), Counter()).update(sample.classes)
 
     # class by class, so that val also has the small classes. With segments, the videos of one class may bring enough of
     # another class too; no class may lose its last video
-    total, taken = Counter(s.label for s in samples), Counter()
+    total, taken = Counter(c for s in samples for c in s.classes), Counter()
     left = Counter(label for labels in samples_of.values() for label in labels)  # videos or groups that remain
     held_out: set[Path | str] = set()
 
@@ -421,10 +433,11 @@ def check_samples(splits: Splits, captioning: bool, use_text: bool) -> None:
             if unusable and not unusable[0].questions:  # only a run with questions can use them
                 problem = "no caption and no question in metadata.jsonl"
         else:
-            unusable = [s for s in samples if s.label not in splits.class_names]
+            known = splits.class_names
+            unusable = [s for s in samples if s.labels != () and not all(c in known for c in s.classes)]
             problem = "no class folder and no label"
-            if unusable and unusable[0].label:
-                problem = f"a class that is not in train ({unusable[0].label})"
+            if unusable and (unknown := [c for c in unusable[0].classes if c and c not in known]):
+                problem = f"a class that is not in train ({unknown[0]})"
         if unusable:
             count, example = f"{len(distinct(unusable))} of {len(distinct(samples))}", unusable[0].path
             raise UserError(f"{count} videos of {name} have {problem}, for example {example}")
@@ -451,7 +464,8 @@ def fingerprint_data(splits: Splits, data_dir: Path) -> str:
         for s in getattr(splits, name):
             relative = Path(os.path.relpath(s.path, data_dir)).as_posix()
             asked = [s.question] if s.question else []
-            row = repr((name, relative, s.label, s.captions, s.text, *(s.segment or ()), *asked))
+            label = s.label if s.labels is None else s.labels
+            row = repr((name, relative, label, s.captions, s.text, *(s.segment or ()), *asked))
             annotations.update(row.encode("utf-8", "surrogateescape"))
             contents.update(s.identity.encode())
     return annotations.hexdigest()[:32] + contents.hexdigest()[:32]
@@ -483,7 +497,9 @@ class ClipDataset(Dataset):
 
     def __post_init__(self) -> None:
         self.class_index = {name: i for i, name in enumerate(self.class_names)}
-        self.labels = [self.class_index.get(sample.label, -100) for sample in self.samples]  # -100: unknown
+        self.labels: Any = [self.class_index.get(sample.label, -100) for sample in self.samples]  # -100: unknown
+        if any(sample.labels is not None for sample in self.samples):
+            self.labels = multi_hot((sample.labels or () for sample in self.samples), self.class_names)  # (n, K)
         self.opened: tuple[Path, Reader] | None = None  # the last video with segments: its others often come next
 
     def __len__(self) -> int:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config, options_with
 from metrics import Lexicon, exact_matches, right_attributes
-from reject import Rule
+from multilabel import are_right
+from reject import NONE, Rule
 from script import FileLock, UserError, printable, replace_file
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def list_jobs(samples: list["Sample"], folder: str, seconds: float, stride: floa
     # the windows of a video say nothing about its segments, and belong to none of them; each question is asked once
     whole: dict[tuple[Path, str | None], Sample] = {}
     for sample in samples:
-        unknown = {} if sample.segment is None else {"segment": None, "label": None, "captions": (), "objects": ()}
+        unknown = {"segment": None, "label": None, "labels": None, "captions": (), "objects": ()}
+        unknown = {} if sample.segment is None else unknown
         whole.setdefault((sample.path, sample.question), replace(sample, **unknown))
     jobs = [Job(sample, absolute_path(sample.path, folder)) for sample in whole.values()]
     parts = []
@@ -111,6 +113,10 @@ def is_right(
             return None
         return right_attributes(answer["caption"], sample.objects, lexicon)["all"]
 
+    # several labels
+    if "labels" in answer:
+        return are_right(answer, sample, display_names)
+
     # the folder of a video may have the label or its display name; any other folder says nothing about its class
     if sample.label is None or "error" in answer or answer["label"] is None:
         return None
@@ -138,8 +144,9 @@ def answer_line(name: str, answer: dict[str, Any]) -> str:
     if "answer" in answer:
         text = f"{answer['question']}  {answer['answer']}"
     if text is None:
-        text = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in answer.get("top_k", [answer]))
-        text = f"{answer['name']}  ({text})" if answer["label"] is None else text
+        best = answer.get("labels", answer.get("top_k", [answer]))
+        text = "  ".join(f"{top['name']} {100 * top['score']:.1f} %" for top in best) or "no label"
+        text = f"{answer['name']}  ({text})" if answer.get("name") == NONE else text
     times = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
     mark = {None: "", True: "  right", False: "  WRONG"}[answer.get("right")]
     return printable(f"{name}  {times}{text[:LONGEST_ANSWER]}{mark}")

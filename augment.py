@@ -196,7 +196,7 @@ def mix(batch: dict[str, Any]) -> dict[str, Any]:
             weight[index] = 1 - covered / math.prod(video.shape[-2:])
 
     # `labels` must name the larger part, because training accuracy is measured against it
-    own = (weight >= 0.5).to(labels.device)
+    own = (weight >= 0.5).to(labels.device).view(-1, *[1] * (labels.ndim - 1))  # (B,), or (B, 1) for several labels
     other = labels[partners.to(labels.device)]
     return batch | {
         "video": mixed,

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -89,7 +90,8 @@ class Collator:
             "index": torch.tensor([item["index"] for item in items]),  # (B,)
         }
         if self.text_field != "caption":
-            batch["labels"] = torch.tensor([item["label"] for item in items])
+            # (B,), or with several labels (B, K) bool
+            batch["labels"] = torch.stack([torch.as_tensor(item["label"]) for item in items])
         if self.codec is None:
             return batch
         texts = [item[self.text_field] for item in items]
@@ -140,6 +142,8 @@ class VideoModel(nn.Module):
 
     task: str  # in words, for people
     text_field: str | None = None  # which text the model reads: "caption", "text" or none
+    multi_label = False  # each class has a probability of its own, of the logit's sigmoid
+    thresholds: dict[str, float] | None = None  # of each class with multi_label, chosen on val
 
     def __init__(self, vision_encoder: VisionEncoder):
         super().__init__()
@@ -179,17 +183,19 @@ class VideoModel(nn.Module):
         return Collator(self.codec(), self.text_field)
 
     def targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the logits are compared with: (B,) or (B, L); -100 is ignored."""
+        """What the logits are compared with: (B,), (B, L), or with several labels (B, K) bool; -100 is ignored."""
         return batch["labels"]
 
     def scores(self, video: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """The logits of a video. For several views of each video, (B, V, T, C, H, W), the log of the mean probabilities
+        """The logits of a video. For several views of each video, (B, V, T, C, H, W), those of the mean probabilities
         over the views, (B, K)."""
         if video.ndim <= 5:
             return self(video=video, **inputs).float()
         # one view at a time: all at once would multiply the memory by their number
-        views = [self(video=view, **inputs).float().log_softmax(-1) for view in video.unbind(1)]
-        return torch.stack(views).logsumexp(0) - math.log(len(views))
+        views = torch.stack([self(video=view, **inputs).float() for view in video.unbind(1)])  # (V, B, K)
+        if self.multi_label:  # log(p / (1 - p)); the number of views cancels out
+            return logsigmoid(views).logsumexp(0) - logsigmoid(-views).logsumexp(0)
+        return views.log_softmax(-1).logsumexp(0) - math.log(len(views))
 
 
 class VideoClassifier(VideoModel):
@@ -598,7 +604,7 @@ def build_model(config: Config, num_classes: int, sources: dict[str, Source] | N
         model = AttentiveClassifier(vision_encoder, num_classes, config)
     else:
         model = VideoClassifier(vision_encoder, num_classes, config.dropout)
-    model.sources = sources
+    model.sources, model.multi_label = sources, config.multi_label == "True"
 
     # full, frozen or LoRA
     choose_trained(model, config)

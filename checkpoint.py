@@ -202,8 +202,11 @@ def clear_run(run_dir: Path, config: Config | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
-def finish_run(run_dir: Path, metrics: dict[str, Any]) -> None:
-    """Writes metrics.json, which marks a run as finished, and removes what --resume needs."""
+def finish_run(run_dir: Path, metrics: dict[str, Any], thresholds: dict[str, float] | None = None) -> None:
+    """Writes metrics.json, which marks a run as finished, and removes what --resume needs. The `thresholds` that were
+    chosen on val go to metadata.json, since they belong to the model."""
+    if thresholds is not None:
+        write_json(read_run(run_dir)[1] | {"thresholds": thresholds}, run_dir / METADATA)
     # in this order: a kill in between leaves a finished run with leftover files, which --resume removes
     write_json(metrics, run_dir / METRICS)
     shutil.rmtree(run_dir / STATE.parent, ignore_errors=True)
@@ -512,7 +515,7 @@ def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
     values = read_yaml(run_dir / CONFIG_YAML)
     if values.get("head", "auto") == "auto":
         values["head"] = "linear"  # runs of earlier versions, which had no other or did not fill it in
-    values.setdefault("frame_stride", 0)  # what earlier versions did
+    values = {"frame_stride": 0, "multi_label": "False"} | values  # what earlier versions did
     config = Config(**values)
     if problem := metadata_problem(metadata, {*training_mode(config)}):
         raise UserError(f"{run_dir / METADATA} is damaged: {problem}")
@@ -534,6 +537,10 @@ def metadata_problem(metadata: dict[str, Any], parts: set[str]) -> str:
         return "class_names is not a list of names"
     if not isinstance(display_names, dict) or not all(isinstance(display_names.get(name), str) for name in names):
         return "a class has no display name"
+
+    thresholds = metadata.get("thresholds", dict.fromkeys(names, 0.5))
+    if not isinstance(thresholds, dict) or not all(isinstance(thresholds.get(n), int | float) for n in names):
+        return "a class has no threshold"
 
     # a missing fingerprint would let any weights pass
     if not isinstance(backbones, dict) or backbones.keys() != parts:
@@ -623,5 +630,6 @@ def load_run(
     check_preprocessing(run_dir, metadata, model)
     load_weights(run_dir, model)
     check_weights(model)
+    model.thresholds = metadata.get("thresholds")
     of_inference = {name for name, f in FIELDS.items() if "inference" in f.metadata["scripts"]} - own_options
     return model.eval(), replace(saved, **{name: getattr(config, name) for name in of_inference}), metadata

@@ -329,6 +329,9 @@ class Config:
     """with segments (start and end in metadata.jsonl): add clips from the gaps between them as a class "background".
     0.3 adds 3 for every 10 segments, in train, val and test. Use it for timelines, where most of a video may show none
     of the classes"""
+    multi_label: str = option("auto", one_of("auto", "True", "False"), "data", TRAIN)
+    """clips may show several classes at once, or none: each class gets a yes or no of its own, from the `labels` in
+    metadata.jsonl. auto: True if a row has `labels`"""
     skip_unreadable: bool = option(False, to_bool, "data", "main sweep_heads preview score")
     """skip videos that cannot be read and list them in metrics.json; otherwise they stop the run"""
     group_by: str = option("auto", group_rule, "data", f"{TRAIN} score")
@@ -348,8 +351,9 @@ class Config:
     are drawn at random"""
 
     epochs: int | str = option("auto", auto_or(number(int, 1, 100_000)), "training", "main plan sweep_heads")
-    """passes over the training videos; the epoch with the best val accuracy is kept, or for captioners the one with
-    the lowest val loss. auto: 1,800 optimizer steps, or 3,600 on cached features; at least 5 and at most 30 epochs"""
+    """passes over the training videos; the epoch with the best val accuracy is kept (mAP with several labels), or for
+    captioners the one with the lowest val loss. auto: 1,800 optimizer steps, or 3,600 on cached features; at least 5 and
+    at most 30 epochs"""
     batch_size: int | str = option(
         "auto", auto_or(number(int, 1, 65_536)), "training", f"main plan sweep_heads preview {USE}"
     )

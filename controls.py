@@ -1,6 +1,6 @@
 """What a trained model really uses: the same test with inputs on which it should fail, and baselines without training.
 
-majority            the most frequent class (or caption) of the training videos, for every clip
+majority            the most frequent class (or labels, or caption) of the training videos, for every clip
 nearest_neighbour   the answer of the nearest training video, by the frozen backbone's features (cosine, centred)
 one_frame           every frame replaced by the middle one: no motion
 shuffled reversed   the same frames in another order
@@ -26,6 +26,7 @@ from build_model import VideoModel, build_model
 from config import Config
 from feature_cache import compute_missing, open_store, video_ids
 from metrics import Lexicon, attribute_summary, caption_summary, exact_matches, generated
+from multilabel import labels_of, mean_average_precision, multi_hot
 from script import UserError
 from train_code import build_loaders, caption_all, evaluate, hold_frozen, loss_sum, split_by_question, to_device
 from transforms import Preprocessing
@@ -168,7 +169,8 @@ def occlusion_maps(
         if "references" in row:
             item["caption"] = generated(row)
         else:
-            item["label"] = names.index(row["label"])
+            best = row.get("top_k", [row])[0]["label"]
+            item["label"] = multi_hot([[best]], names)[0] if "labels" in row else names.index(best)
 
         # the clip itself first, then every covered one, 16 at a time
         items = [item | {"video": video} for video in (item["video"], *occluded(item["video"]))]
@@ -190,12 +192,14 @@ def chosen(rows: list[dict[str, Any]]) -> list[int]:
 
 
 def truth(row: dict[str, Any]) -> str | list[str]:
-    """The true class, or the references of a caption."""
+    """The true class or classes, or the references of a caption."""
     return row["references"] if "references" in row else row["truth"]
 
 
 def is_right(row: dict[str, Any]) -> bool:
-    """Whether the class is the true one, or the caption equals a reference."""
+    """Whether the class is the true one, or all classes are, or the caption equals a reference."""
+    if "labels" in row:
+        return labels_of(row) == {*row["truth"]}
     return generated(row) in row["references"] if "references" in row else row["label"] == row["truth"]
 
 
@@ -224,13 +228,15 @@ def occluded(clip: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def answer_scores(model: VideoModel, items: list[dict], accelerator: Any) -> torch.Tensor:
-    """The log odds of each item's label, or the log probability of its caption. (B,)
+    """The log odds of each item's label, which is the only one, or the log probability of its caption. (B,)
 
     Log odds, because the probability of a confident model hardly moves.
     """
     batch = to_device(model.collator()(items), accelerator.device)
     with accelerator.autocast():
         _, logits, targets = loss_sum(model, batch)
+    if targets.dtype == torch.bool:  # the logits are log odds
+        return (logits * targets).sum(1).cpu()
     losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")  # 0 where targets are -100
     scores = -losses.view(len(items), -1).sum(1).cpu()
     return scores if targets.ndim > 1 else scores - torch.log(-torch.expm1(scores.clamp(max=-1e-7)))
@@ -268,17 +274,22 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
     def score(loader: Any, name: str) -> dict[str, float]:
         if config.captioning:
             return caption_row(caption_all(model, loader, accelerator, config), samples, splits.lexicon)
-        return {"accuracy": evaluate(model, loader, accelerator, desc=name)["accuracy"]}
+        scores = evaluate(model, loader, accelerator, desc=name)
+        return {name: scores[name] for name in ("accuracy", "mAP") if name in scores}
 
-    def score_answers(answers: list[str]) -> dict[str, float]:
+    def score_answers(answers: list[Any]) -> dict[str, float]:
         if config.captioning:
             return caption_row(answers, samples, splits.lexicon)
+        if model.multi_label:  # a label that is in the answer has the score 1, any other 0
+            found, true = (multi_hot(rows, splits.class_names) for rows in (answers, [s.labels for s in samples]))
+            return {"mAP": mean_average_precision(true, found.astype(float))}
         return {"accuracy": float(np.mean([a == s.label for a, s in zip(answers, samples, strict=True)]))}
 
     # the model itself, and the two baselines
     loader = loader_of(samples)
     table: dict[str, Any] = {"split": split, "as_it_is": score(loader, "as it is")}
-    train_answers = [s.captions[0] if config.captioning else str(s.label) for s in splits.train]
+    of_class = [s.labels if model.multi_label else str(s.label) for s in splits.train]
+    train_answers = [s.captions[0] for s in splits.train] if config.captioning else of_class
     table["majority"] = score_answers(majority_answers(splits.train, train_answers, samples))
     neighbours = nearest_neighbours(splits, samples, config, accelerator)
     table["nearest_neighbour"] = score_answers([train_answers[i] for i in neighbours])
@@ -314,7 +325,7 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
     return table
 
 
-def majority_answers(train: list[Sample], answers: list[str], samples: list[Sample]) -> list[str]:
+def majority_answers(train: list[Sample], answers: list[Any], samples: list[Sample]) -> list[Any]:
     """For each sample, the most frequent answer among the training samples of its group_of(); "" if there are none."""
     counts: dict[tuple, Counter] = defaultdict(Counter)
     for sample, answer in zip(train, answers, strict=True):
@@ -343,7 +354,7 @@ def other_object_scores(
 def control_line(table: dict[str, Any]) -> str:
     """The result in one line: how much the model uses motion and text. Captions and answers have a part each."""
     return "; ".join(
-        control_text(table, name) for name in ("accuracy", "CIDEr", "answers") if name in table["as_it_is"]
+        control_text(table, name) for name in ("accuracy", "mAP", "CIDEr", "answers") if name in table["as_it_is"]
     )
 
 

@@ -468,11 +468,14 @@ class Outcome:
     links: dict[Path, list[Path]] = field(default_factory=dict)  # {folder to make: images to link in it}
 
 
-def sort_rows(rows: Iterator[Row], index: VideoIndex, names: dict[str, str], output: Path) -> dict[str, Outcome]:
+def sort_rows(
+    rows: Iterator[Row], index: VideoIndex, names: dict[str, str], output: Path, multi_label: bool = False
+) -> dict[str, Outcome]:
     """{split: outcome}. Each row counts once: as found, missing, refused or unused. Rows of one video are merged, or of
     one segment of it.
 
-    `names` maps class numbers to class names; `output` is where folders of linked frames will be made.
+    `names` maps class numbers to class names; `output` is where folders of linked frames will be made; `multi_label`
+    says whether a video may have several labels.
     """
     outcomes: dict[str, Outcome] = {}
     groups: dict[tuple[str, Path, Any], list[Row]] = {}
@@ -503,7 +506,7 @@ def sort_rows(rows: Iterator[Row], index: VideoIndex, names: dict[str, str], out
             problem = "no start and end, which other rows of this video have"
             outcomes[split].refused += [f"{row.video}: {problem}" for row in group]
             continue
-        join_rows(group, path, outcomes[split])
+        join_rows(group, path, outcomes[split], multi_label)
     return outcomes
 
 
@@ -537,14 +540,14 @@ def find_row(row: Row, index: VideoIndex, output: Path, outcome: Outcome) -> tup
     return links, ""
 
 
-def join_rows(group: list[Row], path: Path, outcome: Outcome) -> None:
-    """Merges the rows of one video or segment into one sample: captions add up, labels, groups and texts must
-    agree."""
+def join_rows(group: list[Row], path: Path, outcome: Outcome, multi_label: bool) -> None:
+    """Merges the rows of one video or segment into one sample: captions add up, with `multi_label` labels too; else
+    they must agree, as groups and texts must."""
     from readers import Segment
     from VLoader import Sample
 
     labels, recordings = (dict.fromkeys(filter(None, (getattr(row, n) for row in group))) for n in ("label", "group"))
-    for noun, values in (("labels", labels), ("groups", recordings)):
+    for noun, values in (("labels", () if multi_label else labels), ("groups", recordings)):
         if len(values) > 1:
             problem = f"several {noun} ({', '.join(values)}); a video can have only one"
             outcome.refused += [f"{row.video}: {problem}" for row in group]
@@ -560,6 +563,8 @@ def join_rows(group: list[Row], path: Path, outcome: Outcome) -> None:
     segment = Segment(*group[0].times) if group[0].times else None
     recording = next(iter(recordings), None)
     sample = Sample(path, next(iter(labels), None), captions, text, segment=segment, group=recording)
+    if multi_label and labels:
+        sample = replace(sample, label=None, labels=tuple(labels))
     outcome.samples[sample.key] = sample
 
 
@@ -594,7 +599,7 @@ def write_rows(outcomes: dict[str, Outcome], output: Path) -> None:
             target = sample.path.parent.resolve() / sample.path.name
             name = Path(os.path.relpath(target, folder.resolve())).as_posix()
             row = {"file_name": name, "label": sample.label, "caption": list(sample.captions), "text": sample.text}
-            row["group"] = sample.group
+            row |= {"labels": sample.labels, "group": sample.group}
             row |= sample.segment._asdict() if sample.segment else {}
             lines.append(json.dumps({k: v for k, v in row.items() if v not in (None, [])}) + "\n")
         text = "".join(lines)
@@ -613,7 +618,7 @@ def report(outcomes: dict[str, Outcome], output: Path) -> dict[str, Any]:
     # one line and one file per split; every row is in exactly one of found, missing, refused, unused
     for split in (s for s in SPLITS if s in outcomes):
         outcome = outcomes[split]
-        kept = Counter(s.label for s in outcome.samples.values())
+        kept = Counter(c for s in outcome.samples.values() for c in s.classes)
         lists = {name: getattr(outcome, name) for name in ("missing", "unreadable", "refused")}
         values = (
             outcome.rows,
@@ -694,7 +699,9 @@ def next_command(outcomes: dict[str, Outcome], output: Path) -> str:
     caption = f"{classify} --use_vlm True --captioning True --use_lora_llm True"
     if not all(s.captions for s in samples):
         return f"next: {classify}"
-    return f"next: {classify}\nor, for captions: {caption}" if all(s.label for s in samples) else f"next: {caption}"
+    return (
+        f"next: {classify}\nor, for captions: {caption}" if all(any(s.classes) for s in samples) else f"next: {caption}"
+    )
 
 
 @script
@@ -717,7 +724,7 @@ def main(argv: list[str] | None = None) -> int:
     # annotations to samples
     index = VideoIndex(args.videos)
     rows = (row for file in args.annotations for row in parse_file(args.format, file, args.split))
-    outcomes = sort_rows(rows, index, names, args.output)
+    outcomes = sort_rows(rows, index, names, args.output, args.multi_label == "True")
     check_outcomes(outcomes, index)
 
     # only the splits of this call are replaced: train and test lists may be converted one after the other
@@ -766,6 +773,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=2, help="processes that check the videos (default: 2)")
     parser.add_argument(
         "--no_scan", action="store_true", help="do not check that the videos can be read; training checks it anyway"
+    )
+    parser.add_argument(
+        "--multi_label",
+        choices=("True", "False"),
+        default="False",
+        help="True: several rows of one video with different labels become its `labels`, instead of being refused",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing metadata.jsonl files in --output")
     return parser.parse_args(argv)

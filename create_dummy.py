@@ -46,9 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     from readers import open_video
     from VLoader import read_folder
 
-    # the first videos of each class; read_folder() sorts by name, so classes follow each other
+    # the first videos of each class, or if they have several labels of each folder; read_folder() sorts by name, so
+    # classes follow each other
     samples = read_folder(args.data_dir / "test")
-    by_class = [list(group)[: args.per_class] for _, group in groupby(samples, key=lambda s: s.label)]
+    by_class = [list(group)[: args.per_class] for _, group in groupby(samples, key=lambda s: s.label or s.path.parent)]
     clear_frames(args.output)
 
     # write frames in chunks, because a video may be too long for memory
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
                 frames = reader.frames(range(first + start, first + min(start + CHUNK, count)))
                 save_frames(frames.numpy(), args.output / name, start)
             row = {"file_name": name, "label": sample.label, "caption": sample.captions, "text": sample.text}
-            row |= {"other_text": sample.other_text, "attributes": sample.objects}
+            row |= {"other_text": sample.other_text, "attributes": sample.objects, "labels": sample.labels}
             for key, *values in zip(("question", "answer", "kind"), *sample.questions, strict=True):
                 row[key] = values if values and None not in values else None
             rows[name] = {k: v for k, v in row.items() if v not in (None, ())}

@@ -92,6 +92,23 @@ def check_classes(splits: "Splits", folder: Path) -> Finding:
     return Finding(check, f"{len(counts)} classes, {min(counts.values())} to {max(counts.values())} videos each")
 
 
+def check_labels(splits: "Splits") -> Iterator[Finding]:
+    """Counts the videos of each label, and looks for labels with a single training video, and for labels that val or
+    test never has, so that they cannot be scored there."""
+    counts = {n: Counter(c for s in getattr(splits, n) for c in s.classes if c) for n in ("train", "val", "test")}
+    rows = [f"{name} {'/'.join(str(count[name]) for count in counts.values())}" for name in splits.class_names]
+    without = sum(not s.labels for s in splits.train)
+    result = f"train/val/test {', '.join(rows)}; {without} training videos without any"
+    single = [name for name in splits.class_names if counts["train"][name] == 1]
+    advice = f"one training video only: {', '.join(single)}; add videos, or remove the label" if single else ""
+    yield Finding("videos of each label", result, advice)
+    for split in [name for name in ("val", "test") if getattr(splits, name)]:
+        unseen = [name for name in splits.class_names if not counts[split][name]]
+        result = f"all of {len(splits.class_names)}" if not unseen else f"not {', '.join(unseen)}"
+        advice = f"add videos with these labels to {split}: without any they have no score there" if unseen else ""
+        yield Finding(f"{split} has every label", result, advice)
+
+
 def check_copies(splits: "Splits") -> Iterator[Finding]:
     """Looks for videos of val or test that are in train too, and for videos in two classes, by their contents. Segments
     of one video are copies if they overlap."""
@@ -331,7 +348,8 @@ def check_first_loss(model: "VideoModel", batch: dict[str, Any], num_classes: in
 
     with torch.no_grad():
         loss, _, targets = loss_sum(model.eval(), batch)
-    mean, expected = loss.item() / len(targets), math.log(num_classes)
+    num_classes = 2 if model.multi_label else num_classes  # each class is a yes or no
+    mean, expected = loss.item() / targets.numel(), math.log(num_classes)
     result = f"{mean:.3f}, ln {num_classes} = {expected:.3f}"
     if not abs(mean - expected) < 0.25 * expected:  # also true for NaN
         return Finding("the first loss is at chance level", result, "check the scale of the inputs: mean, std, weights")
@@ -387,15 +405,15 @@ def check_overfit(model: "VideoModel", batch: dict[str, Any], learning_rate: flo
 
 
 def first_batch(model: "VideoModel", dataset: Any, device: Any) -> dict[str, Any] | None:
-    """Eight training clips of as many classes as possible; None if no video can be read."""
+    """Eight training clips of as many classes, or sets of labels, as possible; None if no video can be read."""
     from train_code import to_device
 
     # the first clip of every class, then the second of every class, and so on
     counts: Counter = Counter()
     order = []
     for index, sample in enumerate(dataset.samples):
-        order.append((counts[sample.label], index))
-        counts[sample.label] += 1
+        order.append((counts[sample.classes], index))
+        counts[sample.classes] += 1
     items = (dataset[0, index] for _, index in sorted(order))
     readable = list(islice((item for item in items if "error" not in item), 8))
     return to_device(model.collator()(readable), device) if readable else None
@@ -410,6 +428,8 @@ def examine(run: "Run") -> list[Finding]:
     findings.append(check_near_copies(run))
     if config.captioning:
         findings.append(check_captions(splits))
+    elif run.model.multi_label:
+        findings += check_labels(splits)
     else:
         findings.append(check_classes(splits, data_dir / "train"))
     if any(s.segment is not None for s in splits.train + splits.val + splits.test):

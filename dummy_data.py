@@ -2,6 +2,7 @@
 
     python dummy_data.py                      # synthetic_dataset/{train,val,test}/class_k/video_i.pt
     python dummy_data.py --questions --output synthetic_questions    # the same videos, with questions for captioners
+    python dummy_data.py --multi_label --output synthetic_labels     # the same videos; two objects are two labels
     python dummy_data.py --ceilings           # the best possible accuracy with less than video and text
 
 Nine classes, one for each motion: moves right, left, down or up; turns clockwise or counterclockwise; reverses; stops;
@@ -466,6 +467,8 @@ def write_split(folder: Path, count: int, args: argparse.Namespace, bar: Any) ->
         for index, (video, row) in enumerate(draw_rows(label, folder.name, count, args)):
             save_video(video, folder / name / f"video_{index}{suffix}")
             row |= write_questions(row["objects"], rng) if args.questions else {}
+            if args.multi_label:
+                row["labels"] = [f"class_{MOTIONS.index(item['motion'])}" for item in row["objects"]]
             rows.append({"file_name": f"{name}/video_{index}{suffix}"} | row)
             bar.update()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -550,6 +553,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--questions", action="store_true", help="add questions about colour, motion and number of objects"
+    )
+    parser.add_argument(
+        "--multi_label", action="store_true", help="add `labels`: the motions of all objects, not only of the named one"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset in --output")
     parser.add_argument(

@@ -147,13 +147,19 @@ def export_classifier(
     rule = Rule(**metadata["reject"]) if "reject" in metadata else Rule(0)
     with torch.no_grad():
         expected = model.eval()(clips)  # (2, K)
-        probabilities = rule.probabilities(model(vision.preprocessing.pixels(frames)[None]).numpy())[0]  # (K,)
+        logits = model(vision.preprocessing.pixels(frames)[None])  # (1, K)
+        probabilities = (logits.sigmoid().numpy() if model.multi_label else rule.probabilities(logits.numpy()))[
+            0
+        ]  # (K,)
 
-    # predict.py reads the choice of frames from preprocessor_config.json, too
+    # predict.py reads the choice of frames from preprocessor_config.json, too, and the thresholds of several labels
     merge_adapters(model)
     native_model(model, metadata).save_pretrained(folder)
     choice = {"num_frames": config.num_frames, "frame_stride": config.frame_stride}
     choice |= {"reject": metadata["reject"]} if "reject" in metadata else {}
+    if model.multi_label:
+        thresholds = model.thresholds or dict.fromkeys(metadata["class_names"], 0.5)
+        choice["thresholds"] = [thresholds[name] for name in metadata["class_names"]]
     write_json(preprocessor_fields(vision.preprocessing) | choice, folder / "preprocessor_config.json")
     shutil.copyfile(ROOT / "exported" / "predict.py", folder / "predict.py")
 
@@ -201,6 +207,9 @@ def native_model(model: VideoModel, metadata: dict[str, Any]) -> torch.nn.Module
     hf_config = copy.deepcopy(vision.config)
     hf_config.id2label, hf_config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
 
+    if model.multi_label:
+        hf_config.problem_type = "multi_label_classification"
+
     # parts that a classifier never reaches, such as V-JEPA 2's predictor, become zeros
     native = AutoModelForVideoClassification.from_config(hf_config)
     zeros = {
@@ -244,7 +253,7 @@ def write_readme(
     if rule := metadata.get("reject"):
         reject = (
             f"\nThe best probability must be at least {rule['threshold']:.4g}; otherwise the video is none of these "
-            "classes, and `answer` returns None for the label. The probabilities are calibrated: the logits are divided by "
+            "classes, and `answer` returns {}. The probabilities are calibrated: the logits are divided by "
             f"{rule['temperature']:.4g} first.\n"
         )
     if (folder / "adapter_vision").is_dir():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metrics import generated, rouge_l, words
+from multilabel import labels_of
 from script import printable, replace_file
 
 SHEET_WIDTH = 1600  # largest width of a contact sheet, in pixels
@@ -33,7 +34,7 @@ def label_text(name: str) -> str:
 
 
 def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws loss and, for classifiers, accuracy over the epochs of log.jsonl."""
+    """Draws loss and, for classifiers, accuracy or mAP over the epochs of log.jsonl."""
     from matplotlib.ticker import MaxNLocator
 
     # a captioner has no accuracy while it trains: captions are generated at the end only
@@ -41,7 +42,7 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
     steps = max(1, log[-1]["step"]) / log[-1]["epoch"]  # per epoch
     epochs = [row["step"] / steps for row in log]
     best = [epoch for epoch, row in zip(epochs, log, strict=True) if row["best"]][-1]
-    panels = ["loss", "accuracy"] if "val_accuracy" in log[0] else ["loss"]
+    panels = ["loss", *(name for name in ("accuracy", "mAP") if f"val_{name}" in log[0])]
 
     # train and val in one panel show where they diverge: overfitting
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False)
@@ -50,9 +51,9 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
             if f"{split}_{name}" in log[0]:
                 axis.plot(epochs, [row[f"{split}_{name}"] for row in log], style, marker="o", ms=3, label=split)
         axis.axvline(best, color="0.7", lw=1, zorder=0, label="best on val (kept)")
-        axis.set(xlabel="epoch", ylabel="loss (nats)" if name == "loss" else "accuracy")
+        axis.set(xlabel="epoch", ylabel="loss (nats)" if name == "loss" else name)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if name == "accuracy":
+        if name != "loss":
             axis.set_ylim(0, 1.02)
         axis.legend(frameon=False, fontsize=8)
     figure.suptitle(label_text(title), fontsize=9)
@@ -96,6 +97,8 @@ def draw_labels(
     folder: Path,
 ) -> list[Path]:
     """Draws all pictures of a classifier on one split. read_clip(index) gives a clip, uint8 [T, C, H, W]."""
+    if "mAP" in scores:
+        return draw_several(rows, scores, display_names, read_clip, folder)
     recalls = {n: (c["recall"], c["interval"]) for n, c in scores["classes"].items() if c["count"]}
     title = f"recall per class, 95 % intervals, n = {scores['count']}"
     if len(recalls) > MOST_NAMES:
@@ -112,6 +115,35 @@ def draw_labels(
     if "reject" in scores:
         pictures.append(plot_risk_coverage(scores["reject"], scores["count"], folder / "risk.png"))
     return pictures
+
+
+def draw_several(
+    rows: list[dict],
+    scores: dict[str, Any],
+    display_names: dict[str, str],
+    read_clip: Callable[[int], Any],
+    folder: Path,
+) -> list[Path]:
+    """Draws all pictures of a classifier with several labels per clip: see draw_labels()."""
+    found = {name: c for name, c in scores["classes"].items() if c["count"]}
+    kept = sorted(found, key=lambda name: found[name]["average_precision"])[:MOST_NAMES]
+    which = "per class" if len(found) <= MOST_NAMES else f"of the {MOST_NAMES} worst classes"
+    bars = {n: (c["average_precision"], c["interval"]) for n, c in found.items() if n in kept}
+    chance = [found[name]["share"] for name in bars]
+    title = f"average precision {which}, 95 % intervals, n = {scores['count']}; black: at random"
+
+    # the share of labels that are right, of those that are true or predicted (Jaccard index)
+    def share_right(row: dict) -> float:
+        predicted, true = labels_of(row), {*row["truth"]}
+        return len(predicted & true) / len(predicted | true) if predicted | true else 1.0
+
+    order = sorted(range(len(rows)), key=lambda index: share_right(rows[index]))[:MOST_CLIPS]
+    sheet = [(read_clip(index), label_title(rows[index], display_names)) for index in order]
+    heading = f"worst {len(sheet)} of n = {len(rows)}: the smallest share of right labels"
+    return [
+        plot_bars(bars, title, folder / "classes.png", display_names=display_names, marks=chance),
+        plot_clips(sheet, folder / "worst.png", heading),
+    ]
 
 
 def draw_captions(
@@ -157,10 +189,13 @@ def clip_name(file: str | Path, start: float | None = None, end: float | None = 
 
 
 def label_title(row: dict[str, Any], display_names: dict[str, str]) -> str:
-    """The title of a classified clip: file, predicted class, its score, and the true class if it is another one."""
-    mark = "right" if row["label"] == row["truth"] else f"wrong, truth: {display_names[row['truth']]}"
+    """The title of a classified clip: file, predicted class or classes with scores, and the truth if it differs."""
+    answers, truth = row.get("labels", [row]), [row["truth"]] if "label" in row else row["truth"]
+    wrong = f"wrong, truth: {', '.join(display_names[name] for name in truth) or 'no label'}"
+    mark = "right" if {answer["label"] for answer in answers} == {*truth} else wrong
     name = clip_name(row["file"], row.get("start"), row.get("end"))
-    return f"{name}: {display_names[row['label']]} {100 * row['score']:.0f} %, {mark}"
+    text = ", ".join(f"{display_names[answer['label']]} {100 * answer['score']:.0f} %" for answer in answers)
+    return f"{name}: {text or 'no label'}, {mark}"
 
 
 def caption_title(row: dict[str, Any]) -> str:
@@ -209,9 +244,11 @@ def plot_bars(
     path: Path,
     zoom: bool = False,
     display_names: dict[str, str] | None = None,
+    marks: list[float] | None = None,
 ) -> Path:
     """Draws fractions with their intervals, {name: (fraction, [low, high])}: as bars, or with `zoom` as points on an
-    axis that starts just below the lowest interval. Two names may have the same display name."""
+    axis that starts just below the lowest interval. `marks` are black lines across the bars. Two names may have the
+    same display name."""
     # matplotlib wants the lengths of the intervals' two sides
     plt = pyplot()
     positions = range(len(values))
@@ -231,6 +268,9 @@ def plot_bars(
     else:
         axis.barh(positions, fractions, xerr=errors, color=COLOUR, ecolor=ERROR_COLOUR, capsize=3, height=0.7)
         axis.set_xlim(0, 1.02)
+
+    if marks:
+        axis.scatter(marks, positions, marker="|", s=120, color="black", zorder=3)
 
     # the first name on top
     axis.set_yticks(positions, [label_text((display_names or {}).get(name, name)) for name in values])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from answers import Job, answer_line, find_lexicon, fingerprint_answers, is_right, list_jobs, open_output, short_name
 from config import FIELDS, Config, parse, refuse_classifier_options
 from metrics import Lexicon
+from multilabel import all_labels, several_labels
 from reject import NONE, Rule
 from script import UserError, counted, leave, printable, script
 
@@ -42,6 +43,8 @@ class Predictor:
         self.display_names: dict[str, str] = metadata["display_names"]
         self.rule = Rule(**metadata["reject"]) if "reject" in metadata else None
         self.questions: str = metadata.get("questions", "")  # "all" or "some" training samples had one; "" if none had
+        # of a run that was stopped before it could choose them, one half
+        self.thresholds = (model.thresholds or dict.fromkeys(self.class_names, 0.5)) if model.multi_label else None
         self.accelerator = build_accelerator(config)
         if self.accelerator.num_processes > 1:
             raise UserError("inference runs in one process: start several with python, each with its own --video_dir")
@@ -63,9 +66,9 @@ class Predictor:
         return cls(*load_run(Path(run_dir), replace(Config(), **options)))
 
     def predict(self, path: str | Path, text: str | None = None) -> dict[str, Any]:
-        """The answer for one video: {"file", "label", "name", "score", "top_k"} or {"file", "caption"}. For a captioner
-        the text is a question, and the answer is {"file", "question", "answer"}. With a run trained with --reject, the
-        label may be None and the name "none of these".
+        """The answer for one video: {"file", "label", "name", "score", "top_k"}, with --multi_label {"file", "labels",
+        "top_k"}, or {"file", "caption"}. For a captioner the text is a question, and the answer is {"file", "question",
+        "answer"}. With a run trained with --reject, the label may be None and the name "none of these".
 
         Raises UserError if the video cannot be read, or if the run needs a text and none is given, or cannot read one.
         """
@@ -123,11 +126,14 @@ class Predictor:
             pairs = zip(questions, texts, strict=True)
             return [{"question": asked, "answer": text} if asked else {"caption": text} for asked, text in pairs]
 
-        # classifier: the best class, and the top_k best with their scores
+        # classifier: the best class, or all above their thresholds, and the top_k best with their scores
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
         logits = self.model.scores(**inputs)  # (B, K)
         if not logits.isfinite().all():
             raise UserError("the model's scores are not finite numbers: its weights are damaged; train the run again")
+        if self.model.multi_label:
+            scores, options = logits.sigmoid().tolist(), (self.thresholds, self.config.top_k, self.display_names)
+            return several_labels(scores, self.class_names, *options)
         probabilities = logits.softmax(-1)
         if self.rule is not None:
             probabilities = torch.from_numpy(self.rule.probabilities(logits.cpu().numpy()))
@@ -204,7 +210,7 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
                 if show:
                     tqdm.write(answer_line(f"{short_name(row['file'], config.video_dir):<{width}}", row))
                 append(row | kind | {"run": run})
-        for row in merged_segments(rows, config.timeline_stride):
+        for row in merged_segments(rows, config.timeline_stride, predictor.thresholds):
             append(row | {"run": run})
             if show:
                 print(f"segment: {answer_line(short_name(row['file'], config.video_dir), row)}")
@@ -281,6 +287,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--text_input: {run_dir} was trained without {what}; leave this flag out")
     elif "questions" in metadata:
         samples = by_question(samples)
+    samples = all_labels(samples) if model.multi_label else samples
     warn_of_tiny(config, find_lexicon(Path(config.video_dir)) if samples else None)
 
     # answer

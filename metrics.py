@@ -62,8 +62,8 @@ def members_of(groups: Sequence[str] | None) -> list[np.ndarray]:
 
 
 def bounds(draws: np.ndarray) -> list[float]:
-    """The 95 % interval of draws: their 2.5 and 97.5 % quantiles."""
-    return np.quantile(draws, [0.025, 0.975]).tolist()
+    """The 95 % interval of draws: their 2.5 and 97.5 % quantiles. Draws without a score (NaN) do not count."""
+    return np.nanquantile(draws, [0.025, 0.975]).tolist()
 
 
 def wilson(right: float, count: int) -> list[float]:

@@ -62,15 +62,22 @@ def clip_titles(batch: dict[str, Any], run: "Run") -> list[str]:
         sample = run.splits.train[index]
         parts = [clip_name(sample.path, **sample.times)]
         if "labels" in batch:
-            parts.append(names[batch["labels"][row]])
+            parts.append(label_names(batch["labels"][row], names))
         if "mix" in batch:
             weight = float(batch["mix"][row])
-            parts[-1] = f"{weight:.2f} {parts[-1]} + {1 - weight:.2f} {names[batch['mixed_labels'][row]]}"
+            parts[-1] = f"{weight:.2f} {parts[-1]} + {1 - weight:.2f} {label_names(batch['mixed_labels'][row], names)}"
         if "input_ids" in batch:
             ids = batch["input_ids"][row][batch["attention_mask"][row] == 1]
             parts.append(repr(run.model.tokenizer.decode(ids, skip_special_tokens=True).strip()))
         titles.append("  |  ".join(parts))
     return titles
+
+
+def label_names(target: Any, names: list[str]) -> str:
+    """The name of a class, or the names of several: `target` is its number, or (K,) bool."""
+    if target.ndim == 0:
+        return names[target]
+    return ", ".join(names[k] for k in target.nonzero().flatten()) or "no label"
 
 
 if __name__ == "__main__":

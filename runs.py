@@ -16,6 +16,7 @@ from checkpoint import check_same, claimed_run, clear_run, finish_run, git_commi
 from config import Config, as_flags, default_rates, fill_epochs, is_non_commercial, is_tiny, training_mode
 from controls import control_line, control_scores, occlusion_maps
 from groups import shared_recordings
+from multilabel import labels_line, resolve_labels, scores_text
 from pretrained import licence_of, warn_of_tiny
 from reject import breaks_promise, check_val, reject_line
 from scan import prepare_data
@@ -76,7 +77,9 @@ def prepare(config: Config, folder: Path) -> Run:
     """Reads what the data folder holds and builds the model. Raises UserError if either cannot be used."""
     # data first: it takes less time than the model, and fails more often
     data_dir = Path(config.data_dir)
-    splits = add_background(read_splits(data_dir, None, config.captioning, config.group_by), config.background)
+    splits = read_splits(data_dir, None, config.captioning, config.group_by)
+    splits, config = resolve_labels(splits, config)
+    splits = add_background(splits, config.background)
     check_samples(splits, config.captioning, config.use_text)
     check_val(splits.val, config.reject)
 
@@ -138,7 +141,7 @@ def finish(run: Run, metrics: dict[str, Any]) -> None:
         figures.plot_curves(log, run.folder / "curves.png", run.folder.name)
     report(run, metrics)
     if run.accelerator.is_main_process:
-        finish_run(run.folder, metrics)
+        finish_run(run.folder, metrics, run.model.thresholds)
 
 
 @contextlib.contextmanager
@@ -211,6 +214,8 @@ def result_line(metrics: dict[str, Any]) -> str:
     if "accuracy" in scores:
         low, high = scores["intervals"]["accuracy"]
         parts.append(f"accuracy {100 * scores['accuracy']:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f})")
+    if "mAP" in scores:
+        parts.append(scores_text(scores))
     if "CIDEr" in scores:
         low, high = scores["intervals"]["CIDEr"]
         parts.append(f"CIDEr {scores['CIDEr']:.3f} (95 %: {low:.3f} to {high:.3f})")
@@ -284,6 +289,8 @@ def print_data(run: Run) -> None:
     sizes = ", ".join(f"{len(distinct(getattr(splits, name)))} {name}" for name in SPLITS)
     classes = counted(len(splits.class_names), "class", "classes")
     print(f"videos: {sizes}; {classes} in {run.config.data_dir}")
+    if run.model.multi_label:
+        print(labels_line(splits.train))
     questions = {name: sum(bool(s.question) for s in getattr(splits, name)) for name in SPLITS}
     if any(questions.values()):
         print(f"questions: {', '.join(f'{count} {name}' for name, count in questions.items())}")

@@ -103,7 +103,7 @@ def drop_unreadable(splits: Splits, bad: dict[Key, str]) -> Splits:
         if getattr(splits, name) and not samples:
             raise UserError(f"no video of {name} can be read; the first error: {next(iter(bad.values()))}")
     # a class without training videos cannot be learned, so this is an error even with --skip_unreadable
-    lost = set(splits.class_names) - {s.label for s in kept["train"]}
+    lost = set(splits.class_names) - {c for s in kept["train"] for c in s.classes}
     if lost:
         raise UserError(f"no training video of class {min(lost)} can be read")
     return replace(splits, **kept, unreadable=tuple(dict.fromkeys(bad.values())))

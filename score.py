@@ -95,6 +95,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     `flags` are the options as typed, which may say where a backbone was moved to. Returns the exit status.
     """
     from checkpoint import METRICS, load_run, load_weights, read_metrics
+    from multilabel import resolve_labels
     from pretrained import warn_of_tiny
     from reject import Rule, breaks_promise, check_val
     from runs import Run, memory_advice, only, report
@@ -106,6 +107,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     # the trained model, and data with the same classes
     model, _, metadata = load_run(run_dir, flags, typed_flags)
     splits = read_splits(Path(config.data_dir), metadata["class_names"], "questions" in metadata, config.group_by)
+    splits, _ = resolve_labels(splits, config)
     splits = add_background(splits, config.background)
     check_samples(splits, config.captioning, config.use_text)
     check_val(splits.val, config.reject)

@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +90,8 @@ def refuse_overlaps(samples: Iterable[Any]) -> None:
         if pair := first_overlap(segments, lambda s: s.label):
             names = " and ".join(f"{s.label} ({s.segment.start:g} to {s.segment.end:g} s)" for s in pair)
             raise UserError(
-                f"{pair[0].path}: {names} overlap; a segment can have only one label: shorten or remove one"
+                f"{pair[0].path}: {names} overlap; a segment can have only one label: shorten or remove one, or add "
+                "--multi_label True"
             )
 
 
@@ -99,7 +99,8 @@ def refuse_overlaps(samples: Iterable[Any]) -> None:
 
 
 def add_background(splits: Any, share: float) -> Any:
-    """Adds clips of a class "background" to each split: `share` times as many as it has segments.
+    """Adds clips of a class "background" to each split: `share` times as many as it has segments. Where samples have
+    `labels`, the clips have none of them instead.
 
     They are drawn from the gaps before and between the segments of a video, as long as segments of the split, and
     overlap neither a segment of any split nor each other. They are the same in every run. The time after the last
@@ -125,10 +126,11 @@ def add_background(splits: Any, share: float) -> Any:
             count = f"{len(clips)} of {counted(wanted, 'clip')}"
             print(f"background of {name}: {count}; no gap between segments is long enough for more")
         changed[name] = samples + clips
-    if splits.train and not any(s.label == BACKGROUND for s in changed["train"]):
+    if splits.train and len(changed["train"]) == len(splits.train):
         cause = "no gap before or between segments is as long as a segment, or the share is too small"
         raise UserError(f"--background {share:g} gives train no clip: {cause}; use 0")
-    return replace(splits, **changed, class_names=sorted({*splits.class_names, BACKGROUND}, key=natural_key))
+    own_class = {s.label for samples in changed.values() for s in samples} & {BACKGROUND}
+    return replace(splits, **changed, class_names=sorted({*splits.class_names} | own_class, key=natural_key))
 
 
 def gaps_between(samples: list[Any]) -> list[tuple[float, float]]:
@@ -180,27 +182,33 @@ def background_of(sample: Any, start: float, end: float) -> Any:
     """A clip of the background of a sample's video."""
     segment = Segment(start, end, sample.segment.fps)
     nothing = {"captions": (), "text": None, "other_text": None, "objects": (), "questions": ()}
-    return replace(sample, label=BACKGROUND, segment=segment, **nothing)
+    label = {"label": BACKGROUND} if sample.labels is None else {"labels": ()}
+    return replace(sample, **label, segment=segment, **nothing)
 
 
 # -- windows to segments ----------------------------------------------------------------------------
 
 
-def merge_windows(windows: list[dict[str, Any]], stride: float) -> list[dict[str, Any]]:
+def merge_windows(
+    windows: list[dict[str, Any]], stride: float, thresholds: dict[str, float] | None = None
+) -> list[dict[str, Any]]:
     """The segments of one video, as rows {"file", "path", "segment", "start", "end", "label", "name", "score"}.
 
     Args:
-        windows: the answers for the windows of this video, which may overlap, with their times and top_k.
+        windows: the answers for the windows of this video, which may overlap, with their times, top_k and labels.
         stride: seconds from the start of a window to the start of the next.
+        thresholds: of each class, if a window may have several labels.
 
-    Every `stride` seconds the scores of all windows around that time are averaged; classes outside of a window's top_k
-    count as 0 there. Neighbouring times with the same best class become a segment, unless it is the background. Its
-    score is the mean over its times.
+    Every `stride` seconds the scores of all windows around that time are averaged; classes that a window does not name
+    count as 0 there. Neighbouring times with the same best class become a segment, unless it is the background. With
+    `thresholds`, neighbouring times at which a class reaches its threshold become a segment, and segments may overlap.
+    The score of a segment is the mean over its times.
     """
     # a window that is none of the classes is background
     empty = [{"label": BACKGROUND, "name": BACKGROUND, "score": 1.0}]
-    windows = [row if row["label"] is not None else row | {"top_k": empty} for row in windows]
-    names = {best["label"]: best["name"] for row in windows for best in row["top_k"]}
+    windows = [row | {"top_k": empty} if row.get("label", "") is None else row for row in windows]
+    scored = [{best["label"]: best for best in row["top_k"] + row.get("labels", [])} for row in windows]
+    names = {label: best["name"] for row in scored for label, best in row.items()}
     labels = [*names]
     end = max(row["end"] for row in windows)
     edges = np.append(np.arange(0, end - 1e-6, stride), end)
@@ -208,34 +216,42 @@ def merge_windows(windows: list[dict[str, Any]], stride: float) -> list[dict[str
 
     # the mean scores at each time; zero where there is no window, because the video has no frames there
     scores, counts = np.zeros((len(middles), len(labels))), np.zeros((len(middles), 1))
-    for row in windows:
-        first, after = np.searchsorted(middles, (row["start"], row["end"]))
+    for window, row in zip(windows, scored, strict=True):
+        first, after = np.searchsorted(middles, (window["start"], window["end"]))
         counts[first:after] += 1
-        for best in row["top_k"]:
-            scores[first:after, labels.index(best["label"])] += best["score"]
+        for label, best in row.items():
+            scores[first:after, labels.index(label)] += best["score"]
     scores /= np.maximum(counts, 1)
-    classes = np.where(counts[:, 0] > 0, scores.argmax(1), -1)
 
-    # from each change of the best class to the next
+    # which classes are on at each time: the best one, or all that reach their thresholds
+    if thresholds is None:
+        on = (np.arange(len(labels)) == scores.argmax(1)[:, None]) & (counts > 0)
+        on &= np.array([label != BACKGROUND for label in labels])
+    else:
+        on = (scores >= [thresholds[label] for label in labels]) & (counts > 0)
+
+    # a segment from each time at which a class comes on to the next at which it is off
     rows = []
-    changes = [0, *(np.flatnonzero(np.diff(classes)) + 1).tolist(), len(classes)]
-    for first, after in pairwise(changes):
-        label = labels[classes[first]] if classes[first] >= 0 else BACKGROUND
-        if label != BACKGROUND:
+    for number, label in enumerate(labels):
+        changes = np.flatnonzero(np.diff(on[:, number], prepend=False, append=False)).tolist()
+        for first, after in zip(changes[::2], changes[1::2], strict=True):
             times = {"start": round(float(edges[first]), 3), "end": round(float(edges[after]), 3)}
-            score = round(float(scores[first:after, classes[first]].mean()), 4)
+            score = round(float(scores[first:after, number].mean()), 4)
             video = {"file": windows[0]["file"], "path": windows[0]["path"], "segment": True}
             rows.append(video | times | {"label": label, "name": names[label], "score": score})
-    return rows
+    return sorted(rows, key=lambda row: (row["start"], row["end"]))
 
 
-def merged_segments(rows: list[dict[str, Any]], stride: float) -> list[dict[str, Any]]:
-    """The segments of all videos whose windows are among the answers, in the order of their paths; [] for stride 0."""
+def merged_segments(
+    rows: list[dict[str, Any]], stride: float, thresholds: dict[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """The segments of all videos whose windows are among the answers, in the order of their paths; [] for stride 0. See
+    merge_windows()."""
     windows: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if stride and "error" not in row:
             windows.setdefault(row["path"], []).append(row)
-    return [segment for path in sorted(windows) for segment in merge_windows(windows[path], stride)]
+    return [segment for path in sorted(windows) for segment in merge_windows(windows[path], stride, thresholds)]
 
 
 # -- scores of segments -----------------------------------------------------------------------------
@@ -454,7 +470,13 @@ def by_file_name(
 
 
 def add_event(recording: Recording, row: dict[str, Any], file: Path, kind: str) -> None:
-    """Adds a row to the `kind` of a recording, "truth", "predicted" or "" for neither. Raises UserError."""
+    """Adds a row to the `kind` of a recording, "truth", "predicted" or "" for neither. A row with `labels`, names or
+    answers with scores, counts once for each of them. Raises UserError."""
+    if isinstance(row.get("labels"), list):
+        rest = {key: value for key, value in row.items() if key != "labels"}
+        for label in row["labels"] or [BACKGROUND]:  # of the background, only the time counts
+            add_event(recording, rest | (label if isinstance(label, dict) else {"label": label}), file, kind)
+        return
     if kind == "truth" and row.get("start") is None and row.get("end") is None and row.get("label") is None:
         return  # a recording without segments
     start, end, label, score = (row.get(key) for key in ("start", "end", "label", "score"))

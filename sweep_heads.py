@@ -95,6 +95,8 @@ def build_candidates(config: Config, folder: Path) -> list[Candidate]:
     rates, decays = ([float(value) for value in text.split()] for text in (config.learning_rates, config.weight_decays))
     for head in sorted(config.heads.split()):
         run = prepare(replace(config, head=head), folder)
+        if run.model.multi_label:
+            raise UserError("a sweep is for clips with one label each, and here they may have several; use main.py")
         hold_frozen(run.model, run.config, run.accelerator)
         if not candidates:
             print_backbones(run)

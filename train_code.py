@@ -30,6 +30,7 @@ from build_model import VideoModel, adapters, body_of, trained_tensors
 from checkpoint import STATE, load_state, load_weights, save_state, save_weights, write_rule
 from config import Config, default_rates
 from metrics import attribute_summary, caption_scores, exact_matches, label_scores, question_scores, with_intervals
+from multilabel import binary_losses, choose_thresholds, multi_label_result, multi_label_scores
 from reject import Rule
 from script import UserError, counted, keep_freed_memory, make_folder, write_rows
 from VLoader import SPLITS, ClipDataset, EpochBatches, Sample, Splits, build_loader, distinct
@@ -308,7 +309,8 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
         accelerator.backward(loss / num_targets)
         loss_total += loss.item()
         count += int((targets != -100).sum())
-        correct += int((logits.argmax(-1) == targets).sum())
+        if targets.dtype != torch.bool:  # with several labels, the log has no accuracy
+            correct += int((logits.argmax(-1) == targets).sum())
 
     # the log covers all processes
     loss_total, count, correct = summed(accelerator, loss_total, count, correct)
@@ -321,7 +323,8 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
 def loss_sum(
     model: VideoModel, batch: dict[str, torch.Tensor], smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(summed cross-entropy, logits (..., K or V), targets (...)) of a batch. Targets of -100 are ignored.
+    """(summed cross-entropy, logits (..., K or V), targets (...)) of a batch. Targets of -100 are ignored. With several
+    labels per clip, each class is a target of its own, (B, K) bool.
 
     A mixed clip has two labels, weighted like its two videos (mixup, arXiv:1710.09412).
     """
@@ -330,6 +333,8 @@ def loss_sum(
     targets = model.targets(batch)
 
     def losses(labels: torch.Tensor) -> torch.Tensor:
+        if labels.dtype == torch.bool:
+            return binary_losses(logits, labels, smoothing)
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", label_smoothing=smoothing)
 
     loss = losses(targets)
@@ -398,7 +403,7 @@ def evaluating(model: VideoModel) -> Generator[None]:
 def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str = "val") -> dict[str, Any]:
     """The mean `loss` over all targets and the `count` of clips. For classifiers also `accuracy` and, for every clip,
     `truth` (n,), `logits` (n, K), the most likely classes `ranked` (n, min(5, K)) and their `probabilities`, best
-    first."""
+    first. With several labels per clip `mAP`, `truth` (n, K) bool and the `probabilities` of all classes (n, K)."""
     # this process scores its part of every batch; the loss is summed, since a mean of means would weight small batches
     total, count = 0.0, 0
     rows: list[tuple] = []  # index; for classifiers also true class, logits, most likely classes, their probabilities
@@ -412,7 +417,9 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
             total += loss.item()
             count += int((targets != -100).sum())
             columns = [batch["index"].tolist()]
-            if targets.ndim == 1:
+            if targets.dtype == torch.bool:
+                columns += [targets.tolist(), logits.sigmoid().tolist()]
+            elif targets.ndim == 1:
                 best = logits.softmax(-1).topk(min(5, logits.shape[-1]))
                 columns += [targets.tolist(), [*logits.cpu().numpy()], best.indices.tolist(), best.values.tolist()]
             rows += zip(*columns, strict=True)
@@ -423,7 +430,9 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
     if list(indices) != list(range(len(loader.dataset))):
         raise AssertionError(f"{desc}: {len(indices)} clips evaluated, the split has {len(loader.dataset)}")
     result: dict[str, Any] = {"loss": total / count, "count": len(indices)}
-    if columns:
+    if model.multi_label:
+        result |= multi_label_result(*columns)
+    elif columns:
         truth, logits, ranked, probabilities = map(np.array, columns)
         result |= {"accuracy": float((ranked[:, 0] == truth).mean())}
         result |= {"truth": truth, "logits": logits, "ranked": ranked, "probabilities": probabilities}
@@ -487,11 +496,15 @@ def final_scores(
         return result | score_captions(texts, loader.dataset), rows
 
     # classifiers: the arrays become rows; metrics.json keeps only the scores
+    names = loader.dataset.class_names
+    if model.multi_label:
+        if model.thresholds is None and split == "val":
+            model.thresholds = choose_thresholds(result["truth"], result["probabilities"], names)
+        return multi_label_scores(result, samples, names, model.thresholds)
     if rule is not None:
         rule.apply(result, split)
     arrays = ("truth", "logits", "ranked", "probabilities", "answered")
     truth, _, ranked, probabilities, answered = (result.pop(name, None) for name in arrays)
-    names = loader.dataset.class_names
     for sample, label, best, scores in zip(samples, truth, ranked.tolist(), probabilities.tolist(), strict=True):
         top = [{"label": names[k], "score": round(score, 4)} for k, score in zip(best, scores, strict=True)]
         rows.append({**sample.place, "truth": names[label], **top[0], "top_k": top})
@@ -706,9 +719,10 @@ def evaluate_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: En
     row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": train_loss, "val_loss": val["loss"]}
     if "accuracy" in val:
         row |= {"train_accuracy": progress.right / progress.count, "val_accuracy": val["accuracy"]}
+    row |= {"val_mAP": val["mAP"]} if "mAP" in val else {}
 
-    # classifiers are ranked by accuracy, then by loss, since small val splits have many ties; captioners by loss
-    rank = (val.get("accuracy", 0.0), -val["loss"])
+    # classifiers are ranked by accuracy or mAP, then by loss, since small val splits have many ties; captioners by loss
+    rank = (val.get("accuracy", val.get("mAP", 0.0)), -val["loss"])
     row["best"] = progress.best is None or rank > tuple(progress.best)
     row["skipped"] = len(all_skipped(loaders["train"], engine.accelerator))
     row["seconds"] = round(progress.seconds, 2)
@@ -724,8 +738,8 @@ def evaluate_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: En
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """What is printed after an epoch."""
     parts = [f"epoch {row['epoch']}/{epochs}", f"train loss {row['train_loss']:.3f}", f"val loss {row['val_loss']:.3f}"]
-    if "val_accuracy" in row:
-        parts.append(f"val accuracy {100 * row['val_accuracy']:.1f} %")
+    for name in (name for name in ("accuracy", "mAP") if f"val_{name}" in row):
+        parts.append(f"val {name} {100 * row[f'val_{name}']:.1f} %")
     return "  ".join([*parts, f"{row['seconds']:.1f} s", *(["best so far"] if row["best"] else [])])
 
 
@@ -781,7 +795,7 @@ def tensorboard_row(row: dict[str, Any], folder: Path) -> None:
     from tensorboardX.summary import scalar
 
     make_folder(folder)
-    names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "clips_per_second")
+    names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_mAP", "clips_per_second")
     try:
         events = EventsWriter(str(folder / "events"), f".step{row['step']}")
         for name in (n for n in names if n in row):

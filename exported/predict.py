@@ -48,24 +48,28 @@ def predict(path: str | Path) -> dict[str, float]:
     mean, std = (torch.tensor(RULES[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
     with torch.inference_mode():
         logits = MODEL(((clip * RULES["rescale_factor"] - mean) / std)[None]).logits.flatten()
-    scores = logits.softmax(-1)
+    scores = logits.sigmoid() if "thresholds" in RULES else logits.softmax(-1)
     if "reject" in RULES:  # in double precision, as where the threshold was chosen
         scores = (logits.double() / RULES["reject"]["temperature"]).softmax(-1)
     return {MODEL.config.id2label[k]: probability for k, probability in enumerate(scores.tolist())}
 
 
-def answer(path: str | Path) -> tuple[str | None, float]:
-    """The best label and its probability; None for the label of a video that is none of these."""
-    label, probability = max(predict(path).items(), key=lambda item: item[1])
-    return (None if probability < RULES.get("reject", {}).get("threshold", 0) else label), probability
+def answer(path: str | Path) -> dict[str, float]:
+    """Those of predict() that count: the best one or, with several labels, all that reach their thresholds; {} if the
+    video is none of these."""
+    best = sorted(predict(path).items(), key=lambda item: -item[1])
+    if "thresholds" in RULES:
+        limits = dict(zip(MODEL.config.id2label.values(), RULES["thresholds"], strict=True))
+        return {label: p for label, p in best if p >= limits[label]}
+    return {label: p for label, p in best[:1] if p >= RULES.get("reject", {}).get("threshold", 0)}
 
 
 if __name__ == "__main__":
     failed: int | str = 0 if sys.argv[1:] else str(__doc__)  # without a video, exit with the usage
     for path in sys.argv[1:]:
         try:
-            label, probability = answer(path)
-            print(f"{path!r} {'none of these' if label is None else repr(label)} {probability:.4f}")
+            answers = " ".join(f"{label!r} {probability:.4f}" for label, probability in answer(path).items())
+            print(repr(path), answers or "none of these")
         except (av.FFmpegError, OSError, ValueError) as error:
             failed = 1
             cause = getattr(error, "strerror", None) or error  # without FFmpeg's number and its own name of the file

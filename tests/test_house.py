@@ -15,6 +15,7 @@ LAYERS = [
     {"script", "transforms"},
     {"config", "metrics", "readers"},
     {"segments", "groups", "reject"},
+    {"multilabel"},
     {"dummy_data", "VLoader", "augment", "pretrained", "heads"},
     {"vision"},
     {"build_model"},
