@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import annotations
 import convert_dataset
-from readers import open_video
+from readers import Segment, open_video
 from script import UNSAFE
-from VLoader import read_folder, read_splits
+from VLoader import Sample, read_folder, read_splits
 
 
 def make_videos(folder: Path, *names: str) -> Path:
@@ -239,6 +241,317 @@ def test_chat(tmp_path):
     assert rows(tmp_path, "train") == [{"file_name": "demo/1.mp4", "caption": ["A cat."], "text": "What is it?"}]
 
 
+def test_videofolder_takes_the_split_from_the_folder_and_the_video_beside_the_file(tmp_path):
+    make_videos(tmp_path / "videos", "train/a", "test/a", "train/dog/b", "a")
+    files = {
+        "videos/train/metadata.csv": "File_Name,label\na.pt,cat\ndog/b.pt,dog\n",
+        "videos/test/metadata.csv": "video_file_name,text\na.pt,a cat sleeps\n",
+    }
+    assert convert(tmp_path, "videofolder", files) == 0
+    assert labels(tmp_path, "train") == {"train/a.pt": "cat", "train/dog/b.pt": "dog"}
+    assert rows(tmp_path, "test") == [{"file_name": "test/a.pt", "caption": ["a cat sleeps"]}]
+
+
+def test_videofolder_with_one_file_above_the_splits(tmp_path):
+    make_videos(tmp_path / "videos", "train/a", "validation/a")
+    text = "file_name,label,text\ntrain/a.pt,cat,indoors\nvalidation/a.pt,dog,\n"
+    assert convert(tmp_path, "videofolder", {"videos/metadata.csv": text}) == 0
+    assert rows(tmp_path, "train") == [{"file_name": "train/a.pt", "label": "cat", "text": "indoors"}]
+    assert rows(tmp_path, "val") == [{"file_name": "validation/a.pt", "label": "dog"}]
+
+
+def test_parquet_gives_the_rows_of_the_same_csv(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table
+    make_videos(tmp_path / "videos", "train/a", "train/b")
+    columns = {"file_name": ["a.pt", "b.pt"], "label": [3, None], "caption": [None, ["it rains"]], "start": [0.5, None]}
+    columns |= {"end": [2.0, None], "fps": [10, None]}
+    file = tmp_path / "videos/train/metadata.parquet"
+    parquet.write_table(table.from_pydict(columns), file)
+    argv = ["--format", "videofolder", "--videos", str(tmp_path / "videos"), "--no_scan", "--overwrite"]
+    argv += ["--output", str(tmp_path / "out"), "--annotations"]
+    assert convert_dataset.main([*argv, str(file)]) == 0
+    found = rows(tmp_path, "train")
+    assert found[0]["label"] == "3" and found[0]["start"] == 0.5 and found[1]["caption"] == ["it rains"]
+    columns["caption"][1] = "it rains"
+    lines = [",".join("" if cell is None else str(cell) for cell in row) for row in zip(*columns.values(), strict=True)]
+    file.with_suffix(".csv").write_text("\n".join([",".join(columns), *lines]))
+    assert convert_dataset.main([*argv, str(file.with_suffix(".csv"))]) == 0
+    assert rows(tmp_path, "train") == found
+
+
+def test_parquet_without_pyarrow_is_one_line(tmp_path, capsys, monkeypatch):
+    make_videos(tmp_path / "videos", "a")
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert convert(tmp_path, "videofolder", {"metadata.parquet": ""}) == 2
+    err = capsys.readouterr().err
+    assert "needs pyarrow: pip install -r requirements-extra.txt" in err and err.count("\n") == 1
+
+
+def test_segments_in_the_columns_of_create_ml(tmp_path):
+    make_videos(tmp_path / "videos", "match.mp4")
+    text = "video,label,start,end\nmatch.mp4,pass,0,0.4\nmatch.mp4,shot,0.4,0.9\n"
+    assert convert(tmp_path, "list", {"train.csv": text}) == 0
+    assert rows(tmp_path, "train") == [
+        {"file_name": "match.mp4", "label": "pass", "start": 0.0, "end": 0.4},
+        {"file_name": "match.mp4", "label": "shot", "start": 0.4, "end": 0.9},
+    ]
+
+
+def test_activitynet_names_videos_with_or_without_a_prefix(tmp_path, capsys):
+    make_videos(tmp_path / "videos", "v_one", "two")
+    segments = [{"segment": [0.5, 9], "label": "Diving"}, {"segment": [9, 12.5], "label": "Swimming"}]
+    database = {
+        "one": {"subset": "training", "duration": 20, "annotations": segments},
+        "two": {"subset": "Validation", "annotations": [{"segment": [3, 2], "label": "Diving"}, segments[0]]},
+        "three": {"subset": "testing", "annotations": []},
+    }
+    text = json.dumps({"version": "1.3", "database": database})
+    assert convert(tmp_path, "activitynet", {"activity_net.json": text}, "--no_scan") == 0
+    assert [(r["file_name"], r["label"], r["start"], r["end"]) for r in rows(tmp_path, "train")] == [
+        ("v_one.pt", "Diving", 0.5, 9.0),
+        ("v_one.pt", "Swimming", 9.0, 12.5),
+    ]
+    assert len(rows(tmp_path, "val")) == 1
+    out = capsys.readouterr().out
+    assert "two: start and end must be seconds with 0 <= start < end" in out and "three: no segments" in out
+    assert "overlaps" not in out
+
+
+def test_charades_has_a_row_per_segment_and_counts_overlaps(tmp_path, capsys):
+    make_videos(tmp_path / "videos", "46GP8.mp4", "N11GT.mp4")
+    text = (
+        'id,script,actions,length\n46GP8,"A person, at home.",c092 0.10 0.70;c147 0.00 0.30;c009 0.70 0.90,1\n'
+        "N11GT,x,c098 0.00 0.50;c075 0.00 0.50,1\n#0000,x,,1\n"
+    )
+    (tmp_path / "classes.txt").write_text(
+        "c009 Putting a table\nc075 Tidying\nc092 Watching\nc098 Holding\nc147 Sitting\n"
+    )
+    flags = ("--class_names", str(tmp_path / "classes.txt"))
+    assert convert(tmp_path, "charades", {"Charades_v1_train.csv": text}, *flags) == 0
+    assert rows(tmp_path, "train") == [
+        {"file_name": "46GP8.mp4", "label": "Watching", "start": 0.1, "end": 0.7},
+        {"file_name": "46GP8.mp4", "label": "Sitting", "start": 0.0, "end": 0.3},
+        {"file_name": "46GP8.mp4", "label": "Putting a table", "start": 0.7, "end": 0.9},
+        {"file_name": "N11GT.mp4", "labels": ["Holding", "Tidying"], "start": 0.0, "end": 0.5},
+    ]
+    out = capsys.readouterr().out
+    assert "overlaps: 3 of 4 segments have a moment with another label\n" in out and "#0000: no actions" in out
+    report = json.loads((tmp_path / "out/train/conversion.json").read_text())
+    assert report["classes"]["Tidying"] == {"rows": 1, "videos": 1} and report["found"] == 5
+
+
+TIMES = st.tuples(st.integers(0, 8), st.integers(1, 5), st.sampled_from("abc"))
+
+
+@given(st.lists(TIMES, min_size=1, max_size=8, unique_by=lambda t: t[:2]))
+def test_overlaps_are_those_of_every_pair(parts):
+    parts = [(start, start + length, label) for start, length, label in parts]
+    samples = [Sample(Path("x"), label, segment=Segment(start, end)) for start, end, label in parts]
+    outcome = convert_dataset.Outcome(samples={sample.key: sample for sample in samples})
+    expected = [a for a in parts if any(a[0] < b[1] and b[0] < a[1] and a[2] != b[2] for b in parts)]
+    assert convert_dataset.count_overlaps(outcome) == (len(expected), len(parts))
+
+
+# -- Label Studio -----------------------------------------------------------------------------------
+
+
+def task(video: str, *results: list[dict], number: int = 1, **annotation: bool) -> dict:
+    """A task of a JSON export: each of `results` is the result of one annotation."""
+    annotations = [{"id": 10 * number + i, "result": result} | annotation for i, result in enumerate(results)]
+    return {"id": number, "data": {"video": video}, "annotations": annotations}
+
+
+def result(kind: str, **value: object) -> dict:
+    return {"id": "x", "from_name": "label", "to_name": "video", "type": kind, "value": value}
+
+
+def timeline(label: str, start: int, end: int) -> dict:
+    return result("timelinelabels", ranges=[{"start": start, "end": end}], timelinelabels=[label])
+
+
+def test_label_studio_timeline_labels_are_the_frames_from_start_to_end(tmp_path):
+    """Frames are counted from 1. The videos have 10 frames per second."""
+    make_videos(tmp_path / "videos", "match.mp4")
+    export = [task("/data/local-files/?d=videos%2Fmatch.mp4", [timeline("pass", 1, 4), timeline("shot", 5, 10)])]
+    assert convert(tmp_path, "label_studio", {"export.json": json.dumps(export)}, "--fps", "10") == 0
+    samples = read_folder(tmp_path / "out" / "train")
+    reader = open_video(samples[0].path)
+    assert [(s.label, *reader.part(s.segment)) for s in samples] == [("pass", 0, 4), ("shot", 4, 6)]
+
+
+def test_label_studio_without_a_frame_rate_takes_that_of_the_task(tmp_path, capsys):
+    make_videos(tmp_path / "videos", "a.mp4", "b.mp4")
+    export = [task("a.mp4", [timeline("up", 3, 5)]), task("b.mp4", [timeline("up", 3, 5)], number=2)]
+    export[0]["data"]["fps"] = "10"
+    assert convert(tmp_path, "label_studio", {"export.json": json.dumps(export)}) == 0
+    assert rows(tmp_path, "train") == [{"file_name": "a.mp4", "label": "up", "start": 0.2, "end": 0.5}]
+    assert "b.mp4: its times are frame numbers: add --fps" in capsys.readouterr().out
+
+
+def test_label_studio_reads_choices_texts_and_labels_in_seconds(tmp_path, capsys):
+    make_videos(tmp_path / "videos", "a", "b.mp4", "c", "d", "e", "f", "g", "h")
+    export = [
+        task("/data/upload/7/0f4b2c1d-a.pt", [result("choices", choices=["run"])], number=1),
+        task("s3://bucket/b.mp4", [result("labels", start=0.1, end=0.5, labels=["jump"], channel=0)], number=2),
+        task("https://host/c.pt?sign=1", [result("textarea", text=["it rains", "rain"])], number=3),
+        task("d.pt", [result("choices", choices=["run", "jump"])], number=4),
+        task("e.pt", [result("choices", choices=["run"])], [result("choices", choices=["run"])], number=5),
+        task("f.pt", [result("choices", choices=["run"])], number=6, was_cancelled=True),
+        task("g.pt", [result("videorectangle", labels=["man"], sequence=[{"frame": 1}])], number=7),
+        task("h.pt", [result("rating", rating=4)], number=8),
+        task("<video src='a.mp4'>", [result("choices", choices=["run"])], number=9),
+    ]
+    assert convert(tmp_path, "label_studio", {"export.json": json.dumps(export)}) == 0
+    assert rows(tmp_path, "train") == [
+        {"file_name": "a.pt", "label": "run"},
+        {"file_name": "b.mp4", "label": "jump", "start": 0.1, "end": 0.5},
+        {"file_name": "c.pt", "caption": ["it rains", "rain"]},
+        {"file_name": "e.pt", "label": "run"},
+    ]
+    report = json.loads((tmp_path / "out/train/conversion.json").read_text())
+    problems = [text.partition(": ")[2][:20] for text in report["refused"]]
+    assert problems == ["a box that follows a", "not annotated", "it names no video", *["several labels (run,"] * 2]
+    assert report["unused"] == 1
+
+
+def test_label_studio_segments_come_from_one_annotation(tmp_path, capsys):
+    make_videos(tmp_path / "videos", "a.mp4", "b.mp4")
+    twice = [timeline("up", 1, 4)], [timeline("up", 1, 5)]
+    export = [task("a.mp4", *twice), task("b.mp4", *twice, number=2)]
+    export[1]["annotations"][1]["ground_truth"] = True
+    assert convert(tmp_path, "label_studio", {"export.json": json.dumps(export)}, "--fps", "10") == 0
+    assert rows(tmp_path, "train") == [{"file_name": "b.mp4", "label": "up", "start": 0.0, "end": 0.5}]
+    assert "a.mp4: 2 annotations have segments; mark one" in capsys.readouterr().out
+
+
+def test_label_studio_json_min_gives_the_same_rows(tmp_path):
+    make_videos(tmp_path / "videos", "a.mp4", "b.mp4", "c.mp4")
+    export = [
+        task("a.mp4", [timeline("up", 1, 4), timeline("down", 3, 9)], number=1),
+        task("b.mp4", [result("choices", choices=["run"])], number=2),
+        task("c.mp4", [result("textarea", text=["it rains"])], number=3),
+    ]
+    assert convert(tmp_path, "label_studio", {"export.json": json.dumps(export)}, "--fps", "10") == 0
+    full = rows(tmp_path, "train")
+    fields = [{"tricks": [r["value"] for r in export[0]["annotations"][0]["result"]]}, {"choice": "run"}]
+    fields += [{"caption": "it rains"}]
+    short = [
+        {"video": item["data"]["video"], "id": item["id"], "annotator": 1, "annotation_id": 5, "lead_time": 2.5} | own
+        for item, own in zip(export, fields, strict=True)
+    ]
+    flags = ("--fps", "10", "--overwrite")
+    assert convert(tmp_path, "label_studio", {"export_min.json": json.dumps(short)}, *flags) == 0
+    assert rows(tmp_path, "train") == full and len(full) == 4
+
+
+def answers_to_tasks(tmp_path: Path, answers: list[dict], *flags: str) -> int:
+    """Writes the answers about videos in tmp_path/videos and converts them to tmp_path/tasks.json."""
+    lines = [json.dumps(row | {"path": str(tmp_path / "videos" / row["file"]), "run": "my_run 0f"}) for row in answers]
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
+    argv = ["--format", "label_studio", "--answers", str(tmp_path / "answers.jsonl"), *flags]
+    return convert_dataset.main([*argv, "--videos", str(tmp_path / "videos"), "--output", str(tmp_path / "tasks.json")])
+
+
+SEGMENTS = [
+    {"file": "x y#1.mp4", "start": 0.0, "end": 1.0, "label": "down", "score": 0.4, "segment": False},
+    {"file": "x y#1.mp4", "start": 0.0, "end": 0.42, "label": "up", "score": 0.5, "segment": True},
+    {"file": "x y#1.mp4", "start": 0.42, "end": 0.83, "label": "down", "score": 0.75, "segment": True},
+    {"file": "gone.mp4", "error": "cannot read it"},
+]
+
+
+def test_answers_become_predictions_that_label_studio_imports(tmp_path, capsys):
+    make_videos(tmp_path / "videos", "x y#1.mp4")
+    assert answers_to_tasks(tmp_path, SEGMENTS, "--fps", "24", "--tag", "tricks") == 0
+    names = {"from_name": "tricks", "to_name": "video", "type": "timelinelabels"}
+    results = [
+        {"id": "answer1", **names, "value": {"ranges": [{"start": 1, "end": 10}], "timelinelabels": ["up"]}},
+        {"id": "answer2", **names, "value": {"ranges": [{"start": 11, "end": 20}], "timelinelabels": ["down"]}},
+    ]
+    prediction = {
+        "model_version": "my_run 0f",
+        "result": [results[0] | {"score": 0.5}, results[1] | {"score": 0.75}],
+        "score": 0.625,
+    }
+    expected = {"data": {"video": "/data/local-files/?d=videos/x%20y%231.mp4", "fps": 24.0}}
+    assert json.loads((tmp_path / "tasks.json").read_text()) == [expected | {"predictions": [prediction]}]
+    assert "1 task with 2 answers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fps", [10.0, 24.0, 25.0, 29.97])
+def test_answers_that_are_accepted_come_back_as_the_same_segments(tmp_path, fps):
+    make_videos(tmp_path / "videos", "x y#1.mp4")
+    assert answers_to_tasks(tmp_path, SEGMENTS, "--fps", str(fps)) == 0
+    (item,) = json.loads((tmp_path / "tasks.json").read_text())
+    item["annotations"] = item.pop("predictions")
+    assert convert(tmp_path, "label_studio", {"export.json": json.dumps([item])}) == 0
+    found = rows(tmp_path, "train")
+    assert [(r["file_name"], r["label"]) for r in found] == [("x y#1.mp4", "up"), ("x y#1.mp4", "down")]
+    times = [time for r in found for time in (r["start"], r["end"])]
+    assert times == pytest.approx([0, 0.42, 0.42, 0.83], abs=0.5 / fps + 1e-6)
+    assert times[1] == times[2]
+
+
+def test_answers_about_whole_videos_are_choices_and_texts(tmp_path):
+    make_videos(tmp_path / "videos", "a", "b", "c", "d")
+    several = [{"label": "run", "name": "run", "score": 0.8}, {"label": "jump", "name": "jump", "score": 0.6}]
+    answers = [
+        {"file": "c.pt", "label": None, "name": "none of these", "score": 0.2, "top_k": several},
+        {"file": "d.pt", "labels": [], "top_k": several},
+        {"file": "a.pt", "label": "run", "score": 0.9, "top_k": [{"label": "run", "score": 0.9}]},
+        {"file": "b.pt", "caption": "it rains"},
+        {"file": "b.pt", "question": "who?", "answer": "a man"},
+    ]
+    assert answers_to_tasks(tmp_path, answers) == 0
+    tasks = json.loads((tmp_path / "tasks.json").read_text())
+    predictions = [item["predictions"][0] for item in tasks]
+    assert [p["result"][0]["value"] for p in predictions] == [{"choices": ["run"]}, {"text": ["it rains"]}]
+    assert [p["result"][0]["type"] for p in predictions] == ["choices", "textarea"]
+    assert predictions[0]["score"] == 0.9 and "score" not in predictions[1]
+    both = annotations.result_of({"file": "d.pt", "labels": several}, None)
+    assert both == {"type": "choices", "value": {"choices": ["run", "jump"]}, "score": 0.6}
+    for item in tasks:
+        item["annotations"] = item.pop("predictions")
+    assert convert(tmp_path, "label_studio", {"export.json": json.dumps(tasks)}) == 0
+    assert rows(tmp_path, "train") == [
+        {"file_name": "a.pt", "label": "run"},
+        {"file_name": "b.pt", "caption": ["it rains"]},
+    ]
+
+
+@pytest.mark.parametrize(
+    "answers, flags, words",
+    [
+        (SEGMENTS, (), "Label Studio counts frames, not seconds: add --fps"),
+        (SEGMENTS, ("--fps", "0"), "--fps must be above 0, not 0"),
+        (SEGMENTS, ("--fps", "nan"), "--fps must be above 0, not nan"),
+        ([{"file": "../x.mp4", "label": "a", "score": 1}], (), "x.mp4 is not in --videos"),
+        ([{"file": "x.mp4", "label": "a"}], (), "answers.jsonl was not written by inference.py --output: no 'score'"),
+        ([{"file": "x.mp4", "error": "e"}], (), "answers.jsonl has neither labels nor captions"),
+        (SEGMENTS, ("--format", "list"), "--answers works with --format label_studio only"),
+        (SEGMENTS, ("--annotations", "x"), "not allowed with argument"),
+    ],
+)
+def test_bad_answers_are_one_line(tmp_path, capsys, answers, flags, words):
+    (tmp_path / "videos").mkdir()
+    assert answers_to_tasks(tmp_path, answers, *flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1
+    assert not (tmp_path / "tasks.json").exists()
+
+
+def test_tasks_are_not_replaced_without_overwrite(tmp_path, capsys):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "tasks.json").write_text("mine")
+    assert answers_to_tasks(tmp_path, SEGMENTS, "--fps", "24") == 2
+    assert "exists: add --overwrite" in capsys.readouterr().err and (tmp_path / "tasks.json").read_text() == "mine"
+    assert answers_to_tasks(tmp_path, SEGMENTS, "--fps", "24", "--overwrite") == 0
+
+
+# -- any file ---------------------------------------------------------------------------------------
+
 #: an annotation file per format, and how many of its rows are found, missing, refused and unused
 COUNTED = {
     "list": ({"train.csv": "#1.pt,run\n#2.pt,run\ngone.pt,run\n# 3.pt,\na.pt,run\na.pt,jump\n"}, (2, 1, 3, 0)),
@@ -272,6 +585,44 @@ COUNTED = {
         (0, 1, 1, 0),
     ),
     "vatex": ({"x.txt": "#1|one|two\na|\ngone|three\n"}, (1, 1, 1, 0)),
+    "videofolder": ({"x.csv": "file_name,text\n#1.pt,one\n#1.pt,\n,two\ngone.pt,three\na.pt,four\n"}, (2, 1, 2, 0)),
+    "activitynet": (
+        {
+            "x.json": json.dumps(
+                {
+                    "database": {
+                        "#1": {"subset": "training", "annotations": [{"segment": [0, 1.5], "label": "x"}] * 2},
+                        "a": {"subset": "odd", "annotations": [{"segment": [1, 0], "label": "y"}]},
+                        "g": {"subset": "training", "annotations": [{"segment": [1, 2], "label": "y"}]},
+                        "t": {"subset": "training", "annotations": []},
+                    }
+                }
+            )
+        },
+        (2, 1, 2, 0),
+    ),
+    "charades": ({"x.csv": "id,actions\n#1,c001 0 1;c002 0 1;c003 2 1\na,\ngone,c001 0 1\n"}, (2, 1, 2, 0)),
+    "label_studio": (
+        {
+            "x.json": json.dumps(
+                [
+                    task("#1.pt", [timeline("a", 1, 2), timeline("b", 2, 3), timeline("b", 4, 3)], number=1),
+                    task("a.pt", [result("choices", choices=["a"])], number=2),
+                    task("gone.pt", [result("labels", start=1, end=2, labels=["a"])], number=3),
+                    task("#2.pt", [result("choices", choices=["a"])], number=4, was_cancelled=True),
+                    task("#2.pt", number=5),
+                ]
+            ).replace('"data": {', '"data": {"fps": 5, ')
+        },
+        (3, 1, 2, 1),
+    ),
+    "label_studio, JSON_MIN": (
+        {
+            "x.json": '[{"id": 1, "video": "#1.pt", "choice": "a"}, {"id": 2, "video": "gone.pt", "t": [{"start": 1, '
+            '"end": 2, "labels": ["a", "b"]}]}, {"id": 3, "video": "a.pt"}]'
+        },
+        (1, 2, 1, 0),
+    ),
     "frames": ({"x.txt": "f 1 2 run\nf 3 3 run\nf 7 9 run\n#g 2 run\nf run\n#1.pt 0 1 run\n"}, (2, 1, 3, 0)),
     "chat": (
         {
@@ -484,6 +835,13 @@ def test_a_name_with_another_folder_is_another_video(tmp_path, capsys):
         ("frames", {"x.txt": "x 1 2 a\n"}, "x.pt has no images numbered from 1 to 2"),
         ("ssv2", {"x.json": "[" * 100_000}, "x.json is not in --format ssv2: it is nested too deeply"),
         ("ssv2", {"x.json": '[{"id": "x", "template": "a", "label": ["b"]}]'}, "must be strings"),
+        ("activitynet", {"x.json": '{"database": {"x": {"subset": "train", "annotations": [{}]}}}'}, "no 'segment'"),
+        ("activitynet", {"x.json": "[]"}, "x.json is not in --format activitynet"),
+        ("charades", {"x.csv": "id,actions\nx,c001 1\n"}, "x.csv is not in --format charades: not enough values"),
+        ("label_studio", {"x.json": '{"data": {}}'}, "x.json is not in --format label_studio"),
+        ("label_studio", {"x.json": '[{"data": {"video": "x.pt"}, "annotations": [3]}]'}, "--format label_studio"),
+        ("videofolder", {"metadata.csv": "path,label\nx.pt,a\n"}, "--format videofolder: no column file_name"),
+        ("videofolder", {"metadata.jsonl": "{}"}, "expected lines of text, not JSON"),
         ("chat", {"x.json": '{"messages": []}'}, "x.json is not in --format chat"),
         ("vatex", {"x.json": '[{"videoID": 7, "enCap": ["a"]}]'}, "x.json is not in --format vatex"),
     ],
@@ -580,3 +938,35 @@ def test_real_frame_list(real_data, tmp_path):
     assert [(s.path.resolve().parent.name, s.label) for s in samples] == [("jumping", "0")] * 2 + [("running", "1")] * 2
     assert [len(open_video(s.path)) for s in samples][:3] == [17, 18, 15]
     assert np.diff([len(open_video(s.path)) for s in samples[2:]]) == 0
+
+
+PUBLISHED = [
+    *(
+        ("ucf101", f"ucf101/t*list0{split}.txt", {"train": (train, 101), "test": (test, 101)})
+        for split, train, test in ((1, 9537, 3783), (2, 9586, 3734), (3, 9624, 3696))
+    ),
+    *(("hmdb51", f"hmdb51/*_test_split{split}.txt", {"train": (3570, 51), "test": (1530, 51)}) for split in (1, 2, 3)),
+    ("kinetics", "kinetics-400_val.csv", {"val": (19906, 400)}),
+    ("kinetics", "kinetics-600_val.csv", {"val": (30000, 600)}),
+    ("msvd", "msvd/msvd_*.txt", {"train": (1200, 0), "val": (100, 0), "test": (670, 0)}),
+    ("charades", "Charades_v1_t*.csv", {"train": (49809 - 7, 157), "test": (16691, 157)}),  # 7 end before they start
+    ("activitynet", "thumos14.json", {"val": (3007, 20), "test": (3358, 20)}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, places, expected", PUBLISHED, ids=[f"{name} {places}" for name, places, _ in PUBLISHED])
+def test_published_lists_have_the_published_counts(real_data, tmp_path, name, places, expected):
+    """Rows with a video and classes of whole lists, all of whose videos exist."""
+    files = sorted((real_data / "lists").glob(places))
+    if not files:
+        pytest.skip(f"VIDTUNE_TEST_DATA has no lists/{places}")
+    for row in (row for file in files for row in convert_dataset.FORMATS[name](file)):
+        path = tmp_path / "videos" / (row.video if row.video.endswith(".avi") else f"{row.video}.mp4")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    argv = ["--format", name, "--annotations", *map(str, files), "--videos", str(tmp_path / "videos")]
+    assert convert_dataset.main([*argv, "--output", str(tmp_path / "out"), "--no_scan"]) == 0
+    for split, (found, classes) in expected.items():
+        report = json.loads((tmp_path / "out" / split / "conversion.json").read_text())
+        assert (report["found"], len(report["classes"])) == (found, classes) and not report["missing"]

@@ -24,7 +24,8 @@ LAYERS = [
     {"controls"},
     {"runs"},
     {"main", "sweep_heads", "inference", "score", "doctor", "preview", "plan"},
-    {"create_dummy", "convert_dataset"},
+    {"create_dummy", "annotations"},
+    {"convert_dataset"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

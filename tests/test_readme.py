@@ -222,9 +222,40 @@ def make_other_formats() -> None:
         clip(f"vatex_videos/{split}_000001_000011.mp4", 0)
         rows = [{"videoID": f"{split}_000001_000011", "enCap": ["a bar grows"]}]
         Path(f"vatex_{split}.json").write_text(json.dumps(rows))
+    make_more_other_formats()
     clip("chat_videos/a.mp4", 0)
     messages = [{"role": "user", "content": "<video>What grows?"}, {"role": "assistant", "content": "A bar."}]
     Path("chat_train.json").write_text(json.dumps([{"messages": messages, "videos": ["a.mp4"]}]))
+
+
+def make_more_other_formats() -> None:
+    segments = [{"segment": [0, 0.4], "label": "Diving"}, {"segment": [0.5, 0.9], "label": "Surfing"}]
+    for split in ("train", "test"):
+        clip(f"my_dataset/{split}/a.mp4", 0)
+        Path(f"my_dataset/{split}/metadata.csv").write_text("file_name,label\na.mp4,grow\n")
+        clip(f"anet_videos/v_{split}.mp4", 0)
+        clip(f"Charades_v1_480/{split.upper()}.mp4", 0)
+        actions = "c000 0.00 0.50;c001 0.20 0.90"
+        Path(f"Charades_v1_{split}.csv").write_text(f"id,script,actions\n{split.upper()},a bar,{actions}\n")
+    Path("Charades_v1_classes.txt").write_text("c000 Holding a bar\nc001 Putting a bar somewhere\n")
+    subsets = {"train": "training", "test": "validation"}
+    database = {name: {"subset": subset, "annotations": segments} for name, subset in subsets.items()}
+    Path("activity_net.v1-3.min.json").write_text(json.dumps({"database": database}))
+
+
+def make_label_studio() -> None:
+    tasks = []
+    for index in range(3):
+        clip(f"recordings/{index}.mp4", index % 2, 60)
+        clip(f"new_videos/{index}.mp4", index % 2, 60)
+        values = [
+            {"ranges": [{"start": 26, "end": 75}], "timelinelabels": ["up"]},
+            {"ranges": [{"start": 76, "end": 125}], "timelinelabels": ["down"]},
+        ]
+        result = [{"from_name": "label", "to_name": "video", "type": "timelinelabels", "value": v} for v in values]
+        data = {"video": f"/data/local-files/?d=recordings/{index}.mp4"}
+        tasks.append({"id": index, "data": data, "annotations": [{"id": index, "result": result}]})
+    Path("export.json").write_text(json.dumps(tasks))
 
 
 def make_caption_files() -> None:
@@ -245,6 +276,7 @@ USES = {
     ("datasets.md", "hmdb51"): (make_hmdb51, "wrote hmdb51.jsonl"),
     ("datasets.md", "ssv2"): (make_ssv2, "wrote ssv2.jsonl"),
     ("datasets.md", "msrvtt"): (make_msrvtt, "wrote captions.jsonl"),
+    ("datasets.md", "label studio"): (make_label_studio, "wrote tasks.json: 3 tasks with"),
     ("datasets.md", "other formats"): (make_other_formats, "wrote chat/train/metadata.jsonl"),
     ("datasets.md", "look first"): (make_class_folders, "4 training clips"),
     ("scaling.md", "scaling"): (lambda: None, "wrote predictions.jsonl"),
