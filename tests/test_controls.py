@@ -395,10 +395,11 @@ def test_pictures_name_clips_by_folder_answer_and_truth(tmp_path, monkeypatch):
 
 def test_a_heading_moves_the_clips_down_by_a_line(tmp_path):
     clip = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
-    plain, headed = (
-        np.asarray(Image.open(figures.plot_clips([(clip, "a")], tmp_path / "sheet.png", heading)))
-        for heading in ("", "worst of all")
-    )
+    with in_full():
+        plain, headed = (
+            np.asarray(Image.open(figures.plot_clips([(clip, "a")], tmp_path / "sheet.png", heading)))
+            for heading in ("", "worst of all")
+        )
     assert (plain == headed[22:]).all() and (headed[:22] < 100).any()
 
 
