@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -478,6 +479,7 @@ def options_with(fact: str) -> list[str]:
     return [name for name, f in FIELDS.items() if f.metadata.get(fact)]
 
 
+@cache
 def help_texts() -> dict[str, str]:
     """{option: help text}, from the string below each option in Config. Only the source has these strings."""
     # a string directly after an annotated field, with its line breaks removed
