@@ -107,13 +107,19 @@ def test_commands_train_and_predict(flags, dataset, frames, tmp_path, capsys):
         assert "of 3 right" in capsys.readouterr().out
 
 
-def test_drawing_commands_run_as_they_stand(tmp_path, monkeypatch):
+@pytest.mark.parametrize("small", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_drawing_commands_run_as_they_stand(tmp_path, monkeypatch, small):
+    """With the default numbers of videos, or with smaller defaults."""
+    if small:
+        few = {"train": ("videos_per_class", 3), "val": ("val_per_class", 1), "test": ("test_per_class", 4)}
+        monkeypatch.setattr(dummy_data, "COUNTS", few)
     monkeypatch.chdir(tmp_path)
     drawing = [c for c in commands("README.md") if c[0] in ("dummy_data.py", "create_dummy.py")]
     assert drawing == [["dummy_data.py"], ["create_dummy.py"]]
     assert [run(*command) for command in drawing] == [0, 0]
     videos = {path: torch.load(path, weights_only=True) for path in Path("synthetic_dataset").rglob("*.pt")}
-    assert len(videos) == len({v.numpy().tobytes() for v in videos.values()}) == 4140  # none occurs twice
+    count = 72 if small else 4140
+    assert len(videos) == len({v.numpy().tobytes() for v in videos.values()}) == count  # none occurs twice
     rows = [json.loads(line) for line in Path("frames_see/metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 27 and all({"label", "caption", "text", "attributes"} <= row.keys() for row in rows)
     for row in rows:
