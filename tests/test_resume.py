@@ -40,6 +40,7 @@ def flags(dataset: Path, runs: Path, *more: str) -> list[str]:
         "--batch_size",
         "4",
     ]
+    fixed += ["--image_size", "32", "--num_frames", "4"]  # fast
     return [*fixed, "--dropout", "0.3", "--learning_rate", "1e-3", *more]
 
 
