@@ -91,7 +91,7 @@ def frame_mismatch(monkeypatch, data: Path) -> list[str]:
         backbone.config.num_frames = before
 
     monkeypatch.setattr(vision, "fit_embeddings", fit_embeddings)
-    return ["--num_frames", "16"]
+    return []
 
 
 def damaged_middle(monkeypatch, data: Path) -> list[str]:
