@@ -263,18 +263,7 @@ def answers_of(run: Path, videos: Path, output: Path, *flags: str) -> list[dict]
 def run(data, tmp_path_factory) -> Path:
     """A captioner that knows all answers about its few videos."""
     folder = tmp_path_factory.mktemp("runs")
-    more = [
-        "--epochs",
-        "50",
-        "--batch_size",
-        "13",
-        "--learning_rate",
-        "3e-3",
-        "--token_grid",
-        "2",
-        "--controls",
-        "True",
-    ]
+    more = ["--epochs", "36", "--batch_size", "7", "--learning_rate", "4e-3", "--token_grid", "2", "--controls", "True"]
     assert train(data, folder, "--run_name", "asked", *more) == 0
     return folder / "asked"
 
