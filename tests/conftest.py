@@ -41,6 +41,7 @@ FEW = ["--videos_per_class", "3", "--val_per_class", "1", "--test_per_class", "2
 
 # Pictures and intervals take most of the time of a small run, and few tests look at them.
 PLOTS = ["plot_curves", "plot_clips", "plot_confusion", "plot_bars", "plot_reliability", "plot_timelines"]
+PLOTS += ["plot_risk_coverage"]
 COSTLY = [*((figures, name) for name in PLOTS), (metrics, "RESAMPLES")]
 FULL = [getattr(module, name) for module, name in COSTLY]
 
