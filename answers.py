@@ -1,30 +1,34 @@
 """The answers of inference: which ones to compute, whether they are right, and the file that --output names.
 
-That file has one JSON object per line. It is locked while it is written, and an unfinished one is continued.
+That file has one JSON object per line. It is locked while it is written, and an unfinished one is continued. With
+--shared True several processes compute its rows: see share_answers().
 """
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from claims import join, share
 from config import Config, options_with
 from metrics import Lexicon, exact_matches, right_attributes
 from multilabel import are_right
 from reject import NONE, Rule
-from script import FileLock, UserError, printable, replace_file
+from script import FileLock, UserError, printable, read_rows, replace_file
 
 if TYPE_CHECKING:
     from VLoader import Sample
 
 AnswerKey = tuple[str, float | None, float | None, str | None]  # path, start, end, question
 LONGEST_ANSWER = 1000  # characters of an answer that are printed; the file holds all of it
+PIECE = 64  # answers that a process computes at a time with --shared True
 
 # -- what is to be answered -------------------------------------------------------------------------
 
@@ -155,11 +159,12 @@ def answer_line(name: str, answer: dict[str, Any]) -> str:
 # -- the file of answers ----------------------------------------------------------------------------
 
 
-def read_answers(path: Path, run: str, folder: str) -> dict[AnswerKey, dict[str, Any]]:
+def read_answers(path: Path, run: str, folder: str, shared: bool = False) -> dict[AnswerKey, dict[str, Any]]:
     """The answers in an unfinished file, by Job.key; {} if there is no such file.
 
     Drops errors, duplicates, segments merged from windows, and a last line that was cut short, also from the file. The
-    paths in files of earlier versions, which have no `path`, are taken relative to the working directory.
+    paths in files of earlier versions, which have no `path`, are taken relative to the working directory. If other
+    processes read the file too (`shared`), it stays as it is, and errors count as answers.
 
     Raises UserError if the file holds anything but answers of the same run with the same options.
     """
@@ -173,7 +178,7 @@ def read_answers(path: Path, run: str, folder: str) -> dict[AnswerKey, dict[str,
             row_run = row["run"]
             video = row["path"] if "path" in row else absolute_path(row["file"], folder)
             key = video, row.get("start"), row.get("end"), row.get("question")
-            usable = "error" not in row and row.get("segment") is not True and key not in answers
+            usable = (shared or "error" not in row) and row.get("segment") is not True and key not in answers
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and is_cut_short(line, first=number == 1):
                 break
@@ -190,7 +195,7 @@ def read_answers(path: Path, run: str, folder: str) -> dict[AnswerKey, dict[str,
 
     # a video that could not be read is tried again, so its row goes
     kept = "".join(map(as_line, answers.values()))
-    if kept != text:
+    if kept != text and not shared:
         replace_file(path, lambda p: p.write_text(kept, encoding="utf-8"))
     return answers
 
@@ -237,7 +242,11 @@ def open_output(
             path = Path(os.path.realpath(path))
             if not path.parent.is_dir():
                 raise UserError(f"--output: cannot write {path}: there is no folder {path.parent}")
-            stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), f"--output {path}"))
+            stack.enter_context(lock_output(path))
+            if (parts := parts_of(path)).exists():
+                raise UserError(
+                    f"--output {path}: add --shared True to join the processes that write {parts}, or remove it"
+                )
             done = read_answers(path, run, folder)
             file = open_rows(path, os.O_CREAT | os.O_APPEND)
         stack.callback(os.close, file)
@@ -264,3 +273,81 @@ def append_row(file: int, path: Path, row: dict[str, Any]) -> None:
         if path.is_file():
             os.ftruncate(file, os.fstat(file).st_size - written)
         raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
+
+
+def lock_output(path: Path) -> FileLock:
+    """Locks the file of answers. Raises UserError naming the process that holds the lock."""
+    return FileLock(path.with_name(f".{path.name}.lock"), f"--output {path}")
+
+
+# -- several processes with one file of answers -----------------------------------------------------
+
+
+def parts_of(path: Path) -> Path:
+    """The folder in which several processes put their answers until all are there."""
+    return path.with_name(f"{path.name}.parts")
+
+
+def share_answers(
+    path: Path,
+    run: str,
+    config: Config,
+    jobs: list[Job],
+    compute: Callable[[list[Job]], Iterable[dict[str, Any]]],
+    summarise: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+) -> list[dict[str, Any]] | None:
+    """Computes the answers that --output does not have yet, together with all other processes that do the same.
+
+    `compute` yields one row per job. The process that comes last writes the rows of all in the order of the jobs, and
+    below them what `summarise` makes of them: the file that a single process would write. It gets the rows, the others
+    None. Errors in an unfinished file are kept. Raises UserError like open_output().
+    """
+    # join first: nobody writes the file before this process has done its share
+    path = Path(os.path.realpath(path))
+    pieces = cut(jobs, 8 if config.batch_size == "auto" else config.batch_size)
+    plan = repr([run, *(len(piece) for piece in pieces.values()), *(job.key for job in jobs)])
+    join_output(path, hashlib.sha256(plan.encode("utf-8", "surrogateescape")).hexdigest())
+    done = read_answers(path, run, config.video_dir, shared=True)
+    merged: list[dict[str, Any]] = []
+
+    def work(name: str) -> list[dict[str, Any]]:
+        return [*compute([job for job in pieces[name] if job.key not in done])]
+
+    def finish() -> None:
+        for name, piece in pieces.items():
+            rows = iter(read_rows(parts_of(path) / f"{name}.jsonl"))
+            merged.extend(done[job.key] if job.key in done else next(rows) for job in piece)
+        text = "".join(map(as_line, [*merged, *summarise(merged)]))
+        replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+    return merged if share(parts_of(path), [*pieces], config.lease, work, finish) else None
+
+
+def cut(jobs: list[Job], batch_size: int) -> dict[str, list[Job]]:
+    """{name: jobs} of the pieces. They consist of whole batches, so that every batch is the same as in one process."""
+    size = batch_size * max(1, PIECE // batch_size)
+    pieces: dict[str, list[Job]] = {}
+    count = 0  # of the clips so far: a job with an error has none
+    for job in jobs:
+        pieces.setdefault(str(count // size), []).append(job)
+        count += not job.error
+    return pieces
+
+
+def join_output(path: Path, plan: str) -> None:
+    """Makes or joins the folder of parts. Raises UserError if a single process writes the file."""
+    for attempt in range(20):
+        if parts_of(path).exists():
+            break
+        try:
+            lock = lock_output(path)
+        except FileNotFoundError:
+            raise UserError(f"--output: cannot write {path}: there is no folder {path.parent}") from None
+        except UserError:
+            if attempt == 19:
+                raise
+            time.sleep(0.05)  # another process may hold the lock just to make the folder
+            continue
+        with lock:
+            join(parts_of(path), plan)
+    join(parts_of(path), plan)

@@ -225,7 +225,7 @@ def path_value(text: str) -> str:
 # -- the options ------------------------------------------------------------------------------------
 
 # scripts that read an option: those that build a new model, and those that load a run
-TRAIN_ANY = "main doctor preview plan"  # not a sweep: it trains heads only, and without a language model
+TRAIN_ANY = "main doctor preview plan extract"  # not a sweep: it trains heads only, and without a language model
 TRAIN = f"{TRAIN_ANY} sweep_heads"
 USE = "inference score"
 ALL = f"{TRAIN} {USE}"
@@ -324,7 +324,7 @@ class Config:
     cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main plan score")
     """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
     always takes the centred frames. auto: True if the video backbone is frozen and clips are not augmented"""
-    cache_dir: str = option("auto", path_value, "data", "main sweep_heads score", free_at_resume=True)
+    cache_dir: str = option("auto", path_value, "data", "main sweep_heads score extract", free_at_resume=True)
     """folder of cached features; safe to delete. auto: .features in --output_dir"""
     background: float = option(0.0, number(float, 0, 10), "data", f"{TRAIN} score", classifiers_only=True)
     """with segments (start and end in metadata.jsonl): add clips from the gaps between them as a class "background".
@@ -356,7 +356,7 @@ class Config:
     captioners the one with the lowest val loss. auto: 1,800 optimizer steps, or 3,600 on cached features; at least 5 and
     at most 30 epochs"""
     batch_size: int | str = option(
-        "auto", auto_or(number(int, 1, 65_536)), "training", f"main plan sweep_heads preview {USE}"
+        "auto", auto_or(number(int, 1, 65_536)), "training", f"main plan sweep_heads preview extract {USE}"
     )
     """clips per batch, over all processes; lower it if you run out of memory. auto: 16, or 8 for inference"""
     learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", "main doctor")
@@ -422,6 +422,9 @@ class Config:
     output: str | None = option(None, path_value, "inference", "inference")
     """also write the predictions to this file, one JSON object per line; an unfinished file of the same run is
     continued"""
+    shared: bool = option(False, to_bool, "inference", "inference")
+    """share --output with other processes that are started with the same flags, on this machine or on others that see
+    the same folders; the last one writes it, as a single process would. Otherwise a second process is refused"""
     export: str | None = option(None, path_value, "inference", "inference")
     """export the run to this folder for other programs: a classifier as a merged Hugging Face model, adapters in peft
     format"""
@@ -436,7 +439,7 @@ class Config:
     )
     """name of the run's folder; derived from the model options by default"""
     output_dir: str = option(
-        "checkpoints", path_value, "run and machine", f"main sweep_heads preview {USE}", free_at_resume=True
+        "checkpoints", path_value, "run and machine", f"main sweep_heads preview extract {USE}", free_at_resume=True
     )
     """folder that contains all runs"""
     overwrite: bool = option(False, to_bool, "run and machine", "main sweep_heads", free_at_resume=True)
@@ -463,10 +466,17 @@ class Config:
     """compute in 16 bit where that is safe (autocast): bf16 or fp16, or no for 32 bit. auto: bf16 on a GPU that
     supports it, else no"""
     frozen_dtype: str = option(
-        "auto", one_of("auto", "fp32", "bf16"), "run and machine", f"main plan sweep_heads {USE}", changes_answers=True
+        "auto",
+        one_of("auto", "fp32", "bf16"),
+        "run and machine",
+        f"main plan sweep_heads extract {USE}",
+        changes_answers=True,
     )
     """hold the frozen weights of backbones in fp32 or bf16. bf16 takes half the memory and needs --mixed_precision
     bf16, which computes with bf16 copies of them anyway. auto: bf16 on a GPU with --mixed_precision bf16, else fp32"""
+    lease: float = option(60.0, number(float, 0.1, 86_400), "run and machine", "inference extract", free_at_resume=True)
+    """when several processes share work: seconds without a sign of life after which another one takes over what a
+    process was doing. Raise it if the shared folder shows changes late"""
     num_workers: int = option(2, number(int, 0, 256), "run and machine", ALL, free_at_resume=True)
     """number of processes that decode videos. 0: decode in the main process"""
 
@@ -590,6 +600,8 @@ ABOUT = {
     "sweep_heads": "Train many heads on cached features of a frozen backbone, and keep the one that is best on val.",
     "plan": "Estimate memory and time of a training with the vision backbone frozen, through LoRA and in full, in about a "
     "minute. Takes the flags of main.py and saves nothing.",
+    "extract": "Compute the features of a frozen video backbone into the feature cache. Takes the flags of main.py. "
+    "Start it several times, also on other machines, and the processes share the work.",
     "preview": "Draw the first training clips as the model will see them. Takes the flags of main.py.",
 }
 # which flag a path without a flag most likely lacks

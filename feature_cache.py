@@ -1,6 +1,6 @@
 """Computes the features of a frozen vision backbone once per video, for all epochs and all later runs.
 
-    <cache_dir>/<key>/<number>.safetensors     a shard: features (n, 1 + N, D) fp16 and ids (n, 16) of n videos
+    <cache_dir>/<key>/<name>.safetensors       a shard: features (n, 1 + N, D) fp16 and ids (n, 16) of n videos
                       about.json               what the key stands for
 
 The key is a hash of the backbone's fingerprint, its preprocessing, the sampled frames, and token_grid. The id of a
@@ -14,7 +14,6 @@ A row number combines two numbers: shard * 2^32 + the row in that shard.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -170,8 +169,12 @@ class FeatureStore:
 
     def write(self, ids: np.ndarray, features: list[torch.Tensor]) -> None:
         """Writes a new shard: ids (n, 16) uint8 and n features [1 + N, D]."""
+        # named after its videos: should two processes compute the same ones, only one shard remains
         tensors = {"features": torch.stack(features).contiguous(), "ids": torch.from_numpy(ids)}
-        path = self.folder / f"{time.time_ns()}-{os.getpid()}.safetensors"
+        name = hashlib.blake2b(np.ascontiguousarray(ids), digest_size=16).hexdigest()
+        path = self.folder / f"{name}.safetensors"
+        if path in self.ignored:  # it is damaged, and other processes may know it as such
+            path = self.folder / f"{name}-{time.time_ns()}.safetensors"
         header = {"digest": content_digest(ids, tensors["features"].numpy())}
         replace_file(path, lambda p: save_file(tensors, str(p), metadata=header))
 
@@ -318,7 +321,7 @@ def computed_features(
     # for less than a shard of videos, starting worker processes takes longer than decoding
     encoder.to(accelerator.device).eval()
     dataset = ClipDataset(samples, encoder.preprocessing, config.num_frames, config.frame_stride, [])
-    workers = config.num_workers if len(samples) > SHARD else 0
+    workers = config.num_workers if len(samples) >= SHARD else 0
     loader = build_loader(dataset, stack_clips, workers, EpochBatches(dataset, config.batch_size))
     try:
         for batch, errors in loader.with_errors():

@@ -15,7 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from answers import Job, answer_line, find_lexicon, fingerprint_answers, is_right, list_jobs, open_output, short_name
+from answers import (
+    Job,
+    answer_line,
+    find_lexicon,
+    fingerprint_answers,
+    is_right,
+    list_jobs,
+    open_output,
+    share_answers,
+    short_name,
+)
 from config import FIELDS, Config, parse, refuse_classifier_options
 from metrics import Lexicon
 from multilabel import all_labels, several_labels
@@ -47,7 +57,7 @@ class Predictor:
         self.thresholds = (model.thresholds or dict.fromkeys(self.class_names, 0.5)) if model.multi_label else None
         self.accelerator = build_accelerator(config)
         if self.accelerator.num_processes > 1:
-            raise UserError("inference runs in one process: start several with python, each with its own --video_dir")
+            raise UserError("inference runs in one process: start several with python, each with --shared True")
 
         # merged adapters give the same answers and take less time
         if config.use_lora_vision or config.use_lora_llm:
@@ -182,8 +192,6 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
 
     Returns 1 if a video could not be read, else 0.
     """
-    from tqdm import tqdm
-
     from segments import merged_segments
 
     # what --output already holds is not computed again
@@ -200,22 +208,57 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
         # append each row at once: whatever ends this, nothing has to be computed twice
         rows = [done[job.key] for job in jobs if job.key in done]
         show = output is None or len(jobs) <= SHOWN
-        width = max(len(short_name(s.path, config.video_dir)) for s in samples)
-        lexicon, quiet = find_lexicon(Path(config.video_dir)), len(todo) <= FEW
-        kind = {"segment": False} if config.timeline_stride else {}  # score.py must not take windows for segments
-        with tqdm(total=len(jobs), initial=len(rows), unit="clip", disable=quiet, leave=False) as bar:
-            for row in predict_jobs(predictor, todo, lexicon):
-                rows.append(row)
-                bar.update()
-                if show:
-                    tqdm.write(answer_line(f"{short_name(row['file'], config.video_dir):<{width}}", row))
-                append(row | kind | {"run": run})
+        for row in answer_jobs(predictor, todo, show, len(jobs)):
+            rows.append(row)
+            append(row | {"run": run})
         for row in merged_segments(rows, config.timeline_stride, predictor.thresholds):
             append(row | {"run": run})
             if show:
                 print(f"segment: {answer_line(short_name(row['file'], config.video_dir), row)}")
     print_summary(rows, len(todo), time.perf_counter() - started, output)
     return int(any("error" in row for row in rows))
+
+
+def answer_shared(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> int:
+    """Computes answers together with all other processes that share --output. The last one writes the file and reports
+    unreadable videos; returns 1 if there are any, else 0."""
+    from segments import merged_segments
+
+    config, run, started = predictor.config, fingerprint_answers(run_dir, predictor.config), time.perf_counter()
+    jobs = list_jobs(samples, config.video_dir, config.timeline, config.timeline_stride)
+    computed: list[dict[str, Any]] = []
+
+    def compute(part: list[Job]) -> Iterator[dict[str, Any]]:
+        for row in answer_jobs(predictor, part, len(jobs) <= SHOWN, len(part)):
+            computed.append(row)
+            yield row | {"run": run}
+
+    def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row | {"run": run} for row in merged_segments(rows, config.timeline_stride)]
+
+    rows = share_answers(Path(config.output), run, config, jobs, compute, summarise)
+    seconds = time.perf_counter() - started
+    print(f"this process computed {len(computed)} of {counted(len(jobs), 'answer')} in {seconds:.1f} s")
+    if rows is None:
+        print(printable(f"another process wrote {config.output}"))
+        return 0
+    print_summary(rows, len(rows), seconds, Path(config.output), speed=False)
+    return int(any("error" in row for row in rows))
+
+
+def answer_jobs(predictor: Predictor, jobs: list[Job], show: bool, total: int) -> Iterator[dict[str, Any]]:
+    """Yields the rows of predict_jobs() with a bar of `total` clips, and prints them if `show`."""
+    from tqdm import tqdm
+
+    folder, lexicon = predictor.config.video_dir, find_lexicon(Path(predictor.config.video_dir))
+    width = max((len(short_name(job.sample.path, folder)) for job in jobs), default=0)
+    kind = {"segment": False} if predictor.config.timeline_stride else {}  # score.py must not take windows for segments
+    with tqdm(total=total, initial=total - len(jobs), unit="clip", disable=len(jobs) <= FEW, leave=False) as bar:
+        for row in predict_jobs(predictor, jobs, lexicon):
+            bar.update()
+            if show:
+                tqdm.write(answer_line(f"{short_name(row['file'], folder):<{width}}", row))
+            yield row | kind
 
 
 def predict_jobs(predictor: Predictor, jobs: list[Job], lexicon: Lexicon | None) -> Iterator[dict[str, Any]]:
@@ -228,9 +271,11 @@ def predict_jobs(predictor: Predictor, jobs: list[Job], lexicon: Lexicon | None)
         yield video | job.times | answer | ({} if right is None else {"right": right})
 
 
-def print_summary(rows: list[dict[str, Any]], computed: int, seconds: float, output: Path | None) -> None:
-    """How many answers are right, how fast they came, which videos could not be read, where the answers are. `computed`
-    counts the rows that are new."""
+def print_summary(
+    rows: list[dict[str, Any]], computed: int, seconds: float, output: Path | None, speed: bool = True
+) -> None:
+    """How many answers are right, how fast they came (`speed`), which videos could not be read, where the answers are.
+    `computed` counts the rows that are new."""
     judged = [row["right"] for row in rows if "right" in row]
     errors = [row["error"] for row in rows if "error" in row]
     clips = computed - len(errors)  # errors are always new, because they are tried again
@@ -238,7 +283,7 @@ def print_summary(rows: list[dict[str, Any]], computed: int, seconds: float, out
         print(f"{sum(judged)} of {len(judged)} right")
     if rejected := sum(row.get("name") == NONE and row["label"] is None for row in rows):
         print(f"{rejected} of {counted(len(rows), 'answer')}: {NONE}")
-    if clips > FEW:
+    if clips > FEW and speed:
         print(f"{clips} clips in {seconds:.1f} s, {clips / seconds:.1f} per second")
     if errors:
         where = f"; their rows in {output} have an `error`" if output else ""
@@ -268,6 +313,10 @@ def main(argv: list[str] | None = None) -> int:
     config, typed_flags = parse(argv, "inference")
     if config.timeline_stride > config.timeline:
         raise UserError("--timeline_stride must not be above --timeline, or time between the windows would be skipped")
+    if config.shared and (
+        config.output is None or (os.path.exists(config.output) and not os.path.isfile(config.output))
+    ):
+        raise UserError("--shared True needs --output with the name of a file")
     from checkpoint import find_run, load_run
     from pretrained import warn_of_tiny
     from VLoader import by_question, distinct, read_folder
@@ -299,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
         print(printable(f"{run_dir}: {metadata['task']}, {videos} in {config.video_dir}"))
         if note := model.truncation_note([replace(s, captions=()) for s in samples]):  # captions are not read here
             print(note)
-        status = answer_all(predictor, samples, run_dir)
+        status = (answer_shared if config.shared else answer_all)(predictor, samples, run_dir)
 
     # export; the predictor has merged the adapters, which an export keeps apart
     if config.export is not None:

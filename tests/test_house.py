@@ -13,7 +13,7 @@ from config import ROOT
 
 LAYERS = [
     {"script", "transforms"},
-    {"config", "metrics", "readers"},
+    {"claims", "config", "metrics", "readers"},
     {"segments", "groups", "reject"},
     {"multilabel"},
     {"dummy_data", "VLoader", "augment", "pretrained", "heads"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"scan", "export", "train_code", "figures", "answers"},
     {"controls"},
     {"runs"},
-    {"main", "sweep_heads", "inference", "score", "doctor", "preview", "plan"},
+    {"main", "sweep_heads", "inference", "extract", "score", "doctor", "preview", "plan"},
     {"create_dummy", "annotations"},
     {"convert_dataset"},
 ]
@@ -87,6 +87,7 @@ def test_an_older_python_can_parse_the_guard():
         "inference",
         "score",
         "doctor",
+        "extract",
         "preview",
         "plan",
         "dummy_data",
