@@ -23,13 +23,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from script import UserError, cause_of, counted, make_folder, printable, remove_leftovers, temporary, write_rows
+from script import UserError, cause_of, counted, make_folder, remove_leftovers, temporary, write_rows
 
 PLAN = "plan"
 END = "end"  # the name of the last piece, which one process does when all others are done
 RELEASED = "released"  # content of a claim that its owner gave up
 RENEWALS = 4  # per lease
-LONGEST_WAIT = 2.0  # seconds between two looks at the claims of others
+LONGEST_WAIT = 0.5  # seconds between two looks at the claims of others
 
 State = tuple[int, str]  # the number of the last claim of a piece, 0 for none, and what it contains
 
@@ -181,7 +181,7 @@ class Pieces:
             self.told = True
             count = counted(len(left), "piece")
             print(
-                printable(f"waiting for {count} of other processes; one that dies is replaced after {self.lease:g} s")
+                f"waiting for {count} of other processes; one that dies is replaced after {self.lease:g} s", flush=True
             )
         time.sleep(min(LONGEST_WAIT, self.lease / RENEWALS))
 
