@@ -71,7 +71,8 @@ class Sample:
     question: str | None = None  # what a captioner is asked; `captions` then has the answer
     kind: str | None = None  # of the question, for the scores
     group: str | None = None  # the recording that it comes from, if that is known; see groups.py
-    digest: str | None = field(default=None, compare=False)  # of the whole video; set by identified()
+    # of the whole video; set by identified(), or before if the video is not here and metadata.jsonl has its digest
+    digest: str | None = field(default=None, compare=False)
     labels: tuple[str, ...] | None = None  # everything that the clip shows, with --multi_label True
 
     def has_attributes(self, lexicon: Lexicon) -> bool:
@@ -204,7 +205,7 @@ def read_metadata(folder: Path, answered: bool = False) -> dict[Path, list[dict[
             raise UserError(f"{where}: file_name {shown(row['file_name'])}{times} appears twice")
         if others and None in (segment, *others):
             raise UserError(f"{where}: file_name {shown(row['file_name'])} has rows with start and end and one without")
-        if not others and not exists(path, where):
+        if not others and "video_digest" not in row and not exists(path, where):
             missing.append(path)
         others[segment] = row
 
@@ -229,6 +230,8 @@ def check_row(row: Any, where: str) -> str:
     items = as_list(row.get("attributes", []))
     if not all(isinstance(item, dict) and all(map(is_text, item.values())) for item in items):
         raise UserError(f'{where}: attributes must be {{"name": "value"}}, or a list of these, one for each object')
+    if not re.fullmatch("[0-9a-f]{32}", str(row.get("video_digest", "0" * 32))):
+        raise UserError(f"{where}: video_digest must be 32 hex digits, as feature_cache.py writes them")
     check_times(row, where)
     return row["file_name"]
 
@@ -277,8 +280,10 @@ def make_sample(path: Path, row: dict[str, Any], folder: Path) -> Sample:
     captions, objects, questions = (tuple(as_list(row.get(key, []))) for key in ("caption", "attributes", "question"))
     answers, kinds = (as_list(row.get(key) or [None] * len(questions)) for key in ("answer", "kind"))
     asked = tuple(zip(questions, answers, kinds, strict=False))  # a kind without a question means nothing
-    texts = row.get("text"), row.get("other_text")
-    sample = Sample(path, label, captions, *texts, objects, segment_of(row), asked, group=row.get("group"))
+    # a video that is here says itself what it contains
+    known = row["video_digest"] if "video_digest" in row and not path.exists() else None
+    texts, facts = (row.get("text"), row.get("other_text")), {"group": row.get("group"), "digest": known}
+    sample = Sample(path, label, captions, *texts, objects, segment_of(row), asked, **facts)
     return sample if labels is None else replace(sample, labels=tuple(dict.fromkeys(labels)))
 
 

@@ -10,13 +10,26 @@ its last shard. Each contains a digest of its ids and features, which is checked
 added: several runs may write at the same time, and the folder may be deleted at any time.
 
 A row number combines two numbers: shard * 2^32 + the row in that shard.
+
+python feature_cache.py info                                   what is in a cache
+python feature_cache.py pack --data_dir my_clips --output P    features and metadata of a dataset in one file
+python feature_cache.py merge P --data_dir my_features         adds a pack or another cache; writes the metadata
+python feature_cache.py verify                                 compares every shard with its digest
 """
 
+import argparse
 import hashlib
 import json
+import os
+import re
+import shutil
+import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import zipfile
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +41,41 @@ from tqdm import tqdm
 
 from build_model import VideoModel
 from config import Config, options_with
-from script import UserError, counted, make_folder, printable, remove_leftovers, replace_file
+from readers import digest
+from script import (
+    Parser,
+    UserError,
+    counted,
+    leave,
+    make_folder,
+    printable,
+    remove_leftovers,
+    replace_file,
+    script,
+    write_rows,
+)
 from transforms import sample_indices
 from vision import VisionEncoder
-from VLoader import ClipDataset, EpochBatches, Key, Sample, Splits, build_loader, distinct
+from VLoader import (
+    SPLITS,
+    ClipDataset,
+    EpochBatches,
+    Key,
+    Sample,
+    Splits,
+    build_loader,
+    distinct,
+    read_folder,
+    read_metadata,
+)
 
 SHARD = 256  # videos per file
+ABOUT = "about.json"
+#: the files of a pack: those of a cache, and those of a data folder without its videos
+PACKED = re.compile(
+    r"features/([0-9a-f]{16})/(about\.json|[\w-]+\.safetensors)|"
+    r"data/((train|val|test)/metadata\.jsonl|classes\.json|lexicon\.json)"
+)
 
 
 def video_ids(samples: list[Sample]) -> np.ndarray:
@@ -92,7 +134,7 @@ class FeatureStore:
         self.folder, self.shape = folder, shape
         make_folder(folder)
         remove_leftovers(folder)
-        if not (folder / "about.json").is_file():
+        if not (folder / ABOUT).is_file():
             self.write_description(description)
         self.index = FeatureIndex()
         self.shards: list[Path] = []
@@ -104,7 +146,7 @@ class FeatureStore:
     def write_description(self, description: dict[str, Any]) -> None:
         """Writes about.json, for people who wonder what a folder is for."""
         text = json.dumps(description, indent=1) + "\n"
-        replace_file(self.folder / "about.json", lambda p: p.write_text(text, encoding="utf-8"))
+        replace_file(self.folder / ABOUT, lambda p: p.write_text(text, encoding="utf-8"))
 
     def refresh(self) -> None:
         """Adds the ids of shards that were written since the last call. Files that are no shards are ignored."""
@@ -141,7 +183,7 @@ class FeatureStore:
         # look up again after dropping a shard: another one may contain the same video
         while True:
             rows = self.index.find(ids)
-            unchecked = {*(rows[rows >= 0] >> 32).tolist()} - self.checked
+            unchecked = {*np.unique(rows[rows >= 0] >> 32).tolist()} - self.checked
             if not unchecked:
                 return rows
             for number in tqdm(sorted(unchecked), desc="checking features", unit="file", leave=False):
@@ -224,11 +266,15 @@ def place_of_store(model: VideoModel, config: Config) -> tuple[Path, dict[str, A
     } | {name: getattr(config, name) for name in options_with("in_feature_key")}
     if any(p.dtype == torch.bfloat16 for p in model.vision_encoder.parameters()):
         description["frozen_dtype"] = "bf16"  # not an option's value, which may be auto
+    folder = Path(config.output_dir) / ".features" if config.cache_dir == "auto" else Path(config.cache_dir)
+    return folder / key_of(description), description
+
+
+def key_of(description: dict[str, Any]) -> str:
+    """The key for what about.json says."""
     # leave out the path: the same weights may be stored elsewhere
     hashed = {name: value for name, value in description.items() if name != "backbone"}
-    key = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(config.output_dir) / ".features" if config.cache_dir == "auto" else Path(config.cache_dir)
-    return folder / key, description
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cached_splits(config: Config) -> tuple[str, ...]:
@@ -268,6 +314,12 @@ def compute_missing(
         f"feature cache: {len(samples) - len(missing)} of {counted(len(samples), 'video')} in {store.folder}; "
         f"{tokens} x {width} numbers each, {2 * tokens * width * len(samples) / 1e6:.1f} MB in total"
     )
+
+    if absent := [samples[i].path for i in missing if not samples[i].path.exists()]:
+        raise UserError(
+            f"{counted(len(absent), 'video')} not found, first {absent[0]}, and {store.folder} has no features of them; "
+            f"features depend on backbone, frames and --token_grid: see python feature_cache.py info {store.folder.parent}"
+        )
 
     # every process writes shards of its own, then reads those of the others
     part = missing[accelerator.process_index :: accelerator.num_processes]
@@ -349,3 +401,249 @@ def features_of(encoder: VisionEncoder, pixel_values: torch.Tensor, grid: int, a
     if not torch.isfinite(features).all():
         raise UserError("the features of this backbone are too large for 16 bits: add --cache_features False")
     return features
+
+
+# -- caches that travel -----------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(pack: Path) -> Generator[zipfile.ZipFile]:
+    """A pack for reading. Raises UserError if it is not one, or damaged."""
+    try:
+        with zipfile.ZipFile(pack) as archive:
+            if foreign := [name for name in archive.namelist() if not PACKED.fullmatch(name)]:
+                raise UserError(f"{pack} is not a pack of features: it contains {foreign[0]}")
+            yield archive
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(f"cannot read {pack}: {error}") from None
+
+
+def shards_of(source: Path) -> Iterator[tuple[str, dict[str, Any], Path]]:
+    """Yields (key, what about.json says, file) for every shard of a cache or a pack. The files of a pack are copied, and
+    removed before the next one."""
+    if source.is_dir():
+        for folder in sorted(path.parent for path in source.glob(f"*/{ABOUT}")):
+            about = parse_about((folder / ABOUT).read_bytes(), folder)
+            yield from ((folder.name, about, path) for path in sorted(folder.glob("*.safetensors")))
+        return
+    with opened(source) as archive, tempfile.TemporaryDirectory() as scratch:
+        for name in sorted(archive.namelist()):
+            if not name.endswith(".safetensors"):
+                continue
+            key = name.split("/")[1]
+            path = Path(scratch) / Path(name).name
+            with archive.open(name) as packed, path.open("wb") as copy:
+                shutil.copyfileobj(packed, copy)
+            yield key, parse_about(archive.read(f"features/{key}/{ABOUT}"), source), path
+            path.unlink()
+
+
+def parse_about(text: bytes, where: Path) -> dict[str, Any]:
+    """What an about.json says. Raises UserError."""
+    try:
+        about = json.loads(text)
+        key_of(about)
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"{where}: {ABOUT} is damaged") from None
+    return about
+
+
+def shape_of(path: Path) -> tuple[int, int, int]:
+    """The number of videos in a shard and the shape of their features, (n, 1 + N, D); zeros if it is damaged."""
+    try:
+        with safe_open(str(path), framework="np") as shard:
+            n, tokens, width = shard.get_slice("features").get_shape()
+            return n, tokens, width
+    except (SafetensorError, OSError, ValueError):
+        return 0, 0, 0
+
+
+def checked_shards(source: Path, target: Path) -> Iterator[tuple[Any, np.ndarray | None, Path]]:
+    """Yields for every shard of a cache or pack (the store of the same key in `target`, its ids (n, 16) uint8, file). The
+    ids are None if the shard is damaged."""
+    stores: dict[str, FeatureStore] = {}
+    for key, about, path in shards_of(source):
+        n, *shape = shape_of(path)
+        if key not in stores and n and key_of(about) == key:
+            stores[key] = FeatureStore(target / key, about, tuple(shape))
+        store = stores.get(key)
+        ids = store.read_ids(path) if store is not None else None
+        yield store, ids if ids is not None and store.is_intact(path) else None, path
+
+
+def pack(args: argparse.Namespace) -> int:
+    """Writes the features of a data folder and its metadata into one file."""
+    # the digests of all videos, and from them the ids of what they show
+    data, digests, splits = Path(args.data_dir), {}, {}
+    for name in (n for n in SPLITS if (data / n).is_dir()):
+        splits[name] = read_folder(data / name)
+        for sample in tqdm(splits[name], desc=f"digests of {name}", unit="video", leave=False):
+            digests.setdefault(sample.path, sample.digest or digest(sample.path))
+    samples = [replace(s, digest=digests[s.path]) for part in splits.values() for s in distinct(part)]
+    if not samples:
+        raise UserError(f"{data} has neither train/ nor val/ nor test/")
+    ids = np.unique(video_ids(samples), axis=0)
+
+    # every store that has the features of all of them
+    stores = {}
+    for folder in sorted(path.parent for path in Path(args.cache_dir).glob(f"*/{ABOUT}")):
+        store = open_folder(folder)
+        found = store.find(ids)
+        print(
+            f"{folder}: features of {(found >= 0).sum()} of {counted(len(ids), 'video or segment', 'videos and segments')}"
+        )
+        if (found >= 0).all():
+            stores[store] = found
+    if not stores:
+        raise UserError(f"no folder of {args.cache_dir} has the features of all videos: compute them with extract.py")
+
+    def write(path: Path) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, part in splits.items():
+                write_rows([*rows_of(data / name, part, digests)], path.parent / "rows")
+                add(archive, f"data/{name}/metadata.jsonl", path.parent / "rows")
+            for name in ("classes.json", "lexicon.json"):
+                if (data / name).is_file():
+                    add(archive, f"data/{name}", data / name)
+            for store, numbers in stores.items():
+                pack_store(archive, store, ids, numbers, path.parent)
+
+    output = Path(args.output)
+    replace_file(output, write)
+    print(printable(f"wrote {output}: {output.stat().st_size / 1e6:.1f} MB"))
+    return 0
+
+
+def open_folder(folder: Path) -> FeatureStore:
+    """The store in an existing folder of a cache."""
+    shapes = (shape_of(path)[1:] for path in sorted(folder.glob("*.safetensors")))
+    shape = next((shape for shape in shapes if any(shape)), (0, 0))
+    return FeatureStore(folder, parse_about((folder / ABOUT).read_bytes(), folder), shape)
+
+
+def rows_of(folder: Path, samples: list[Sample], digests: dict[Path, str]) -> Iterator[dict[str, Any]]:
+    """The rows of metadata.jsonl for a split: those it has, or one for each video, with the digests of the videos."""
+    rows = read_metadata(folder)
+    for path in dict.fromkeys(sample.path for sample in samples):
+        default = {"file_name": Path(os.path.relpath(path, folder)).as_posix()}
+        yield from (row | {"video_digest": digests[path]} for row in rows.get(path, [default]))
+
+
+def pack_store(
+    archive: zipfile.ZipFile, store: FeatureStore, ids: np.ndarray, numbers: np.ndarray, scratch: Path
+) -> None:
+    """Adds to a pack the features of the videos `ids` (n, 16), which have these row numbers (n,) in the store."""
+    key = store.folder.name
+    copy = FeatureStore(scratch / key, parse_about((store.folder / ABOUT).read_bytes(), store.folder), store.shape)
+    add(archive, f"features/{key}/{ABOUT}", copy.folder / ABOUT)
+    order = np.argsort(numbers)  # shard by shard
+    for first in tqdm(range(0, len(ids), SHARD), desc=f"packing {key}", unit="shard", leave=False):
+        part = order[first : first + SHARD]
+        copy.write(ids[part], [store.read(number) for number in numbers[part]])
+        (path,) = copy.folder.glob("*.safetensors")
+        add(archive, f"features/{key}/{path.name}", path)
+        path.unlink()
+
+
+def add(archive: zipfile.ZipFile, name: str, file: Path) -> None:
+    """Adds a file to a pack, not compressed, and without its time, so that equal packs are equal files."""
+    with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as packed, file.open("rb") as content:
+        shutil.copyfileobj(content, packed)
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Adds the features of a pack or of another cache; with --data_dir also writes the metadata of a pack. Returns 1 if
+    shards were damaged, which are left out."""
+    source, added, damaged = Path(args.source), 0, []
+    data = None if args.data_dir is None else Path(args.data_dir)
+    if data is not None and (source.is_dir() or data.exists()):
+        problem = "exists already" if data.exists() else f"needs a pack, and {source} is a cache"
+        raise UserError(f"--data_dir {data} {problem}")
+    for store, ids, path in checked_shards(source, Path(args.cache_dir)):
+        if ids is None:
+            damaged.append(path.name)
+            continue
+        new = store.find(ids) < 0
+        if new.any():
+            with safe_open(str(path), framework="pt") as shard:
+                features = shard.get_tensor("features")[torch.from_numpy(new)]
+            store.write(ids[new], [*features])
+            added += int(new.sum())
+
+    # the metadata last: when it is there, all features are
+    if data is not None:
+        with opened(source) as archive:
+            for name in (n for n in archive.namelist() if n.startswith("data/")):
+                file = data / name.removeprefix("data/")
+                make_folder(file.parent)
+                replace_file(file, lambda p, name=name: p.write_bytes(archive.read(name)))
+        print(printable(f"wrote {data}: train with --data_dir {data} --cache_dir {args.cache_dir}"))
+    print(printable(f"added features of {counted(added, 'video')} to {args.cache_dir}"))
+    return report_damaged(damaged, source)
+
+
+def report_damaged(damaged: list[str], source: Path) -> int:
+    """Prints which shards are damaged; returns 1 if there are any."""
+    for name in damaged:
+        print(printable(f"damaged: {name} in {source}"))
+    return int(bool(damaged))
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Compares every shard with its digest; names damaged ones and returns 1 if there are any."""
+    source, damaged, intact = Path(args.source), [], 0
+    with tempfile.TemporaryDirectory() as empty:
+        shards = checked_shards(source, Path(empty))
+        for _, ids, path in tqdm(shards, desc="checking features", unit="file", leave=False):
+            if ids is None:
+                damaged.append(path.name)
+            else:
+                intact += len(ids)
+    print(printable(f"{source}: features of {counted(intact, 'video')} are intact"))
+    return report_damaged(damaged, source)
+
+
+def info(args: argparse.Namespace) -> int:
+    """Prints what every folder of a cache or pack is for, and how much is in it."""
+    counts: dict[str, Counter[str]] = {}
+    abouts: dict[str, dict[str, Any]] = {}
+    for key, about, path in shards_of(Path(args.source)):
+        n, tokens, width = shape_of(path)
+        abouts[key] = about | {"features": f"{tokens} x {width}"}
+        counts.setdefault(key, Counter()).update(videos=n, shards=1, bytes=path.stat().st_size)
+    for key, about in abouts.items():
+        count = counts[key]
+        print(
+            f"{key}: {counted(count['videos'], 'video')}, {counted(count['shards'], 'shard')}, {count['bytes'] / 1e6:.1f} MB"
+        )
+        for name in ("backbone", "features", *options_with("in_feature_key")):
+            print(printable(f"    {name}: {about.get(name)}"))
+    if not abouts:
+        print(printable(f"no features in {args.source}"))
+    return 0
+
+
+@script
+def main(argv: list[str] | None = None) -> int:
+    """Looks into caches, packs them and merges them; returns the exit status."""
+    parser = Parser(prog="feature_cache.py", description="Looks into feature caches, packs them and merges them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, text in ((info, "what is in a cache or pack"), (verify, "check every shard of a cache or pack")):
+        sub = commands.add_parser(command.__name__, help=text, description=command.__doc__)
+        sub.add_argument("source", nargs="?", default="checkpoints/.features", help="default: %(default)s")
+    packing = commands.add_parser("pack", help="one file for a dataset", description=pack.__doc__)
+    packing.add_argument("--data_dir", required=True, help="the dataset")
+    packing.add_argument("--output", required=True, help="the file to write")
+    merging = commands.add_parser("merge", help="add a pack or another cache", description=merge.__doc__)
+    merging.add_argument("source", help="a pack or the folder of another cache")
+    merging.add_argument("--data_dir", help="new folder for the metadata of a pack: a dataset without videos")
+    for sub in (packing, merging):
+        sub.add_argument("--cache_dir", default="checkpoints/.features", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if "source" in args and not Path(args.source).exists():
+        raise UserError(f"no such file or folder: {args.source}")
+    return {"info": info, "pack": pack, "merge": merge, "verify": verify}[args.command](args)
+
+
+if __name__ == "__main__":
+    leave(main())

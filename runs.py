@@ -182,7 +182,8 @@ def draw_pictures(run: Run, metrics: dict[str, Any]) -> None:
     loader = build_loaders(run.model, one_view, only(run.splits, split))[split]
 
     def clip(index: int) -> Any:
-        return loader.dataset[(0, index)]["video"]  # [T, C, H, W]
+        grey = torch.full((run.config.num_frames, 3, 64, 64), 128, dtype=torch.uint8)  # for a video that is not here
+        return loader.dataset[(0, index)].get("video", grey)  # [T, C, H, W]
 
     if run.config.captioning:
         pictures = figures.draw_captions(rows, metrics[split], clip, run.folder)

@@ -61,6 +61,11 @@ def prepare_data(
 
 def scan(splits: Splits, config: Config, cached: Sequence[str] = ()) -> tuple[Splits, dict[Key, str]]:
     """Returns (the splits with the digest of every video, {key: error} of the unreadable samples)."""
+    # videos that are not here, of which only the features are
+    absent = {s.path: s.digest for name in cached for s in getattr(splits, name) if s.digest}
+    if absent and config.controls:
+        raise UserError(f"--controls True needs the videos, and {next(iter(absent))} is not here")
+
     # records of all runs in --output_dir are shared
     jobs = clips_to_decode(splits, config.test_clips, cached)
     file = Path(config.output_dir) / SCAN_CACHE
@@ -70,17 +75,17 @@ def scan(splits: Splits, config: Config, cached: Sequence[str] = ()) -> tuple[Sp
     # write only what is new, and nothing if the run is about to stop because of unreadable videos
     if is_main() and not records.items() <= known.items() and (not bad or config.skip_unreadable):
         write_records(file, records)
-    return identified(splits, {path: record["digest"] for path, record in good.items()}), bad
+    return identified(splits, absent | {path: record["digest"] for path, record in good.items()}), bad
 
 
 def clips_to_decode(splits: Splits, test_clips: int, cached: Sequence[str] = ()) -> dict[Key, int | None]:
     """What the scan has to read: {key: clips}.
 
     For val and test these are all clips that evaluation uses; for train 0, which means two frames; for the `cached`
-    splits None, because their videos are decoded later.
+    splits None, because their videos are decoded later, if they are here at all: only features of them are needed.
     """
-    counts = {"train": 0, "val": 1, "test": test_clips}
-    return {s.key: None if name in cached else n for name, n in counts.items() for s in getattr(splits, name)}
+    counts = {"train": 0, "val": 1, "test": test_clips} | dict.fromkeys(cached)
+    return {s.key: n for name, n in counts.items() for s in getattr(splits, name) if n is not None or not s.digest}
 
 
 def without_unreadable(splits: Splits, bad: dict[Key, str], config: Config) -> Splits:

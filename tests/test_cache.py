@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -408,3 +409,147 @@ def test_resuming_a_cached_run_is_exact(dataset, tmp_path):
         [{k: v for k, v in row.items() if k not in timed} for row in log_of(tmp_path, n)] for n in ("whole", "stopped")
     ]
     assert logs[0] == logs[1]
+
+
+# -- caches that travel -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(dataset, tmp_path_factory):
+    """(folder with a dataset without val/, a run and its cache; a pack of the dataset)."""
+    folder = tmp_path_factory.mktemp("packed")
+    shutil.copytree(dataset, folder / "data")
+    shutil.rmtree(folder / "data" / "val")
+    assert train(folder / "data", folder, *BERT, "--run_name", "r") == 0
+    assert feature_cache.main(pack_flags(folder)) == 0
+    return folder, folder / "pack.zip"
+
+
+def pack_flags(folder: Path) -> list[str]:
+    return f"pack --data_dir {folder / 'data'} --cache_dir {folder / 'cache'} --output {folder / 'pack.zip'}".split()
+
+
+def scores_of(run: Path) -> dict:
+    passing = ("seconds", "seconds_per_epoch", "peak_mb")
+    return {k: v for k, v in json.loads((run / "metrics.json").read_text()).items() if k not in passing}
+
+
+def test_a_pack_trains_like_its_videos(packed, tmp_path, capsys):
+    """On a machine without the videos: the same weights, scores and answers, bit for bit."""
+    folder, pack = packed
+    shutil.copy(pack, tmp_path / "p")
+    argv = ["merge", str(tmp_path / "p"), "--cache_dir", str(tmp_path / "cache"), "--data_dir", str(tmp_path / "data")]
+    assert feature_cache.main(argv) == 0
+    assert "added features of 15 videos" in capsys.readouterr().out
+    assert not [*(tmp_path / "data").rglob("*.pt")]
+    assert train(tmp_path / "data", tmp_path, *BERT, "--run_name", "r") == 0
+    assert "15 of 15 videos in" in capsys.readouterr().out
+    one, other = folder / "runs" / "r", tmp_path / "runs" / "r"
+    assert scores_of(one) == scores_of(other)
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    rows = [read_rows(run / "predictions_test.jsonl") for run in (one, other)]
+    for a, b in zip(*rows, strict=True):
+        assert a | {"file": ""} == b | {"file": ""} and Path(a["file"]).name == Path(b["file"]).name
+    data = [json.loads((run / "metadata.json").read_text())["data"] for run in (one, other)]
+    assert data[0] == data[1]  # a run may even be resumed elsewhere
+
+
+def test_packing_and_merging_again_changes_nothing(packed, tmp_path, capsys):
+    folder, pack = packed
+    before = pack.read_bytes()
+    assert feature_cache.main(pack_flags(folder)) == 0 and pack.read_bytes() == before
+    files = {path.name for path in folder.glob("cache/*/*")}
+    assert feature_cache.main(["merge", str(pack), "--cache_dir", str(folder / "cache")]) == 0
+    assert feature_cache.main(["merge", str(folder / "cache"), "--cache_dir", str(folder / "cache")]) == 0
+    assert capsys.readouterr().out.count("added features of 0 videos") == 2
+    assert {path.name for path in folder.glob("cache/*/*")} == files
+    for source in (pack, folder / "cache"):
+        assert feature_cache.main(["info", str(source)]) == 0
+        out = capsys.readouterr().out
+        assert ": 15 videos, 1 shard, " in out and "num_frames: 8" in out
+        assert feature_cache.main(["verify", str(source)]) == 0
+        assert "features of 15 videos are intact" in capsys.readouterr().out
+
+
+def test_merging_caches_keeps_every_video_once(tmp_path, capsys):
+    """Of two caches that share a video."""
+    description = {"backbone": "somewhere", "fingerprint": "f"}
+    folders = [tmp_path / name / feature_cache.key_of(description) for name in "ab"]
+    ids, features = (
+        np.arange(48, dtype=np.uint8).reshape(3, 16),
+        [torch.full((3, 4), n).half() for n in (1.0, 2.0, 3.0)],
+    )
+    FeatureStore(folders[0], description, (3, 4)).write(ids[:2], features[:2])
+    FeatureStore(folders[1], description, (3, 4)).write(ids[1:], features[1:])
+    assert feature_cache.main(["merge", str(tmp_path / "a"), "--cache_dir", str(tmp_path / "b")]) == 0
+    assert "added features of 1 video " in capsys.readouterr().out
+    merged = FeatureStore(folders[1], description, (3, 4))
+    assert sorted(len(merged.read_ids(path)) for path in merged.shards) == [1, 2]
+    assert [merged.read(number)[0, 0].item() for number in merged.find(ids)] == [1, 2, 3]
+
+
+def test_verify_names_damaged_shards_and_merge_leaves_them_out(packed, tmp_path, capsys):
+    folder, pack = packed
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    (shard,) = tmp_path.glob("cache/*/*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert feature_cache.main(["verify", str(tmp_path / "cache")]) == 1
+    out = capsys.readouterr().out
+    assert f"damaged: {shard.name}" in out and "features of 0 videos are intact" in out
+    assert feature_cache.main(["merge", str(tmp_path / "cache"), "--cache_dir", str(tmp_path / "new")]) == 1
+    assert f"damaged: {shard.name}" in capsys.readouterr().out and not [*tmp_path.glob("new/*/*.safetensors")]
+    content = bytearray(pack.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "p").write_bytes(content)
+    assert feature_cache.main(["verify", str(tmp_path / "p")]) == 2
+    assert f"cannot read {tmp_path / 'p'}" in capsys.readouterr().err
+
+
+def archive(path: Path, *names: str) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name in names:
+            file.writestr(name, "{}")
+    return path
+
+
+def test_only_packs_are_read(packed, tmp_path, capsys):
+    """No file of an archive is written under a name that it chose."""
+    folder, pack = packed
+    for number, name in enumerate(("../../evil", "data/train/../../evil", "features/0123456789abcdef/x.py", "/etc/x")):
+        argv = ["merge", str(archive(tmp_path / str(number), name)), "--cache_dir", str(tmp_path / "cache")]
+        assert feature_cache.main(argv) == 2
+        assert "is not a pack of features" in capsys.readouterr().err
+    (tmp_path / "text").write_text("no archive")
+    for argv, words in (
+        (["merge", str(tmp_path / "text")], "cannot read"),
+        (["info", str(tmp_path / "none")], "no such file or folder"),
+        (["merge", str(pack), "--data_dir", str(folder)], "exists already"),
+        (["merge", str(folder / "cache"), "--data_dir", str(tmp_path / "d")], "needs a pack"),
+        (["pack", "--data_dir", str(folder / "data"), "--output", "p", "--cache_dir", str(tmp_path)], "extract.py"),
+        (["pack", "--data_dir", str(tmp_path), "--output", "p"], "has neither train/"),
+    ):
+        assert feature_cache.main(argv) == 2
+        assert words in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3", "text"]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([*FROZEN, "--num_frames", "4"], "15 videos not found"),
+        ([*FROZEN, "--controls", "True"], "--controls True needs the videos"),
+        ([], "No such file or directory"),
+    ],
+)
+def test_what_needs_the_videos_says_so(packed, tmp_path, capsys, flags, words):
+    _, pack = packed
+    argv = ["merge", str(pack), "--cache_dir", str(tmp_path / "cache"), "--data_dir", str(tmp_path / "data")]
+    assert feature_cache.main(argv) == 0
+    assert train(tmp_path / "data", tmp_path, *flags, "--run_name", "r") == 2
+    assert words in capsys.readouterr().err
+    row = tmp_path / "data" / "test" / "metadata.jsonl"
+    row.write_text(row.read_text().replace('"video_digest": "', '"video_digest": "x', 1))
+    assert train(tmp_path / "data", tmp_path, *flags, "--run_name", "r") == 2
+    assert "video_digest must be 32 hex digits" in capsys.readouterr().err

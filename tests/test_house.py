@@ -88,6 +88,7 @@ def test_an_older_python_can_parse_the_guard():
         "score",
         "doctor",
         "extract",
+        "feature_cache",
         "preview",
         "plan",
         "dummy_data",
