@@ -267,14 +267,14 @@ def test_flags_of_a_run_make_that_run():
 
 
 def test_help_shows_only_what_a_script_reads_and_is_fast():
-    for script in ("main", "sweep_heads", "inference", "score", "doctor", "preview"):
+    for script in ("main", "sweep_heads", "inference", "score", "doctor", "preview", "extract"):
         text = subprocess.run(
             [sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
         for name, field in FIELDS.items():
             assert (f"--{name} " in text) == (script in field.metadata["scripts"]), name
         assert "facebook/timesformer-base-finetuned-k400" in text
-    code = "import sys, main, sweep_heads, inference, score, doctor, preview; sys.exit('torch' in sys.modules)"
+    code = "import sys, main, sweep_heads, inference, score, doctor, preview, extract; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -19,6 +19,8 @@ import convert_dataset
 import create_dummy
 import doctor
 import dummy_data
+import extract
+import feature_cache
 import inference
 import main
 import metrics
@@ -36,6 +38,8 @@ SCRIPTS = {
     "inference.py": inference.main,
     "score.py": score.main,
     "doctor.py": doctor.main,
+    "extract.py": extract.main,
+    "feature_cache.py": feature_cache.main,
     "preview.py": preview.main,
     "metrics.py": metrics.main,
     "dummy_data.py": dummy_data.main,
@@ -286,6 +290,7 @@ USES = {
     ("datasets.md", "other formats"): (make_other_formats, "wrote chat/train/metadata.jsonl"),
     ("datasets.md", "look first"): (make_class_folders, "4 training clips"),
     ("scaling.md", "scaling"): (lambda: None, "wrote predictions.jsonl"),
+    ("scaling.md", "sharing"): (lambda: None, "18 of 18 videos in other_cache"),
     ("scaling.md", "timeline"): (lambda: clip("long_video.mp4", 0, 80), "wrote timeline.jsonl"),
     ("runs.md", "runs"): (make_caption_files, "exported checkpoints/timesformer to exported_model/"),
 }
