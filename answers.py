@@ -21,7 +21,7 @@ from config import Config, options_with
 from metrics import Lexicon, exact_matches, right_attributes
 from multilabel import are_right
 from reject import NONE, Rule
-from script import FileLock, UserError, printable, read_rows, replace_file
+from script import FileLock, UserError, counted, printable, read_rows, replace_file
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -289,38 +289,44 @@ def parts_of(path: Path) -> Path:
 
 
 def share_answers(
-    path: Path,
-    run: str,
-    config: Config,
-    jobs: list[Job],
-    compute: Callable[[list[Job]], Iterable[dict[str, Any]]],
-    summarise: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
-) -> list[dict[str, Any]] | None:
+    config: Config, run: str, jobs: list[Job], compute: Callable[[list[Job]], Iterable[dict[str, Any]]]
+) -> list[dict[str, Any]]:
     """Computes the answers that --output does not have yet, together with all other processes that do the same.
 
     `compute` yields one row per job. The process that comes last writes the rows of all in the order of the jobs, and
-    below them what `summarise` makes of them: the file that a single process would write. It gets the rows, the others
-    None. Errors in an unfinished file are kept. Raises UserError like open_output().
+    the segments merged from them: the file that a single process would write. It gets the rows, the others []. Errors
+    in an unfinished file are kept. Raises UserError like open_output().
     """
+    if config.output is None or (os.path.exists(config.output) and not os.path.isfile(config.output)):
+        raise UserError("--shared True needs --output with the name of a file")
+
     # join first: nobody writes the file before this process has done its share
-    path = Path(os.path.realpath(path))
+    path, started = Path(os.path.realpath(config.output)), time.perf_counter()
     pieces = cut(jobs, 8 if config.batch_size == "auto" else config.batch_size)
     plan = repr([run, *(len(piece) for piece in pieces.values()), *(job.key for job in jobs)])
     join_output(path, hashlib.sha256(plan.encode("utf-8", "surrogateescape")).hexdigest())
     done = read_answers(path, run, config.video_dir, shared=True)
+    computed: list[dict[str, Any]] = []
     merged: list[dict[str, Any]] = []
 
     def work(name: str) -> list[dict[str, Any]]:
-        return [*compute([job for job in pieces[name] if job.key not in done])]
+        rows = [row | {"run": run} for row in compute([job for job in pieces[name] if job.key not in done])]
+        computed.extend(rows)
+        return rows
 
     def finish() -> None:
         for name, piece in pieces.items():
             rows = iter(read_rows(parts_of(path) / f"{name}.jsonl"))
             merged.extend(done[job.key] if job.key in done else next(rows) for job in piece)
-        text = "".join(map(as_line, [*merged, *summarise(merged)]))
+        segments = [row | {"run": run} for row in merged_segments(merged, config.timeline_stride)]
+        text = "".join(map(as_line, merged + segments))
         replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
 
-    return merged if share(parts_of(path), [*pieces], config.lease, work, finish) else None
+    last = share(parts_of(path), [*pieces], config.lease, work, finish)
+    seconds = time.perf_counter() - started
+    print(f"this process computed {len(computed)} of {counted(len(jobs), 'answer')} in {seconds:.1f} s")
+    print(printable(f"{'wrote' if last else 'another process wrote'} {config.output}"))
+    return merged
 
 
 def cut(jobs: list[Job], batch_size: int) -> dict[str, list[Job]]:

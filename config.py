@@ -469,7 +469,7 @@ class Config:
         "auto",
         one_of("auto", "fp32", "bf16"),
         "run and machine",
-        f"main plan sweep_heads extract {USE}",
+        f"main plan extract sweep_heads {USE}",
         changes_answers=True,
     )
     """hold the frozen weights of backbones in fp32 or bf16. bf16 takes half the memory and needs --mixed_precision

@@ -411,10 +411,13 @@ def opened(pack: Path) -> Generator[zipfile.ZipFile]:
     """A pack for reading. Raises UserError if it is not one, or damaged."""
     try:
         with zipfile.ZipFile(pack) as archive:
-            if foreign := [name for name in archive.namelist() if not PACKED.fullmatch(name)]:
-                raise UserError(f"{pack} is not a pack of features: it contains {foreign[0]}")
+            # no names but ours, and nothing compressed, which might fill the disk
+            files = archive.infolist()
+            foreign = [f for f in files if not PACKED.fullmatch(f.filename) or f.compress_type != zipfile.ZIP_STORED]
+            if foreign:
+                raise UserError(f"{pack} is not a pack of features: it contains {foreign[0].filename}")
             yield archive
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:  # a missing file, an encrypted one
         raise UserError(f"cannot read {pack}: {error}") from None
 
 
@@ -450,6 +453,8 @@ def parse_about(text: bytes, where: Path) -> dict[str, Any]:
 
 def shape_of(path: Path) -> tuple[int, int, int]:
     """The number of videos in a shard and the shape of their features, (n, 1 + N, D); zeros if it is damaged."""
+    if not path.is_file():  # reading a FIFO would block
+        return 0, 0, 0
     try:
         with safe_open(str(path), framework="np") as shard:
             n, tokens, width = shard.get_slice("features").get_shape()

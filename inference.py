@@ -222,27 +222,14 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
 def answer_shared(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> int:
     """Computes answers together with all other processes that share --output. The last one writes the file and reports
     unreadable videos; returns 1 if there are any, else 0."""
-    from segments import merged_segments
-
-    config, run, started = predictor.config, fingerprint_answers(run_dir, predictor.config), time.perf_counter()
+    config = predictor.config
     jobs = list_jobs(samples, config.video_dir, config.timeline, config.timeline_stride)
-    computed: list[dict[str, Any]] = []
 
     def compute(part: list[Job]) -> Iterator[dict[str, Any]]:
-        for row in answer_jobs(predictor, part, len(jobs) <= SHOWN, len(part)):
-            computed.append(row)
-            yield row | {"run": run}
+        return answer_jobs(predictor, part, len(jobs) <= SHOWN, len(part))
 
-    def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [row | {"run": run} for row in merged_segments(rows, config.timeline_stride)]
-
-    rows = share_answers(Path(config.output), run, config, jobs, compute, summarise)
-    seconds = time.perf_counter() - started
-    print(f"this process computed {len(computed)} of {counted(len(jobs), 'answer')} in {seconds:.1f} s")
-    if rows is None:
-        print(printable(f"another process wrote {config.output}"))
-        return 0
-    print_summary(rows, len(rows), seconds, Path(config.output), speed=False)
+    rows = share_answers(config, fingerprint_answers(run_dir, config), jobs, compute)
+    print_summary(rows, 0, 0.0, Path(config.output))
     return int(any("error" in row for row in rows))
 
 
@@ -271,11 +258,9 @@ def predict_jobs(predictor: Predictor, jobs: list[Job], lexicon: Lexicon | None)
         yield video | job.times | answer | ({} if right is None else {"right": right})
 
 
-def print_summary(
-    rows: list[dict[str, Any]], computed: int, seconds: float, output: Path | None, speed: bool = True
-) -> None:
-    """How many answers are right, how fast they came (`speed`), which videos could not be read, where the answers are.
-    `computed` counts the rows that are new."""
+def print_summary(rows: list[dict[str, Any]], computed: int, seconds: float, output: Path | None) -> None:
+    """How many answers are right, how fast they came, which videos could not be read, where the answers are. `computed`
+    counts the rows that are new."""
     judged = [row["right"] for row in rows if "right" in row]
     errors = [row["error"] for row in rows if "error" in row]
     clips = computed - len(errors)  # errors are always new, because they are tried again
@@ -283,7 +268,7 @@ def print_summary(
         print(f"{sum(judged)} of {len(judged)} right")
     if rejected := sum(row.get("name") == NONE and row["label"] is None for row in rows):
         print(f"{rejected} of {counted(len(rows), 'answer')}: {NONE}")
-    if clips > FEW and speed:
+    if clips > FEW:
         print(f"{clips} clips in {seconds:.1f} s, {clips / seconds:.1f} per second")
     if errors:
         where = f"; their rows in {output} have an `error`" if output else ""
@@ -313,10 +298,6 @@ def main(argv: list[str] | None = None) -> int:
     config, typed_flags = parse(argv, "inference")
     if config.timeline_stride > config.timeline:
         raise UserError("--timeline_stride must not be above --timeline, or time between the windows would be skipped")
-    if config.shared and (
-        config.output is None or (os.path.exists(config.output) and not os.path.isfile(config.output))
-    ):
-        raise UserError("--shared True needs --output with the name of a file")
     from checkpoint import find_run, load_run
     from pretrained import warn_of_tiny
     from VLoader import by_question, distinct, read_folder

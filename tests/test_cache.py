@@ -522,7 +522,12 @@ def test_only_packs_are_read(packed, tmp_path, capsys):
         assert feature_cache.main(argv) == 2
         assert "is not a pack of features" in capsys.readouterr().err
     (tmp_path / "text").write_text("no archive")
+    with zipfile.ZipFile(tmp_path / "4", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("features/0123456789abcdef/a.safetensors", bytes(1000))
+    archive(tmp_path / "5", "features/0123456789abcdef/a.safetensors")
     for argv, words in (
+        (["merge", str(tmp_path / "4")], "is not a pack of features"),
+        (["verify", str(tmp_path / "5")], "There is no item named 'features/0123456789abcdef/about.json'"),
         (["merge", str(tmp_path / "text")], "cannot read"),
         (["info", str(tmp_path / "none")], "no such file or folder"),
         (["merge", str(pack), "--data_dir", str(folder)], "exists already"),
@@ -532,7 +537,7 @@ def test_only_packs_are_read(packed, tmp_path, capsys):
     ):
         assert feature_cache.main(argv) == 2
         assert words in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3", "text"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3", "4", "5", "text"]
 
 
 @pytest.mark.parametrize(
