@@ -289,13 +289,17 @@ def parts_of(path: Path) -> Path:
 
 
 def share_answers(
-    config: Config, run: str, jobs: list[Job], compute: Callable[[list[Job]], Iterable[dict[str, Any]]]
+    config: Config,
+    run: str,
+    jobs: list[Job],
+    compute: Callable[[list[Job]], Iterable[dict[str, Any]]],
+    merge: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
 ) -> list[dict[str, Any]]:
     """Computes the answers that --output does not have yet, together with all other processes that do the same.
 
     `compute` yields one row per job. The process that comes last writes the rows of all in the order of the jobs, and
-    the segments merged from them: the file that a single process would write. It gets the rows, the others []. Errors
-    in an unfinished file are kept. Raises UserError like open_output().
+    the segments that `merge` makes of them: the file that a single process would write. It gets the rows, the others
+    []. Errors in an unfinished file are kept. Raises UserError like open_output().
     """
     if config.output is None or (os.path.exists(config.output) and not os.path.isfile(config.output)):
         raise UserError("--shared True needs --output with the name of a file")
@@ -318,7 +322,7 @@ def share_answers(
         for name, piece in pieces.items():
             rows = iter(read_rows(parts_of(path) / f"{name}.jsonl"))
             merged.extend(done[job.key] if job.key in done else next(rows) for job in piece)
-        segments = [row | {"run": run} for row in merged_segments(merged, config.timeline_stride)]
+        segments = [row | {"run": run} for row in merge(merged)]
         text = "".join(map(as_line, merged + segments))
         replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
 

@@ -222,13 +222,19 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
 def answer_shared(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> int:
     """Computes answers together with all other processes that share --output. The last one writes the file and reports
     unreadable videos; returns 1 if there are any, else 0."""
+    from segments import merged_segments
+
     config = predictor.config
+    run = fingerprint_answers(run_dir, config, predictor.rule)
     jobs = list_jobs(samples, config.video_dir, config.timeline, config.timeline_stride)
 
     def compute(part: list[Job]) -> Iterator[dict[str, Any]]:
         return answer_jobs(predictor, part, len(jobs) <= SHOWN, len(part))
 
-    rows = share_answers(config, fingerprint_answers(run_dir, config), jobs, compute)
+    def merge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return merged_segments(rows, config.timeline_stride, predictor.thresholds)
+
+    rows = share_answers(config, run, jobs, compute, merge)
     print_summary(rows, 0, 0.0, Path(config.output))
     return int(any("error" in row for row in rows))
 
