@@ -413,6 +413,21 @@ def pareto(study: Study) -> str:
     return f"No other classifier is both faster to train and at least as accurate as {listed(shown)}."
 
 
+def linear_head(study: Study) -> str:
+    """What video classifiers reach with a linear head where the final rows have an attentive one; "" if not tried."""
+    rows, reached = {row.name: row for row in study.rows}, {}
+    for trial in study.trials:
+        row = rows[trial["row"]]
+        if trial["options"] == {"head": "linear"} and trial["share"] == 100 and row.task == TASKS[0]:
+            reached.setdefault(row.config.vision_model, {})[row.mode] = trial["test"]
+    parts = []
+    for model, modes in reached.items():
+        if {*modes} == {*MODES}:
+            shown = [f"{percent(modes[mode])} {'through LoRA' if mode == 'lora' else MODES[mode]}" for mode in MODES]
+            parts.append(f"{NAMES[model]} with a linear head, which mixes all tokens, reaches {listed(shown)}")
+    return f"In one seed, {'; '.join(parts)}." if parts else ""
+
+
 def tuning(study: Study) -> str:
     """How many learning rates were tried for each row."""
     rates: dict[str, set[Any]] = {}
@@ -446,7 +461,7 @@ def all_findings(study: Study, names: dict[str, str]) -> dict[str, str]:
     """
     plain: tuple[Callable[[Study], str], ...] = (
         *(best, neighbour, text_gain, text_read, ceiling_claim, grey_claim, one_frame_claim, order),
-        *(captions, binding, learning, pareto, tuning, epoch_choice),
+        *(captions, binding, learning, linear_head, pareto, tuning, epoch_choice),
     )
     return (
         {make.__name__: make(study) for make in plain}
