@@ -223,8 +223,10 @@ def parquet_rows(file: Path) -> Iterator[dict[str, str]]:
     with file.open("rb") as stream:
         table = read_table(stream).to_pylist()
     for row in table:
-        for number in range(max((len(cell) for cell in row.values() if isinstance(cell, list)), default=1)):
-            cells = {title: cell[number] if isinstance(cell, list) else cell for title, cell in row.items()}
+        # an empty list leaves a row with an empty cell, to be counted and refused like one in a csv
+        lists = {title: cell or [None] for title, cell in row.items() if isinstance(cell, list)}
+        for number in range(max(map(len, lists.values()), default=1)):
+            cells = row | {title: cell[number] for title, cell in lists.items()}
             yield {title: "" if cell is None else str(cell).strip() for title, cell in cells.items()}
 
 
@@ -464,14 +466,15 @@ def label_studio_tasks(
     merged = any("segment" in row for row in answers)
     results: dict[Path, list[dict[str, Any]]] = {}
     for row in answers:
-        result = {} if merged and not row.get("segment") else result_of(row, fps)
-        if not result:
+        found = [] if merged and not row.get("segment") else results_of(row, fps)
+        if not found:
             continue
         path = Path(row.get("path") or row["file"]).resolve()
         if not path.is_relative_to(folder):
             raise UserError(f"{path} is not in --videos {folder}")
         own = results.setdefault(path, [])
-        own.append({"id": f"answer{len(own) + 1}", "from_name": tag, "to_name": "video", **result})
+        for number, result in enumerate(found, start=len(own) + 1):
+            own.append({"id": f"answer{number}", "from_name": tag, "to_name": "video", **result})
 
     tasks = []
     for path, own in results.items():
@@ -483,23 +486,24 @@ def label_studio_tasks(
     return tasks
 
 
-def result_of(row: dict[str, Any], fps: float | None) -> dict[str, Any]:
-    """The type, value and score of Label Studio's result for an answer; {} for an error, an answer without a label, and
-    the answer to a question."""
-    if row.get("label") and "start" in row:
+def results_of(row: dict[str, Any], fps: float | None) -> list[dict[str, Any]]:
+    """The type, value and score of each of Label Studio's results for an answer. A segment or window has one for each
+    label; an error, an answer without a label, and the answer to a question have none."""
+    chosen = row.get("labels") or ([row] if row.get("label") else [])
+    if chosen and "start" in row:
         if not fps:
             raise UserError("Label Studio counts frames, not seconds: add --fps, the frameRate of the <Video> tag")
         first = round(row["start"] * fps) + 1
         frames = {"start": first, "end": max(first, round(row["end"] * fps))}
-        value = {"ranges": [frames], "timelinelabels": [row["label"]]}
-        return {"type": "timelinelabels", "value": value, "score": row["score"]}
-    chosen = row.get("labels") or ([row] if row.get("label") else [])
-    if chosen and "start" not in row:
+        values = [{"ranges": [frames], "timelinelabels": [entry["label"]]} for entry in chosen]
+        scores = [entry["score"] for entry in chosen]
+        return [{"type": "timelinelabels", "value": v, "score": s} for v, s in zip(values, scores, strict=True)]
+    if chosen:
         choices = [entry["label"] for entry in chosen]
-        return {"type": "choices", "value": {"choices": choices}, "score": min(entry["score"] for entry in chosen)}
+        return [{"type": "choices", "value": {"choices": choices}, "score": min(entry["score"] for entry in chosen)}]
     if "caption" in row and "start" not in row:
-        return {"type": "textarea", "value": {"text": [row["caption"]]}}
-    return {}
+        return [{"type": "textarea", "value": {"text": [row["caption"]]}}]
+    return []
 
 
 # to add a format, write a generator whose docstring starts with a paragraph of help, and list it here
@@ -554,7 +558,7 @@ def read_class_names(file: Path) -> dict[str, str]:
 def several_labels(label: str | None) -> str:
     """The problem with a label that lists several classes (`3,17`, `a;b`, `a|b`, `[1, 2]`); else ""."""
     if label and re.fullmatch(r".*[|;].*|\[.*\]|\d+(?:[,\s]+\d+)+", label, re.DOTALL):
-        return f"several labels ({label}); a video can have only one"
+        return f"several labels ({label}) in one row; with --multi_label True, each label needs a row of its own"
     return ""
 
 

@@ -86,16 +86,19 @@ def list_jobs(samples: list["Sample"], folder: str, seconds: float, stride: floa
     return parts
 
 
-def fingerprint_answers(run_dir: Path, config: Config, rule: Rule | None = None) -> str:
-    """Identifies everything that an answer depends on besides its video: the run's weights, the options, and the rule
-    that says which videos are answered."""
+def fingerprint_answers(
+    run_dir: Path, config: Config, rule: Rule | None = None, thresholds: dict[str, float] | None = None
+) -> str:
+    """Identifies everything that an answer depends on besides its video: the run's weights, the options, the rule that
+    says which videos are answered, and the thresholds of several labels."""
     from checkpoint import WEIGHTS
 
     names = options_with("changes_answers")
     digest = hashlib.sha256((run_dir / WEIGHTS).read_bytes())
     digest.update(repr([getattr(config, name) for name in names]).encode())
-    if rule is not None:
-        digest.update(repr(rule).encode())
+    for value in (rule, thresholds):
+        if value is not None:
+            digest.update(repr(value).encode())
     return f"{run_dir.name} {digest.hexdigest()[:12]}"
 
 

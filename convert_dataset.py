@@ -177,7 +177,7 @@ def problem_of(row: Row, names: dict[str, str]) -> str:
         return "it names no video"
     if not row.label and not row.captions:
         return "it has neither a label nor a caption"
-    if row.label and row.label.isdecimal() and names and row.label not in names:
+    if row.label and names and row.label not in names and re.fullmatch(r"\d+|c\d{3}", row.label):
         return f"--class_names has no class {row.label}"
     return several_labels(row.label)
 
@@ -208,9 +208,11 @@ def join_rows(group: list[Row], path: Path, outcome: Outcome, multi_label: bool)
     from VLoader import Sample
 
     labels, recordings = (dict.fromkeys(filter(None, (getattr(row, n) for row in group))) for n in ("label", "group"))
-    for noun, values in (("labels", () if multi_label or group[0].may_overlap else labels), ("groups", recordings)):
+    may_differ = multi_label or group[0].may_overlap
+    for noun, values in (("labels", () if may_differ else labels), ("groups", recordings)):
         if len(values) > 1:
             problem = f"several {noun} ({', '.join(values)}); a video can have only one"
+            problem += " without --multi_label True" if noun == "labels" else ""
             outcome.refused += [f"{row.video}: {problem}" for row in group]
             return
 
@@ -302,7 +304,8 @@ def report(outcomes: dict[str, Outcome], output: Path) -> dict[str, Any]:
     # overlaps may be mistakes, or several things at once: only the user knows
     overlapping, segments = (sum(counts) for counts in zip(*map(count_overlaps, outcomes.values()), strict=True))
     if overlapping:
-        print(f"overlaps: {overlapping:,} of {segments:,} segments have a moment with another label")
+        count = f"{overlapping:,} of {segments:,} segments have a moment with another label"
+        print(f"overlaps: {count}; main.py takes them with --multi_label True")
 
     # a few names are enough to see a wrong --videos folder; a long list would bury the table above
     for name in ("missing", "unreadable", "refused"):

@@ -490,7 +490,7 @@ def write_dataset(args: argparse.Namespace) -> None:
             write_split(args.output / split, count, args, bar)
         for name, content in (("classes.json", names), ("lexicon.json", LEXICON)):
             (args.output / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {bar.n} videos of {args.classes} classes to {printable(args.output)}/")
+    print(f"wrote {total} videos of {args.classes} classes to {printable(args.output)}/")
 
 
 @contextmanager

@@ -196,7 +196,7 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
 
     # what --output already holds is not computed again
     config = predictor.config
-    run = fingerprint_answers(run_dir, config, predictor.rule)
+    run = fingerprint_answers(run_dir, config, predictor.rule, predictor.thresholds)
     output = Path(config.output) if config.output is not None else None
     started = time.perf_counter()
     with open_output(output, run, config.video_dir) as (done, append):
@@ -225,7 +225,7 @@ def answer_shared(predictor: Predictor, samples: list["Sample"], run_dir: Path) 
     from segments import merged_segments
 
     config = predictor.config
-    run = fingerprint_answers(run_dir, config, predictor.rule)
+    run = fingerprint_answers(run_dir, config, predictor.rule, predictor.thresholds)
     jobs = list_jobs(samples, config.video_dir, config.timeline, config.timeline_stride)
 
     def compute(part: list[Job]) -> Iterator[dict[str, Any]]:

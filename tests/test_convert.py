@@ -131,8 +131,8 @@ def test_several_labels_are_refused_by_name(tmp_path, capsys):
     assert labels(tmp_path, "train") == {"good.pt": "a"}
     for words in (
         "x.pt: several labels (3, 17)",
-        "y.pt: several labels (a, b)",
-        "z.pt: several labels (a;b)",
+        "y.pt: several labels (a, b); a video can have only one without --multi_label True",
+        "z.pt: several labels (a;b) in one row; with --multi_label True, each label needs a row of its own",
         "w.pt: no label",
     ):
         assert words in out
@@ -280,6 +280,18 @@ def test_parquet_gives_the_rows_of_the_same_csv(tmp_path):
     assert rows(tmp_path, "train") == found
 
 
+def test_parquet_with_an_empty_list_is_a_row_that_is_refused(tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table
+    make_videos(tmp_path / "videos", "train/a", "train/b")
+    file = tmp_path / "videos/train/metadata.parquet"
+    parquet.write_table(table.from_pydict({"file_name": ["a.pt", "b.pt"], "caption": [["it rains"], []]}), file)
+    argv = ["--format", "videofolder", "--videos", str(tmp_path / "videos"), "--no_scan"]
+    assert convert_dataset.main([*argv, "--output", str(tmp_path / "out"), "--annotations", str(file)]) == 0
+    assert [row["caption"] for row in rows(tmp_path, "train")] == [["it rains"]]
+    assert "b.pt: it has neither a label nor a caption" in capsys.readouterr().out
+
+
 def test_parquet_without_pyarrow_is_one_line(tmp_path, capsys, monkeypatch):
     make_videos(tmp_path / "videos", "a")
     for name in ("pyarrow", "pyarrow.parquet"):
@@ -337,9 +349,22 @@ def test_charades_has_a_row_per_segment_and_counts_overlaps(tmp_path, capsys):
         {"file_name": "N11GT.mp4", "labels": ["Holding", "Tidying"], "start": 0.0, "end": 0.5},
     ]
     out = capsys.readouterr().out
-    assert "overlaps: 3 of 4 segments have a moment with another label\n" in out and "#0000: no actions" in out
+    overlaps = (
+        "overlaps: 3 of 4 segments have a moment with another label; main.py takes them with --multi_label True\n"
+    )
+    assert overlaps in out and "#0000: no actions" in out
     report = json.loads((tmp_path / "out/train/conversion.json").read_text())
     assert report["classes"]["Tidying"] == {"rows": 1, "videos": 1} and report["found"] == 5
+
+
+def test_charades_without_a_name_for_a_class_is_refused(tmp_path, capsys):
+    make_videos(tmp_path / "videos", "46GP8.mp4")
+    text = "id,actions\n46GP8,c009 0.10 0.70;c777 0.00 0.30\n"
+    (tmp_path / "classes.txt").write_text("c009 Putting a table\n")
+    flags = ("--class_names", str(tmp_path / "classes.txt"))
+    assert convert(tmp_path, "charades", {"Charades_v1_train.csv": text}, *flags) == 0
+    assert [row["label"] for row in rows(tmp_path, "train")] == ["Putting a table"]
+    assert "46GP8: --class_names has no class c777" in capsys.readouterr().out
 
 
 TIMES = st.tuples(st.integers(0, 8), st.integers(1, 5), st.sampled_from("abc"))
@@ -494,6 +519,22 @@ def test_answers_that_are_accepted_come_back_as_the_same_segments(tmp_path, fps)
     assert times[1] == times[2]
 
 
+def test_several_labels_of_a_window_come_back_as_labels_of_one_segment(tmp_path):
+    make_videos(tmp_path / "videos", "x.mp4")
+    several = [{"label": "run", "name": "run", "score": 0.8}, {"label": "jump", "name": "jump", "score": 0.6}]
+    answers = [
+        {"file": "x.mp4", "start": 0.0, "end": 0.5, "labels": several, "top_k": several},
+        {"file": "x.mp4", "start": 0.5, "end": 0.9, "labels": [], "top_k": several},
+    ]
+    assert answers_to_tasks(tmp_path, answers, "--fps", "10") == 0
+    (item,) = json.loads((tmp_path / "tasks.json").read_text())
+    assert [r["score"] for r in item["predictions"][0]["result"]] == [0.8, 0.6]
+    assert [r["id"] for r in item["predictions"][0]["result"]] == ["answer1", "answer2"]
+    item["annotations"] = item.pop("predictions")
+    assert convert(tmp_path, "label_studio", {"export.json": json.dumps([item])}) == 0
+    assert rows(tmp_path, "train") == [{"file_name": "x.mp4", "labels": ["run", "jump"], "start": 0.0, "end": 0.5}]
+
+
 def test_answers_about_whole_videos_are_choices_and_texts(tmp_path):
     make_videos(tmp_path / "videos", "a", "b", "c", "d")
     several = [{"label": "run", "name": "run", "score": 0.8}, {"label": "jump", "name": "jump", "score": 0.6}]
@@ -510,8 +551,8 @@ def test_answers_about_whole_videos_are_choices_and_texts(tmp_path):
     assert [p["result"][0]["value"] for p in predictions] == [{"choices": ["run"]}, {"text": ["it rains"]}]
     assert [p["result"][0]["type"] for p in predictions] == ["choices", "textarea"]
     assert predictions[0]["score"] == 0.9 and "score" not in predictions[1]
-    both = annotations.result_of({"file": "d.pt", "labels": several}, None)
-    assert both == {"type": "choices", "value": {"choices": ["run", "jump"]}, "score": 0.6}
+    both = annotations.results_of({"file": "d.pt", "labels": several}, None)
+    assert both == [{"type": "choices", "value": {"choices": ["run", "jump"]}, "score": 0.6}]
     for item in tasks:
         item["annotations"] = item.pop("predictions")
     assert convert(tmp_path, "label_studio", {"export.json": json.dumps(tasks)}) == 0

@@ -26,6 +26,7 @@ import main
 import preview
 import score
 import sweep_heads
+from answers import fingerprint_answers
 from augment import mix
 from build_model import build_model
 from checkpoint import load_run
@@ -410,6 +411,10 @@ def test_thresholds_can_be_changed_by_hand(run, labels, tmp_path):
     (tmp_path / "run" / "metadata.json").write_text(json.dumps(metadata))
     video = next((labels / "test").rglob("*.pt"))
     assert labels_of(Predictor.from_checkpoint(tmp_path / "run").predict(video)) == {"class_0"}
+
+    # an unfinished file of answers must not mix both
+    prints = [fingerprint_answers(run, Config(), None, t) for t in (read(run / "metadata.json")["thresholds"], None)]
+    assert fingerprint_answers(run, Config(), None, metadata["thresholds"]) not in prints and len({*prints}) == 2
     del metadata["thresholds"]["class_1"]
     (tmp_path / "run" / "metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(UserError, match="a class has no threshold"):

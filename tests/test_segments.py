@@ -486,7 +486,9 @@ def test_a_table_with_times_becomes_segments(tmp_path, capsys, long_video):
     assert found == [("a.mp4", "jump", 0, 1.5, None), ("b.pt", "jump", 0, 2, 10)]
     report = json.loads((tmp_path / "out" / "train" / "conversion.json").read_text())
     assert len(report["refused"]) == 5 and len(report["unreadable"]) == 2
-    assert "a.mp4: several labels (run, jump); a video can have only one" in report["refused"]
+    assert (
+        "a.mp4: several labels (run, jump); a video can have only one without --multi_label True" in report["refused"]
+    )
     assert "a.mp4: no start and end, which other rows of this video have" in report["refused"]
     assert any("0 <= start < end" in text and "not x, 2" in text for text in report["refused"])
     assert [s.segment for s in read_folder(tmp_path / "out" / "train")] == [Segment(0, 1.5), Segment(0, 2, 10)]
