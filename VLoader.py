@@ -282,7 +282,7 @@ def make_sample(path: Path, row: dict[str, Any], folder: Path) -> Sample:
     asked = tuple(zip(questions, answers, kinds, strict=False))  # a kind without a question means nothing
     # a video that is here says itself what it contains
     known = row["video_digest"] if "video_digest" in row and not path.exists() else None
-    texts, facts = (row.get("text"), row.get("other_text")), {"group": row.get("group"), "digest": known}
+    texts, facts = (row.get("text"), row.get("other_text")), {"group": row.get("group") or None, "digest": known}
     sample = Sample(path, label, captions, *texts, objects, segment_of(row), asked, **facts)
     return sample if labels is None else replace(sample, labels=tuple(dict.fromkeys(labels)))
 
@@ -346,7 +346,7 @@ def read_splits(
     if "train" in splits and "val" not in splits:
         splits["train"], splits["val"] = hold_out(splits["train"], data_dir / "train")
         note = "no val/ folder: a tenth of each training class is held out (at least one video), the same in every run"
-        if any(s.group is not None for s in splits["val"]):
+        if any(s.group is not None for s in splits["train"] + splits["val"]):
             note = "no val/ folder: about a tenth of each training class is held out, in whole recordings"
             note += ungrouped_classes(splits["train"], splits["val"])
     if class_names is None:

@@ -78,7 +78,8 @@ def group_of(sample: Any, rule: str, folder: Path) -> str | None:
 
 def ungrouped_classes(train: list[Any], val: list[Any]) -> str:
     """The end of the line about the held-out val: which classes have no clip in it; "" if all have."""
-    absent = sorted({str(s.label) for s in train} - {str(s.label) for s in val})
+    known, held_out = ({name for s in samples for name in s.classes if name} for samples in (train, val))
+    absent = sorted(known - held_out)
     return f"; none of {', '.join(absent)}: too few recordings, all stay in train" if absent else ""
 
 

@@ -90,13 +90,12 @@ def with_intervals(summary: Summary, count: int, groups: Sequence[str] | None = 
     return scores | {"intervals": intervals}
 
 
-def recall_interval(right: np.ndarray, groups: Sequence[str] | None) -> list[float]:
-    """The 95 % interval of the fraction of right answers (n,): Wilson's, or the bootstrap's over groups."""
+def fraction_interval(hits: np.ndarray, groups: Sequence[str] | None) -> list[float]:
+    """The 95 % interval of the fraction of clips that are hits, (n,) bool: Wilson's, or the bootstrap's over groups."""
     if not members_of(groups):
-        return wilson(int(right.sum()), len(right))
-    return with_intervals(lambda drawn: {"recall": float(right[drawn].mean())}, len(right), groups)["intervals"][
-        "recall"
-    ]
+        return wilson(int(hits.sum()), len(hits))
+    scores = with_intervals(lambda drawn: {"fraction": float(hits[drawn].mean())}, len(hits), groups)
+    return scores["intervals"]["fraction"]
 
 
 def compared(
@@ -224,7 +223,7 @@ def label_scores(
             places = np.flatnonzero(truth == number)
             own = [groups[i] for i in places] if groups else None
             row |= {"recall": row["predicted"].get(name, 0) / row["count"]}
-            row |= {"interval": recall_interval(hits[places], own)}
+            row |= {"interval": fraction_interval(hits[places], own)}
     scores = with_intervals(label_summary(truth, ranked, confidence, len(class_names)), len(truth), groups)
     return scores | {"classes": classes, "calibration": calibration(confidence, hits)}
 
@@ -402,9 +401,8 @@ def question_scores(right: np.ndarray, kinds: Sequence[str | None], videos: Sequ
     about one video are not independent."""
 
     def scores_of(mask: np.ndarray) -> dict[str, Any]:
-        names, video = np.unique(np.array(videos)[mask], return_inverse=True)  # (number of videos,), (n,)
-        hits, asked = np.bincount(video, right[mask]), np.bincount(video)
-        scores = with_intervals(lambda drawn: {"accuracy": float(hits[drawn].sum() / asked[drawn].sum())}, len(names))
+        hits, names = right[mask], np.array(videos)[mask].tolist()
+        scores = with_intervals(lambda drawn: {"accuracy": float(hits[drawn].mean())}, len(hits), names)
         return {"accuracy": scores["accuracy"], "interval": scores["intervals"]["accuracy"], "count": int(mask.sum())}
 
     names = sorted({kind for kind in kinds if kind is not None})
@@ -523,8 +521,11 @@ def match_ids(references: dict[str, Any] | None, predictions: dict[str, Any], pa
 
 
 def answer_text(row: Any, path: Path) -> str:
-    """The caption, answer or label of a prediction, which is a string or a row. Raises UserError if it is neither."""
+    """The caption, answer or label of a prediction, which is a string or a row; the best class of one that was rejected.
+    Raises UserError if it is neither."""
     value = row.get("caption", row.get("answer", row.get("label"))) if isinstance(row, dict) else row
+    if value is None and isinstance(best := row.get("top_k"), list) and best and isinstance(best[0], dict):
+        value = best[0].get("label")  # scores are about all clips, as in metrics.json
     if isinstance(value, list) and len(value) == 1:  # coco-caption's format
         (value,) = value
     if not isinstance(value, str):

@@ -253,9 +253,10 @@ def multi_label_scores(
     for k, name in enumerate(class_names):
         count = int(truth[:, k].sum())
         row = {"count": count, "share": count / len(truth), "average_precision": None, "threshold": thresholds[name]}
-        if count:  # the bootstrap of a perfect ranking has no width, so it gets the interval of `count` right answers
+        if count:  # the bootstrap of a perfect ranking has no width, so each recording counts as one right answer
             value, interval = scores.pop(f"AP {name}"), scores["intervals"].pop(f"AP {name}")
-            row |= {"average_precision": value, "interval": wilson(count, count) if value == 1 else interval}
+            found = len({groups[i] for i in np.flatnonzero(truth[:, k])})
+            row |= {"average_precision": value, "interval": wilson(found, found) if value == 1 else interval}
         classes[name] = row
 
     answers = several_labels(probabilities.tolist(), class_names, thresholds, top_k=5)

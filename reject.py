@@ -15,11 +15,12 @@ needs another pass over the training videos, and their statistics in every run a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from metrics import bounds, resampled, wilson
+from metrics import fraction_interval, with_intervals
 from script import UserError, counted
 
 NONE = "none of these"
@@ -52,16 +53,16 @@ class Rule:
         if self.threshold is None:
             self.temperature = 1.0
 
-    def apply(self, result: dict[str, Any], split: str) -> None:
+    def apply(self, result: dict[str, Any], split: str, groups: Sequence[str] | None = None) -> None:
         """Scores what evaluate() returns, as `reject`; calibrates its `probabilities`, and adds `answered` (n,). If
-        the rule has no threshold, val decides it first."""
+        the rule has no threshold, val decides it first. `groups`: the group of each clip, for intervals."""
         logits, truth, ranked = (result[name] for name in ("logits", "truth", "ranked"))
         if split == "val" and self.threshold is None:
             self.fit(logits, truth)
         result["probabilities"] = np.take_along_axis(self.probabilities(logits), ranked, 1)  # (n, min(5, K))
         best = result["probabilities"][:, 0]
         result["answered"] = self.answers(best)
-        result["reject"] = reject_scores(best, ranked[:, 0] != truth, result["answered"])
+        result["reject"] = reject_scores(best, ranked[:, 0] != truth, result["answered"], groups)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -89,10 +90,16 @@ def fit_temperature(logits: np.ndarray, truth: np.ndarray) -> float:
     return 1 / math.sqrt(low * high)
 
 
+@cache
+def log_factorials(size: int) -> np.ndarray:
+    """The logarithms of 0!, 1! … (size - 1)!. (size,)"""
+    return np.concatenate([[0.0], np.log(np.arange(1, size)).cumsum()])
+
+
 def binomial_tail(errors: int, count: int, share: float) -> float:
     """The probability of at most `errors` wrong answers among `count` that are each wrong with probability `share`."""
     i = np.arange(errors + 1)
-    factorials = np.concatenate([[0.0], np.log(np.arange(1, count + 1)).cumsum()])  # their logarithms
+    factorials = log_factorials(1 << count.bit_length())  # powers of two, since choose_threshold() asks for many counts
     terms = factorials[count] - factorials[i] - factorials[count - i] + i * math.log(share)
     return float(np.exp(terms + (count - i) * math.log1p(-share)).sum())
 
@@ -148,18 +155,22 @@ def risk_coverage(scores: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np
     return count / len(scores), wrong[order].cumsum()[count - 1] / count
 
 
-def reject_scores(scores: np.ndarray, wrong: np.ndarray, answered: np.ndarray) -> dict[str, Any]:
+def reject_scores(
+    scores: np.ndarray, wrong: np.ndarray, answered: np.ndarray, groups: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The fraction of clips that are answered, how many of these are wrong, and the area under the risk-coverage curve
-    (AURC, Geifman 2019): the mean fraction of wrong answers over all thresholds. With 95 % intervals."""
+    (AURC, Geifman 2019): the mean fraction of wrong answers over all thresholds. With 95 % intervals, over the `groups`
+    that the clips are in."""
     total, count, errors = len(scores), int(answered.sum()), int(wrong[answered].sum())
     coverage, risk = risk_coverage(scores, wrong)
 
     def area(indices: np.ndarray) -> dict[str, float]:
         return {"AURC": float(risk_coverage(scores[indices], wrong[indices])[1].mean())}
 
-    intervals = {"coverage": wilson(count, total), "AURC": bounds(resampled([area], total)[0]["AURC"])}
+    intervals = with_intervals(area, total, groups)["intervals"] | {"coverage": fraction_interval(answered, groups)}
     if count:
-        intervals["error"] = wilson(errors, count)
+        own = [groups[i] for i in np.flatnonzero(answered)] if groups else None
+        intervals["error"] = fraction_interval(wrong[answered], own)
     points = np.unique(np.linspace(0, total - 1, MOST_POINTS).round().astype(int))
     return {
         "answered": count,

@@ -501,8 +501,9 @@ def final_scores(
         if model.thresholds is None and split == "val":
             model.thresholds = choose_thresholds(result["truth"], result["probabilities"], names)
         return multi_label_scores(result, samples, names, model.thresholds)
+    groups = [sample.recording for sample in samples]
     if rule is not None:
-        rule.apply(result, split)
+        rule.apply(result, split, groups)
     arrays = ("truth", "logits", "ranked", "probabilities", "answered")
     truth, _, ranked, probabilities, answered = (result.pop(name, None) for name in arrays)
     for sample, label, best, scores in zip(samples, truth, ranked.tolist(), probabilities.tolist(), strict=True):
@@ -510,7 +511,6 @@ def final_scores(
         rows.append({**sample.place, "truth": names[label], **top[0], "top_k": top})
     if answered is not None:
         rows = [row | {"answered": bool(answer)} for row, answer in zip(rows, answered, strict=True)]
-    groups = [sample.recording for sample in samples]
     return result | label_scores(truth, ranked, probabilities[:, 0], names, groups), rows
 
 

@@ -18,6 +18,7 @@ import feature_cache
 import groups
 import main
 import metrics
+import multilabel
 import score
 from config import parse
 from groups import COPY, PER_COMPONENT, crossing_clips, guess, near_copies, shared_recordings, whitened
@@ -135,6 +136,38 @@ def test_a_class_with_one_recording_stays_in_train(tmp_path):
     splits = read_splits(make_data(tmp_path, names), group_by=r"(.+_g\d+)_c\d+")
     assert {s.label for s in splits.val} == {"a"} and sum(s.label == "z" for s in splits.train) == 3
     assert splits.note.endswith("; none of z: too few recordings, all stay in train")
+
+
+def test_an_empty_group_is_none(tmp_path):
+    """Tables are often exported with "" where nothing is known."""
+    names = in_recordings()
+    data = make_data(tmp_path, names, dict.fromkeys(names, ""))
+    assert {s.group for s in read_splits(data).train} == {None}
+    with pytest.raises(UserError, match=r"--group_by column: 24 of 24 rows of metadata\.jsonl have no group"):
+        read_splits(data, group_by="column")
+    (data / "train" / "metadata.jsonl").write_text('{"file_name": "a/v_a_g00_c00.pt", "group": 3}')
+    with pytest.raises(UserError, match="line 1: group must be a string"):
+        read_splits(data)
+
+
+def test_with_several_labels_the_line_about_val_names_labels(tmp_path):
+    """Clips may have `labels`, a class folder, or no label at all."""
+    names = in_recordings(1) + [f"train/z/v_z_g00_c{c:02d}.pt" for c in range(3)] + ["train/v_n_g00_c00.pt"]
+    data = make_data(tmp_path, names)
+    rows = [{"file_name": name.removeprefix("train/"), "labels": ["a", "x"]} for name in names[:12]]
+    rows.append({"file_name": "v_n_g00_c00.pt", "labels": []})
+    (data / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = read_splits(data, group_by=r"(.+_g\d+)_c\d+")
+    assert {s.labels for s in splits.val} == {("a", "x")}
+    assert splits.note.endswith("; none of z: too few recordings, all stay in train")
+
+
+def test_val_without_a_recording_still_says_that_they_are_kept_whole(tmp_path):
+    names = [f"train/a/clip_{i}.pt" for i in range(4)] + [f"train/z/clip_{i}.pt" for i in range(3)]
+    data = make_data(tmp_path, names, {name: "one" for name in names[4:]})
+    splits = read_splits(data)
+    assert {s.label for s in splits.val} == {"a"}
+    assert splits.note.endswith("in whole recordings; none of z: too few recordings, all stay in train")
 
 
 def test_a_recording_with_most_clips_of_a_class_stays_in_train(tmp_path):
@@ -299,7 +332,7 @@ def test_clips_that_are_all_independent_get_the_intervals_as_before():
     summary = lambda i: {"accuracy": float(right[i].mean())}  # noqa: E731
     alone = [str(i) for i in range(len(right))]
     assert metrics.with_intervals(summary, len(right), alone) == metrics.with_intervals(summary, len(right))
-    assert metrics.recall_interval(right, alone) == metrics.wilson(right.sum(), len(right))
+    assert metrics.fraction_interval(right, alone) == metrics.wilson(right.sum(), len(right))
 
 
 def test_perfect_scores_and_single_recordings_count_each_recording_once():
@@ -308,6 +341,26 @@ def test_perfect_scores_and_single_recordings_count_each_recording_once():
     alone = metrics.with_intervals(lambda i: {"accuracy": 0.7}, 100, ["one"] * 100)
     low, high = alone["intervals"]["accuracy"]
     assert low < 0.3 and high > 0.9  # one recording says little
+
+
+def test_answers_about_one_recording_count_once():
+    right = np.array([True, False, True, True])
+    for names in (["a"] * 4, ["a", "a", "b", "b"]):
+        scores = metrics.question_scores(right, [None] * 4, names)
+        expected = metrics.with_intervals(lambda i: {"accuracy": float(right[i].mean())}, 4, names)["intervals"]
+        assert scores["accuracy"] == 0.75 and scores["interval"] == expected["accuracy"]
+    low, high = metrics.question_scores(right, [None] * 4, ["a"] * 4)["interval"]
+    assert [low, high] == metrics.wilson(0.75, 1)
+
+
+def test_a_perfect_ranking_counts_each_recording_once():
+    """With several labels per clip."""
+    truth, samples = np.array([[1, 0]] * 4 + [[0, 1]] * 4, bool), []
+    for number in range(8):
+        samples.append(Sample(Path(f"{number}.pt"), group=f"match {number // 2}", labels=("ab"[number // 4],)))
+    result = {"truth": truth, "probabilities": np.where(truth, 0.9, 0.1)}
+    scores, _ = multilabel.multi_label_scores(result, samples, "ab", None)
+    assert scores["classes"]["a"]["interval"] == metrics.wilson(2, 2)
 
 
 def test_the_difference_of_two_models_draws_recordings_and_leaves_out_mcnemar(tmp_path, capsys):

@@ -123,6 +123,35 @@ def test_the_curve_is_that_of_a_direct_computation(decimals):
     assert nothing["coverage"] == 0 and nothing["error"] is None and "error" not in nothing["intervals"]
 
 
+def test_intervals_draw_recordings(monkeypatch):
+    """Ten clips of each recording say no more than one, if they are the same."""
+    monkeypatch.setattr(metrics, "RESAMPLES", 1000)
+    rng = np.random.default_rng(2)
+    scores = rng.random(60)
+    wrong = rng.random(60) > scores
+    alone = reject.reject_scores(scores, wrong, scores >= 0.4, [str(i) for i in range(60)])
+    assert alone == reject.reject_scores(scores, wrong, scores >= 0.4)
+    several, names = (scores.repeat(10), wrong.repeat(10)), [str(i // 10) for i in range(600)]
+    found = reject.reject_scores(*several, several[0] >= 0.4, names)
+    narrow = reject.reject_scores(*several, several[0] >= 0.4)
+    for name in ("coverage", "error", "AURC"):
+        width, too_narrow = (np.diff(row["intervals"][name]) for row in (found, narrow))
+        assert found["intervals"][name] == pytest.approx(alone["intervals"][name], abs=0.04) and width > 2 * too_narrow
+    certain = reject.reject_scores(*several, (several[0] >= 0.4) & ~several[1], names)
+    assert certain["intervals"]["error"] == metrics.wilson(0, int(((scores >= 0.4) & ~wrong).sum()))
+
+
+def test_metrics_scores_rejected_answers_by_their_best_class(tmp_path, capsys):
+    best = [{"label": "a", "name": "a", "score": 0.3}, {"label": "b", "name": "b", "score": 0.2}]
+    rows = [{"file": "x.mp4", **best[0], "top_k": best}, {"file": "y.mp4", **best[0], "top_k": best}]
+    rows[1] |= {"label": None, "name": NONE}
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "truth.json").write_text('{"x": "b", "y": "a"}')
+    argv = ["--references", str(tmp_path / "truth.json"), "--predictions", str(tmp_path / "answers.jsonl")]
+    assert metrics.main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 0.5
+
+
 # -- runs -------------------------------------------------------------------------------------------
 
 
