@@ -104,19 +104,31 @@ def try_training(config: Config, started: float) -> Estimate:
     )
 
 
+def time_check(run: "Run", cached: tuple[str, ...]) -> float:
+    """Seconds per video to check that it can be read. A few are checked first, because the workers take time to start."""
+    from scan import scan
+
+    names = ("train", "val", "test")
+    chosen = {name: some(getattr(run.splits, name), 128) for name in names}
+    times, counts = [], []
+    for part in (slice(32), slice(32, None)):
+        splits = replace(run.splits, **{name: chosen[name][part] for name in names})
+        clock = time.perf_counter()
+        scan(splits, run.config, cached)
+        times.append(time.perf_counter() - clock)
+        counts.append(sum(len(getattr(splits, name)) for name in names))
+    more = counts[1] - counts[0]
+    return max(0.0, times[1] - times[0]) / more if more > 0 else sum(times) / sum(counts)
+
+
 def time_reading(run: "Run") -> tuple[float, dict["Key", Any] | None]:
     """(Seconds per video to check it before training and, with a frozen backbone, to compute its features; these
     features by the samples' keys, or None)."""
     from feature_cache import computed_features, use_cache
-    from scan import scan
     from VLoader import distinct
 
-    # the check, of a part of each split
     cached = ("train", "val", "test") if use_cache(run.model, run.config) else ()
-    part = replace(run.splits, **{n: some(getattr(run.splits, n), 64) for n in ("train", "val", "test")})
-    clock = time.perf_counter()
-    scan(part, run.config, cached)
-    seconds = (time.perf_counter() - clock) / len(part.train + part.val + part.test)
+    seconds = time_check(run, cached)
     if not cached:
         return seconds, None
 
@@ -268,9 +280,9 @@ def table(estimates: dict[str, Estimate | str]) -> str:
             continue
         fits = "yes" if e.memory < e.available else "no"
         times = "".join(f"{duration(t):>9}" for t in (e.once, e.epoch))
+        rate = f"{e.videos_per_second:,.0f}" if e.videos_per_second >= 10 else f"{e.videos_per_second:.2g}"
         lines.append(
-            f"{mode:<9}{e.memory / 1024:>6.1f} GB{fits:>6}{e.videos_per_second:>10.3g}{times}{e.epochs:>8}"
-            f"{duration(e.total):>9}"
+            f"{mode:<9}{e.memory / 1024:>6.2f} GB{fits:>6}{rate:>10}{times}{e.epochs:>8}{duration(e.total):>9}"
         )
     return "\n".join(lines)
 

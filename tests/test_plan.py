@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_said_and_gets_no_command(monkeypatch, capsys):
     assert plan.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     (frozen,), (lora,), (full,) = ([x for x in lines if x.startswith(f"{mode} ")] for mode in plan.MODES)
-    assert frozen.split() == ["frozen", "0.1", "GB", "yes", "30", "5.0", "s", "2.0", "s", "10", "26", "s"]
+    assert frozen.split() == ["frozen", "0.10", "GB", "yes", "30", "5.0", "s", "2.0", "s", "10", "26", "s"]
     assert " no " in lora and full.endswith("out of memory: lower --batch_size")
     assert [x for x in lines if "main.py" in x] == ["frozen: python main.py --freeze_visionbackbone True"]
 
