@@ -195,7 +195,8 @@ def merge_windows(
     """The segments of one video, as rows {"file", "path", "segment", "start", "end", "label", "name", "score"}.
 
     Args:
-        windows: the answers for the windows of this video, which may overlap, with their times, top_k and labels.
+        windows: the answers for the windows of this video: times, `top_k` and, with several labels, `labels`. Windows
+            may overlap.
         stride: seconds from the start of a window to the start of the next.
         thresholds: of each class, if a window may have several labels.
 
