@@ -555,7 +555,7 @@ def read_class_names(file: Path) -> dict[str, str]:
     return names
 
 
-def several_labels(label: str | None) -> str:
+def label_problem(label: str | None) -> str:
     """The problem with a label that lists several classes (`3,17`, `a;b`, `a|b`, `[1, 2]`); else ""."""
     if label and re.fullmatch(r".*[|;].*|\[.*\]|\d+(?:[,\s]+\d+)+", label, re.DOTALL):
         return f"several labels ({label}) in one row; with --multi_label True, each label needs a row of its own"

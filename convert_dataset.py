@@ -20,7 +20,7 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from annotations import FORMATS, SPLITS, Row, label_studio_tasks, parse_file, read_class_names, several_labels
+from annotations import FORMATS, SPLITS, Row, label_problem, label_studio_tasks, parse_file, read_class_names
 from script import Parser, UserError, counted, make_folder, printable, replace_file, script
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def problem_of(row: Row, names: dict[str, str]) -> str:
         return "it has neither a label nor a caption"
     if row.label and names and row.label not in names and re.fullmatch(r"\d+|c\d{3}", row.label):
         return f"--class_names has no class {row.label}"
-    return several_labels(row.label)
+    return label_problem(row.label)
 
 
 def find_row(row: Row, index: VideoIndex, output: Path, outcome: Outcome) -> tuple[Path | None, str]:
