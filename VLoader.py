@@ -24,9 +24,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
-from groups import grouped, ungrouped_classes
+from extras.groups import grouped, ungrouped_classes
+from extras.multilabel import multi_hot
+from extras.segments import check_times, refuse_overlaps, segment_of
 from metrics import Lexicon
-from multilabel import multi_hot
 from readers import (
     VIDEO_SUFFIXES,
     Reader,
@@ -40,7 +41,6 @@ from readers import (
     survey,
 )
 from script import UserError, cause_of, counted, printable, shown
-from segments import check_times, refuse_overlaps, segment_of
 from transforms import Preprocessing, sample_indices, view_indices
 
 SPLITS = ("train", "val", "test")
@@ -64,13 +64,13 @@ class Sample:
     label: str | None = None
     captions: tuple[str, ...] = ()
     text: str | None = None
-    other_text: str | None = None  # a text about another object in the same clip, for controls.py
+    other_text: str | None = None  # a text about another object in the same clip, for extras/controls.py
     objects: tuple[dict[str, str], ...] = field(default=(), hash=False)  # the attributes of each object
     segment: Segment | None = None  # None: the whole video
     questions: tuple[tuple[str, str | None, str | None], ...] = ()  # (question, answer, kind) of each; see by_question
     question: str | None = None  # what a captioner is asked; `captions` then has the answer
     kind: str | None = None  # of the question, for the scores
-    group: str | None = None  # the recording that it comes from, if that is known; see groups.py
+    group: str | None = None  # the recording that it comes from, if that is known; see extras/groups.py
     # of the whole video; set by identified(), or before if the video is not here and metadata.jsonl has its digest
     digest: str | None = field(default=None, compare=False)
     labels: tuple[str, ...] | None = None  # everything that the clip shows, with --multi_label True

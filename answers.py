@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from claims import join, share
 from config import Config, options_with
+from extras.claims import join, share
+from extras.multilabel import are_right
+from extras.reject import NONE, Rule
 from metrics import Lexicon, exact_matches, right_attributes
-from multilabel import are_right
-from reject import NONE, Rule
 from script import FileLock, UserError, counted, printable, read_rows, replace_file
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 
 from build_model import VideoModel, build_model, trained_tensors
 from config import FIELDS, ROOT, Config, as_flags, options_with, read_yaml, run_name, training_mode, write_yaml
+from extras.reject import rule_problem
 from pretrained import Source, licence_of, locate, read_config
-from reject import rule_problem
 from script import (
     FileLock,
     UserError,

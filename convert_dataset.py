@@ -2,9 +2,9 @@
 
     python convert_dataset.py --format ucf101 --annotations trainlist01.txt testlist01.txt --videos UCF-101 --output out
 
-annotations.py turns a file into rows. Here, the video of every row is found; missing, unreadable and refused ones are
-dropped and listed in <output>/<split>/conversion.json; and the counts are printed. With --answers it goes the other way:
-the answers of inference.py become tasks for Label Studio.
+extras/annotations.py turns a file into rows. Here, the video of every row is found; missing, unreadable and refused
+ones are dropped and listed in <output>/<split>/conversion.json; and the counts are printed. With --answers it goes the
+other way: the answers of inference.py become tasks for Label Studio.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from annotations import FORMATS, SPLITS, Row, label_problem, label_studio_tasks, parse_file, read_class_names
+from extras.annotations import FORMATS, SPLITS, Row, label_problem, label_studio_tasks, parse_file, read_class_names
 from script import Parser, UserError, counted, make_folder, printable, replace_file, script
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def report(outcomes: dict[str, Outcome], output: Path) -> dict[str, Any]:
 
 def count_overlaps(outcome: Outcome) -> tuple[int, int]:
     """(segments that overlap one with another label, or have several themselves; all segments)."""
-    from segments import ROUNDING, by_video, times_of
+    from extras.segments import ROUNDING, by_video, times_of
 
     videos = by_video(outcome.samples.values())
     found = {key for key, sample in outcome.samples.items() if sample.labels and len(sample.labels) > 1}
@@ -440,8 +440,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 def write_tasks(args: argparse.Namespace) -> int:
     """Writes the tasks for Label Studio with the answers in --answers as predictions. Returns the exit status."""
+    from extras.segments import read_json_rows
     from script import write_json
-    from segments import read_json_rows
 
     if args.output.exists() and not args.overwrite:
         raise UserError(f"{args.output} exists: add --overwrite to replace it")

@@ -112,8 +112,8 @@ def check_labels(splits: "Splits") -> Iterator[Finding]:
 def check_copies(splits: "Splits") -> Iterator[Finding]:
     """Looks for videos of val or test that are in train too, and for videos in two classes, by their contents. Segments
     of one video are copies if they overlap."""
+    from extras.segments import first_overlap
     from readers import ReadError, digest
-    from segments import first_overlap
 
     known = cache(digest)  # a video may have many segments
     copies: dict[str, list[Any]] = defaultdict(list)
@@ -143,7 +143,7 @@ def check_copies(splits: "Splits") -> Iterator[Finding]:
 def check_recordings(splits: "Splits", data_dir: Path) -> Finding:
     """Looks for recordings with clips in two splits. If nothing says which clips come from one recording, their names
     may tell."""
-    from groups import crossing_clips, guess, shared_recordings
+    from extras.groups import crossing_clips, guess, shared_recordings
 
     check = "no recording is in two splits"
     if shared := shared_recordings(splits):
@@ -165,7 +165,7 @@ def check_recordings(splits: "Splits", data_dir: Path) -> Finding:
 def check_near_copies(run: "Run") -> Finding:
     """Compares the clips of train, val and test by frozen features. Finds copies that are rescaled, compressed again or
     trimmed, which check_copies() does not."""
-    from groups import FEWEST, near_copies, whitened
+    from extras.groups import FEWEST, near_copies, whitened
     from VLoader import distinct
 
     check = "val and test have no near copies"
@@ -204,8 +204,8 @@ def signatures_of(run: "Run", samples: list[Any]) -> tuple[Any, str]:
     import torch
     from tqdm import tqdm
 
+    from extras.groups import FEWEST, signatures
     from feature_cache import features_of, stack_clips
-    from groups import FEWEST, signatures
     from train_code import hold_frozen
     from VLoader import ClipDataset, EpochBatches, build_loader
 
@@ -242,8 +242,8 @@ def signatures_of(run: "Run", samples: list[Any]) -> tuple[Any, str]:
 
 def cached_signatures(model: "VideoModel", config: Config, samples: list[Any]) -> dict[int, Any]:
     """{index of a sample: its signature (d,)} for those whose features an earlier run has cached."""
+    from extras.groups import signatures
     from feature_cache import open_store, place_of_store, video_ids
-    from groups import signatures
     from readers import ReadError
 
     if not place_of_store(model, config)[0].is_dir():

@@ -3,8 +3,8 @@
 python extract.py --data_dir my_clips --vision_model vjepa2 --weights hub --freeze_visionbackbone True
 
 Start it as often as there are processors, also on other machines that see the same folders: the processes share the
-work, see claims.py. It takes the flags of main.py. A run with the same flags then finds all features, and that every
-video was read.
+work, see extras/claims.py. It takes the flags of main.py. A run with the same flags then finds all features, and that
+every video was read.
 
 Modules that need torch are imported inside the functions, so that --help stays fast.
 """
@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from claims import join, share
 from config import parse
+from extras.claims import join, share
 from script import UserError, counted, leave, printable, read_rows, script
 
 if TYPE_CHECKING:

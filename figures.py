@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from extras.multilabel import labels_of
 from metrics import generated, rouge_l, words
-from multilabel import labels_of
 from script import printable, replace_file
 
 SHEET_WIDTH = 1600  # largest width of a contact sheet, in pixels
@@ -299,7 +299,7 @@ def plot_reliability(bins: list[tuple[int, float, float]], error: float, path: P
 
 def plot_risk_coverage(scores: dict[str, Any], count: int, path: Path) -> Path:
     """Draws how many answers are wrong over how many of the `count` clips are answered, and where the threshold of
-    --reject is. `scores` are those of reject.reject_scores."""
+    --reject is. `scores` are those of extras.reject.reject_scores."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(4.6, 3.6), layout="constrained")
     coverages, risks = zip(*scores["curve"], strict=True)
@@ -319,7 +319,7 @@ def plot_risk_coverage(scores: dict[str, Any], count: int, path: Path) -> Path:
 
 def plot_occlusion(maps: list[tuple[Any, Any, dict]], display_names: dict[str, str], path: Path) -> Path:
     """Draws the frames of each clip, and below them, in red, how much the model's confidence in its answer drops when a
-    cell is covered. `maps` come from controls.occlusion_maps."""
+    cell is covered. `maps` come from extras.controls.occlusion_maps."""
     from torch.nn import functional as F
 
     clips = []
@@ -340,7 +340,7 @@ def plot_occlusion(maps: list[tuple[Any, Any, dict]], display_names: dict[str, s
 
 def plot_timelines(recordings: list[Any], path: Path) -> Path:
     """Draws the true segments of each recording above the predicted ones, a colour for each label. `recordings` are
-    those of segments.py."""
+    those of extras/segments.py."""
     from matplotlib.patches import Patch
 
     plt = pyplot()

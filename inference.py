@@ -27,9 +27,9 @@ from answers import (
     short_name,
 )
 from config import FIELDS, Config, parse, refuse_classifier_options
+from extras.multilabel import all_labels, several_labels
+from extras.reject import NONE, Rule
 from metrics import Lexicon
-from multilabel import all_labels, several_labels
-from reject import NONE, Rule
 from script import UserError, counted, leave, printable, script
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
 
     Returns 1 if a video could not be read, else 0.
     """
-    from segments import merged_segments
+    from extras.segments import merged_segments
 
     # what --output already holds is not computed again
     config = predictor.config
@@ -222,7 +222,7 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
 def answer_shared(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> int:
     """Computes answers together with all other processes that share --output. The last one writes the file and reports
     unreadable videos; returns 1 if there are any, else 0."""
-    from segments import merged_segments
+    from extras.segments import merged_segments
 
     config = predictor.config
     run = fingerprint_answers(run_dir, config, predictor.rule, predictor.thresholds)
@@ -286,7 +286,7 @@ def print_summary(rows: list[dict[str, Any]], computed: int, seconds: float, out
 
 def print_export(run_dir: Path, model: Any, config: Config, metadata: dict[str, Any]) -> None:
     """Exports the run and prints how closely the export agrees with it. Raises UserError if it cannot be exported."""
-    from export import export
+    from extras.export import export
 
     output = Path(os.path.abspath(config.export))
     differences = export(run_dir, model, config, metadata, output)

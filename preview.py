@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def training_clips(run: "Run", count: int) -> list[tuple[Any, str]]:
     """(clip uint8 [T, C, H, W], title) of the first clips of the first epoch, augmented as in training."""
-    from augment import Augment
+    from extras.augment import Augment
     from train_code import to_device
 
     # the same loader and augmentation as in training; a batch is None if none of its videos can be read

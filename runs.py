@@ -14,14 +14,14 @@ import train_code
 from build_model import VideoModel, build_model, parameter_table
 from checkpoint import check_same, claimed_run, clear_run, finish_run, git_commit, run_metadata, write_run_files
 from config import Config, as_flags, default_rates, fill_epochs, is_non_commercial, is_tiny, training_mode
-from controls import control_line, control_scores, occlusion_maps
-from groups import shared_recordings
-from multilabel import labels_line, resolve_labels, scores_text
+from extras.controls import control_line, control_scores, occlusion_maps
+from extras.groups import shared_recordings
+from extras.multilabel import labels_line, resolve_labels, scores_text
+from extras.reject import breaks_promise, check_val, reject_line
+from extras.segments import add_background
 from pretrained import licence_of, warn_of_tiny
-from reject import breaks_promise, check_val, reject_line
 from scan import prepare_data
 from script import UserError, counted, is_main, printable, read_rows
-from segments import add_background
 from train_code import build_accelerator, build_loaders, hold_frozen
 from VLoader import SPLITS, Splits, check_samples, distinct, fingerprint_data, read_display_names, read_splits
 

@@ -47,8 +47,8 @@ def score_segments(argv: list[str]) -> int:
     parser = Parser(prog="score.py", allow_abbrev=False)
     parser.add_argument("--segments", nargs=2, type=Path, metavar=("TRUTH", "ANSWERS"), required=True)
     truth, answers = parser.parse_args(argv).segments
+    from extras.segments import read_recordings, segment_scores
     from figures import plot_timelines
-    from segments import read_recordings, segment_scores
 
     recordings = read_recordings(truth, answers)
     print(json.dumps(segment_scores(recordings), indent=1))
@@ -95,12 +95,12 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     `flags` are the options as typed, which may say where a backbone was moved to. Returns the exit status.
     """
     from checkpoint import METRICS, load_run, load_weights, read_metrics
-    from multilabel import resolve_labels
+    from extras.multilabel import resolve_labels
+    from extras.reject import Rule, breaks_promise, check_val
+    from extras.segments import add_background
     from pretrained import warn_of_tiny
-    from reject import Rule, breaks_promise, check_val
     from runs import Run, memory_advice, only, report
     from scan import prepare_data
-    from segments import add_background
     from train_code import build_accelerator, hold_frozen, score_splits
     from VLoader import check_samples, read_splits
 

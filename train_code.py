@@ -25,13 +25,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augment import Augment
 from build_model import VideoModel, adapters, body_of, trained_tensors
 from checkpoint import STATE, load_state, load_weights, save_state, save_weights, write_rule
 from config import Config, default_rates
+from extras.augment import Augment
+from extras.multilabel import binary_losses, choose_thresholds, multi_label_result, multi_label_scores
+from extras.reject import Rule
 from metrics import attribute_summary, caption_scores, exact_matches, label_scores, question_scores, with_intervals
-from multilabel import binary_losses, choose_thresholds, multi_label_result, multi_label_scores
-from reject import Rule
 from script import UserError, counted, keep_freed_memory, make_folder, write_rows
 from VLoader import SPLITS, ClipDataset, EpochBatches, Sample, Splits, build_loader, distinct
 

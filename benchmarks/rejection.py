@@ -21,7 +21,7 @@ from scipy.stats import mannwhitneyu
 
 import main as vidtune
 from checkpoint import load_run
-from reject import fit_temperature, risk_coverage
+from extras.reject import fit_temperature, risk_coverage
 from script import read_rows, write_rows
 from VLoader import ClipDataset, EpochBatches, build_loader, read_folder, read_splits
 

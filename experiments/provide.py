@@ -99,7 +99,7 @@ def control_table(run_dir: Path, data_dir: Path, runs: Path) -> dict[str, Any]:
     """The controls of a checkpoint, computed again. Features are cached in the folder `runs`."""
     import train_code
     from checkpoint import load_run
-    from controls import control_scores
+    from extras.controls import control_scores
     from VLoader import read_splits
 
     model, config, _ = load_run(run_dir, Config(num_workers=0, output_dir=str(runs)))

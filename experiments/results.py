@@ -186,7 +186,7 @@ def read_neighbours(vision_model: str, data_dir: Path, runs: Path, packed: Path)
 
     import train_code
     from build_model import build_model
-    from controls import nearest_neighbours
+    from extras.controls import nearest_neighbours
     from VLoader import read_splits
 
     config = Config(vision_model=vision_model, freeze_visionbackbone=True, num_workers=0, output_dir=str(runs))

@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import controls
 import dummy_data
 import figures
 import metrics
+from extras import controls
 from readers import open_video
 from script import replace_file
 from transforms import sample_indices

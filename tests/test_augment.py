@@ -9,11 +9,11 @@ import torch
 from conftest import in_full
 from PIL import Image
 
-import augment
 import preview
-from augment import Augment
 from build_model import build_model
 from config import parse
+from extras import augment
+from extras.augment import Augment
 from script import UserError
 from train_code import build_loaders
 from VLoader import read_splits

@@ -18,14 +18,14 @@ from conftest import counting_frames, write_video
 from safetensors import safe_open
 
 import answers
-import claims
 import extract
 import feature_cache
 import inference
 import main
 from checkpoint import PROVIDED
-from claims import Pieces, join, share
 from config import ROOT
+from extras import claims
+from extras.claims import Pieces, join, share
 from script import UserError, read_rows
 
 FORK = multiprocessing.get_context("fork")
@@ -90,7 +90,7 @@ def job(tmp_path) -> Path:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """[the time], as claims.py sees it."""
+    """[the time], as extras/claims.py sees it."""
     now = [1000.0]
     monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
     return now

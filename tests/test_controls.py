@@ -12,7 +12,6 @@ import torch
 from conftest import in_full, resolved
 from PIL import Image
 
-import controls
 import figures
 import main
 import metrics
@@ -20,6 +19,7 @@ import score
 from build_model import build_model
 from checkpoint import load_run
 from config import ROOT, Config, fill_auto
+from extras import controls
 from script import UserError, read_rows
 from train_code import build_accelerator, build_loaders
 from VLoader import Sample, read_splits

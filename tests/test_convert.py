@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import annotations
 import convert_dataset
+from extras import annotations
 from readers import Segment, open_video
 from script import UNSAFE
 from VLoader import Sample, read_folder, read_splits

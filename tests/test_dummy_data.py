@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import FEW, read_clip
 
-import controls
 import dummy_data
 import main
 from dummy_data import (
@@ -30,6 +29,7 @@ from dummy_data import (
     motion_of,
     trajectory,
 )
+from extras import controls
 from metrics import attribute_summary, attributes_in, right_attributes
 from VLoader import read_splits
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 from conftest import counting_frames, write_video
 
-import export as export_module
 import inference
 import main
 from build_model import adapters
 from checkpoint import load_run
 from config import ROOT
-from export import native_model, preprocessor_fields
+from extras import export as export_module
+from extras.export import native_model, preprocessor_fields
 from readers import open_video
 from transforms import Preprocessing, sample_indices
 from VLoader import Sample

@@ -16,7 +16,7 @@ import main
 from build_model import adapters, build_model, trained_tensors
 from checkpoint import read_run
 from config import ROOT, Config, check_options
-from export import export
+from extras.export import export
 from inference import Predictor
 from pretrained import Source
 from script import UserError

@@ -15,13 +15,12 @@ from PIL import Image
 import convert_dataset
 import doctor
 import feature_cache
-import groups
 import main
 import metrics
-import multilabel
 import score
 from config import parse
-from groups import COPY, PER_COMPONENT, crossing_clips, guess, near_copies, shared_recordings, whitened
+from extras import groups, multilabel
+from extras.groups import COPY, PER_COMPONENT, crossing_clips, guess, near_copies, shared_recordings, whitened
 from readers import ReadError, find_videos, open_video
 from runs import prepare
 from script import UserError

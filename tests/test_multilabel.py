@@ -27,13 +27,11 @@ import preview
 import score
 import sweep_heads
 from answers import fingerprint_answers
-from augment import mix
 from build_model import build_model
 from checkpoint import load_run
 from config import Config
-from inference import Predictor
-from metrics import resampled
-from multilabel import (
+from extras.augment import mix
+from extras.multilabel import (
     all_labels,
     binary_losses,
     choose_thresholds,
@@ -44,9 +42,11 @@ from multilabel import (
     multi_label_summary,
     resolve_labels,
 )
+from extras.segments import Recording, add_background, merge_windows, read_recordings, refuse_overlaps, segment_summary
+from inference import Predictor
+from metrics import resampled
 from readers import Segment
 from script import UserError, read_rows
-from segments import Recording, add_background, merge_windows, read_recordings, refuse_overlaps, segment_summary
 from train_code import build_accelerator, build_engine, build_loaders, groups_of, loss_sum, train_step
 from VLoader import Sample, Splits, hold_out, read_folder, read_splits
 

@@ -20,13 +20,13 @@ import figures
 import inference
 import main
 import metrics
-import reject
 import score
 from answers import answer_line, fingerprint_answers, is_right
 from checkpoint import METADATA, read_run
-from reject import NONE, Rule, choose_threshold, fit_temperature, least_clips, risk_coverage, upper_bound
+from extras import reject
+from extras.reject import NONE, Rule, choose_threshold, fit_temperature, least_clips, risk_coverage, upper_bound
+from extras.segments import merge_windows, read_recordings
 from script import UserError
-from segments import merge_windows, read_recordings
 from VLoader import Sample
 
 

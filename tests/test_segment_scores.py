@@ -9,7 +9,7 @@ from conftest import in_full
 
 import metrics
 import score
-from segments import (
+from extras.segments import (
     F1_OVERLAPS,
     MAP_OVERLAPS,
     Event,

@@ -20,11 +20,11 @@ import metrics
 import readers
 import score
 from answers import list_jobs
+from extras.segments import BACKGROUND, add_background, refuse_overlaps
 from feature_cache import compute_missing, open_store, read_features, video_ids
 from readers import ReadError, Segment, open_video
 from runs import prepare
 from script import UserError
-from segments import BACKGROUND, add_background, refuse_overlaps
 from transforms import Preprocessing, view_indices
 from VLoader import ClipDataset, Sample, Splits, fingerprint_data, hold_out, read_folder, read_splits
 

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from build_model import VideoModel, adapters, body_of, lora_config, merge_adapters
 from config import ROOT, Config
+from extras.reject import Rule
 from readers import open_video
-from reject import Rule
 from script import (
     UserError,
     cause_of,

@@ -62,7 +62,7 @@ def with_one_label(sample: Any) -> Any:
 def all_labels(samples: list[Any]) -> list[Any]:
     """The samples with everything that they show in `labels`: a `label` becomes the only one, and a segment gets also
     the labels of other segments of its video that cover at least half of it."""
-    from segments import ROUNDING, by_video, times_of  # imports torch, which would make --help slow
+    from extras.segments import ROUNDING, by_video, times_of  # imports torch, which would make --help slow
 
     samples = [s if s.label is None else replace(s, label=None, labels=(s.label,)) for s in samples]
     shared = {}

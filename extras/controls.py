@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from build_model import VideoModel, build_model
 from config import Config
+from extras.multilabel import labels_of, mean_average_precision, multi_hot
 from feature_cache import compute_missing, open_store, video_ids
 from metrics import Lexicon, attribute_summary, caption_summary, exact_matches, generated
-from multilabel import labels_of, mean_average_precision, multi_hot
 from script import UserError
 from train_code import build_loaders, caption_all, evaluate, hold_frozen, loss_sum, split_by_question, to_device
 from transforms import Preprocessing
