@@ -1,7 +1,10 @@
 """The shipped tiny backbones match their cards, and damaged backbone folders are refused."""
 
+import argparse
 import json
 import shutil
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,22 +114,26 @@ def test_withheld_pairs_and_seeds_never_occur_in_pretraining():
     assert all((item["shape"], item["motion"]) not in world.WITHHELD for item in items)
 
 
-def test_pretraining_resumes_where_it_stopped(tmp_path):
-    def losses(steps: list[int], state) -> list[float]:
+def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "SAVE_EVERY", 3)
+
+    def losses(steps: list[int], state: Path) -> list[float]:
         torch.manual_seed(0)
         tokenizer = world.load_or_train_tokenizer("bert", state)
         model = world.new_bert(tokenizer)
         seen = []
 
-        def loss_of(rng):
+        def loss_of(batch):
             if len(seen) == steps[0]:
                 raise KeyboardInterrupt
-            loss = world.masked_token_loss(model, tokenizer, rng)
+            loss = model(**batch).loss
             seen.append(loss.item())
             return loss
 
+        args = argparse.Namespace(state_dir=state, scale=1.0, workers=0)
+        draw = partial(world.draw_masked_notes, tokenizer=tokenizer)
         try:
-            world.train("t", torch.nn.ModuleList([model]), loss_of, 6, 1e-3, state, save_every=3)
+            world.train("t", torch.nn.ModuleList([model]), draw, loss_of, 6, 1e-3, args)
         except KeyboardInterrupt:
             steps.pop(0)
             seen += losses(steps, state)
