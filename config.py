@@ -60,7 +60,12 @@ BACKBONES = {
         tiny_head="attentive",
     ),
     "vjepa2": Backbone(
-        "vision", "facebook/vjepa2-vitl-fpc16-256-ssv2", "4aa02df83918538fc21cfaf576382fa20e489a80", "MIT"
+        "vision",
+        "facebook/vjepa2-vitl-fpc16-256-ssv2",
+        "4aa02df83918538fc21cfaf576382fa20e489a80",
+        "MIT",
+        tiny=True,
+        tiny_head="attentive",
     ),
     "vivit": Backbone("vision", "google/vivit-b-16x2-kinetics400", "8a7171a57f79b9aaa58bc8d977c002a0ea0f0d42", "MIT"),
     # its main branch has no weights for transformers; this is the commit of the pull request that adds them
@@ -286,7 +291,7 @@ class Config:
     """what reads the video. linear: one layer on the pooled token, or on [CLS] of the language model; for captioners,
     an MLP on every token of the grid. attentive: a query, learned or made from the text, attends to each time step, and
     a small transformer reads the results in order; captioners have 16 such queries. Choose attentive if the answer
-    depends on the order of events or on the text. auto: attentive with --use_vlm True and for videomae-tiny, else
+    depends on the order of events or on the text. auto: attentive with --use_vlm True and for videomae-tiny and vjepa2-tiny, else
     linear"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
     """dropout before the new head and in the projector; raise it if val falls behind train"""

@@ -295,6 +295,9 @@ def new_vjepa2() -> nn.Module:
     return VJEPA2Model(config)
 
 
+NEW = {"timesformer": new_timesformer, "videomae": new_videomae, "vjepa2": new_vjepa2}
+
+
 def motion_labels() -> dict:
     """The motions as class names of a Hugging Face config: they set the size of the head too."""
     return {"id2label": dict(enumerate(MOTIONS)), "label2id": {m: i for i, m in enumerate(MOTIONS)}}
@@ -524,6 +527,9 @@ def pretrain_vjepa2(args: argparse.Namespace) -> nn.Module:
     train("vjepa2", nn.ModuleList([jepa]), draw, jepa, STEPS["vjepa2"], 1e-3, args)
     model.encoder = jepa.teacher
     return model
+
+
+PRETRAIN = {"timesformer": pretrain_timesformer, "videomae": pretrain_videomae, "vjepa2": pretrain_vjepa2}
 
 
 # -- language backbones -----------------------------------------------------------------------------
@@ -817,7 +823,7 @@ Withheld from pretraining: {withheld}. The random streams are disjoint from thos
 def vision_figures(name: str, model: nn.Module) -> str:
     """The card's table of linear probes: the model, random weights, and the model on one repeated frame."""
     torch.manual_seed(SEED + 1)
-    new = {"timesformer": new_timesformer, "videomae": new_videomae, "vjepa2": new_vjepa2}[name]().base_model
+    new = NEW[name]().base_model
     rows = {
         "pretrained": probe(model),
         "random weights": probe(new),
@@ -889,10 +895,7 @@ def pretrain(name: str, args: argparse.Namespace) -> None:
     torch.manual_seed(SEED)
     folder, how = args.output / f"{name}-tiny", HOW[name]
     if name in STEPS:
-        train_vision = {"timesformer": pretrain_timesformer, "videomae": pretrain_videomae, "vjepa2": pretrain_vjepa2}[
-            name
-        ]
-        model = train_vision(args)
+        model = PRETRAIN[name](args)
         save_vision(name, model, folder)
         how = how.format(clips=int(STEPS[name] * args.scale) * 32)
         figures = vision_figures(name, model)

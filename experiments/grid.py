@@ -15,7 +15,7 @@ from experiments.results import PACKED, Result, read_result
 from script import UserError
 
 EXPERIMENTS = ROOT / "experiments"
-NAMES = {"timesformer": "TimeSformer", "videomae": "VideoMAE", "bert": "BERT", "gpt2": "GPT-2"}
+NAMES = {"timesformer": "TimeSformer", "videomae": "VideoMAE", "vjepa2": "V-JEPA 2", "bert": "BERT", "gpt2": "GPT-2"}
 TASKS = ("video classifier", "video + language classifier", "video captioner")
 MODES = {"full": "in full", "lora": "LoRA", "frozen": "frozen"}
 NOT_RUN = "not run"

@@ -31,8 +31,8 @@ PLAN = (
     ("", "learning_rate=x0.3,x1,x3", "", 1),
     ("loravision", "lora_r=2,4,8,16,32,64", "", 1),
     ("(text|gpt2_caption)_fvbb_lorallm", "token_grid=1,2,4", "", 1),
-    ("^(timesformer|videomae)(_loravision|_fvbb)?$", "head=linear,attentive", "", 1),
-    ("^(timesformer|videomae)(_loravision|_fvbb)?$", "", "5,20", 3),
+    ("^(timesformer|videomae|vjepa2)(_loravision|_fvbb)?$", "head=linear,attentive", "", 1),
+    ("^(timesformer|videomae|vjepa2)(_loravision|_fvbb)?$", "", "5,20", 3),
 )
 
 

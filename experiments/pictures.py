@@ -15,8 +15,8 @@ from experiments.trials import learning_curves, sweep_curves
 from script import make_folder
 
 COLOURS = {"full": "#b5452c", "lora": "#2f6b9a", "frozen": "#6b8e3d"}
-SHADES = {"timesformer": "#33638d", "videomae": "#d1603d"}  # of vision backbones
-MARKERS = {"timesformer": "o", "videomae": "s"}
+SHADES = {"timesformer": "#33638d", "videomae": "#d1603d", "vjepa2": "#4f8a4c"}  # of vision backbones
+MARKERS = {"timesformer": "o", "videomae": "s", "vjepa2": "^"}
 WIDTH = 6.6  # inches; the report's column
 SHOWN_CLASSES = ("right", "clockwise", "reverses", "stops")  # in the picture of the dataset
 WORST = 4  # clips on a sheet

@@ -31,21 +31,20 @@ def load_vision(name: str):
     return AutoModelForVideoClassification.from_pretrained(tiny_folder(name))
 
 
-def test_all_four_together_are_small():
+def test_all_together_are_small():
     size = sum(f.stat().st_size for f in (ROOT / "backbones").rglob("*") if f.is_file())
-    assert size <= 20e6, f"{size / 1e6:.1f} MB"
+    assert size <= 25e6, f"{size / 1e6:.1f} MB"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["timesformer", "videomae"])
+@pytest.mark.parametrize("name", ["timesformer", "videomae", "vjepa2"])
 def test_a_linear_head_on_frozen_features(name):
-    """TimeSformer's pooled token knows the motion, VideoMAE's hardly does; one frame shows neither of them any."""
+    """TimeSformer's pooled token knows the motion, the others' hardly do; one frame shows none of them any."""
     ours, still = world.probe(load_vision(name)), world.probe(load_vision(name), still=True)
     assert f"| pretrained | {100 * ours:.1f} % |" in card(name)
     assert still < 0.2  # chance is 1 in 9
     torch.manual_seed(0)
-    fresh = {"timesformer": world.new_timesformer, "videomae": world.new_videomae}[name]()
-    assert ours > world.probe(fresh) + (0.5 if name == "timesformer" else 0)
+    assert ours > world.probe(world.NEW[name]()) + (0.5 if name == "timesformer" else 0)
 
 
 def test_gpt2_knows_the_grammar():

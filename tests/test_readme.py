@@ -80,7 +80,8 @@ PAIRS = pairs()
 
 
 def test_the_readme_trains_and_uses_every_configuration():
-    assert sorted(NAMES.values()) == sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+    rows = [path.stem for path in (ROOT / "experiments").glob("*.yaml") if not path.stem.startswith("vjepa2")]
+    assert sorted(NAMES.values()) == sorted(rows)
     assert len(NAMES) == 24 and all(PAIRS.values())
 
 
@@ -325,9 +326,8 @@ def test_the_commands_of_a_block_work(use, workplace, capsys):
             "doctor.py": ["--weights", "tiny", "--num_workers", "0", "--image_size", "32"],
             "preview.py": ["--weights", "tiny", "--num_workers", "0"],
         }
-        no_tiny = ["--vision_model", "timesformer"] if "vjepa2" in flags else []
         capsys.readouterr()
-        status = run(script, *flags, *more.get(script, []), *no_tiny)
+        status = run(script, *flags, *more.get(script, []))
         out, err = capsys.readouterr()
         if "--resume" in flags:  # the run before it was not stopped
             assert status == 2 and "nothing to resume" in err

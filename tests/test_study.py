@@ -223,7 +223,7 @@ def test_every_row_gets_the_same_number_of_rates(tmp_path):
     only, sweep, shares, seeds = make_study.PLAN[0]
     trials = planned(grid.read_grid(tmp_path, tmp_path, 1, only), sweep, make_study.as_shares(shares), seeds)
     counts = [sum(trial.row == row.name for trial in trials) for row in rows]
-    assert len(counts) == 24 and {*counts} == {3}
+    assert len(counts) == 27 and {*counts} == {3}
 
 
 def test_a_sweep_leaves_out_rows_in_which_nothing_changes(tmp_path):
