@@ -856,7 +856,8 @@ turns, stops or reverses. Patch 8, tubelet 2, width 128, depth 4, 8 frames of 64
     "vjepa2": """\
 Prediction of the features of hidden tokens alone (V-JEPA's objective; in half of the batches the later time steps are
 hidden): it has seen no label. Its objects keep their velocity: none turns, stops or reverses. Patch 8, tubelet 2, width
-128, depth 4, 8 frames of 64 x 64. {clips:,} clips.""",
+128, depth 4, 8 frames of 64 x 64. {clips:,} clips. Steps up to 7,500 ran on a GPU, the last
+500 on a CPU.""",
     "gpt2": """\
 Next-token prediction on several captions of the same clip, starting at a random position below 160: 6,000 steps on
 clips with one object, then 2,000 on clips with one or two. It knows the words for all motions. (The first stage and the

@@ -90,10 +90,10 @@ def backbone_cells(name: str) -> list[str]:
     width, depth = first("hidden_size", "n_embd"), first("num_hidden_layers", "n_layer")
     heads = first("num_attention_heads", "n_head")
     reads = f"{config.get('vocab_size')} words"
-    if "num_frames" in config:
+    if frames := first("num_frames", "frames_per_clip"):
         patch = f"{config['patch_size']} × {config['patch_size']}"
         tubelet = f" × {config['tubelet_size']}" if "tubelet_size" in config else ""
-        reads = f"{config['num_frames']} × {config['image_size']}² pixels, patch {patch}{tubelet}"
+        reads = f"{frames} × {first('image_size', 'crop_size')}² pixels, patch {patch}{tubelet}"
     card = (folder / "CARD.md").read_text(encoding="utf-8").split("\n\n")
     saw = " ".join(card[2].split())
     return [NAMES[name], f"{count / 1e6:.2f} M", f"{width} / {depth} / {heads}", reads, saw]
