@@ -253,9 +253,9 @@ def main(argv: list[str] | None = None) -> None:
     # provided checkpoints come from seed 0 only
     if args.provide:
         from checkpoint import PROVIDED
-        from experiments.provide import provide
+        from experiments.provide import LEFT_OUT, provide
 
-        ready = [row for row in rows if (row.dirs[0] / "metrics.json").is_file()]
+        ready = [row for row in rows if row.name not in LEFT_OUT and (row.dirs[0] / "metrics.json").is_file()]
         size = sum(provide(row, PROVIDED, args.data_dir) for row in ready)
         print(f"{counted(len(ready), 'checkpoint')}, {size / 1e6:.1f} MB in {PROVIDED}")
 

@@ -10,6 +10,8 @@ from experiments.grid import Row
 from experiments.tables import CONTROLS
 from script import replace_file
 
+LEFT_OUT = ("vjepa2", "vjepa2_loravision")  # with these, a clone would take 3 MB more
+
 
 def provide(row: Row, folder: Path, data_dir: Path) -> int:
     """Writes the run of seed 0 as a provided checkpoint and returns its size in bytes."""
