@@ -2,6 +2,7 @@
 
     <data_dir>/{train,val,test}/<class>/<video>      <video> = x.pt | x.mp4 .avi ... | a folder of frames
     <data_dir>/{train,val,test}/metadata.jsonl       optional: captions, texts, labels; see README.md
+    <data_dir>/{train,val,test}/<name>.tar           or the videos in tars: see extras/shards.py
 
 read_splits() gives the samples of each split, ClipDataset reads their clips, build_loader() makes batches. A video that
 cannot be read is an error with its name; it is never replaced by another video.
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch.utils.data._utils import signal_handling
 from extras.groups import grouped, ungrouped_classes
 from extras.multilabel import multi_hot
 from extras.segments import check_times, refuse_overlaps, segment_of
+from extras.shards import is_there, parts_below, read_notes
 from metrics import Lexicon
 from readers import (
     VIDEO_SUFFIXES,
@@ -158,9 +161,9 @@ def read_folder(folder: Path, answered: bool = False) -> list[Sample]:
     """
     if not folder.exists():
         raise UserError(f"no such file or folder: {folder}")
-    # metadata may also list videos outside the folder
-    rows = read_metadata(folder, answered) if folder.is_dir() else {}
     videos, ignored = survey(folder)
+    # metadata may also list videos outside the folder
+    rows = read_metadata(folder, answered, videos)
     if ignored:
         count = counted(len(ignored), "entry that is not a video", "entries that are not videos")
         print(printable(f"ignored in {folder}: {count}, for example {ignored[0]}"))
@@ -171,31 +174,18 @@ def read_folder(folder: Path, answered: bool = False) -> list[Sample]:
     return [make_sample(path, row, folder) for path in paths for row in rows.get(path, [{}])]
 
 
-def read_metadata(folder: Path, answered: bool = False) -> dict[Path, list[dict[str, Any]]]:
-    """{path: its rows} of a folder's metadata.jsonl; {} without one. Several rows of one video are segments of it.
+def read_metadata(
+    folder: Path, answered: bool = False, videos: Iterable[Path] = ()
+) -> dict[Path, list[dict[str, Any]]]:
+    """{path: its rows} of a folder's metadata.jsonl, if it has one, and of the descriptions of those `videos` that are in
+    tars. Several rows of one video are segments of it.
 
     Raises UserError naming the line.
     """
-    # the file is optional; a byte order mark, as Windows programs write it, is ignored (utf-8-sig)
-    file = folder / "metadata.jsonl"
-    if not file.is_file():
-        return {}
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split at U+2028 in a caption
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {cause_of(error)}") from None
-
     # check every row before any video is opened, because opening all videos takes long
     rows: dict[Path, dict[Segment | None, dict[str, Any]]] = {}
     missing: list[Path] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            row = json.loads(line, strict=False)  # accepts tabs in texts
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error})") from None
+    for where, row in chain(metadata_rows(folder / "metadata.jsonl"), rows_in_tars(folder, videos)):
         path = folder / check_row(row, where)
         check_questions(row, where, answered)
         segment = segment_of(row)
@@ -211,8 +201,35 @@ def read_metadata(folder: Path, answered: bool = False) -> dict[Path, list[dict[
 
     # count all of them: many missing files mean that the metadata was written for another folder layout
     if missing:
-        raise UserError(f"{file} names {counted(len(missing), 'missing file')}, for example {missing[0]}")
+        raise UserError(
+            f"{folder}/metadata.jsonl names {counted(len(missing), 'missing file')}, for example {missing[0]}"
+        )
     return {path: [*segments.values()] for path, segments in rows.items()}
+
+
+def metadata_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yields (where it is, row) for every row of metadata.jsonl, which may not exist. Raises UserError."""
+    # a byte order mark, as Windows programs write it, is ignored (utf-8-sig)
+    if not file.is_file():
+        return
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split at U+2028 in a caption
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {cause_of(error)}") from None
+    for number, line in enumerate(lines, start=1):
+        where = f"{file}, line {number}"
+        try:
+            if line.strip():
+                yield where, json.loads(line, strict=False)  # accepts tabs in texts
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON ({error})") from None
+
+
+def rows_in_tars(folder: Path, videos: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (where it is, row) for the descriptions of videos in tars. Raises UserError."""
+    for video in videos:
+        for row in read_notes(video):
+            yield f"the description of {video}", row | {"file_name": os.path.relpath(video, folder)}
 
 
 def check_row(row: Any, where: str) -> str:
@@ -263,25 +280,22 @@ def is_text(value: Any) -> bool:
 def exists(path: Path, where: str) -> bool:
     """Whether the file exists. Raises UserError for an impossible name: too long, or with a NUL."""
     try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+        return is_there(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: file_name {shown(str(path))}: {cause_of(error)}") from None
-    return True
 
 
 def make_sample(path: Path, row: dict[str, Any], folder: Path) -> Sample:
     """A sample from its row of metadata.jsonl; the row is {} for a video that is not listed there."""
     label, labels = row.get("label"), row.get("labels")
     if label is None and labels is None:  # use the class folder, if the video is in one
-        parts = Path(os.path.relpath(path, folder)).parts
+        parts = parts_below(path, folder)
         label = parts[0] if len(parts) > 1 and parts[0] != os.pardir else None
     captions, objects, questions = (tuple(as_list(row.get(key, []))) for key in ("caption", "attributes", "question"))
     answers, kinds = (as_list(row.get(key) or [None] * len(questions)) for key in ("answer", "kind"))
     asked = tuple(zip(questions, answers, kinds, strict=False))  # a kind without a question means nothing
     # a video that is here says itself what it contains
-    known = row["video_digest"] if "video_digest" in row and not path.exists() else None
+    known = row["video_digest"] if "video_digest" in row and not is_there(path) else None
     texts, facts = (row.get("text"), row.get("other_text")), {"group": row.get("group") or None, "digest": known}
     sample = Sample(path, label, captions, *texts, objects, segment_of(row), asked, **facts)
     return sample if labels is None else replace(sample, labels=tuple(dict.fromkeys(labels)))
@@ -365,7 +379,7 @@ def hold_out(samples: list[Sample], folder: Path) -> tuple[list[Sample], list[Sa
     """
 
     def rank(sample: Sample) -> str:
-        name = Path(os.path.relpath(sample.path, folder)).as_posix() if sample.group is None else sample.group
+        name = "/".join(parts_below(sample.path, folder)) if sample.group is None else sample.group
         return hashlib.sha256(f"{VAL_SALT}/{name}".encode("utf-8", "surrogateescape")).hexdigest()
 
     def whole(sample: Sample) -> Path | str:

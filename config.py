@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from extras import shards
 from script import Parser, UserError, cause_of, replace_file, shown
 
 ROOT = Path(__file__).resolve().parent  # contains backbones/ and config_file.yaml
@@ -254,7 +255,7 @@ def option(default: Any, convert: Callable[[str], Any], group: str, scripts: str
         free_at_resume    may change when a run is resumed, because no result depends on it
         changes_answers   answers of inference depend on it
         in_feature_key    cached features depend on it
-        package           an optional package that it needs
+        package           an optional package that values other than the default need
         several           its flag takes several values
     """
     return field(default=default, metadata={"convert": convert, "group": group, "scripts": scripts.split()} | facts)
@@ -313,7 +314,8 @@ class Config:
     """LoRA rank, usually 8 to 64; higher for larger datasets. alpha is twice the rank"""
 
     data_dir: str = option("synthetic_dataset", path_value, "data", f"{TRAIN} score", free_at_resume=True)
-    """dataset folder with train/, test/ and optionally val/; each has one folder per class or a metadata.jsonl"""
+    """dataset folder with train/, test/ and optionally val/; each has one folder per class, a metadata.jsonl, or tar files.
+    With tar files also s3://, gs:// or hf://"""
     # "auto" means the backbone's own value; fill_auto() replaces it once the backbone is known
     num_frames: int | str = option("auto", auto_or(number(int, 1, 1024)), "data", TRAIN, in_feature_key=True)
     """frames per clip; more show finer motion but take longer. auto: as many as the backbone was trained with, or 8
@@ -482,6 +484,11 @@ class Config:
     lease: float = option(60.0, number(float, 0.1, 86_400), "run and machine", "inference extract", free_at_resume=True)
     """when several processes share work: seconds without a sign of life after which another one takes over what a
     process was doing. Raise it if the shared folder shows changes late"""
+    engine: str = option(
+        "processes", one_of("processes", "ray"), "run and machine", "extract", free_at_resume=True, package="ray"
+    )
+    """what shares the work. processes: every process that is started with these flags. ray: this one process and a Ray
+    cluster; needs ray (requirements-extra.txt)"""
     num_workers: int = option(2, number(int, 0, 256), "run and machine", ALL, free_at_resume=True)
     """number of processes that decode videos. 0: decode in the main process"""
 
@@ -671,6 +678,7 @@ def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
     if script in TRAIN:
         refuse_foreign(script, typed_flags)
     config = Config(**(values | typed_flags))
+    shards.TYPED.add(config.data_dir)
 
     # with --checkpoint the run's own options are loaded and checked later
     if config.checkpoint is None:
@@ -718,9 +726,9 @@ def check_options(config: Config) -> Config:
 
     # problems that would otherwise show only after data and weights are loaded
     for name in options_with("package"):
-        package = FIELDS[name].metadata["package"]
-        if getattr(config, name) and importlib.util.find_spec(package) is None:
-            raise UserError(f"--{name} True needs {package}: pip install -r requirements-extra.txt")
+        package, value = FIELDS[name].metadata["package"], getattr(config, name)
+        if value != FIELDS[name].default and importlib.util.find_spec(package) is None:
+            raise UserError(f"--{name} {value} needs {package}: pip install -r requirements-extra.txt")
     refuse_classifier_options(config)
     check_backbone(config, "vision_model", "vision")
     if config.use_vlm:

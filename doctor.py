@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, parse
+from extras.shards import data_folder
 from script import LONGEST_MESSAGE, UserError, counted, leave, printable, script
 
 if TYPE_CHECKING:
@@ -423,7 +424,7 @@ def examine(run: "Run") -> list[Finding]:
     """The results of all checks that fit the task. The model is left as it was."""
     # the data
     splits, config, device = run.splits, run.config, run.accelerator.device
-    data_dir = Path(config.data_dir)
+    data_dir = data_folder(config.data_dir, config.output_dir)
     findings = [check_readable(splits), *check_copies(splits), check_recordings(splits, data_dir)]
     findings.append(check_near_copies(run))
     if config.captioning:

@@ -3,8 +3,9 @@
 python extract.py --data_dir my_clips --vision_model vjepa2 --weights hub --freeze_visionbackbone True
 
 Start it as often as there are processors, also on other machines that see the same folders: the processes share the
-work, see extras/claims.py. It takes the flags of main.py. A run with the same flags then finds all features, and that
-every video was read.
+work, see extras/claims.py. With --engine ray one process starts the work on all machines of a Ray cluster: see
+extras/ray_extract.py. It takes the flags of main.py. A run with the same flags then finds all features, and that every
+video was read.
 
 Modules that need torch are imported inside the functions, so that --help stays fast.
 """
@@ -19,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from config import parse
 from extras.claims import join, share
+from extras.shards import data_folder
 from script import UserError, counted, leave, printable, read_rows, script
 
 if TYPE_CHECKING:
     from feature_cache import FeatureStore
     from runs import Run
-    from VLoader import Sample
+    from scan import Record
+    from VLoader import Key, Sample
 
 
 class Extraction:
@@ -49,27 +52,24 @@ class Extraction:
 
     def name(self, sample: "Sample") -> tuple[Any, ...]:
         """Identifies a sample in its data folder, which may have another path on another machine."""
-        return Path(os.path.relpath(sample.path, self.run.config.data_dir)).as_posix(), *(sample.segment or ())
+        folder = data_folder(self.run.config.data_dir, self.run.config.output_dir)
+        return Path(os.path.relpath(sample.path, folder)).as_posix(), *(sample.segment or ())
 
     def compute(self, name: str) -> list[dict[str, Any]]:
         """Computes the features of a piece that are not in the store. Returns a row for each of its samples: the record
         of the video, or the error."""
-        from feature_cache import extract_features, video_ids
-        from scan import scan_videos
+        from feature_cache import extract_features
+        from scan import features_to_compute
 
-        # the digests of the videos first, from an earlier scan if they have not changed
-        run, samples = self.run, self.pieces[name]
-        config = run.config
-        nothing = {sample.key: None for sample in samples}  # decode nothing: that comes below
-        bad, records = scan_videos(nothing, config.num_frames, config.frame_stride, config.num_workers, self.known)
-        readable = [replace(s, digest=records[s.path]["digest"]) for s in samples if s.key not in bad]
-
-        # then those features that no earlier run has computed
-        ids = video_ids(readable)
-        missing = (self.store.find(ids) < 0).nonzero()[0]
-        todo = [readable[i] for i in missing]
-        bad |= extract_features(run.model.vision_encoder, todo, ids[missing], self.store, config, run.accelerator)
+        run = self.run
+        todo, ids, bad, records = features_to_compute(self.pieces[name], run.config, self.known, self.store)
+        bad |= extract_features(run.model.vision_encoder, todo, ids, self.store, run.config, run.accelerator)
         self.computed += sum(sample.key not in bad for sample in todo)
+        return self.result(name, bad, records)
+
+    def result(self, name: str, bad: "dict[Key, str]", records: "dict[Path, Record]") -> list[dict[str, Any]]:
+        """The rows of a piece whose features are in the store, from the errors and records of its samples."""
+        samples = self.pieces[name]
         return [{"error": bad[s.key]} if s.key in bad else {"record": records[s.path]} for s in samples]
 
     def finish(self) -> None:
@@ -108,6 +108,10 @@ def main(argv: list[str] | None = None) -> int:
     job, started = Extraction(run, store), time.perf_counter()
     with memory_advice():
         join(job.folder, job.plan)
+        if config.engine == "ray":
+            from extras.ray_extract import compute_pieces
+
+            compute_pieces(job)  # all of them, so that only the end is left to share
         last = share(job.folder, [*job.pieces], run.config.lease, job.compute, job.finish)
 
     # how fast it was, and what is wrong with the videos

@@ -28,7 +28,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from build_model import VideoModel
 from config import Config, options_with
+from extras.shards import is_there
 from readers import digest
 from script import (
     Parser,
@@ -54,7 +55,7 @@ from script import (
     script,
     write_rows,
 )
-from transforms import sample_indices
+from transforms import Preprocessing, sample_indices
 from vision import VisionEncoder
 from VLoader import (
     SPLITS,
@@ -315,7 +316,7 @@ def compute_missing(
         f"{tokens} x {width} numbers each, {2 * tokens * width * len(samples) / 1e6:.1f} MB in total"
     )
 
-    if absent := [samples[i].path for i in missing if not samples[i].path.exists()]:
+    if absent := [samples[i].path for i in missing if not is_there(samples[i].path)]:
         raise UserError(
             f"{counted(len(absent), 'video')} not found, first {absent[0]}, and {store.folder} has no features of them; "
             f"features depend on backbone, frames and --token_grid: see python feature_cache.py info {store.folder.parent}"
@@ -372,16 +373,25 @@ def computed_features(
     the unreadable samples)."""
     # for less than a shard of videos, starting worker processes takes longer than decoding
     encoder.to(accelerator.device).eval()
-    dataset = ClipDataset(samples, encoder.preprocessing, config.num_frames, config.frame_stride, [])
     workers = config.num_workers if len(samples) >= SHARD else 0
-    loader = build_loader(dataset, stack_clips, workers, EpochBatches(dataset, config.batch_size))
-    try:
-        for batch, errors in loader.with_errors():
+    with closing(decoded_batches(encoder.preprocessing, samples, config, workers)) as batches:
+        for batch, errors in batches:
             features = []
             if batch is not None:  # a batch without readable videos is None
                 computed = features_of(encoder, batch["video"], config.token_grid, accelerator)  # (B, 1 + N, D)
                 features = [*zip(batch["index"].tolist(), computed, strict=True)]
             yield features, errors
+
+
+def decoded_batches(
+    preprocessing: Preprocessing, samples: list[Sample], config: Config, workers: int
+) -> Iterator[tuple[dict[str, torch.Tensor] | None, dict[int, str]]]:
+    """Reads clips batch by batch: yields (a batch as stack_clips() makes it, or None without any readable video,
+    {index: error} of the unreadable samples)."""
+    dataset = ClipDataset(samples, preprocessing, config.num_frames, config.frame_stride, [])
+    loader = build_loader(dataset, stack_clips, workers, EpochBatches(dataset, config.batch_size))
+    try:
+        yield from loader.with_errors()
     finally:
         loader.close()
 
@@ -528,8 +538,9 @@ def open_folder(folder: Path) -> FeatureStore:
 
 def rows_of(folder: Path, samples: list[Sample], digests: dict[Path, str]) -> Iterator[dict[str, Any]]:
     """The rows of metadata.jsonl for a split: those it has, or one for each video, with the digests of the videos."""
-    rows = read_metadata(folder)
-    for path in dict.fromkeys(sample.path for sample in samples):
+    paths = [*dict.fromkeys(sample.path for sample in samples)]
+    rows = read_metadata(folder, videos=paths)
+    for path in paths:
         default = {"file_name": Path(os.path.relpath(path, folder)).as_posix()}
         yield from (row | {"video_digest": digests[path]} for row in rows.get(path, [default]))
 

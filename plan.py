@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, parse
+from extras.shards import data_folder
 from script import UserError, leave, script, silence
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def try_training(config: Config, started: float) -> Estimate:
     from train_code import hold_frozen, peak_memory
     from VLoader import SPLITS
 
+    data_folder(config.data_dir, config.output_dir)  # a remote one is not copied into the temporary folder
     with tempfile.TemporaryDirectory() as folder, memory_advice():
         run = prepare(replace(config, output_dir=folder, cache_dir=folder), Path(folder))
         hold_frozen(run.model, run.config, run.accelerator)

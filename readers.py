@@ -21,12 +21,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from extras.shards import find_member, list_videos, open_member, stamp_of
 from script import UserError
 from transforms import LARGEST_PICTURE
 
@@ -188,9 +189,12 @@ class TensorVideo(Reader):
     """A .pt file that contains one tensor [T, 3, H, W]: uint8, or floating point in [0, 1]."""
 
     def _open(self) -> None:
-        check_tensor_file(self.path)
         try:
-            video = torch.load(self.path, map_location="cpu", weights_only=True)
+            with open_file(self.path) as file:
+                check_tensor_file(self.path, file)
+                video = torch.load(file, map_location="cpu", weights_only=True)
+        except ReadError:
+            raise
         except Exception as error:  # torch raises a dozen kinds, also for a pickle that is not a plain tensor
             raise ReadError(self.path, f"not a tensor saved with torch.save ({type(error).__name__})") from None
         self.video = self._checked(video)
@@ -230,12 +234,13 @@ class TensorVideo(Reader):
         return clip if positions is None else clip[positions]
 
 
-def check_tensor_file(path: Path) -> None:
+def check_tensor_file(path: Path, file: BinaryIO) -> None:
     """Raises ReadError if a .pt file holds more than LARGEST_CLIP, also after unzipping (a zip bomb)."""
-    size = path.stat().st_size
-    if 1032 * size > LARGEST_CLIP and zipfile.is_zipfile(path):  # deflate compresses at most 1032 : 1
-        with zipfile.ZipFile(path) as archive:
+    size = file.seek(0, os.SEEK_END)
+    if 1032 * size > LARGEST_CLIP and zipfile.is_zipfile(file):  # deflate compresses at most 1032 : 1
+        with zipfile.ZipFile(file) as archive:
             size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    file.seek(0)
     if size > LARGEST_CLIP + 2**20:
         raise ReadError(path, f"it holds {size / 2**30:.1f} GiB; at most {LARGEST_CLIP / 2**30:.0f} GiB are allowed")
 
@@ -275,8 +280,8 @@ def read_picture(file: Path) -> torch.Tensor:
 
 # -- video files ------------------------------------------------------------------------------------
 
-# what opening a file found out, by its path, inode, size and time
-INDEXES: dict[tuple[Path, int, int, int], tuple[array | None, array, int]] = {}
+# what opening a file found out, by its path and stamp
+INDEXES: dict[tuple[Path, str], tuple[array | None, array, int]] = {}
 
 
 class VideoFile(Reader):
@@ -293,8 +298,7 @@ class VideoFile(Reader):
         self.container, self.stream = open_stream(self.path)
         self.started = False
         # segments of one file are read in any order, and reading all packets of a long one takes seconds
-        info = self.path.stat()
-        key = (self.path, info.st_ino, info.st_size, info.st_mtime_ns)
+        key = (self.path, stamp(self.path))
         if key not in INDEXES:
             INDEXES[key] = self._index()
             while len(INDEXES) > 1 and (
@@ -421,8 +425,11 @@ def open_stream(path: Path) -> tuple[Any, Any]:
     """(container, video stream) of a file. Raises ReadError if it has no video that can be decoded."""
     import av
 
-    # the prefix keeps FFmpeg from taking a path for a URL: a folder may be named "http:"
-    container = av.open(f"file:{path}", metadata_errors="replace")
+    # the prefix keeps FFmpeg from taking a path for a URL: a folder may be named "http:". A video in a tar must not make
+    # it open anything else either
+    member = find_member(path)
+    source, options = (f"file:{path}", {}) if member is None else (open_member(member), {"protocol_whitelist": "none"})
+    container = av.open(source, options=options, metadata_errors="replace")
     if PLAYLISTS & {*container.format.name.split(",")}:
         raise ReadError(path, f"a list of other files ({container.format.name}), not a video")
     stream = container.streams.best("video")
@@ -455,14 +462,31 @@ def upright(frame) -> torch.Tensor:
 def open_video(path: Path) -> Reader:
     """Opens a video of any kind. Raises ReadError if it is missing or cannot be read."""
     with as_read_error(path):
-        info = path.stat()
-        if stat.S_ISDIR(info.st_mode):
+        member = find_member(path)
+        if member is None and path.is_dir():
             return FrameFolder(path)
-        if not stat.S_ISREG(info.st_mode):  # reading a FIFO would block, and a device never ends
-            raise ReadError(path, "neither a file nor a folder")
-        if info.st_size == 0:
+        if (regular_size(path) if member is None else member.size) == 0:
             raise ReadError(path, "the file is empty")
         return TensorVideo(path) if path.suffix.lower() == ".pt" else VideoFile(path)
+
+
+def regular_size(path: Path) -> int:
+    """The bytes of a file. Raises ReadError for anything but a regular one."""
+    with as_read_error(path):
+        info = path.stat()
+    if not stat.S_ISREG(info.st_mode):  # reading a FIFO would block, and a device never ends
+        raise ReadError(path, "neither a file nor a folder")
+    return info.st_size
+
+
+def open_file(path: Path) -> BinaryIO:
+    """The content of a file, or of a video in a tar. Raises ReadError."""
+    with as_read_error(path):
+        member = find_member(path)
+        if member is not None:
+            return open_member(member)
+        regular_size(path)
+        return path.open("rb")
 
 
 def corner(frames: torch.Tensor) -> torch.Tensor:
@@ -488,11 +512,8 @@ def digest(path: Path) -> str:
 
 def file_digest(file: Path) -> bytes:
     """The 16-byte BLAKE2 digest of a file. Raises ReadError."""
-    with as_read_error(file):
-        if not stat.S_ISREG(file.stat().st_mode):  # reading a FIFO would block
-            raise ReadError(file, "neither a file nor a folder")
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
+    with as_read_error(file), open_file(file) as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
 def stamp(path: Path) -> str:
@@ -501,8 +522,9 @@ def stamp(path: Path) -> str:
     They are computed from names, sizes and times, without reading any content, so that checking many videos is fast.
     """
     with as_read_error(path):
-        files = list_images(path) if path.is_dir() else [path]
-    times = []
+        member = find_member(path)
+        files = [] if member is not None else list_images(path) if path.is_dir() else [path]
+        times: list[tuple[Any, ...]] = [] if member is None else [stamp_of(member)]
     for file in files:
         with as_read_error(file):
             info = file.stat()
@@ -526,7 +548,7 @@ def visible_entries(folder: Path) -> list[os.DirEntry]:
 
 
 def kind_of(entry: os.DirEntry) -> str:
-    """The kind of an entry ("folder", "video", "image" or "file"), or else the reason why it is ignored.
+    """The kind of an entry ("folder", "video", "image", "tar" or "file"), or else the reason why it is ignored.
 
     A broken link counts as what its name says: if that is a video, it must be reported as missing.
     """
@@ -539,7 +561,9 @@ def kind_of(entry: os.DirEntry) -> str:
         if error.errno == errno.ELOOP:
             return "a link to itself"
     suffix = os.path.splitext(entry.name)[1].lower()
-    return "video" if suffix in {*VIDEO_SUFFIXES, ".pt"} else "image" if suffix in IMAGE_SUFFIXES else "file"
+    if suffix in {*VIDEO_SUFFIXES, ".pt"}:
+        return "video"
+    return "image" if suffix in IMAGE_SUFFIXES else "tar" if entry.name.endswith(".tar") else "file"
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -555,10 +579,12 @@ def find_videos(folder: Path) -> list[Path]:
 def survey(folder: Path) -> tuple[list[Path], list[str]]:
     """(the videos at or below `folder`, the ignored entries, each with the reason). Hidden files are not mentioned.
 
-    A video is a video file, a .pt file or a folder of frames. A folder of frames contains images, and no videos or
+    A video is a video file or a .pt file, which may be in a tar, or a folder of frames. A folder of frames contains images, and no videos or
     folders. Every other folder is entered once, whatever links lead to it. Raises ReadError.
     """
     # a single file is its own survey
+    if folder.suffix == ".tar" and folder.is_file():
+        return survey_tar(folder)
     if not folder.is_dir():
         return [folder] * (folder.suffix.lower() in {*VIDEO_SUFFIXES, ".pt"}), []
 
@@ -573,19 +599,29 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
             ignored.append(f"{current} ({REPEATED})")
             continue
         entries = entries_by_kind(current, entered | {inode(current)}, ignored)
-        if entries["image"] and not entries["video"] and not entries["folder"]:
+        if entries["image"] and not entries["video"] and not entries["folder"] and not entries["tar"]:
             videos.append(current)
             continue
 
         # metadata.jsonl and the like are expected in the top folder, but not further down
         entered.add(inode(current))
         videos += entries["video"]
+        for found, others in map(survey_tar, entries["tar"]):
+            videos += found
+            ignored += others
         if current != folder:
             ignored += [f"{path} (not a video)" for path in entries["file"] + entries["image"]]
 
         # real folders before links: a folder that is reached both ways gets its real path
         for path in entries["folder"]:
             (waiting.append if os.path.islink(path) else waiting.appendleft)(path)
+    return sorted(videos, key=natural_key), ignored
+
+
+def survey_tar(shard: Path) -> tuple[list[Path], list[str]]:
+    """(the videos in a tar, the ignored entries, each with the reason). Raises ReadError."""
+    with as_read_error(shard):
+        videos, ignored = list_videos(shard, {*VIDEO_SUFFIXES, ".pt"})
     return sorted(videos, key=natural_key), ignored
 
 
@@ -597,11 +633,11 @@ def inode(folder: Path) -> tuple[int, int]:
 
 
 def entries_by_kind(folder: Path, entered: Set[tuple[int, int]], ignored: list[str]) -> dict[str, list[Path]]:
-    """{"folder", "video", "image" or "file": paths} of the entries directly in a folder.
+    """{"folder", "video", "image", "tar" or "file": paths} of the entries directly in a folder.
 
     Other entries, and links to folders already `entered`, are added to `ignored` with the reason.
     """
-    groups: dict[str, list[Path]] = {"folder": [], "video": [], "image": [], "file": []}
+    groups: dict[str, list[Path]] = {"folder": [], "video": [], "image": [], "tar": [], "file": []}
     for entry in visible_entries(folder):
         path, kind = Path(entry.path), kind_of(entry)
         if kind == "folder" and entry.is_symlink() and inode(path) in entered:

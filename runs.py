@@ -19,6 +19,7 @@ from extras.groups import shared_recordings
 from extras.multilabel import labels_line, resolve_labels, scores_text
 from extras.reject import breaks_promise, check_val, reject_line
 from extras.segments import add_background
+from extras.shards import data_folder
 from pretrained import licence_of, warn_of_tiny
 from scan import prepare_data
 from script import UserError, counted, is_main, printable, read_rows
@@ -76,7 +77,7 @@ def train_run(config: Config, typed_flags: set[str]) -> int:
 def prepare(config: Config, folder: Path) -> Run:
     """Reads what the data folder holds and builds the model. Raises UserError if either cannot be used."""
     # data first: it takes less time than the model, and fails more often
-    data_dir = Path(config.data_dir)
+    data_dir = data_folder(config.data_dir, config.output_dir)
     splits = read_splits(data_dir, None, config.captioning, config.group_by)
     splits, config = resolve_labels(splits, config)
     splits = add_background(splits, config.background)
@@ -96,7 +97,7 @@ def prepare(config: Config, folder: Path) -> Run:
 def write_or_compare(run: Run) -> None:
     """Writes config.yaml, metadata.json and backbone files of a new run. When a run is resumed, checks instead that
     data and model are still the ones it was started with."""
-    data = fingerprint_data(run.splits, Path(run.config.data_dir))
+    data = fingerprint_data(run.splits, data_folder(run.config.data_dir, run.config.output_dir))
     if run.config.resume:
         check_same(run.folder, run.model, data)
     elif run.accelerator.is_main_process:

@@ -11,16 +11,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from build_model import VideoModel
 from config import Config
-from feature_cache import CachedFeatures, cached_splits, compute_missing, open_store, read_features, use_cache
+from feature_cache import (
+    CachedFeatures,
+    FeatureStore,
+    cached_splits,
+    compute_missing,
+    open_store,
+    read_features,
+    use_cache,
+    video_ids,
+)
 from readers import Reader, ReadError, Segment, corner, digest, open_video, stamp
 from script import UserError, counted, is_main, make_folder, printable, remove_leftovers, write_json
 from transforms import view_indices
-from VLoader import Key, Splits, WorkerLoader, identified
+from VLoader import Key, Sample, Splits, WorkerLoader, identified
 
 LISTED = 20  # unreadable videos that an error message lists
 SCAN_CACHE = ".videos.json"  # in --output_dir
@@ -112,6 +122,22 @@ def drop_unreadable(splits: Splits, bad: dict[Key, str]) -> Splits:
     if lost:
         raise UserError(f"no training video of class {min(lost)} can be read")
     return replace(splits, **kept, unreadable=tuple(dict.fromkeys(bad.values())))
+
+
+def features_to_compute(
+    samples: list[Sample], config: Config, known: dict[str, Record], store: FeatureStore
+) -> tuple[list[Sample], np.ndarray, dict[Key, str], dict[Path, Record]]:
+    """What is missing of the features of samples: (the samples, their ids (n, 16) uint8, {key: error} of those whose
+    files cannot be read, {path: record} of the others). Decodes nothing. `known` has earlier records."""
+    # the digests of the videos first, from an earlier scan if they have not changed
+    nothing = {sample.key: None for sample in samples}
+    bad, records = scan_videos(nothing, config.num_frames, config.frame_stride, config.num_workers, known)
+    readable = [replace(s, digest=records[s.path]["digest"]) for s in samples if s.key not in bad]
+
+    # then those features that no earlier run has computed
+    ids = video_ids(readable)
+    missing = np.flatnonzero(store.find(ids) < 0)
+    return [readable[i] for i in missing], ids[missing], bad, records
 
 
 # -- the scan ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from config import FIELDS, Config, parse, refuse_classifier_options
+from extras.shards import data_folder
 from script import Parser, UserError, is_main, leave, printable, script, write_json
 
 
@@ -106,7 +107,8 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
 
     # the trained model, and data with the same classes
     model, _, metadata = load_run(run_dir, flags, typed_flags)
-    splits = read_splits(Path(config.data_dir), metadata["class_names"], "questions" in metadata, config.group_by)
+    data_dir = data_folder(config.data_dir, config.output_dir)
+    splits = read_splits(data_dir, metadata["class_names"], "questions" in metadata, config.group_by)
     splits, _ = resolve_labels(splits, config)
     splits = add_background(splits, config.background)
     check_samples(splits, config.captioning, config.use_text)

@@ -431,8 +431,8 @@ class Steps(Dataset):
     def __init__(self, name: str, draw: Callable[[np.random.Generator], dict[str, torch.Tensor]]):
         self.name, self.draw = name, draw
 
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        return self.draw(np.random.default_rng([SEED, *self.name.encode(), step]))
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.draw(np.random.default_rng([SEED, *self.name.encode(), index]))
 
 
 def train(

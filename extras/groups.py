@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from extras.shards import parts_below
 from script import UserError, counted, shown
 
 # names of clips that contain the name of their recording: v_Archery_g07_c02, <id>_000010_000020, match3_clip12. The
@@ -69,7 +70,7 @@ def group_of(sample: Any, rule: str, folder: Path) -> str | None:
         return None
     if rule == "parent":
         # without the class folder, so that one recording may have clips of several classes
-        parts = [part for part in Path(os.path.relpath(sample.path, folder)).parent.parts if part != os.pardir]
+        parts = [part for part in parts_below(sample.path, folder)[:-1] if part != os.pardir]
         below = parts[parts.index(sample.label) + 1 :] if sample.label in parts else parts
         return "/".join(below) or None
     match = re.search(rule, sample.path.name)

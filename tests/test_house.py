@@ -13,6 +13,7 @@ from config import ROOT
 
 LAYERS = [
     {"script", "transforms"},
+    {"extras.shards"},
     {"extras.claims", "config", "metrics", "readers"},
     {"extras.segments", "extras.groups", "extras.reject"},
     {"extras.multilabel"},
@@ -21,7 +22,7 @@ LAYERS = [
     {"build_model"},
     {"feature_cache", "checkpoint"},
     {"scan", "extras.export", "train_code", "figures", "answers"},
-    {"extras.controls"},
+    {"extras.controls", "extras.ray_extract"},
     {"runs"},
     {"main", "sweep_heads", "inference", "extract", "score", "doctor", "preview", "plan"},
     {"create_dummy", "extras.annotations"},
