@@ -498,7 +498,8 @@ class ClipDataset(Dataset):
     """The clips of samples. Item (draw, index) depends only on (seed, draw, index).
 
     In training, frames are jittered (unless `jitter` is False) and one of the captions is drawn. Otherwise frames are
-    centred and the first caption is used. With `features`, item i has features[i] instead of pixels.
+    centred and the first caption is used. With `features`, item i has features[i] instead of pixels. With `frames`, a
+    StoredFrames of extras/frame_store.py, pixels come from there.
     `views` (clips, crops) other than (1, 1) gives videos [clips * crops, T, C, H, W].
     """
 
@@ -513,6 +514,7 @@ class ClipDataset(Dataset):
     views: tuple[int, int] = (1, 1)
     features: Any = None
     jitter: bool = True
+    frames: Any = None
 
     def __post_init__(self) -> None:
         self.class_index = {name: i for i, name in enumerate(self.class_names)}
@@ -528,12 +530,14 @@ class ClipDataset(Dataset):
         draw, index = item
         sample = self.samples[index]
         # one generator per item, so that results do not depend on which worker reads it, or when
-        rng = np.random.default_rng([self.seed, draw, index]) if self.train else None
+        rng = np.random.default_rng([self.seed, draw, index]) if self.train and self.jitter else None
         try:
             if self.features is not None:
                 video = self.features[index]  # [1 + N, D] fp16
+            elif self.frames is not None:
+                video = self.frames.clip(self, index, rng)  # [T, C, H, W] uint8
             else:
-                video = self.pixels(sample, rng if self.jitter else None)
+                video = self.pixels(sample, rng)
         except ReadError as error:  # ClipLoader raises it; raised here, it would be a traceback of the worker
             return {"error": str(error), "index": index}
         annotations = {"label": self.labels[index], "caption": self.caption(draw, index), "text": sample.text or ""}
@@ -672,6 +676,12 @@ class ClipLoader(WorkerLoader):
         if self.num_workers and self._iterator is not None:
             self._iterator._shutdown_workers()
             self._iterator = None
+
+    def decode_again(self) -> None:
+        """Decodes the videos from now on, even if their frames are stored."""
+        if self.dataset.frames is not None:
+            self.close()  # worker processes have a copy of the dataset
+            self.dataset.frames = None
 
     def with_errors(self) -> Iterator[tuple[dict[str, Any] | None, dict[int, str]]]:
         """Yields every batch with the errors of its unreadable videos: (batch, {index: error})."""

@@ -332,7 +332,10 @@ class Config:
     """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
     always takes the centred frames. auto: True if the video backbone is frozen and clips are not augmented"""
     cache_dir: str = option("auto", path_value, "data", "main sweep_heads score extract", free_at_resume=True)
-    """folder of cached features; safe to delete. auto: .features in --output_dir"""
+    """folder of cached features and stored frames; safe to delete. auto: .features in --output_dir"""
+    preread: str = option("auto", one_of("auto", "True", "False"), "data", "main plan")
+    """decode each training video once, and keep three frames per segment as JPEG files, of which every epoch draws one.
+    auto: True if training videos are video files, their features are not cached, and there are several epochs"""
     background: float = option(0.0, number(float, 0, 10), "data", f"{TRAIN} score", classifiers_only=True)
     """with segments (start and end in metadata.jsonl): add clips from the gaps between them as a class "background".
     0.3 adds 3 for every 10 segments, in train, val and test. Use it for timelines, where most of a video may show none
@@ -817,7 +820,8 @@ def fill_auto(
     """Replaces every `auto` that depends on the model. The backbone reads num_frames frames of image_size x image_size
     pixels, in side x side patches; its family was trained with every stride-th frame, or 0.
 
-    Options that depend on the machine stay `auto`: device, mixed_precision, frozen_dtype, cache_features, cache_dir.
+    Options that depend on the machine stay `auto`: device, mixed_precision, frozen_dtype, cache_features, cache_dir,
+    preread.
     """
     values = {"num_frames": num_frames, "image_size": image_size, "batch_size": batch_size}
     values["frame_stride"] = 0 if is_tiny(config, "vision") else -stride

@@ -84,10 +84,11 @@ def video_ids(samples: list[Sample]) -> np.ndarray:
     return np.frombuffer(bytearray.fromhex("".join(s.identity for s in samples)), np.uint8).reshape(-1, 16)
 
 
-def content_digest(ids: np.ndarray, features: np.ndarray) -> str:
-    """The digest of a shard with ids (n, 16) uint8 and features (n, 1 + N, D) fp16."""
-    digest = hashlib.blake2b(np.ascontiguousarray(ids), digest_size=16)
-    digest.update(np.ascontiguousarray(features))
+def content_digest(*tensors: np.ndarray) -> str:
+    """The digest of a shard with these tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(np.ascontiguousarray(tensor))
     return digest.hexdigest()
 
 
@@ -124,11 +125,14 @@ class FeatureIndex:
         return np.where(same, self.rows[at], -1)
 
 
-class FeatureStore:
-    """The folder of one key: features of one backbone with one way to sample frames, of `shape` (1 + N, D) per video.
+class ShardStore:
+    """The folder of one key: shards of several videos, which all have an array of `shape`.
 
     Raises UserError if the folder cannot be created or a shard cannot be written.
     """
+
+    noun: str  # what is stored
+    tensors: tuple[str, ...]  # of a shard, ids first
 
     def __init__(self, folder: Path, description: dict[str, Any], shape: tuple[int, int]):
         # the folder may be new, or a killed run may have left temporary files in it
@@ -170,11 +174,14 @@ class FeatureStore:
             with safe_open(str(path), framework="np") as shard:
                 parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118, not a dict
                 actual = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
-                count = actual["ids"][1][:1] if "ids" in actual else []
-                expected = {"ids": ("U8", [*count, 16]), "features": ("F16", [*count, *self.shape])}
+                expected = self.layout({name: shape for name, (_, shape) in actual.items()})
                 return shard.get_tensor("ids") if actual == expected else None
         except (SafetensorError, OSError):
             return None
+
+    def layout(self, shapes: dict[str, list[int]]) -> dict[str, tuple[str, list[int]]]:
+        """The {tensor: (type, shape)} that a shard must have if its tensors have these shapes."""
+        raise NotImplementedError
 
     def find(self, ids: np.ndarray) -> np.ndarray:
         """The row number of each id (n, 16) uint8, -1 if it is not stored. (n,) int64
@@ -187,7 +194,7 @@ class FeatureStore:
             unchecked = {*np.unique(rows[rows >= 0] >> 32).tolist()} - self.checked
             if not unchecked:
                 return rows
-            for number in tqdm(sorted(unchecked), desc="checking features", unit="file", leave=False):
+            for number in tqdm(sorted(unchecked), desc=f"checking {self.noun}", unit="file", leave=False):
                 self.checked.add(number)
                 if not self.is_intact(self.shards[number]):
                     self.ignored[self.shards[number]] = None
@@ -198,10 +205,32 @@ class FeatureStore:
         try:
             with safe_open(str(path), framework="np") as shard:
                 digest = (shard.metadata() or {}).get("digest")
-                tensors = [shard.get_tensor(name) for name in ("ids", "features")]
+                tensors = [shard.get_tensor(name) for name in self.tensors]
         except (SafetensorError, OSError):
             return False
         return digest is None or digest == content_digest(*tensors)
+
+    def write_shard(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Writes a new shard with these tensors."""
+        # named after its videos: should two processes compute the same ones, only one shard remains
+        ids = tensors["ids"].numpy()
+        name = hashlib.blake2b(np.ascontiguousarray(ids), digest_size=16).hexdigest()
+        path = self.folder / f"{name}.safetensors"
+        if path in self.ignored:  # it is damaged, and other processes may know it as such
+            path = self.folder / f"{name}-{time.time_ns()}.safetensors"
+        header = {"digest": content_digest(*(tensors[name].numpy() for name in self.tensors))}
+        replace_file(path, lambda p: save_file(tensors, str(p), metadata=header))
+
+
+class FeatureStore(ShardStore):
+    """The features of one backbone with one way to sample frames, of `shape` (1 + N, D) per video."""
+
+    noun = "features"
+    tensors = ("ids", "features")
+
+    def layout(self, shapes: dict[str, list[int]]) -> dict[str, tuple[str, list[int]]]:
+        count = shapes.get("ids", [])[:1]
+        return {"ids": ("U8", [*count, 16]), "features": ("F16", [*count, *self.shape])}
 
     def read(self, number: int) -> torch.Tensor:
         """The features with this row number, fp16 [1 + N, D]."""
@@ -212,14 +241,7 @@ class FeatureStore:
 
     def write(self, ids: np.ndarray, features: list[torch.Tensor]) -> None:
         """Writes a new shard: ids (n, 16) uint8 and n features [1 + N, D]."""
-        # named after its videos: should two processes compute the same ones, only one shard remains
-        tensors = {"features": torch.stack(features).contiguous(), "ids": torch.from_numpy(ids)}
-        name = hashlib.blake2b(np.ascontiguousarray(ids), digest_size=16).hexdigest()
-        path = self.folder / f"{name}.safetensors"
-        if path in self.ignored:  # it is damaged, and other processes may know it as such
-            path = self.folder / f"{name}-{time.time_ns()}.safetensors"
-        header = {"digest": content_digest(ids, tensors["features"].numpy())}
-        replace_file(path, lambda p: save_file(tensors, str(p), metadata=header))
+        self.write_shard({"features": torch.stack(features).contiguous(), "ids": torch.from_numpy(ids)})
 
 
 @dataclass(frozen=True)
@@ -267,8 +289,12 @@ def place_of_store(model: VideoModel, config: Config) -> tuple[Path, dict[str, A
     } | {name: getattr(config, name) for name in options_with("in_feature_key")}
     if any(p.dtype == torch.bfloat16 for p in model.vision_encoder.parameters()):
         description["frozen_dtype"] = "bf16"  # not an option's value, which may be auto
-    folder = Path(config.output_dir) / ".features" if config.cache_dir == "auto" else Path(config.cache_dir)
-    return folder / key_of(description), description
+    return cache_folder(config) / key_of(description), description
+
+
+def cache_folder(config: Config) -> Path:
+    """The folder of all stores."""
+    return Path(config.output_dir) / ".features" if config.cache_dir == "auto" else Path(config.cache_dir)
 
 
 def key_of(description: dict[str, Any]) -> str:
@@ -325,10 +351,15 @@ def compute_missing(
     # every process writes shards of its own, then reads those of the others
     part = missing[accelerator.process_index :: accelerator.num_processes]
     bad = extract_features(model.vision_encoder, [samples[i] for i in part], ids[part], store, config, accelerator)
+    return from_all(bad, store, accelerator)
+
+
+def from_all(bad: dict[Key, str], store: ShardStore, accelerator: Any) -> dict[Key, str]:
+    """Waits for the other processes and makes the shards of all of them known to `store`. Returns the unreadable samples
+    of all, {key: error}; each process knows only those of its part."""
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
-        # each process knows only the unreadable videos of its part
         bad = dict(gather_object(list(bad.items())))
     accelerator.wait_for_everyone()
     store.refresh()
@@ -636,6 +667,13 @@ def info(args: argparse.Namespace) -> int:
             print(printable(f"    {name}: {about.get(name)}"))
     if not abouts:
         print(printable(f"no features in {args.source}"))
+
+    # what extras/frame_store.py keeps beside them
+    for folder in sorted(Path(args.source).glob(f"frames/*/{ABOUT}")):
+        sizes = [path.stat().st_size for path in folder.parent.glob("*.safetensors")]
+        print(
+            printable(f"frames of videos in {folder.parent}: {counted(len(sizes), 'shard')}, {sum(sizes) / 1e6:.1f} MB")
+        )
     return 0
 
 

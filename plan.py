@@ -43,7 +43,7 @@ class Estimate:
     videos: str  # how many there are in each split
     memory: float  # peak, in MB: of the GPU, or of the process
     available: float  # in MB
-    once: float  # before the first epoch: start, reading every video, features of a frozen backbone
+    once: float  # before the first epoch: start, reading every video, features of a frozen backbone, stored frames
     epoch: float  # training and validation
     scores: float  # after the last epoch
     videos_per_second: float  # in training
@@ -66,7 +66,9 @@ def try_training(config: Config, started: float) -> Estimate:
 
     Raises UserError for anything that would stop a run, also for running out of memory.
     """
+    from extras.frame_store import stored_splits
     from runs import memory_advice, prepare
+    from scan import prepare_frames
     from train_code import hold_frozen, peak_memory
     from VLoader import SPLITS
 
@@ -78,12 +80,20 @@ def try_training(config: Config, started: float) -> Estimate:
 
         # before the first epoch
         sizes = {name: len(getattr(run.splits, name)) for name in SPLITS}
-        read, features = time_reading(run)
+        stored = stored_splits(run.splits, run.model, run.config)
+        read, features = time_reading(run, stored)
         tested = some(run.splits.val, 4 * run.config.batch_size)
         if features is not None:
             trained = [s for s in run.splits.train if s.key in features]
             run.splits = replace(run.splits, train=trained, val=tested)
             run.features = {n: [features[s.key] for s in getattr(run.splits, n)] for n in ("train", "val")}
+        if stored:
+            run.splits = replace(run.splits, train=some(run.splits.train, 8 * run.config.batch_size), val=tested)
+            clock = time.perf_counter()
+            run.splits, run.frames = prepare_frames(run.splits, stored, {}, run.config, run.model, run.accelerator)
+            tested = run.splits.val
+            storing = (time.perf_counter() - clock) / (len(run.splits.train) + len(tested))
+            start += storing * (sizes["train"] + sizes["val"])
 
         # every epoch, and the end
         train = time_steps(run)
@@ -106,7 +116,7 @@ def try_training(config: Config, started: float) -> Estimate:
     )
 
 
-def time_check(run: "Run", cached: tuple[str, ...]) -> float:
+def time_check(run: "Run", cached: tuple[str, ...], stored: tuple[str, ...]) -> float:
     """Seconds per video to check that it can be read. A few are checked first, because the workers take time to start."""
     from scan import scan
 
@@ -116,21 +126,21 @@ def time_check(run: "Run", cached: tuple[str, ...]) -> float:
     for part in (slice(32), slice(32, None)):
         splits = replace(run.splits, **{name: chosen[name][part] for name in names})
         clock = time.perf_counter()
-        scan(splits, run.config, cached)
+        scan(splits, run.config, cached, stored)
         times.append(time.perf_counter() - clock)
         counts.append(sum(len(getattr(splits, name)) for name in names))
     more = counts[1] - counts[0]
     return max(0.0, times[1] - times[0]) / more if more > 0 else sum(times) / sum(counts)
 
 
-def time_reading(run: "Run") -> tuple[float, dict["Key", Any] | None]:
+def time_reading(run: "Run", stored: tuple[str, ...]) -> tuple[float, dict["Key", Any] | None]:
     """(Seconds per video to check it before training and, with a frozen backbone, to compute its features; these
-    features by the samples' keys, or None)."""
+    features by the samples' keys, or None). The check decodes no videos of `stored` splits."""
     from feature_cache import computed_features, use_cache
     from VLoader import distinct
 
     cached = ("train", "val", "test") if use_cache(run.model, run.config) else ()
-    seconds = time_check(run, cached)
+    seconds = time_check(run, cached, stored)
     if not cached:
         return seconds, None
 
@@ -200,6 +210,7 @@ def time_scores(run: "Run") -> tuple[float, float, float]:
         for _ in range(2):  # the first time warms up
             evaluate(run.model, loader, run.accelerator)
             times.append(time.perf_counter())
+        loader.decode_again()
         metrics = score_splits(run.model, {"val": loader}, run.config, run.accelerator, run.folder)
         times.append(time.perf_counter())
         run.config = replace(run.config, controls=False)
@@ -308,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(str(next(iter(estimates.values()))))
     print(f"{found[0].videos} videos in {config.data_dir}; {found[0].available / 1024:.1f} GB of memory are free")
     print(table(estimates))
-    print("first: start, reading every video and, if frozen, computing features; in all: without early stopping\n")
+    print("first: start, reading every video, computing features or storing frames; in all: without early stopping\n")
     for mode, estimate in estimates.items():
         if isinstance(estimate, Estimate) and estimate.memory < estimate.available:
             print(f"{mode}: {command(argv, mode)}")

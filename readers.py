@@ -467,7 +467,12 @@ def open_video(path: Path) -> Reader:
             return FrameFolder(path)
         if (regular_size(path) if member is None else member.size) == 0:
             raise ReadError(path, "the file is empty")
-        return TensorVideo(path) if path.suffix.lower() == ".pt" else VideoFile(path)
+        return VideoFile(path) if is_video_file(path) else TensorVideo(path)
+
+
+def is_video_file(path: Path) -> bool:
+    """Whether open_video() decodes this path with FFmpeg: it is neither a tensor nor a folder of frames."""
+    return path.suffix.lower() != ".pt" and not path.is_dir()
 
 
 def regular_size(path: Path) -> int:

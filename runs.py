@@ -38,11 +38,12 @@ class Run:
     accelerator: Any
     folder: Path  # where the run writes
     features: dict[str, Any] | None = None  # cached features by split; other splits are read as pixels
+    frames: dict[str, Any] | None = None  # stored frames by split; the videos of other splits are decoded
 
     def loaders(self, *names: str) -> dict[str, Any]:
         """The loaders of these splits, by default of all."""
         splits = only(self.splits, *names or SPLITS)
-        return build_loaders(self.model, self.config, splits, self.features, self.accelerator)
+        return build_loaders(self.model, self.config, splits, self.features, self.accelerator, self.frames)
 
 
 def only(splits: Splits, *names: str) -> Splits:
@@ -63,7 +64,7 @@ def train_run(config: Config, typed_flags: set[str]) -> int:
         print_hints(run)
 
         # read every video once, so that an unreadable one stops the run now and not hours later
-        run.splits, run.features = prepare_data(run.splits, run.config, run.model, run.accelerator)
+        run.splits, run.features, run.frames = prepare_data(run.splits, run.config, run.model, run.accelerator)
         write_or_compare(run)
 
         # the same weights in every process, but different dropout

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from build_model import VideoModel
 from config import Config
+from extras.frame_store import StoredFrames, open_frames, read_frames, store_missing, stored_splits
 from feature_cache import (
     CachedFeatures,
     FeatureStore,
@@ -47,18 +48,24 @@ Part = tuple[Segment | None, int | None]
 
 def prepare_data(
     splits: Splits, config: Config, model: VideoModel, accelerator: Any
-) -> tuple[Splits, dict[str, CachedFeatures] | None]:
-    """Reads every video once. Returns (the splits without unreadable videos, the cached features by split or None).
+) -> tuple[Splits, dict[str, CachedFeatures] | None, dict[str, StoredFrames] | None]:
+    """Reads every video once. Returns (the splits without unreadable videos, the cached features by split or None, the
+    stored frames by split or None).
 
-    Videos of cached splits are decoded when their features are computed, all others by the scan.
+    Videos of cached splits are decoded when their features are computed, those of stored splits when their frames are
+    stored, all others by the scan.
     Raises UserError with a list of the unreadable videos, unless --skip_unreadable True.
     """
     # rank 0 goes first, so that the other processes find its results instead of reading the videos again
     cached = cached_splits(config) if use_cache(model, config) else ()
+    stored = stored_splits(splits, model, config)
     with accelerator.main_process_first():
-        splits, bad = scan(splits, config, cached)
+        splits, bad = scan(splits, config, cached, stored)
+    if stored:
+        splits, frames = prepare_frames(splits, stored, bad, config, model, accelerator)
+        return splits, None, frames
     if not cached:
-        return without_unreadable(splits, bad, config), None
+        return without_unreadable(splits, bad, config), None, None
 
     # computing features can find more unreadable videos, so the error that lists them comes last
     with accelerator.main_process_first():
@@ -66,10 +73,26 @@ def prepare_data(
     readable = {name: [s for s in getattr(splits, name) if s.key not in bad] for name in cached}
     bad |= compute_missing(store, model, replace(splits, **readable), config, accelerator)
     splits = without_unreadable(splits, bad, config)
-    return splits, read_features(store, splits, config)
+    return splits, read_features(store, splits, config), None
 
 
-def scan(splits: Splits, config: Config, cached: Sequence[str] = ()) -> tuple[Splits, dict[Key, str]]:
+def prepare_frames(
+    splits: Splits, stored: Sequence[str], bad: dict[Key, str], config: Config, model: VideoModel, accelerator: Any
+) -> tuple[Splits, dict[str, StoredFrames]]:
+    """Stores the frames of these splits that are missing. Returns (the splits without the samples in `bad` and the
+    unreadable ones found here, the stored frames by split)."""
+    with accelerator.main_process_first():
+        stores = {name: open_frames(model, config, name) for name in stored}
+    for name, store in stores.items():
+        readable = [s for s in getattr(splits, name) if s.key not in bad]
+        bad |= store_missing(store, readable, model, config, accelerator)
+    splits = without_unreadable(splits, bad, config)
+    return splits, read_frames(stores, splits)
+
+
+def scan(
+    splits: Splits, config: Config, cached: Sequence[str] = (), stored: Sequence[str] = ()
+) -> tuple[Splits, dict[Key, str]]:
     """Returns (the splits with the digest of every video, {key: error} of the unreadable samples)."""
     # videos that are not here, of which only the features are
     absent = {s.path: s.digest for name in cached for s in getattr(splits, name) if s.digest}
@@ -77,7 +100,7 @@ def scan(splits: Splits, config: Config, cached: Sequence[str] = ()) -> tuple[Sp
         raise UserError(f"--controls True needs the videos, and {next(iter(absent))} is not here")
 
     # records of all runs in --output_dir are shared
-    jobs = clips_to_decode(splits, config.test_clips, cached)
+    jobs = clips_to_decode(splits, config.test_clips, cached, stored)
     file = Path(config.output_dir) / SCAN_CACHE
     known = read_records(file)
     bad, good = scan_videos(jobs, config.num_frames, config.frame_stride, config.num_workers, known)
@@ -88,14 +111,17 @@ def scan(splits: Splits, config: Config, cached: Sequence[str] = ()) -> tuple[Sp
     return identified(splits, absent | {path: record["digest"] for path, record in good.items()}), bad
 
 
-def clips_to_decode(splits: Splits, test_clips: int, cached: Sequence[str] = ()) -> dict[Key, int | None]:
+def clips_to_decode(
+    splits: Splits, test_clips: int, cached: Sequence[str] = (), stored: Sequence[str] = ()
+) -> dict[Key, int | None]:
     """What the scan has to read: {key: clips}.
 
-    For val and test these are all clips that evaluation uses; for train 0, which means two frames; for the `cached`
-    splits None, because their videos are decoded later, if they are here at all: only features of them are needed.
+    For val and test these are all clips that evaluation uses; for train 0, which means two frames; for the `cached` and
+    `stored` splits None, because their videos are decoded later. Those of `cached` splits need not be here: only
+    features of them are needed.
     """
-    counts = {"train": 0, "val": 1, "test": test_clips} | dict.fromkeys(cached)
-    return {s.key: n for name, n in counts.items() for s in getattr(splits, name) if n is not None or not s.digest}
+    counts = {"train": 0, "val": 1, "test": test_clips} | dict.fromkeys((*cached, *stored))
+    return {s.key: n for name, n in counts.items() for s in getattr(splits, name) if name not in cached or not s.digest}
 
 
 def without_unreadable(splits: Splits, bad: dict[Key, str], config: Config) -> Splits:

@@ -122,7 +122,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     # as in training: read every video once, and use cached features
     accelerator = build_accelerator(config)
     hold_frozen(model, config, accelerator)
-    splits, features = prepare_data(splits, config, model, accelerator)
+    splits, features, _ = prepare_data(splits, replace(config, preread="False"), model, accelerator)
     run = Run(config, model.to(accelerator.device), splits, metadata["display_names"], accelerator, folder, features)
 
     # keep what training measured, such as time and memory; the old controls belong to the old scores

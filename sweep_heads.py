@@ -101,7 +101,7 @@ def build_candidates(config: Config, folder: Path) -> list[Candidate]:
         if not candidates:
             print_backbones(run)
             print_hints(run)
-        run.splits, run.features = prepare_data(run.splits, run.config, run.model, run.accelerator)
+        run.splits, run.features, _ = prepare_data(run.splits, run.config, run.model, run.accelerator)
         generators = generator_states()
         filled = ("token_grid", "epochs", "patience")  # depend on the model and the number of videos
         config = replace(config, **{name: getattr(run.config, name) for name in filled})

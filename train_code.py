@@ -540,13 +540,18 @@ def score_splits(
 
 
 def build_loaders(
-    model: VideoModel, config: Config, splits: Splits, features: dict[str, Any] | None = None, accelerator: Any = None
+    model: VideoModel,
+    config: Config,
+    splits: Splits,
+    features: dict[str, Any] | None = None,
+    accelerator: Any = None,
+    frames: dict[str, Any] | None = None,
 ) -> dict[str, DataLoader]:
-    """A loader for every split that has samples. `features` holds the cached features of some splits; the others are
-    read as pixels. With an `accelerator` of several processes, each process gets its part of every batch. `config` has
+    """A loader for every split that has samples. `features` holds the cached features of some splits, `frames` the
+    stored frames of some; the videos of the others are decoded. With an `accelerator` of several processes, each process gets its part of every batch. `config` has
     no `auto`."""
     # only test is seen in several views: val is evaluated after every epoch
-    loaders, features = {}, features or {}
+    loaders, features, frames = {}, features or {}, frames or {}
     for name in (n for n in SPLITS if getattr(splits, n)):
         train = name == "train"
         dataset = ClipDataset(
@@ -560,6 +565,7 @@ def build_loaders(
             config.seed,
             views=(config.test_clips, config.test_crops) if name == "test" else (1, 1),
             features=features.get(name),
+            frames=frames.get(name),
         )
 
         # of n processes each takes every n-th clip of a batch, so that n does not change what is in a batch
@@ -662,6 +668,7 @@ def score_best_epoch(
     at the start of training. Returns the contents of metrics.json, and the log."""
     accelerator, progress = engine.accelerator, engine.progress
     best_epoch = load_weights(run_dir, model)["epoch"]
+    loaders["val"].decode_again()  # scores and thresholds are about the videos as inference sees them
     metrics = {"best_epoch": best_epoch} | score_splits(model, loaders, config, accelerator, run_dir)
     return metrics | {
         "skipped": all_skipped(loaders["train"], accelerator),

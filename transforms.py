@@ -38,8 +38,7 @@ def sample_indices(
     if available < 1 or num_frames < 1:
         raise ValueError(f"cannot take {num_frames} of {available} frames")
 
-    if stride < 0:
-        stride = -stride if available > (num_frames - 1) * -stride else 0
+    stride = window_stride(available, num_frames, stride)
 
     # segments over the whole video, as long as each has a frame of its own
     if stride == 0 and available >= num_frames:
@@ -55,6 +54,13 @@ def sample_indices(
     slack = max(0, available - (num_frames - 1) * step - 1)
     start = int(position * slack) if rng is None else int(rng.integers(slack + 1))
     return np.minimum(start + np.arange(num_frames) * step, available - 1)
+
+
+def window_stride(available: int, num_frames: int, stride: int) -> int:
+    """The stride of the window that sample_indices() takes, 0 if it divides the whole video into segments."""
+    if stride >= 0:
+        return stride
+    return -stride if available > (num_frames - 1) * -stride else 0
 
 
 def view_indices(available: int, num_frames: int, stride: int, clips: int) -> np.ndarray:

@@ -21,6 +21,7 @@ LAYERS = [
     {"vision"},
     {"build_model"},
     {"feature_cache", "checkpoint"},
+    {"extras.frame_store"},
     {"scan", "extras.export", "train_code", "figures", "answers"},
     {"extras.controls", "extras.ray_extract"},
     {"runs"},

@@ -291,6 +291,7 @@ USES = {
     ("datasets.md", "other formats"): (make_other_formats, "wrote chat/train/metadata.jsonl"),
     ("datasets.md", "look first"): (make_class_folders, "4 training clips"),
     ("scaling.md", "scaling"): (lambda: None, "wrote predictions.jsonl"),
+    ("scaling.md", "stored frames"): (make_class_folders, "frames of videos in"),
     ("scaling.md", "sharing"): (lambda: None, "18 of 18 videos in other_cache"),
     ("scaling.md", "timeline"): (lambda: clip("long_video.mp4", 0, 80), "wrote timeline.jsonl"),
     ("runs.md", "runs"): (make_caption_files, "exported checkpoints/timesformer to exported_model/"),
