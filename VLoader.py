@@ -512,6 +512,7 @@ class ClipDataset(Dataset):
     train: bool = False
     seed: int = 0
     views: tuple[int, int] = (1, 1)
+    with_captions: bool = True  # False: items have none, since drawing one takes longer than reading features
     features: Any = None
     jitter: bool = True
     frames: Any = None
@@ -540,7 +541,8 @@ class ClipDataset(Dataset):
                 video = self.pixels(sample, rng)
         except ReadError as error:  # ClipLoader raises it; raised here, it would be a traceback of the worker
             return {"error": str(error), "index": index}
-        annotations = {"label": self.labels[index], "caption": self.caption(draw, index), "text": sample.text or ""}
+        caption = self.caption(draw, index) if self.with_captions else ""
+        annotations = {"label": self.labels[index], "caption": caption, "text": sample.text or ""}
         return {"video": video, "index": index, "question": sample.question or ""} | annotations
 
     def pixels(self, sample: Sample, rng: np.random.Generator | None) -> torch.Tensor:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
@@ -91,7 +92,7 @@ class Collator:
         }
         if self.text_field != "caption":
             # (B,), or with several labels (B, K) bool
-            batch["labels"] = torch.stack([torch.as_tensor(item["label"]) for item in items])
+            batch["labels"] = torch.from_numpy(np.array([item["label"] for item in items]))
         if self.codec is None:
             return batch
         texts = [item[self.text_field] for item in items]

@@ -120,6 +120,8 @@ def script(main: Callable[..., int | None]) -> Callable[..., int]:
         except OSError as error:
             discard_output()
             return print_error(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+        finally:
+            gc.unfreeze()  # a program that calls main() goes on; see freeze_objects()
 
     return main_with_status
 
@@ -165,6 +167,12 @@ def collector_off() -> Generator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def freeze_objects() -> None:
+    """Exempts all objects made so far from garbage collection until the script ends. Imports and the model make nearly a
+    million, which stay alive anyway, and later passes of the collector would visit them again and again."""
+    gc.freeze()
 
 
 # -- the machine ------------------------------------------------------------------------------------

@@ -241,6 +241,7 @@ class Engine:
     total_steps: int
     accumulate: int  # batches per optimizer step
     progress: Progress = field(default_factory=Progress)
+    trained: list[nn.Parameter] = field(default_factory=list)  # found in the first step: a search in each takes longer
     label_smoothing: float = 0.0
     augment: Callable[[dict], dict] = lambda batch: batch
     after_step: Callable[[], None] = lambda: None  # saves when it is time, and raises Stopped
@@ -350,7 +351,8 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
 def optimizer_step(model: VideoModel, engine: Engine) -> None:
     """Sums the gradients of all processes, clips them, and steps; the first two steps are checked."""
     sum_gradients(model, engine.accelerator)
-    engine.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    engine.trained = engine.trained or [*trained_tensors(model).values()]
+    engine.accelerator.clip_grad_norm_(engine.trained, 1.0)
     with first_steps_checked(model, engine.progress.step):
         engine.optimizer.step()
     engine.optimizer.zero_grad(set_to_none=True)
@@ -564,8 +566,10 @@ def build_loaders(
             train,
             config.seed,
             views=(config.test_clips, config.test_crops) if name == "test" else (1, 1),
+            with_captions=config.captioning,
             features=features.get(name),
             frames=frames.get(name),
+            jitter=name not in features,
         )
 
         # of n processes each takes every n-th clip of a batch, so that n does not change what is in a batch
@@ -689,7 +693,9 @@ def seconds_per_epoch(log: list[dict[str, Any]]) -> float:
 def build_engine(model: VideoModel, loader: DataLoader, config: Config, accelerator: Any) -> Engine:
     """The engine of a new run, with its optimizer and the length of its schedule."""
     steps = config.epochs * math.ceil(len(loader) / config.gradient_accumulation_steps)
-    optimizer = accelerator.prepare(build_optimizer(model, config))
+    optimizer = build_optimizer(model, config)
+    if accelerator.scaler:  # all that accelerate's optimizer adds, and it searches for a package twice in every step
+        optimizer = accelerator.prepare(optimizer)
     engine = Engine(accelerator, optimizer, steps, config.gradient_accumulation_steps)
     engine.label_smoothing, engine.augment = config.label_smoothing, Augment(config.augment, config.flip)
     return engine
