@@ -7,7 +7,7 @@ from typing import Any
 
 from extras.multilabel import labels_of
 from metrics import generated, rouge_l, words
-from script import printable, replace_file
+from script import collector_off, printable, replace_file
 
 SHEET_WIDTH = 1600  # largest width of a contact sheet, in pixels
 MOST_NAMES = 30  # with more classes, the confusion matrix has no names, and only the worst classes get a bar
@@ -17,15 +17,18 @@ LONGEST_LABEL, LONGEST_TITLE = 60, 400  # characters
 COLOUR, ERROR_COLOUR = "#33638d", "#d1603d"
 
 
-def pyplot() -> Any:
-    """matplotlib.pyplot, which draws into files. Imported late: it takes a second, and not every script draws."""
+@collector_off()
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of this size in inches. Not pyplot's, which would keep it until it is closed."""
+    # imported late: it takes a third of a second, and not every script draws
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # a `$` in a name does not start a formula
-    from matplotlib import pyplot as plt
-
-    return plt
+    figure = Figure((width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def label_text(name: str) -> str:
@@ -35,17 +38,17 @@ def label_text(name: str) -> str:
 
 def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draws loss and, for classifiers, accuracy or mAP over the epochs of log.jsonl."""
-    from matplotlib.ticker import MaxNLocator
-
     # a captioner has no accuracy while it trains: captions are generated at the end only
-    plt = pyplot()
     steps = max(1, log[-1]["step"]) / log[-1]["epoch"]  # per epoch
     epochs = [row["step"] / steps for row in log]
     best = [epoch for epoch, row in zip(epochs, log, strict=True) if row["best"]][-1]
     panels = ["loss", *(name for name in ("accuracy", "mAP") if f"val_{name}" in log[0])]
 
     # train and val in one panel show where they diverge: overfitting
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False)
+    figure = new_figure(4.2 * len(panels), 3.2)
+    from matplotlib.ticker import MaxNLocator  # now that the collector was off for the rest of matplotlib
+
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, name in zip(axes[0], panels, strict=True):
         for split, style in (("train", "--"), ("val", "-")):
             if f"{split}_{name}" in log[0]:
@@ -82,7 +85,8 @@ def plot_clips(clips: list[tuple[Any, str]], path: Path, heading: str = "") -> P
         for column, frame in enumerate(clip):
             image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
             sheet.paste(image, (column * (width + 2), top + line))
-    replace_file(path, sheet.save)
+    # run lengths: noisy frames compress no better with anything slower
+    replace_file(path, lambda p: sheet.save(p, compress_type=3))
     return path
 
 
@@ -210,12 +214,12 @@ def caption_title(row: dict[str, Any]) -> str:
 def plot_confusion(classes: dict[str, Any], display_names: dict[str, str], path: Path) -> Path:
     """Draws the confusion matrix: each row is a true class, as fractions of its clips."""
     # fractions, not counts: rare classes would be invisible
-    plt = pyplot()
     names = [*classes]
     fractions = [[c["predicted"].get(n, 0) / max(1, c["count"]) for n in names] for c in classes.values()]
     named = len(names) <= MOST_NAMES
     side = min(3 + 0.38 * len(names), 12) if named else 8
-    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    figure = new_figure(side + 1, side)
+    axis = figure.subplots()
     image = axis.imshow(fractions, vmin=0, vmax=1, cmap="Blues")
     axis.set(xlabel="predicted class", ylabel="true class (clips)" if named else "true class")
 
@@ -250,9 +254,9 @@ def plot_bars(
     axis that starts just below the lowest interval. `marks` are black lines across the bars. Two names may have the
     same display name."""
     # matplotlib wants the lengths of the intervals' two sides
-    plt = pyplot()
     positions = range(len(values))
-    figure, axis = plt.subplots(figsize=(6.5, 1.0 + 0.26 * len(values)), layout="constrained")
+    figure = new_figure(6.5, 1.0 + 0.26 * len(values))
+    axis = figure.subplots()
     fractions, intervals = [v for v, _ in values.values()], [interval for _, interval in values.values()]
     errors = [
         [max(0.0, v - low) for v, (low, _) in zip(fractions, intervals, strict=True)],
@@ -283,8 +287,8 @@ def plot_bars(
 def plot_reliability(bins: list[tuple[int, float, float]], error: float, path: Path) -> Path:
     """Draws accuracy over confidence, one point per bin of (clips, mean confidence, accuracy)."""
     # the area of a point grows with its number of clips: small bins are noise
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(4.2, 4), layout="constrained")
+    figure = new_figure(4.2, 4)
+    axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="0.7", lw=1, label="perfect calibration")
     most = max(count for count, _, _ in bins)
     sizes = [12 + 150 * count / most for count, _, _ in bins]
@@ -300,8 +304,8 @@ def plot_reliability(bins: list[tuple[int, float, float]], error: float, path: P
 def plot_risk_coverage(scores: dict[str, Any], count: int, path: Path) -> Path:
     """Draws how many answers are wrong over how many of the `count` clips are answered, and where the threshold of
     --reject is. `scores` are those of extras.reject.reject_scores."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(4.6, 3.6), layout="constrained")
+    figure = new_figure(4.6, 3.6)
+    axis = figure.subplots()
     coverages, risks = zip(*scores["curve"], strict=True)
     axis.plot(coverages, risks, color=COLOUR, label=f"area under the curve {scores['AURC']:.4f}")
 
@@ -341,13 +345,14 @@ def plot_occlusion(maps: list[tuple[Any, Any, dict]], display_names: dict[str, s
 def plot_timelines(recordings: list[Any], path: Path) -> Path:
     """Draws the true segments of each recording above the predicted ones, a colour for each label. `recordings` are
     those of extras/segments.py."""
-    from matplotlib.patches import Patch
-
-    plt = pyplot()
     shown = recordings[:MOST_RECORDINGS]
     labels = sorted({event.label for r in shown for event in r.truth + r.predicted})
-    colours = {label: plt.get_cmap("tab20")(number % 20) for number, label in enumerate(labels)}
-    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
+    figure = new_figure(9, 1.2 + 0.5 * len(shown))
+    axis = figure.subplots()
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
+
+    colours = {label: colormaps["tab20"](number % 20) for number, label in enumerate(labels)}
     for row, recording in enumerate(shown):
         for events, bottom in ((recording.truth, row - 0.38), (recording.predicted, row + 0.02)):
             spans = [(event.start, event.end - event.start) for event in events]
@@ -362,10 +367,9 @@ def plot_timelines(recordings: list[Any], path: Path) -> Path:
 
 def save(figure: Any, path: Path) -> Path:
     """Writes a figure as a PNG. matplotlib's warnings, for example of letters that its font lacks, are not shown."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            replace_file(path, lambda p: figure.savefig(p, dpi=130))
-    finally:
-        pyplot().close(figure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine("none")  # savefig would draw everything once more, only to lay it out
+        replace_file(path, figure.savefig)
     return path

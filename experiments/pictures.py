@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import matplotlib
 import numpy as np
 
 import figures
@@ -26,10 +27,9 @@ SEED = {"ls": "", "marker": "o", "ms": 2.2, "mfc": "black", "mec": "white", "mew
 
 def panels(columns: int, height: float, width: float = WIDTH, **options: Any) -> tuple[Any, Any]:
     """A figure with panels side by side, in the small letters of a paper."""
-    plt = figures.pyplot()
-    plt.rcParams |= {"font.size": 7.5, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
-    return figure, axes[0]
+    figure = figures.new_figure(width, height)
+    matplotlib.rcParams |= {"font.size": 7.5, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
+    return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
 
 
 def draw_estimate(axis: Any, scores: np.ndarray, y: float, colour: str, proportion: bool = True) -> None:
