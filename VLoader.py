@@ -274,7 +274,7 @@ def as_list(value: Any) -> list[Any]:
 
 def is_text(value: Any) -> bool:
     """Whether a JSON value is a string of valid text: JSON can also escape half a surrogate pair."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+    return isinstance(value, str) and (value.isascii() or not re.search("[\ud800-\udfff]", value))
 
 
 def exists(path: Path, where: str) -> bool:

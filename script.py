@@ -8,6 +8,7 @@ A script ends with
 """
 
 import argparse
+import atexit
 import ctypes
 import gc
 import json
@@ -150,10 +151,22 @@ def discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+ENDING: list[int] = []  # the exit status, once leave() was called
+
+
 def leave(status: int) -> NoReturn:
-    """Exits with this status."""
-    gc.freeze()  # otherwise the garbage collector visits all of torch and transformers once more, which takes time
+    """Exits with this status, without freeing torch and transformers object by object, which takes time."""
+    gc.freeze()  # otherwise the garbage collector visits all objects once more
+    ENDING.append(status)
     sys.exit(status)
+
+
+@atexit.register  # before torch is imported, so it runs last: after threads, worker processes and log files are closed
+def end_process() -> None:
+    if ENDING:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ENDING[0])
 
 
 @contextmanager
