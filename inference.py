@@ -30,7 +30,7 @@ from config import FIELDS, Config, parse, refuse_classifier_options
 from extras.multilabel import all_labels, several_labels
 from extras.reject import NONE, Rule
 from metrics import Lexicon
-from script import UserError, counted, leave, printable, script
+from script import UserError, collector_off, counted, freeze_objects, leave, printable, script
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -304,15 +304,17 @@ def main(argv: list[str] | None = None) -> int:
     config, typed_flags = parse(argv, "inference")
     if config.timeline_stride > config.timeline:
         raise UserError("--timeline_stride must not be above --timeline, or time between the windows would be skipped")
-    from checkpoint import find_run, load_run
-    from pretrained import warn_of_tiny
-    from VLoader import by_question, distinct, read_folder
+    with collector_off():
+        from checkpoint import find_run, load_run
+        from pretrained import warn_of_tiny
+        from VLoader import by_question, distinct, read_folder
 
     # the videos first: finding them takes less time than loading a model
     samples = read_folder(Path(config.video_dir)) if config.video_dir is not None else []
     run_dir = find_run(config)
     note_ignored_flags(typed_flags)
     model, config, metadata = load_run(run_dir, config, typed_flags)
+    freeze_objects()
     if config.text_input is not None:
         if model.text_field == "text":
             samples = [replace(s, text=config.text_input) for s in samples]

@@ -236,7 +236,7 @@ def test_predict_raises_for_an_unreadable_video(run, videos):
 
 def test_the_garbage_collector_is_off_only_while_a_model_is_built(run, videos, capsys):
     assert inference.main(["--checkpoint", str(run), "--video_dir", str(videos / "0.pt")]) == 0
-    assert gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
     with pytest.raises(UserError), collector_off():
         assert not gc.isenabled()
         raise UserError("stop")
@@ -248,6 +248,12 @@ def test_the_garbage_collector_is_off_only_while_a_model_is_built(run, videos, c
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_leave_runs_exit_handlers_and_writes_all_output():
+    program = "import script, atexit; atexit.register(print, 'closed'); print('written'); script.leave(3)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("written\nclosed\n", 3), done.stderr
 
 
 # -- the file of answers ----------------------------------------------------------------------------
