@@ -34,7 +34,7 @@ NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000,
 MORE_MEMORY = 6 << 30  # bytes that a fork may ask for beyond what it inherits
 FAMILIES = ("bert", "gpt2", "timesformer", "videomae")
 IMPORTED = [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES]
-IMPORTED += ["transformers.models.auto", "peft", "matplotlib.pyplot", "accelerate.utils", "feature_cache", "figures"]
+IMPORTED += ["transformers.models.auto", "peft", "matplotlib.figure", "accelerate.utils", "feature_cache", "figures"]
 IMPORTED += ["extras.controls", "inference", "main", "metrics", "convert_dataset"]
 TINY = "--image_size 32 --num_frames 4 --batch_size 4 --dropout 0.3"
 
