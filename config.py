@@ -334,7 +334,8 @@ class Config:
     cache_dir: str = option("auto", path_value, "data", "main sweep_heads score extract", free_at_resume=True)
     """folder of cached features and stored frames; safe to delete. auto: .features in --output_dir"""
     preread: str = option("auto", one_of("auto", "True", "False"), "data", "main plan")
-    """decode each training video once, and keep three frames per segment as JPEG files, of which every epoch draws one.
+    """decode each training video once, and keep three candidates for each frame of a clip as JPEG files, of which every
+    epoch draws one.
     auto: True if training videos are video files, their features are not cached, and there are several epochs"""
     background: float = option(0.0, number(float, 0, 10), "data", f"{TRAIN} score", classifiers_only=True)
     """with segments (start and end in metadata.jsonl): add clips from the gaps between them as a class "background".
@@ -485,8 +486,8 @@ class Config:
     """hold the frozen weights of backbones in fp32 or bf16. bf16 takes half the memory and needs --mixed_precision
     bf16, which computes with bf16 copies of them anyway. auto: bf16 on a GPU with --mixed_precision bf16, else fp32"""
     lease: float = option(60.0, number(float, 0.1, 86_400), "run and machine", "inference extract", free_at_resume=True)
-    """when several processes share work: seconds without a sign of life after which another one takes over what a
-    process was doing. Raise it if the shared folder shows changes late"""
+    """when several processes share the work: if one shows no sign of life for this many seconds, another takes over its
+    part. Raise it if the shared folder shows changes late"""
     engine: str = option(
         "processes", one_of("processes", "ray"), "run and machine", "extract", free_at_resume=True, package="ray"
     )

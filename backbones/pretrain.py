@@ -13,7 +13,7 @@ disjoint from those of the dataset.
   Targets: motion, shape, colour, radius and displacement per frame from the pooled token; coverage, displacement,
   colour and shape from every patch token.
 * videomae: masked reconstruction alone, as published.
-* vjepa2: prediction of hidden tokens in the space of features alone, nearly as published.
+* vjepa2: only the prediction of hidden tokens in feature space, nearly as published (see draw_hidden_tokens).
 * gpt2 and bert: next-token and masked-token prediction on the captions' grammar, with tokenizers trained on it.
 
 These weights are for testing the pipeline. They do not understand real video or language.
@@ -290,7 +290,7 @@ def new_vjepa2() -> nn.Module:
         pred_num_attention_heads=2,
         pred_num_mask_tokens=1,
         pred_zero_init_mask_tokens=False,
-        initializer_range=128**-0.5,  # 0.09; with the published 0.02 the tokens say far less of the motion
+        initializer_range=128**-0.5,  # 0.09; with the published 0.02 the tokens tell less about motion
     )
     return VJEPA2Model(config)
 
@@ -346,8 +346,8 @@ def reconstruction_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 class Jepa(nn.Module):
-    """V-JEPA's objective (Bardes et al. 2024): predict what a slowly moving copy of the encoder, the teacher, says of
-    the hidden tokens. The teacher sees the whole clip, the encoder the visible tokens alone."""
+    """V-JEPA's objective (Bardes et al. 2024): predict the features that the teacher, an exponential moving average of
+    the encoder, computes for the hidden tokens. The teacher sees the whole clip, the encoder only the visible tokens."""
 
     def __init__(self, model: nn.Module, momentum: float = 0.998):
         super().__init__()
@@ -387,11 +387,12 @@ def take(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def draw_masks(rng: np.random.Generator, count: int) -> dict[str, torch.Tensor]:
+def draw_hidden_tokens(rng: np.random.Generator, count: int) -> dict[str, torch.Tensor]:
     """Indices of the visible and the hidden tokens of vjepa2-tiny, `visible` (B, n) and `hidden` (B, m).
 
-    In half of the batches the later time steps are hidden, which the published recipe does not do: what comes next is
-    where the motion is. In the others, blocks of every frame are: 8 small ones or 2 large ones, as published.
+    In half of the batches, the later time steps are hidden. The published recipe does not do this; here it makes the
+    model predict motion. In the other batches, the same blocks are hidden in every frame: 8 small or 2 large ones, of the
+    published sizes. Unlike there, exactly a quarter of the cells is visible, and all others are predicted.
     """
     times, side = NUM_FRAMES // 2, IMAGE_SIZE // 8
     if rng.random() < 0.5:
@@ -523,7 +524,7 @@ def pretrain_vjepa2(args: argparse.Namespace) -> nn.Module:
     """8,000 steps of prediction in the space of features. The teacher is kept as encoder, as published."""
     model = new_vjepa2()
     jepa = Jepa(model)
-    draw = partial(draw_masked_clips, masks=draw_masks)
+    draw = partial(draw_masked_clips, masks=draw_hidden_tokens)
     train("vjepa2", nn.ModuleList([jepa]), draw, jepa, STEPS["vjepa2"], 1e-3, args)
     model.encoder = jepa.teacher
     return model
@@ -854,10 +855,9 @@ Patch 16, width 128, depth 4, 8 frames of 64 x 64. {clips:,} clips.""",
 Masked reconstruction alone, 75 % of the patches as tubes: it has seen no label. Its objects keep their velocity: none
 turns, stops or reverses. Patch 8, tubelet 2, width 128, depth 4, 8 frames of 64 x 64. {clips:,} clips.""",
     "vjepa2": """\
-Prediction of the features of hidden tokens alone (V-JEPA's objective; in half of the batches the later time steps are
-hidden): it has seen no label. Its objects keep their velocity: none turns, stops or reverses. Patch 8, tubelet 2, width
-128, depth 4, 8 frames of 64 x 64. {clips:,} clips. Steps up to 7,500 ran on a GPU, the last
-500 on a CPU.""",
+Self-supervised: it only predicts the features of hidden tokens (V-JEPA's objective; in half of the batches the later
+time steps are hidden), and has seen no labels. Its objects keep their velocity: none turns, stops or reverses. Patch 8,
+tubelet 2, width 128, depth 4, 8 frames of 64 x 64. {clips:,} clips.""",
     "gpt2": """\
 Next-token prediction on several captions of the same clip, starting at a random position below 160: 6,000 steps on
 clips with one object, then 2,000 on clips with one or two. It knows the words for all motions. (The first stage and the

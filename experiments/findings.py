@@ -155,6 +155,19 @@ def neighbour(study: Study) -> str:
     return sentence("; ".join(parts))
 
 
+def pretraining(study: Study) -> str:
+    """Two frozen backbones of one size that have seen no label: one predicted features, the other pixels."""
+    rows = [row for name in ("vjepa2_fvbb", "videomae_fvbb") for row in study.finished(False) if row.name == name]
+    if len(rows) < 2:
+        return NOT_RUN
+    features, pixels = rows
+    gap = difference(study.scores[features.name].right, study.scores[pixels.name].right)
+    return (
+        "V-JEPA 2 and VideoMAE have the same size and patches, and neither has seen a label: one was pretrained to predict "
+        f"the features of hidden tokens, the other their pixels. Both frozen, {compared(gap, 'V-JEPA 2', 'VideoMAE')}."
+    )
+
+
 # -- what the models use ----------------------------------------------------------------------------
 
 
@@ -460,7 +473,7 @@ def all_findings(study: Study, names: dict[str, str]) -> dict[str, str]:
     Raises UserError, naming the sentence, if the numbers contradict one that is asserted.
     """
     plain: tuple[Callable[[Study], str], ...] = (
-        *(best, neighbour, text_gain, text_read, ceiling_claim, grey_claim, one_frame_claim, order),
+        *(best, neighbour, pretraining, text_gain, text_read, ceiling_claim, grey_claim, one_frame_claim, order),
         *(captions, binding, learning, linear_head, pareto, tuning, epoch_choice),
     )
     return (

@@ -156,10 +156,9 @@ def read_study(rows: list[Row], data_dir: Path, runs: Path, packed: Path, trials
             result.check(row.config, data)
     clips, train = read_clips(data_dir, "test"), read_clips(data_dir, "train")
     scores = {row.name: row_scores(row, clips) for row in rows}
-    models = sorted({row.config.vision_model for row in rows})
-    neighbours = {model: read_neighbours(model, data_dir, runs, packed) for model in models}
-    nearest = {
-        captioning: {m: neighbour_scores(found, clips, train, captioning) for m, found in neighbours.items()}
-        for captioning in (False, True)
-    }
+    models = sorted({(row.config.captioning, row.config.vision_model) for row in rows})
+    neighbours = {model: read_neighbours(model, data_dir, runs, packed) for _, model in models}
+    nearest: dict[bool, dict[str, Scores]] = {False: {}, True: {}}
+    for captioning, model in models:
+        nearest[captioning][model] = neighbour_scores(neighbours[model], clips, train, captioning)
     return Study(rows, clips, scores, nearest, compare(rows, scores), ceilings(data_dir), trials)

@@ -3,12 +3,12 @@
     <cache_dir>/frames/<key>/<name>.safetensors    a shard: the frames of n videos, resized, cropped, as JPEG files
                              about.json            what the key stands for
 
-Where training would take a random frame of each segment of a video, or a random window, it takes one of three here. Of
-val, which is evaluated after every epoch, the centred frames are kept. Every epoch reads what is stored, the first one
+Where training would take a random frame of each segment of a video, or a random window, it takes one of three here. For
+val, which is evaluated after every epoch, only the centred frames are kept. Every epoch reads what is stored, the first one
 too, so that results do not depend on what the store held before. Augmentation comes later, on the device.
 
 Final scores, and thresholds chosen on val, are about the videos as inference sees them, so for these val is decoded
-again. test is read only then, and never stored.
+again. test is decoded only for the final scores, and never stored.
 
 The key is a hash of everything on which the frames depend: which are taken, size, interpolation, compression. Content,
 digests and damage are treated as in feature_cache.py, and the folder may be deleted at any time.

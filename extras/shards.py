@@ -2,13 +2,13 @@
 
     <data_dir>/train/000000.tar      jumping/a.mp4, and what describes it: jumping/a.json, jumping/a.cls, jumping/a.txt
 
-Everywhere else the video is <data_dir>/train/000000.tar/jumping/a.mp4; only this module opens it. It is read from its
-bytes in the tar, found by an index of the headers, in any order. Nothing is extracted, names of members are never
-opened as paths, and links are not followed.
+All other modules call this video <data_dir>/train/000000.tar/jumping/a.mp4. Only this module opens tars: it indexes their
+headers once, and then reads videos by offset, in any order. Nothing is extracted, names of members are never opened as
+paths, and links are not followed.
 
 A data folder at s3://, gs:// or hf:// is read in the same way if the user typed its URL. Nothing else is: no URL from
-metadata or from a tar. It gets a local folder with copies of its tars in which the videos are holes, so that only these
-are fetched again and again.
+metadata or from a tar. Its tars are copied to a local folder as sparse files, with the headers and descriptions but not
+the videos. A video is fetched from the URL every time it is read.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 from script import UserError, cause_of, counted, make_folder, printable, replace_file, shown
 
 BLOCK = 512  # bytes; headers and contents of a tar start at multiples of it
-LARGEST_NOTE = 2**20  # bytes of a description, or of an extended header
+LARGEST_NOTE = 2**20  # bytes of a .json, .cls or .txt file, or of an extended header
 LARGEST_FETCH = 2**30  # bytes of a video that is fetched as a whole
 NOTES = (".json", ".cls", ".txt")
 SCHEMES = ("s3", "gs", "hf", "memory")
