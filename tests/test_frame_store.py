@@ -60,7 +60,7 @@ def train(data: Path, folder: Path, *flags: str) -> int:
 
 
 def shards(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("frames/*/*.safetensors"))
+    return sorted((folder / ".features" / "frames").glob("*/*.safetensors"))
 
 
 def fill(data: Path, folder: Path, *flags: str) -> tuple[frame_store.StoredFrames, ClipDataset]:
