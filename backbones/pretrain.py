@@ -40,6 +40,7 @@ from vision import FAMILIES, to_grid
 SEED = 20260
 SAVE_EVERY = 500  # steps
 IMAGE_SIZE, NUM_FRAMES = 64, 8
+PATCH, TUBELET = 8, 2  # of videomae and vjepa2
 WITHHELD = (("circle", "up"), ("square", "left"))
 COLOURS = dummy_data.COLOURS | {
     "pink": (0.98, 0.60, 0.75),
@@ -256,9 +257,9 @@ def new_videomae() -> nn.Module:
     # a narrow and shallow decoder, as in the paper: the encoder has to do the work
     config = VideoMAEConfig(
         image_size=IMAGE_SIZE,
-        patch_size=8,
+        patch_size=PATCH,
         num_frames=NUM_FRAMES,
-        tubelet_size=2,
+        tubelet_size=TUBELET,
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -279,9 +280,9 @@ def new_vjepa2() -> nn.Module:
 
     config = VJEPA2Config(
         crop_size=IMAGE_SIZE,
-        patch_size=8,
+        patch_size=PATCH,
         frames_per_clip=NUM_FRAMES,
-        tubelet_size=2,
+        tubelet_size=TUBELET,
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -335,9 +336,9 @@ def supervised_loss(model: nn.Module, heads: AttributeHeads, batch: dict) -> tor
 def draw_tubes(rng: np.random.Generator, count: int) -> dict[str, torch.Tensor]:
     """The tokens of videomae-tiny to mask, 75 % of the patches: `masked`, bool (B, N)."""
     # the same patches at every time: otherwise a masked patch could be copied from the next frame
-    patches = (IMAGE_SIZE // 8) ** 2
+    patches = (IMAGE_SIZE // PATCH) ** 2
     hidden = rng.random((count, patches)).argsort(1) < int(0.75 * patches)
-    return {"masked": torch.from_numpy(hidden).repeat(1, NUM_FRAMES // 2)}
+    return {"masked": torch.from_numpy(hidden).repeat(1, NUM_FRAMES // TUBELET)}
 
 
 def reconstruction_loss(model: nn.Module, batch: dict) -> torch.Tensor:
@@ -394,7 +395,7 @@ def draw_hidden_tokens(rng: np.random.Generator, count: int) -> dict[str, torch.
     model predict motion. In the other batches, the same blocks are hidden in every frame: 8 small or 2 large ones, of the
     published sizes. Unlike there, exactly a quarter of the cells is visible, and all others are predicted.
     """
-    times, side = NUM_FRAMES // 2, IMAGE_SIZE // 8
+    times, side = NUM_FRAMES // TUBELET, IMAGE_SIZE // PATCH
     if rng.random() < 0.5:
         seen = int(rng.integers(1, 3)) * side * side
         order = torch.arange(times * side * side).expand(count, -1)
@@ -425,7 +426,7 @@ def lr_scale(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-class Steps(Dataset):
+class Batches(Dataset):
     """Batch number i is `draw` of a random generator that depends only on (seed, name, i), so a resumed run sees the
     same batches, and worker processes can draw them."""
 
@@ -470,7 +471,7 @@ def train(
 
     # the printed loss is an exponential average: batches of random clips differ a lot
     average = None
-    batches = DataLoader(Steps(name, draw), batch_size=None, sampler=range(start, steps), num_workers=args.workers)
+    batches = DataLoader(Batches(name, draw), batch_size=None, sampler=range(start, steps), num_workers=args.workers)
     bar = tqdm(batches, initial=start, total=steps, desc=name, mininterval=10)
     for step, batch in enumerate(bar, start):
         for group in optimizer.param_groups:
@@ -499,7 +500,7 @@ def draw_masked_clips(rng: np.random.Generator, masks: Callable) -> dict[str, to
 
 
 def pretrain_timesformer(args: argparse.Namespace) -> nn.Module:
-    """10,000 supervised steps, in bfloat16 autocast."""
+    """Supervised, in bfloat16 autocast."""
     model = new_timesformer()
     heads = AttributeHeads(model.config.hidden_size)
 
@@ -513,7 +514,7 @@ def pretrain_timesformer(args: argparse.Namespace) -> nn.Module:
 
 
 def pretrain_videomae(args: argparse.Namespace) -> nn.Module:
-    """6,000 steps of masked reconstruction. Only the encoder is kept."""
+    """By masked reconstruction. Only the encoder is kept."""
     model = new_videomae()
     draw, loss_of = partial(draw_masked_clips, masks=draw_tubes), partial(reconstruction_loss, model)
     train("videomae", nn.ModuleList([model]), draw, loss_of, STEPS["videomae"], 1e-3, args)
@@ -521,7 +522,7 @@ def pretrain_videomae(args: argparse.Namespace) -> nn.Module:
 
 
 def pretrain_vjepa2(args: argparse.Namespace) -> nn.Module:
-    """8,000 steps of prediction in the space of features. The teacher is kept as encoder, as published."""
+    """By prediction of features. The teacher is kept as the encoder, as published."""
     model = new_vjepa2()
     jepa = Jepa(model)
     draw = partial(draw_masked_clips, masks=draw_hidden_tokens)

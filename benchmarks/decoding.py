@@ -5,11 +5,11 @@
     python -m benchmarks.decoding --draw DIR      draws test videos: 240p to 1080p, a keyframe every 12 to 600 frames
 
 Each reader runs in a separate process, because decord2 and torchcodec crash in the same one. The process is pinned to
-one core, as a loader's worker effectively is; with --workers 2, two of them read at the same time. All readers return
-the same frames (segment centres) as uint8 RGB, opening the file anew, in the size of the video, or with --size resized
-by the same function. Rounds alternate between the readers. Videos that some reader cannot read do not count, and
-readers that are not installed are left out. Prints medians in ms of CPU time, geometric means over the videos, and
-speeds relative to the fastest other reader.
+one core, as a loader's worker effectively is; with --workers 2, two of them read at the same time. Every reader opens
+the file for each read and returns the same frames (segment centres) as uint8 RGB. Frames keep the size of the video;
+with --size, the same function resizes them for all readers. Rounds alternate between the readers. Videos that any
+reader cannot read are left out, and so are readers that are not installed. Prints medians in ms of CPU time, geometric
+means over the videos, and speeds relative to the fastest other reader.
 """
 
 import argparse

@@ -195,10 +195,10 @@ def merge_windows(
     """The segments of one video, as rows {"file", "path", "segment", "start", "end", "label", "name", "score"}.
 
     Args:
-        windows: the answers for the windows of this video: times, `top_k` and, with several labels, `labels`. Windows
-            may overlap.
+        windows: one answer per window of this video, with its times, its `top_k` and, if a window may have several
+            labels, its `labels`. Windows may overlap.
         stride: seconds from the start of a window to the start of the next.
-        thresholds: of each class, if a window may have several labels.
+        thresholds: the threshold of each class, if a window may have several labels.
 
     Every `stride` seconds the scores of all windows around that time are averaged; classes that a window does not name
     count as 0 there. Neighbouring times with the same best class become a segment, unless it is the background. With
