@@ -186,6 +186,7 @@ def train_head(candidate: Candidate, group: list[dict], loader: Any) -> None:
         torch.cuda.set_rng_state(state)
     try:
         train_step(candidate.run.model, group, loader, candidate.engine)
+        candidate.engine.read_reports()
     except DivergedError as error:
         candidate.diverged = str(error)
     candidate.generators = generator_states()

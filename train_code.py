@@ -11,9 +11,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from script import UserError, counted, keep_freed_memory, make_folder, write_row
 from VLoader import SPLITS, ClipDataset, EpochBatches, Sample, Splits, build_loader, distinct
 
 WARMUP = 0.1  # fraction of all steps
+BUCKET = 2**20  # gradients that are summed over the processes in one go
 # weight decay is for weight matrices; it would blur CLS, position and time embeddings, and the queries of poolers
 NO_DECAY = re.compile(
     r"\.lora_|cls_token|class_embedding|register_tokens|position|time_embedding|rel_embeddings|\bwpe\b|"
@@ -148,7 +150,15 @@ def summed(accelerator: Any, *values: float) -> list[float]:
     """The sum of each value over all processes."""
     if accelerator.num_processes == 1:
         return list(values)
-    return accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum").tolist()
+    total = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(total, group=cpu_group())
+    return total.tolist()
+
+
+@cache
+def cpu_group() -> Any:
+    """All processes, connected by their CPUs. Sums over GPUs would wait until the GPU has done all that is queued."""
+    return torch.distributed.new_group(backend="gloo")
 
 
 def gathered(accelerator: Any, rows: list[Any]) -> list[Any]:
@@ -160,20 +170,75 @@ def gathered(accelerator: Any, rows: list[Any]) -> list[Any]:
     return gather_object(rows)
 
 
-def sum_gradients(model: VideoModel, accelerator: Any) -> None:
-    """Adds up the gradients of all processes. A process whose part of the batch is empty adds zeros.
+class GradientSum:
+    """Adds up the gradients of all processes, each as soon as the backward pass has finished it.
 
-    Each loss is divided by the number of targets in all processes, so the sum is the gradient of the whole batch. It is
-    the same in every process bit for bit, and tensors that a step leaves unused do no harm; DDP promises neither. The
-    price is one copy of all gradients.
+    As in DDP (arXiv:2006.15704), gradients travel in buckets while the backward pass goes on with earlier layers. Unlike
+    DDP, a process whose part of the batch is empty takes part, with zeros, and the sum of a bucket of one tensor needs
+    no copy. Each loss is divided by the number of targets in all processes, so the sum is the gradient of the whole
+    batch. It is the same in every process bit for bit.
     """
-    if accelerator.num_processes == 1:
-        return
-    parameters = list(trained_tensors(model).values())
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    torch.distributed.all_reduce(flat)
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        """`parameters` are those that are trained, in the order in which the model uses them."""
+        # small tensors share a bucket; the last tensors of the model come first, because their gradients do
+        self.buckets: list[list[nn.Parameter]] = [[]]
+        for parameter in reversed(parameters):
+            if sum(p.numel() for p in self.buckets[-1]) + parameter.numel() > BUCKET and self.buckets[-1]:
+                self.buckets.append([])
+            self.buckets[-1].append(parameter)
+        self.home = {parameter: bucket for bucket, ps in enumerate(self.buckets) for parameter in ps}
+        self.last_batch = False  # of the optimizer step: only its backward pass completes gradients
+        self.start()
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self.on_gradient)
+
+    def start(self) -> None:
+        """Nothing is complete and nothing is sent."""
+        self.missing = [len(bucket) for bucket in self.buckets]  # gradients that are not complete
+        self.sent: list[tuple[Any, torch.Tensor]] = []  # (handle, sum) of the first buckets
+
+    def on_gradient(self, parameter: nn.Parameter) -> None:
+        """Sends every bucket that is complete. All processes send in the same order, whatever order gradients come in."""
+        if self.last_batch:
+            self.missing[self.home[parameter]] -= 1
+            while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] == 0:
+                self.send()
+
+    def send(self) -> None:
+        """Starts the sum of the next bucket. Tensors that this process did not use add zeros."""
+        bucket = self.buckets[len(self.sent)]
+        for parameter in bucket:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        flat = bucket[0].grad if len(bucket) == 1 else torch.cat([p.grad.flatten() for p in bucket])
+        self.sent.append((torch.distributed.all_reduce(flat, async_op=True), flat))
+
+    def finish(self) -> None:
+        """Sends the remaining buckets and waits for all sums, which are then the gradients."""
+        while len(self.sent) < len(self.buckets):
+            self.send()
+        for bucket, (handle, flat) in zip(self.buckets, self.sent, strict=True):
+            handle.wait()
+            if len(bucket) > 1:
+                for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                    parameter.grad = part.view_as(parameter)
+        self.start()
+
+
+class HostCopy:
+    """A copy of a tensor in the host's memory. It is ordered at once and waited for only when it is read, so that the
+    GPU meanwhile has work to go on with."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor.detach().to("cpu", non_blocking=tensor.is_cuda)
+        self.done = torch.cuda.Event() if tensor.is_cuda else None
+        if self.done:
+            self.done.record()
+
+    def read(self) -> torch.Tensor:
+        if self.done:
+            self.done.synchronize()
+        return self.tensor
 
 
 def device_name(accelerator: Any) -> str:
@@ -233,6 +298,16 @@ class Progress:
 
 
 @dataclass
+class StepReport:
+    """What an optimizer step found, in this process."""
+
+    step: int
+    counts: list[int]  # of targets, for each batch of the step
+    files: list[list[str]]
+    values: list[HostCopy]  # (summed loss, number of correct predictions)
+
+
+@dataclass
 class Engine:
     """What the loop needs besides model and data. The accelerator owns device and precision."""
 
@@ -242,9 +317,30 @@ class Engine:
     accumulate: int  # batches per optimizer step
     progress: Progress = field(default_factory=Progress)
     trained: list[nn.Parameter] = field(default_factory=list)  # found in the first step: a search in each takes longer
+    gradient_sum: GradientSum | None = None  # with several processes
+    reports: list[StepReport] = field(default_factory=list)  # of steps that are not in `progress` yet
     label_smoothing: float = 0.0
     augment: Callable[[dict], dict] = lambda batch: batch
     after_step: Callable[[], None] = lambda: None  # saves when it is time, and raises Stopped
+
+    def read_reports(self, keep: int = 0) -> None:
+        """Adds the reports of all steps but the last `keep` ones to the sums of the epoch. Raises DivergedError for a
+        loss that is not finite, naming step and files."""
+        while len(self.reports) > keep:
+            report = self.reports.pop(0)
+            loss_total, correct = 0.0, 0.0
+            for copy, files in zip(report.values, report.files, strict=True):
+                loss, right = copy.read().tolist()
+                if not math.isfinite(loss):
+                    raise DivergedError(f"the loss is {loss} at step {report.step}; the batch: {', '.join(files)}")
+                loss_total += loss
+                correct += right
+
+            # the log covers all processes
+            loss_total, correct, count = summed(self.accelerator, loss_total, correct, sum(report.counts))
+            self.progress.loss += loss_total
+            self.progress.right += int(correct)
+            self.progress.count += int(count)
 
 
 def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> None:
@@ -263,15 +359,22 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> No
         for group in bar:
             train_step(model, group, loader, engine)
 
-            # after_step may save and stop here, so progress must be up to date; its own time is not training time
+            # the GPU may still work on this step, so the loss is that of the step before
+            engine.read_reports(keep=1)
             progress.seconds += time.perf_counter() - clock
             bar.set_postfix(loss=f"{progress.loss / max(1, progress.count):.3f}", refresh=False)
-            engine.after_step()
+            engine.after_step()  # its own time is not training time
             clock = time.perf_counter()
+    engine.read_reports()
+    progress.seconds += time.perf_counter() - clock
 
 
 def train_step(model: VideoModel, group: list[dict], loader: DataLoader, engine: Engine) -> None:
     """One optimizer step on a group of batches, at the learning rate of this step."""
+    if not engine.trained:
+        engine.trained = [*trained_tensors(model).values()]
+        engine.gradient_sum = GradientSum(engine.trained) if engine.accelerator.num_processes > 1 else None
+
     # the schedule is a pure function of the step, so it has no state to save
     progress = engine.progress
     for param_group in engine.optimizer.param_groups:
@@ -295,29 +398,23 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
     The loss is the mean over all targets of the step, so accumulated batches equal one large batch.
     """
     # count the targets of the whole step first: the mean of the batches' means would weight short captions more
-    accelerator, progress = engine.accelerator, engine.progress
-    group = [engine.augment(to_device(batch, accelerator.device)) for batch in group]
-    (num_targets,) = summed(accelerator, sum(int((model.targets(batch) != -100).sum()) for batch in group))
+    accelerator, samples = engine.accelerator, loader.dataset.samples
+    counts = [int((model.targets(batch) != -100).sum()) for batch in group]
+    files = [[str(samples[i].path) for i in batch["index"].tolist()] for batch in group]
+    (num_targets,) = summed(accelerator, sum(counts))
 
     # one backward pass per batch; the gradients add up
-    loss_total, count, correct = 0.0, 0, 0
-    for batch in group:
+    group, values = [engine.augment(to_device(batch, accelerator.device)) for batch in group], []
+    for number, batch in enumerate(group, 1):
         with accelerator.autocast():
             loss, logits, targets = loss_sum(model, batch, engine.label_smoothing)
-        if not torch.isfinite(loss):
-            files = [str(loader.dataset.samples[i].path) for i in batch["index"].tolist()]
-            raise DivergedError(f"the loss is {loss.item()} at step {progress.step}; the batch: {', '.join(files)}")
+        if engine.gradient_sum:
+            engine.gradient_sum.last_batch = number == len(group)
         accelerator.backward(loss / num_targets)
-        loss_total += loss.item()
-        count += int((targets != -100).sum())
-        if targets.dtype != torch.bool:  # with several labels, the log has no accuracy
-            correct += int((logits.argmax(-1) == targets).sum())
-
-    # the log covers all processes
-    loss_total, count, correct = summed(accelerator, loss_total, count, correct)
-    progress.loss += loss_total
-    progress.count += count
-    progress.right += correct
+        # with several labels, the log has no accuracy
+        correct = (logits.argmax(-1) == targets).sum() if targets.dtype != torch.bool else loss.new_zeros(())
+        values.append(HostCopy(torch.stack([loss, correct])))
+    engine.reports.append(StepReport(engine.progress.step, counts, files, values))
     return num_targets > 0
 
 
@@ -350,8 +447,8 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
 
 def optimizer_step(model: VideoModel, engine: Engine) -> None:
     """Sums the gradients of all processes, clips them, and steps; the first two steps are checked."""
-    sum_gradients(model, engine.accelerator)
-    engine.trained = engine.trained or [*trained_tensors(model).values()]
+    if engine.gradient_sum:
+        engine.gradient_sum.finish()
     engine.accelerator.clip_grad_norm_(engine.trained, 1.0)
     with first_steps_checked(model, engine.progress.step):
         engine.optimizer.step()
@@ -406,24 +503,25 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
     """The mean `loss` over all targets and the `count` of clips. For classifiers also `accuracy` and, for every clip,
     `truth` (n,), `logits` (n, K), the most likely classes `ranked` (n, min(5, K)) and their `probabilities`, best
     first. With several labels per clip `mAP`, `truth` (n, K) bool and the `probabilities` of all classes (n, K)."""
+
+    def forward(batch: dict[str, torch.Tensor]) -> tuple[dict, HostCopy, HostCopy | None]:
+        with accelerator.autocast():
+            loss, logits, targets = loss_sum(model, to_device(batch, accelerator.device))
+        return batch, HostCopy(loss), HostCopy(logits) if targets.ndim == 1 or targets.dtype == torch.bool else None
+
     # this process scores its part of every batch; the loss is summed, since a mean of means would weight small batches
     total, count = 0.0, 0
     rows: list[tuple] = []  # index; for classifiers also true class, logits, most likely classes, their probabilities
     with evaluating(model):
-        for batch in tqdm(loader, desc=desc, leave=False, unit="batch"):
-            if batch is None:  # nothing for this process in a small last batch
-                continue
-            batch = to_device(batch, accelerator.device)
-            with accelerator.autocast():
-                loss, logits, targets = loss_sum(model, batch)
-            total += loss.item()
+        # a small last batch may have nothing for this process
+        bar = tqdm(loader, desc=desc, leave=False, unit="batch")
+        for batch, loss, logits in one_late(forward(batch) for batch in bar if batch is not None):
+            targets = model.targets(batch)
+            total += loss.read().item()
             count += int((targets != -100).sum())
             columns = [batch["index"].tolist()]
-            if targets.dtype == torch.bool:
-                columns += [targets.tolist(), logits.sigmoid().tolist()]
-            elif targets.ndim == 1:
-                best = logits.softmax(-1).topk(min(5, logits.shape[-1]))
-                columns += [targets.tolist(), [*logits.cpu().numpy()], best.indices.tolist(), best.values.tolist()]
+            if logits is not None:
+                columns += score_columns(targets, logits.read())
             rows += zip(*columns, strict=True)
 
     # every clip must have been scored exactly once, by whichever process
@@ -439,6 +537,25 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
         result |= {"accuracy": float((ranked[:, 0] == truth).mean())}
         result |= {"truth": truth, "logits": logits, "ranked": ranked, "probabilities": probabilities}
     return result
+
+
+def score_columns(targets: torch.Tensor, logits: torch.Tensor) -> list[list]:
+    """What evaluate() keeps of a batch: with several labels, targets and probabilities of all classes; otherwise true
+    classes, logits, most likely classes and their probabilities."""
+    if targets.dtype == torch.bool:
+        return [targets.tolist(), logits.sigmoid().tolist()]
+    best = logits.softmax(-1).topk(min(5, logits.shape[-1]))
+    return [targets.tolist(), [*logits.numpy()], best.indices.tolist(), best.values.tolist()]
+
+
+def one_late(items: Iterable[Any]) -> Iterator[Any]:
+    """Yields each item after the next one was made, so that a GPU has the next batch when the last one is read."""
+    waiting: list[Any] = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def caption_all(model: VideoModel, loader: DataLoader, accelerator: Any, config: Config) -> list[str]:
@@ -769,6 +886,7 @@ def all_skipped(loader: DataLoader, accelerator: Any) -> list[str]:
 
 def save_progress(model: VideoModel, loader: DataLoader, engine: Engine, run_dir: Path) -> None:
     """Writes what --resume needs, including the random generator of every process."""
+    engine.read_reports()
     accelerator, progress = engine.accelerator, engine.progress
     progress.skipped = all_skipped(loader, accelerator)
     progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}

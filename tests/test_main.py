@@ -1,6 +1,7 @@
 """Training and inference of the three tasks, and the guarantees of a checkpoint."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from pretrained import check_hub
 from readers import find_videos
 from scan import clips_to_decode, scan_videos
 from script import UserError
-from VLoader import read_folder
+from VLoader import read_folder, read_splits
 
 FROZEN_BERT = ["--use_vlm", "--language_model", "bert", "--freeze_visionbackbone", "True"]
 CAPTIONER = ["--use_vlm", "--captioning", "--freeze_visionbackbone", "True", "--use_lora_llm", "True"]
@@ -441,7 +442,7 @@ def test_a_video_that_fails_during_training_is_named_or_skipped_never_replaced(
         return original(self, sample, rng)
 
     monkeypatch.setattr(VLoader.ClipDataset, "pixels", pixels)
-    assert broken in [s.path for s in VLoader.read_splits(dataset).train]
+    assert broken in [s.path for s in read_splits(dataset).train]
     status = train(dataset, tmp_path, "--cache_features", "False", "--run_name", "r", "--skip_unreadable", skip)
     if skip == "False":
         assert status == 2 and f"cannot read {broken}: a bad frame" in capfd.readouterr().err
@@ -452,10 +453,27 @@ def test_a_video_that_fails_during_training_is_named_or_skipped_never_replaced(
         assert log["skipped"] == 1 and metrics["skipped"] == [f"cannot read {broken}: a bad frame"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_naming_the_files(dataset, tmp_path, capfd):
-    assert train(dataset, tmp_path, "--learning_rate", "1e30", "--epochs", "4", "--batch_size", "2") == 2
-    err = capfd.readouterr().err
-    assert "the loss is nan at step" in err and "video_" in err
+@pytest.mark.parametrize("bad", [1, 2], ids=["in the middle", "in the last step"])
+def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_files(dataset, tmp_path, capfd, monkeypatch, bad):
+    """Losses are read a step late, but neither is the wrong step named nor is anything of the broken model saved."""
+    import train_code
+
+    batches, original = [], train_code.loss_sum
+
+    def loss_sum(model, batch, smoothing=0.0):
+        loss, logits, targets = original(model, batch, smoothing)
+        if model.training:
+            batches.append(batch["index"].tolist())
+        return loss * (math.nan if len(batches) == bad + 1 else 1.0), logits, targets
+
+    monkeypatch.setattr(train_code, "loss_sum", loss_sum)
+    flags = ["--cache_features", "False", "--epochs", "1", "--batch_size", "3", "--save_every", "1", "--run_name", "r"]
+    assert train(dataset, tmp_path, *flags) == 2
+    paths = [str(sample.path) for sample in read_splits(dataset).train]
+    wanted = f"the loss is nan at step {bad}; the batch: {', '.join(paths[i] for i in batches[bad])}"
+    assert wanted in capfd.readouterr().err and len(batches) <= bad + 2
+    state = load_file(tmp_path / "r" / "state" / "state.safetensors")
+    assert all(t.isfinite().all() for t in state.values() if t.is_floating_point())
 
 
 @pytest.mark.parametrize("options", [[], CAPTIONER])
