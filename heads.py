@@ -15,6 +15,7 @@ Shapes: B batch, N video tokens, L text tokens, D width, K classes, t time steps
 h heads, q queries.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -126,6 +127,47 @@ class AttentiveProjector(StepReader):
         return self.project(self.read(self.queries[None], tokens))
 
 
+class WordLoss:
+    """How badly a captioner's video tokens tell which words describe the video, in whatever order.
+
+    In the loss of a caption, the few words that say what happens drown among those that follow from grammar, and in the
+    choice between synonyms. With a self-supervised encoder the projector then learns colours, and no motion. So the
+    mean video token also has to predict the words of all captions of its clip, weighted by their rarity, as in
+    SuperClass (arXiv:2411.03313). It is compared with whitened word embeddings, for the same reason as in TextQuery:
+    the loss has no parameters of its own.
+    """
+
+    def __init__(self, model: Any, captions: list[tuple[str, ...]]):
+        """`captions` are all captions of each training clip. The loss is about the last forward pass of `model`."""
+        self.codec, self.captions = model.codec(), captions
+        frequency = Counter(word for texts in captions for word in self.words(texts))
+        self.column = {word: column for column, word in enumerate(sorted(frequency))}
+        counts = torch.tensor([frequency[word] for word in self.column])
+        embeddings = model.language_model.get_input_embeddings().weight.detach().float()  # (V, W)
+        self.rarity = torch.log((1 + len(captions)) / (1 + counts))  # (n,)
+        with torch.no_grad():
+            self.table = whitening(embeddings)(embeddings[[*self.column]]) / embeddings.shape[1] ** 0.5  # (n, W)
+        model.projector.register_forward_hook(self.keep)
+
+    def words(self, texts: tuple[str, ...]) -> set[int]:
+        return {word for ids in self.codec.tokens([*texts]) for word in ids}
+
+    def keep(self, projector: nn.Module, inputs: tuple, tokens: torch.Tensor) -> None:
+        self.tokens = tokens  # (B, N, W)
+
+    def __call__(self, indices: list[int]) -> torch.Tensor:
+        """The loss of the last batch, which has the clips with these numbers. (B,)"""
+        wanted = torch.zeros(len(indices), len(self.column))
+        for row, index in enumerate(indices):
+            columns = [self.column[word] for word in self.words(self.captions[index])]
+            wanted[row, columns] = self.rarity[columns]
+        wanted = F.normalize(wanted, p=1, dim=1).to(self.table.device)  # (B, n)
+
+        tokens = self.tokens.float()
+        mean = F.layer_norm(tokens, tokens.shape[-1:]).mean(1)  # (B, W)
+        return F.cross_entropy(mean @ self.table.T, wanted, reduction="none")
+
+
 class TextQuery(nn.Module):
     """A text -> a query (B, D). The language model's outputs decide which words count; their embeddings are the query.
 
@@ -156,7 +198,7 @@ def whitening(vectors: torch.Tensor) -> nn.Linear:
 
     # where the vectors hardly vary, a thousandth of the mean variance keeps noise small
     scale = (variances.clamp(min=0) + 1e-3 * variances.mean()).rsqrt()
-    layer = nn.Linear(width, width)
+    layer = nn.Linear(width, width, device=vectors.device)
     with torch.no_grad():
         layer.weight.copy_((axes * scale) @ axes.T)
         layer.bias.copy_(-layer.weight @ mean)

@@ -26,17 +26,19 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from build_model import VideoModel, adapters, body_of, trained_tensors
+from build_model import VideoCaptioner, VideoModel, adapters, body_of, trained_tensors
 from checkpoint import STATE, load_state, load_weights, save_state, save_weights, write_rule
 from config import Config, default_rates
 from extras.augment import Augment
 from extras.multilabel import binary_losses, choose_thresholds, multi_label_result, multi_label_scores
 from extras.reject import Rule
+from heads import WordLoss
 from metrics import attribute_summary, caption_scores, exact_matches, label_scores, question_scores, with_intervals
 from script import UserError, counted, keep_freed_memory, make_folder, write_rows
 from VLoader import SPLITS, ClipDataset, EpochBatches, Sample, Splits, build_loader, distinct
 
 WARMUP = 0.1  # fraction of all steps
+WORD_LOSS = 0.3  # weight of the word loss beside the loss of the captions
 BUCKET = 2**20  # gradients that are summed over the processes in one go
 # weight decay is for weight matrices; it would blur CLS, position and time embeddings, and the queries of poolers
 NO_DECAY = re.compile(
@@ -320,6 +322,7 @@ class Engine:
     gradient_sum: GradientSum | None = None  # with several processes
     reports: list[StepReport] = field(default_factory=list)  # of steps that are not in `progress` yet
     label_smoothing: float = 0.0
+    word_loss: WordLoss | None = None  # of captioners
     augment: Callable[[dict], dict] = lambda batch: batch
     after_step: Callable[[], None] = lambda: None  # saves when it is time, and raises Stopped
 
@@ -362,7 +365,8 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> No
             # the GPU may still work on this step, so the loss is that of the step before
             engine.read_reports(keep=1)
             progress.seconds += time.perf_counter() - clock
-            bar.set_postfix(loss=f"{progress.loss / max(1, progress.count):.3f}", refresh=False)
+            if progress.count:
+                bar.set_postfix(loss=f"{progress.loss / progress.count:.3f}", refresh=False)
             engine.after_step()  # its own time is not training time
             clock = time.perf_counter()
     engine.read_reports()
@@ -400,20 +404,25 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
     # count the targets of the whole step first: the mean of the batches' means would weight short captions more
     accelerator, samples = engine.accelerator, loader.dataset.samples
     counts = [int((model.targets(batch) != -100).sum()) for batch in group]
-    files = [[str(samples[i].path) for i in batch["index"].tolist()] for batch in group]
+    indices = [batch["index"].tolist() for batch in group]
     (num_targets,) = summed(accelerator, sum(counts))
 
     # one backward pass per batch; the gradients add up
     group, values = [engine.augment(to_device(batch, accelerator.device)) for batch in group], []
-    for number, batch in enumerate(group, 1):
+    for number, (batch, clips) in enumerate(zip(group, indices, strict=True), 1):
         with accelerator.autocast():
             loss, logits, targets = loss_sum(model, batch, engine.label_smoothing)
         if engine.gradient_sum:
             engine.gradient_sum.last_batch = number == len(group)
-        accelerator.backward(loss / num_targets)
+        objective = loss
+        if engine.word_loss:  # a clip counts as often as it has targets
+            objective = loss + WORD_LOSS * (engine.word_loss(clips) * (targets != -100).sum(1)).sum()
+        accelerator.backward(objective / num_targets)
+
         # with several labels, the log has no accuracy
         correct = (logits.argmax(-1) == targets).sum() if targets.dtype != torch.bool else loss.new_zeros(())
         values.append(HostCopy(torch.stack([loss, correct])))
+    files = [[str(samples[i].path) for i in clips] for clips in indices]
     engine.reports.append(StepReport(engine.progress.step, counts, files, values))
     return num_targets > 0
 
@@ -815,6 +824,8 @@ def build_engine(model: VideoModel, loader: DataLoader, config: Config, accelera
         optimizer = accelerator.prepare(optimizer)
     engine = Engine(accelerator, optimizer, steps, config.gradient_accumulation_steps)
     engine.label_smoothing, engine.augment = config.label_smoothing, Augment(config.augment, config.flip)
+    if isinstance(model, VideoCaptioner):
+        engine.word_loss = WordLoss(model, [sample.captions for sample in loader.dataset.samples])
     return engine
 
 

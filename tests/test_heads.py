@@ -16,7 +16,7 @@ import train_code
 from build_model import adapters, trained_tensors
 from checkpoint import PROVIDED, load_run
 from config import Config, as_flags, parse, run_name
-from heads import AttentiveHead, StepAttention, StepReader, whitening
+from heads import AttentiveHead, StepAttention, StepReader, WordLoss, whitening
 from script import UserError, read_rows
 from train_code import first_steps_checked, loss_sum
 
@@ -129,6 +129,46 @@ def test_whitened_words_are_uncorrelated_and_far_from_each_other():
     assert cosines[0].min() > 0.8 and cosines[1].fill_diagonal_(0).max() < 0.6
     flat = torch.ones(50, 4) * torch.arange(50.0)[:, None]  # varies in one direction only
     assert torch.isfinite(whitening(flat)(flat)).all()
+
+
+def test_the_word_loss_equals_its_definition():
+    """Rarity, whitened embeddings and softmax in plain loops. The loss reaches the projector, and nothing else."""
+    model = model_of(use_vlm=True, captioning=True, freeze_visionbackbone=True).eval()
+    captions = [("a red disc", "the red circle"), ("a blue disc",), ("a blue square", "a disc"), ("a disc",)]
+    loss = WordLoss(model, captions)
+    sets = [{i for text in texts for i in model.tokenizer(text)["input_ids"]} for texts in captions]
+    words = sorted(set().union(*sets))
+    embeddings = model.language_model.get_input_embeddings().weight.detach()
+    white = whitening(embeddings)(embeddings).detach()
+
+    tokens = model.video_tokens(clips(2))  # (2, N, W)
+    found = loss([2, 0])  # clips 2 and 0 are in this batch
+    for clip, index, value in zip(tokens.detach(), (2, 0), found.tolist(), strict=True):
+        mean = sum(F.layer_norm(token, token.shape) for token in clip) / len(clip)
+        log_p = torch.stack([mean @ white[word] / math.sqrt(len(mean)) for word in words]).log_softmax(0)
+        rarity = [math.log(5 / (1 + sum(word in s for s in sets))) * (word in sets[index]) for word in words]
+        assert value == pytest.approx(-sum(r * p for r, p in zip(rarity, log_p, strict=True)).item() / sum(rarity))
+
+    found.sum().backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {"projector"}
+
+
+def test_a_word_of_every_caption_has_no_weight_and_a_clip_of_such_words_no_loss():
+    model = model_of(use_vlm=True, captioning=True, freeze_visionbackbone=True).eval()
+    loss = WordLoss(model, [("the disc",), ("the",)])
+    model.video_tokens(clips(2))
+    assert loss([0, 1])[1] == 0 < loss([0, 1])[0]
+
+
+def test_a_captioner_trains_with_the_word_loss(dataset, tmp_path, monkeypatch):
+    """With the weight 0 the same run ends elsewhere, and the log says nothing of the word loss."""
+    flags = ["--use_vlm", "True", "--captioning", "True", "--freeze_visionbackbone", "True", "--epochs", "1"]
+    assert train(dataset, tmp_path, *flags, "--run_name", "with") == 0
+    monkeypatch.setattr(train_code, "WORD_LOSS", 0.0)
+    assert train(dataset, tmp_path, *flags, "--run_name", "without") == 0
+    first, second = (log_of(tmp_path, name)[0] for name in ("with", "without"))
+    assert first["val_loss"] != second["val_loss"] and first.keys() == second.keys()
 
 
 # -- what it reads ----------------------------------------------------------------------------------
