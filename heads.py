@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 NUM_QUERIES = 16  # of a captioner
+WORD_LOSS = 0.3  # weight of the word loss beside the loss of the captions
 
 
 class StepAttention(nn.Module):

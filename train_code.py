@@ -32,13 +32,12 @@ from config import Config, default_rates
 from extras.augment import Augment
 from extras.multilabel import binary_losses, choose_thresholds, multi_label_result, multi_label_scores
 from extras.reject import Rule
-from heads import WordLoss
+from heads import WORD_LOSS, WordLoss
 from metrics import attribute_summary, caption_scores, exact_matches, label_scores, question_scores, with_intervals
 from script import UserError, counted, keep_freed_memory, make_folder, write_rows
 from VLoader import SPLITS, ClipDataset, EpochBatches, Sample, Splits, build_loader, distinct
 
 WARMUP = 0.1  # fraction of all steps
-WORD_LOSS = 0.3  # weight of the word loss beside the loss of the captions
 BUCKET = 2**20  # gradients that are summed over the processes in one go
 # weight decay is for weight matrices; it would blur CLS, position and time embeddings, and the queries of poolers
 NO_DECAY = re.compile(

@@ -38,7 +38,7 @@ def collect(study: Study, seeds: int, data_dir: Path, names: dict[str, str]) -> 
 
     Raises UserError if the runs contradict a sentence of the report.
     """
-    from heads import NUM_QUERIES
+    from heads import NUM_QUERIES, WORD_LOSS
 
     results = [result for row in study.rows for result in row.results.values()]
     single = int(study.clips.single.sum())
@@ -51,6 +51,7 @@ def collect(study: Study, seeds: int, data_dir: Path, names: dict[str, str]) -> 
         "double": str(len(study.clips) - single),
         "rank": str(Config().lora_r),
         "queries": str(NUM_QUERIES),
+        "word_loss": str(WORD_LOSS),
         "dropout": str(Config().dropout),
         "decay": str(Config().weight_decay),
         "level": "95 %",
