@@ -158,7 +158,7 @@ def summed(accelerator: Any, *values: float) -> list[float]:
 
 @cache
 def cpu_group() -> Any:
-    """All processes, connected by their CPUs. Sums over GPUs would wait until the GPU has done all that is queued."""
+    """All processes, connected through their CPUs. A sum on the GPU would wait for all work that is queued there."""
     return torch.distributed.new_group(backend="gloo")
 
 
@@ -189,13 +189,13 @@ class GradientSum:
                 self.buckets.append([])
             self.buckets[-1].append(parameter)
         self.home = {parameter: bucket for bucket, ps in enumerate(self.buckets) for parameter in ps}
-        self.last_batch = False  # of the optimizer step: only its backward pass completes gradients
         self.start()
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self.on_gradient)
 
     def start(self) -> None:
         """Nothing is complete and nothing is sent."""
+        self.last_batch = False  # of the optimizer step: only its backward pass completes gradients
         self.missing = [len(bucket) for bucket in self.buckets]  # gradients that are not complete
         self.sent: list[tuple[Any, torch.Tensor]] = []  # (handle, sum) of the first buckets
 
@@ -227,8 +227,7 @@ class GradientSum:
 
 
 class HostCopy:
-    """A copy of a tensor in the host's memory. It is ordered at once and waited for only when it is read, so that the
-    GPU meanwhile has work to go on with."""
+    """A copy of a tensor in the host's memory. Only read() waits for it, so the GPU can be given more work before."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor.detach().to("cpu", non_blocking=tensor.is_cuda)
