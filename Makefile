@@ -2,12 +2,14 @@
 # make test      install into .venv, then lint and test; takes minutes
 # make test-all  also run the slow tests
 # make check     only lint and check types
+# make gpu       tests that need an NVIDIA GPU, then speed and memory in benchmarks/GPU.md; 9 minutes at most
 # make campaign  stress tests with thousands of kills, races and damaged inputs; takes hours
 # make report    train the missing runs of experiments/, write report.pdf and RESULTS.md
 # make study     tune and sweep the rows of experiments/; takes hours, and goes on where it was stopped
 # make provided  like make report, then rewrite checkpoints/provided/
 #
-# PIP_ARGS is passed to pip; see README.md for the CPU build of torch.
+# PIP_ARGS is passed to pip; see README.md for the CPU build of torch. `make gpu PY=python3` installs nothing and uses
+# what that Python has.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +18,7 @@ DEMO := demo
 # two test processes with one thread each: more threads would slow each other down on a small machine
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2
 
-.PHONY: demo test test-all check campaign report study provided clean
+.PHONY: demo test test-all check gpu campaign report study provided clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "error: vidtune needs Python 3.11 or newer, this is %d.%d" % v)'
@@ -68,6 +70,12 @@ test-all: $(VENV)/installed-dev
 check: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ty check .
+
+# the benchmark keeps to 6 minutes by itself
+gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/installed-dev)
+	@export HF_HUB_OFFLINE=1; status=0; \
+	VIDTUNE_TEST_GPU=1 OMP_NUM_THREADS=1 timeout 150 $(PY) -m pytest -n auto --maxprocesses 8 tests/test_gpu.py || status=$$?; \
+	$(PY) -m benchmarks.gpu || status=$$?; exit $$status
 
 campaign: $(VENV)/installed-dev
 	@status=0; for name in kills races media texts checkpoints; do \

@@ -14,6 +14,7 @@ product in the same precision on the same machine.
 """
 
 import argparse
+import copy
 import json
 import os
 import resource
@@ -27,8 +28,6 @@ from statistics import median
 from typing import Any
 
 import torch
-
-from feature_cache import compute_missing
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("vidtune", "vidtune cold", "vidtune warm", "trainer_sample", "trainer_batch")
@@ -45,24 +44,32 @@ def peak_memory() -> float:
 # -- one run, in a separate process -----------------------------------------------------------------
 
 
-def run_vidtune(row: str, args: argparse.Namespace) -> dict[str, float]:
-    """Trains with main.py's loop. Returns seconds of training, clips trained on, last epoch's loss and peak memory."""
+def build_vidtune(flags: list[str], num_classes: int) -> tuple[Any, Any, Any]:
+    """(options without `auto`, model, accelerator) as main.py makes them. The model is still on the CPU."""
     from build_model import build_model
     from config import parse
-    from feature_cache import open_store, read_features
-    from train_code import Engine, Progress, build_accelerator, build_loaders, build_optimizer, train_one_epoch
+    from train_code import build_accelerator, hold_frozen
+
+    config, _ = parse(flags, "main")
+    accelerator = build_accelerator(config)
+    torch.manual_seed(0)
+    model = build_model(config, num_classes)
+    hold_frozen(model, config, accelerator)
+    return model.vision_encoder.fill_auto(config), model, accelerator
+
+
+def run_vidtune(row: str, args: argparse.Namespace) -> dict[str, float]:
+    """Trains with main.py's loop. Returns seconds of training, clips trained on, last epoch's loss and peak memory."""
+    from feature_cache import compute_missing, open_store, read_features
+    from train_code import build_engine, build_loaders, train_one_epoch
     from VLoader import read_splits
 
     # only the training split: evaluation is not measured
     flags = ["--data_dir", args.data_dir, "--vision_model", args.backbone, "--batch_size", str(BATCH)]
     flags += [*FLAGS[args.kind], "--cache_dir", args.cache_dir, "--num_workers", str(args.num_workers)]
-    config, _ = parse(flags, "main")
-    splits = read_splits(Path(config.data_dir))
-    splits = replace(splits, val=[], test=[])
-    accelerator = build_accelerator(config)
-    torch.manual_seed(0)
-    model = build_model(config, len(splits.class_names)).to(accelerator.device)
-    config = model.vision_encoder.fill_auto(config)
+    splits = replace(read_splits(Path(args.data_dir)), val=[], test=[])
+    config, model, accelerator = build_vidtune([*flags, "--epochs", str(args.epochs)], len(splits.class_names))
+    model.to(accelerator.device)
 
     # the clock includes feature extraction, which is most of a cold run and nothing of a warm one
     start, features = time.perf_counter(), None
@@ -73,8 +80,7 @@ def run_vidtune(row: str, args: argparse.Namespace) -> dict[str, float]:
 
     # the Trainer does not validate either, so both run nothing but training epochs
     loader = build_loaders(model, config, splits, features)["train"]
-    optimizer = accelerator.prepare(build_optimizer(model, config))
-    engine = Engine(accelerator, optimizer, args.epochs * len(loader), 1, progress=Progress())
+    engine = build_engine(model, loader, config, accelerator)
     for _ in range(args.epochs):
         train_one_epoch(model, loader, engine)
         loss = engine.progress.loss / engine.progress.count
@@ -109,70 +115,78 @@ def trainer_model(folder: str, kind: str, num_classes: int) -> Any:
     return get_peft_model(model, lora)
 
 
-def trainer_arguments(args: argparse.Namespace, output: str) -> Any:
-    """TrainingArguments with vidtune's batch size, schedule and precision, and nothing saved or reported."""
-    from transformers import TrainingArguments
+class TrainerClips(torch.utils.data.Dataset):
+    """The training clips for transformers.Trainer. vidtune's reader and frame sampling, so that only preprocessing and
+    the loop differ: `by_sample` the image processor gets each clip, otherwise they are normalised batch by batch."""
 
-    return TrainingArguments(
-        output_dir=output,
-        per_device_train_batch_size=BATCH,
-        num_train_epochs=args.epochs,
-        learning_rate=5e-4,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        save_strategy="no",
-        report_to=[],
-        logging_strategy="epoch",
-        dataloader_num_workers=args.num_workers,
-        dataloader_persistent_workers=args.num_workers > 0,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available(),
-        remove_unused_columns=False,  # there are none
-    )
+    def __init__(self, splits: Any, folder: str, model_config: Any, by_sample: bool):
+        from transformers import VideoMAEImageProcessorPil
+
+        from transforms import Preprocessing
+        from vision import FAMILIES, own_frames, own_size
+
+        self.samples, self.by_sample = splits.train, by_sample
+        self.label_ids = {name: number for number, name in enumerate(splits.class_names)}
+        self.num_frames, self.input = own_frames(model_config), FAMILIES[model_config.model_type].input
+        # the class that all these folders name; AutoImageProcessor needed torchvision in some versions
+        self.processor = VideoMAEImageProcessorPil.from_pretrained(folder)
+        self.pixels = Preprocessing.from_dict(self.processor.to_dict(), own_size(model_config)).pixels
+        values = self.processor.image_mean, self.processor.image_std
+        self.mean, self.std = (torch.tensor(value).view(-1, 1, 1) for value in values)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        from readers import open_video
+        from transforms import sample_indices
+
+        sample = self.samples[index]
+        reader = open_video(sample.path)
+        indices = sample_indices(len(reader), self.num_frames)
+        if self.by_sample:
+            frames = [frame.permute(1, 2, 0).numpy() for frame in reader.frames(indices)]
+            clip = self.processor(frames, return_tensors="pt")["pixel_values"][0]  # [T, C, H, W]
+        else:
+            clip = reader.frames(indices, self.pixels)  # [T, C, H, W]
+        return {"video": clip, "labels": self.label_ids[sample.label]}
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch. Normalising all of it at once is the strongest simple variant of the guide."""
+        clips = torch.stack([item["video"] for item in items])  # (B, T, C, H, W)
+        if not self.by_sample:
+            clips = (clips.float() * self.processor.rescale_factor - self.mean) / self.std
+        return {self.input: clips, "labels": torch.tensor([item["labels"] for item in items])}
+
+
+def build_trainer(folder: str, kind: str, splits: Any, by_sample: bool, output: str, **arguments: Any) -> Any:
+    """transformers.Trainer as its video classification guide sets it up, with vidtune's schedule, and nothing saved or
+    reported. `arguments` are more TrainingArguments."""
+    from transformers import Trainer, TrainingArguments
+
+    fixed = {"output_dir": output, "learning_rate": 5e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+    fixed |= {"save_strategy": "no", "report_to": [], "use_cpu": not torch.cuda.is_available()}
+    fixed |= {"remove_unused_columns": False}  # there are none
+    model = trainer_model(folder, kind, len(splits.class_names))
+    clips = TrainerClips(splits, folder, model.config, by_sample)
+    arguments = TrainingArguments(**fixed, **arguments)
+    return Trainer(model=model, args=arguments, train_dataset=clips, data_collator=clips.collate)
 
 
 def run_trainer(row: str, args: argparse.Namespace) -> dict[str, float]:
-    """Trains with transformers.Trainer, as its video classification guide does. Returns the same as run_vidtune."""
-    from transformers import AutoImageProcessor, Trainer
-
+    """Trains with transformers.Trainer. Returns the same as run_vidtune."""
     from config import BACKBONES
     from pretrained import tiny_folder
-    from readers import open_video
-    from transforms import sample_indices
     from VLoader import read_splits
 
-    # the same folder of weights and the same training clips as vidtune
+    # the same folder of weights, training clips, batch size and precision as vidtune
     folder = str(tiny_folder(args.backbone)) if args.backbone in BACKBONES else args.backbone
     splits = read_splits(Path(args.data_dir))
-    model = trainer_model(folder, args.kind, len(splits.class_names))
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
-    label_ids = {name: number for number, name in enumerate(splits.class_names)}
-
-    # vidtune's reader and frame sampling, so that only preprocessing and the loop differ
-    class Clips(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return len(splits.train)
-
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            sample = splits.train[index]
-            reader = open_video(sample.path)
-            clip = reader.frames(sample_indices(len(reader), model.config.num_frames))  # (T, C, H, W)
-            if row == "trainer_sample":
-                frames = [frame.permute(1, 2, 0).numpy() for frame in clip]
-                clip = processor(frames, return_tensors="pt")["pixel_values"][0]
-            return {"pixel_values": clip, "labels": label_ids[sample.label]}
-
-    # trainer_batch does what vidtune does on the device: the strongest simple variant of the guide
-    def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        clips = torch.stack([item["pixel_values"] for item in items])  # (B, T, C, H, W)
-        if row == "trainer_batch":
-            clips = (clips.float() * processor.rescale_factor - mean) / std
-        return {"pixel_values": clips, "labels": torch.tensor([item["labels"] for item in items])}
-
+    same = {"per_device_train_batch_size": BATCH, "num_train_epochs": args.epochs, "bf16": torch.cuda.is_available()}
+    same |= {"dataloader_num_workers": args.num_workers, "dataloader_persistent_workers": args.num_workers > 0}
     with tempfile.TemporaryDirectory() as output:
-        arguments = trainer_arguments(args, output)
-        trainer = Trainer(model=model, args=arguments, train_dataset=Clips(), data_collator=collate)
+        by_sample = row == "trainer_sample"
+        trainer = build_trainer(folder, args.kind, splits, by_sample, output, logging_strategy="epoch", **same)
         start = time.perf_counter()
         result = trainer.train()
         seconds = time.perf_counter() - start
@@ -199,17 +213,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def operations_per_clip(backbone: str, kind: str, num_classes: int) -> float:
-    """FLOPs of one training step, forward and backward, per clip."""
+def operations_per_clip(model: Any) -> float:
+    """FLOPs of one training step of a vidtune model, forward and backward, per clip."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from build_model import build_model
-    from config import parse
-
-    config, _ = parse(["--vision_model", backbone, *FLAGS[kind]], "main")
-    model = build_model(config, num_classes)
-    encoder = model.vision_encoder
-    clips = torch.zeros(2, encoder.num_frames, 3, *(2 * (encoder.preprocessing.image_size,)), dtype=torch.uint8)
+    # the meta device computes nothing, and there the counter sees attention too; on a CPU it does not
+    model, encoder = copy.deepcopy(model).to("meta", torch.float32), model.vision_encoder
+    size = encoder.preprocessing.image_size
+    clips = torch.zeros(2, encoder.num_frames, 3, size, size, dtype=torch.uint8, device="meta")
     # two clips: a batch of one could take another code path
     with FlopCounterMode(display=False) as counter:
         model(clips).sum().backward()
@@ -244,7 +255,8 @@ def compare(args: argparse.Namespace, backbone: str, kind: str) -> None:
         for number in range(args.rounds):
             for row in rows:
                 results[row].append(run_in_process(row, args, backbone, kind, os.path.join(caches, str(number))))
-    flops = operations_per_clip(backbone, kind, 10)
+    _, model, _ = build_vidtune(["--vision_model", backbone, *FLAGS[kind]], 10)
+    flops = operations_per_clip(model)
     limit = matmul_rate(torch.device("cpu"), torch.float32)
     print_table(args, f"{backbone}, {kind}", results, flops, limit)
 

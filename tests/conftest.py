@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -93,6 +92,8 @@ def real_data() -> Path:
 
 def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", **options: str) -> Path:
     """Encodes uint8 [T, H, W, C] with PyAV."""
+    import av  # imported late: the tests of a GPU run without it
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10, options=options)
         stream.height, stream.width = frames.shape[1:3]

@@ -1,21 +1,38 @@
-"""A GPU gives the results of the CPU: losses, answers, features and resumed runs. Skipped unless VIDTUNE_TEST_GPU is set
-and there is a GPU."""
+"""A GPU gives the results of the CPU: losses, logits, answers, features and resumed runs. Skipped unless VIDTUNE_TEST_GPU
+is set and there is a GPU."""
 
 import json
+import shutil
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from test_options import CAPTIONER
 from test_resume import assert_resumed_exactly
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForVideoClassification
 
 import inference
 import main
-from build_model import build_model, trained_tensors
+from build_model import VideoModel, build_model, trained_tensors
 from config import Config
+from pretrained import Source, tiny_folder
 from script import read_rows
-from train_code import build_accelerator, build_loaders, hold_frozen, loss_sum, to_device
+from train_code import (
+    build_accelerator,
+    build_engine,
+    build_loaders,
+    hold_frozen,
+    loss_sum,
+    resumed_progress,
+    save_progress,
+    to_device,
+    train_step,
+)
+from vision import load_vision
 from VLoader import read_splits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="VIDTUNE_TEST_GPU is not set, or there is no GPU")
@@ -30,6 +47,8 @@ JOBS = {
     "caption": ["--use_vlm", "--captioning", "--freeze_visionbackbone", "--freeze_llmbackbone", "True"],
 }
 EXACT = ["--mixed_precision", "no", "--frozen_dtype", "fp32"]
+GPU = torch.device("cuda")
+BACKBONES = pytest.mark.parametrize("name", ["timesformer", "videomae", "vjepa2"])
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +80,36 @@ def train(dataset: Path, folder: Path, *flags: str) -> tuple[list[dict], dict]:
     return rows, json.loads((folder / "r" / "metrics.json").read_text())
 
 
+def clips(num_frames: int, size: int = 64) -> torch.Tensor:
+    """Two clips, the same in every call."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (2, num_frames, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+@BACKBONES
+def test_logits_of_a_gpu_equal_those_of_the_cpu(name):
+    """Up to TF32, in which cuDNN computes the convolution that makes patches."""
+    model = build_model(Config(vision_model=name), 3).eval()
+    video = clips(model.vision_encoder.num_frames)
+    with torch.no_grad():
+        expected = model.scores(video)  # (B, K)
+        found = model.to(GPU).scores(video.to(GPU)).cpu()
+    assert (found - expected).abs().max() <= 1e-2 * expected.abs().max()
+
+
+@BACKBONES
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
+def test_fused_attention_gives_the_eager_result(name, dtype, tolerance):
+    vision = load_vision(Source(str(tiny_folder(name))), Config()).eval().to(GPU)
+    native = AutoModelForVideoClassification.from_pretrained(tiny_folder(name), attn_implementation="eager")
+    inputs = {vision.family.input: vision.preprocessing.normalise(clips(vision.num_frames).to(GPU))}
+    with torch.no_grad(), torch.autocast(GPU.type, dtype, enabled=dtype != torch.float32):
+        eager = native.base_model.eval().to(GPU)(**inputs, **vision.family.arguments).last_hidden_state
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):  # not the unfused one
+            fused = vision.backbone(**inputs, **vision.family.arguments).last_hidden_state  # (B, N, D)
+    assert (fused - eager).abs().max() <= tolerance * eager.abs().max()
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_a_gpu_trains_as_the_cpu_does(dataset, tmp_path, job):
     expected, _ = train(dataset, tmp_path / "cpu", *JOBS[job], *EXACT, "--device", "cpu")
@@ -78,6 +127,49 @@ def test_a_gpu_trains_as_the_cpu_does(dataset, tmp_path, job):
 def test_a_run_resumed_on_a_gpu_equals_an_uninterrupted_one(dataset, tmp_path, monkeypatch, job, precision):
     more = [*JOBS[job], "--num_workers", "0", "--mixed_precision", precision]
     assert_resumed_exactly(dataset, tmp_path, monkeypatch, more, 5, 2)
+
+
+def training(config: Config, dataset: Path) -> tuple[VideoModel, Any, Any]:
+    """(model, loader, engine) of a new run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = build_accelerator(config)
+    model = build_model(config, 3).to(accelerator.device).train()
+    config = model.vision_encoder.fill_auto(config)
+    loader = build_loaders(model, config, read_splits(dataset))["train"]
+    return model, loader, build_engine(model, loader, config, accelerator)
+
+
+def test_the_state_of_an_fp16_run_has_its_loss_scale(dataset, tmp_path):
+    config = Config(mixed_precision="fp16", num_workers=0, epochs=2, batch_size=3)
+    model, loader, engine = training(config, dataset)
+    scaler = engine.accelerator.scaler
+    scaler.scale(torch.ones(1, device=GPU))  # makes its tensors
+    scaler.update(128.0)  # not the scale that it starts with
+    train_step(model, [next(iter(loader))], loader, engine)
+    save_progress(model, loader, engine, tmp_path)
+    model, loader, engine = training(config, dataset)
+    assert engine.accelerator.scaler.get_scale() != 128.0
+    engine.progress = resumed_progress(model, engine, config.epochs, tmp_path)
+    assert engine.progress.scaler["scale"] == engine.accelerator.scaler.get_scale() == 128.0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_wait_in_pinned_memory(dataset, workers):
+    _, loader, _ = training(Config(num_workers=workers, epochs=1, batch_size=3), dataset)
+    with closing(loader):
+        batch = next(iter(loader))
+    there = to_device(batch, GPU)
+    assert all(tensor.is_pinned() for tensor in batch.values())
+    assert all(torch.equal(there[name].cpu(), tensor) for name, tensor in batch.items())
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="torch.compile needs a C compiler")
+def test_a_compiled_run_has_the_losses_of_an_eager_one(dataset, tmp_path):
+    expected, _ = train(dataset, tmp_path / "eager", *EXACT, "--controls", "False")
+    found, _ = train(dataset, tmp_path / "compiled", *EXACT, "--controls", "False", "--compile", "True")
+    for eager, compiled in zip(expected, found, strict=True):
+        for name in ("train_loss", "val_loss"):
+            assert compiled[name] == pytest.approx(eager[name], rel=1e-3)
 
 
 def test_more_processes_than_gpus_are_refused(dataset, tmp_path, monkeypatch, capsys):
