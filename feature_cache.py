@@ -3,11 +3,11 @@
     <cache_dir>/<key>/<name>.safetensors       a shard: features (n, 1 + N, D) fp16 and ids (n, 16) of n videos
                       about.json               what the key stands for
 
-The key is a hash of the backbone's fingerprint, its preprocessing, the sampled frames, and token_grid. The id of a
-video is the digest of its content, of a segment combined with its times. So moved or copied videos still hit the cache,
-and a changed video or another backbone never does. Shards are written atomically, so a killed extraction resumes after
-its last shard. Each contains a digest of its ids and features, which is checked before a run uses them. Files are only
-added: several runs may write at the same time, and the folder may be deleted at any time.
+The key is a hash of the backbone's fingerprint, the layer unless it is the last, the preprocessing, the sampled frames,
+and token_grid. The id of a video is the digest of its content, of a segment combined with its times. So moved or copied
+videos still hit the cache, and a changed video or another backbone never does. Shards are written atomically, so a
+killed extraction resumes after its last shard. Each contains a digest of its ids and features, which is checked before a
+run uses them. Files are only added: several runs may write at the same time, and the folder may be deleted at any time.
 
 A row number combines two numbers: shard * 2^32 + the row in that shard.
 
@@ -289,6 +289,8 @@ def place_of_store(model: VideoModel, config: Config) -> tuple[Path, dict[str, A
     } | {name: getattr(config, name) for name in options_with("in_feature_key")}
     if any(p.dtype == torch.bfloat16 for p in model.vision_encoder.parameters()):
         description["frozen_dtype"] = "bf16"  # not an option's value, which may be auto
+    if model.vision_encoder.layer < model.vision_encoder.depth:
+        description["vision_layer"] = model.vision_encoder.layer
     return cache_folder(config) / key_of(description), description
 
 
@@ -345,7 +347,7 @@ def compute_missing(
     if absent := [samples[i].path for i in missing if not is_there(samples[i].path)]:
         raise UserError(
             f"{counted(len(absent), 'video')} not found, first {absent[0]}, and {store.folder} has no features of them; "
-            f"features depend on backbone, frames and --token_grid: see python feature_cache.py info {store.folder.parent}"
+            f"features depend on backbone, layer, frames and --token_grid: see python feature_cache.py info {store.folder.parent}"
         )
 
     # every process writes shards of its own, then reads those of the others
@@ -656,14 +658,14 @@ def info(args: argparse.Namespace) -> int:
     abouts: dict[str, dict[str, Any]] = {}
     for key, about, path in shards_of(Path(args.source)):
         n, tokens, width = shape_of(path)
-        abouts[key] = about | {"features": f"{tokens} x {width}"}
+        abouts[key] = {"vision_layer": "the last"} | about | {"features": f"{tokens} x {width}"}
         counts.setdefault(key, Counter()).update(videos=n, shards=1, bytes=path.stat().st_size)
     for key, about in abouts.items():
         count = counts[key]
         print(
             f"{key}: {counted(count['videos'], 'video')}, {counted(count['shards'], 'shard')}, {count['bytes'] / 1e6:.1f} MB"
         )
-        for name in ("backbone", "features", *options_with("in_feature_key")):
+        for name in ("backbone", "vision_layer", "features", *options_with("in_feature_key")):
             print(printable(f"    {name}: {about.get(name)}"))
     if not abouts:
         print(printable(f"no features in {args.source}"))

@@ -248,6 +248,7 @@ def print_backbones(run: Run) -> None:
         text = f"{size:.1f} M parameters"
         if part == "vision":
             text += f", {vision.preprocessing.image_size}², {counted(vision.num_frames, 'frame')}"
+            text += f", layer {vision.layer} of {vision.depth}" if vision.layer < vision.depth else ""
         source = run.model.sources[part]
         licence = licence_of(source)
         text += f", licence {licence}"

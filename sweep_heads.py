@@ -2,6 +2,7 @@
 
 python sweep_heads.py --data_dir my_clips --vision_model vjepa2 --weights hub
 python sweep_heads.py --heads linear --learning_rates 1e-3 3e-3 1e-2 --weight_decays 0.05
+python sweep_heads.py --layers 2 3 4
 
 Each batch of features is read once, and all heads take a step on it, as V-JEPA 2 trains its probes (arXiv:2506.09985).
 A head gets the weights that main.py alone would give it: it has its own optimizer and random generators, and the clips
@@ -14,7 +15,7 @@ import os
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ class Candidate:
 
     run: "Run"
     engine: "Engine"  # optimizer, progress, log
+    loaders: dict[str, Any]  # of its layer
     generators: list["torch.Tensor"]  # states of the random generators, which dropout uses
     best: dict[str, "torch.Tensor"] = field(default_factory=dict)  # the weights of its best epoch
     diverged: str = ""  # what was wrong with its loss
@@ -41,7 +43,8 @@ class Candidate:
     @property
     def name(self) -> str:
         config = self.run.config
-        return f"{config.head}, learning rate {config.learning_rate:g}, weight decay {config.weight_decay:g}"
+        layer = "" if config.layers == "auto" else f"layer {config.vision_layer}, "
+        return f"{layer}{config.head}, learning rate {config.learning_rate:g}, weight decay {config.weight_decay:g}"
 
 
 @script
@@ -56,9 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     with claimed_run(config, typed_flags, first=True) as (folder, config), memory_advice():
         started = time.perf_counter()
         candidates = build_candidates(config, folder)
-        loaders = candidates[0].run.loaders()
-        train_all(candidates, loaders)
-        keep_best(ranked(candidates), loaders, started)
+        train_all(candidates)
+        keep_best(ranked(candidates), started)
     return 0
 
 
@@ -73,7 +75,7 @@ def sweep_options(config: Config, typed_flags: set[str]) -> Config:
     for name in (*sorted(typed_flags), *FIELDS):
         scripts = FIELDS[name].metadata["scripts"]
         if "main" in scripts and "sweep_heads" not in scripts and getattr(config, name) != FIELDS[name].default:
-            plural = f"{name}s"
+            plural = f"{name}s".removeprefix("vision_")
             raise UserError(f"--{name}: use --{plural}" if plural in FIELDS else f"leave out --{name}: {what}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("a sweep runs in one process: start it without torchrun")
@@ -85,31 +87,38 @@ def sweep_options(config: Config, typed_flags: set[str]) -> Config:
 
 
 def build_candidates(config: Config, folder: Path) -> list[Candidate]:
-    """Every combination of head, learning rate and weight decay, as main.py starts it. Computes missing features."""
+    """Every combination of layer, head, learning rate and weight decay, as main.py starts it. Computes missing features."""
+    from extras.layers import cache_layers, share_layers
     from runs import prepare, print_backbones, print_data, print_hints
     from scan import prepare_data
     from train_code import build_accelerator, build_engine, hold_frozen
 
-    # attentive first: what is cached for it includes the pooled token, which is all that the linear head reads
+    # the highest layer first: computing it computes the others. attentive first: what is cached for it includes the pooled
+    # token, which is all that the linear head reads
     candidates: list[Candidate] = []
     rates, decays = ([float(value) for value in text.split()] for text in (config.learning_rates, config.weight_decays))
-    for head in sorted(config.heads.split()):
-        run = prepare(replace(config, head=head), folder)
+    layers = ["auto"] if config.layers == "auto" else sorted(map(int, config.layers.split()), reverse=True)
+    for layer, head in product(layers, sorted(config.heads.split())):
+        run = prepare(replace(config, vision_layer=layer, head=head), folder)
         if run.model.multi_label:
             raise UserError("a sweep is for clips with one label each, and here they may have several; use main.py")
         hold_frozen(run.model, run.config, run.accelerator)
         if not candidates:
             print_backbones(run)
             print_hints(run)
+            if len(layers) > 1:
+                cache_layers(run.model, run.splits, run.config, run.accelerator, layers[1:])
         run.splits, run.features, _ = prepare_data(run.splits, run.config, run.model, run.accelerator)
         generators = generator_states()
         filled = ("token_grid", "epochs", "patience")  # depend on the model and the number of videos
         config = replace(config, **{name: getattr(run.config, name) for name in filled})
 
-        # one backbone serves all heads
-        encoder, loader = run.model.vision_encoder, run.loaders("train")["train"]
+        # the layers of one backbone serve all heads, and the features of a layer all of its heads
+        encoder, loaders = run.model.vision_encoder, run.loaders()
         if candidates:
-            encoder.backbone = candidates[0].run.model.vision_encoder.backbone
+            share_layers(encoder, candidates[0].run.model.vision_encoder)
+            if candidates[-1].run.config.vision_layer == run.config.vision_layer:
+                loaders = candidates[-1].loaders
         run.model.to(run.accelerator.device)
 
         # heads of one kind start from equal weights; the accelerator has the loss scale of fp16, so each has its own
@@ -117,10 +126,12 @@ def build_candidates(config: Config, folder: Path) -> list[Candidate]:
             options = replace(run.config, learning_rate=rate, weight_decay=decay)
             model, accelerator = deepcopy(run.model, {id(encoder): encoder}), build_accelerator(options)
             own_run = replace(run, config=options, model=model, accelerator=accelerator)
-            candidates.append(Candidate(own_run, build_engine(model, loader, options, accelerator), generators))
+            engine = build_engine(model, loaders["train"], options, accelerator)
+            candidates.append(Candidate(own_run, engine, loaders, generators))
 
     print_data(run)
     sizes = f"{counted(len(candidates), 'head')} ({config.heads}) x {counted(config.epochs, 'epoch')}"
+    sizes += "" if config.layers == "auto" else f", layers {config.layers}"
     print(f"{sizes}, learning rates {config.learning_rates}, weight decays {config.weight_decays}, seed {config.seed}")
     return candidates
 
@@ -135,39 +146,49 @@ def generator_states() -> list["torch.Tensor"]:
 # -- training ---------------------------------------------------------------------------------------
 
 
-def train_all(candidates: list[Candidate], loaders: dict[str, Any]) -> None:
+def train_all(candidates: list[Candidate]) -> None:
     """Trains all heads together; after each epoch, keeps the weights of those that are better than before on val."""
     from tqdm import tqdm
 
     from build_model import trained_tensors
-    from train_code import evaluate_epoch, groups_of, out_of_patience, to_device
+    from train_code import evaluate_epoch, out_of_patience
 
-    config, device = candidates[0].run.config, candidates[0].run.accelerator.device
-    total = candidates[0].engine.total_steps // config.epochs
+    config = candidates[0].run.config
     for epoch in range(config.epochs):
         active = [c for c in candidates if not out_of_patience(c.engine.progress.log, config.patience)]
         if not active:
             break
-        for candidate in active:
-            candidate.run.model.train()
-
-        # one optimizer step of every head per group of batches
-        loaders["train"].batch_sampler.epoch = epoch
-        groups = groups_of(loaders["train"], config.gradient_accumulation_steps)
-        for group in tqdm(groups, f"epoch {epoch + 1}", total, leave=False, unit="step"):
-            group = [to_device(batch, device) for batch in group]
-            for candidate in active:
-                train_head(candidate, group, loaders["train"])
+        for _, heads in groupby(active, lambda candidate: candidate.run.config.vision_layer):
+            train_epoch([*heads], epoch)
 
         # val
         for candidate in (c for c in active if not c.diverged):
             model, engine = candidate.run.model, candidate.engine
-            if evaluate_epoch(model, loaders, engine, candidate.run.config)["best"]:
+            if evaluate_epoch(model, candidate.loaders, engine, candidate.run.config)["best"]:
                 candidate.best = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
             engine.progress.next_epoch()
         best = ranked(candidates)[0]
         accuracy = 100 * best.engine.progress.best[0]
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}  val accuracy {accuracy:.1f} % ({best.name})")
+
+
+def train_epoch(candidates: list[Candidate], epoch: int) -> None:
+    """Trains heads on one layer for an epoch: one optimizer step of every head per group of batches."""
+    from tqdm import tqdm
+
+    from train_code import groups_of, to_device
+
+    first = candidates[0]
+    config, device, loader = first.run.config, first.run.accelerator.device, first.loaders["train"]
+    for candidate in candidates:
+        candidate.run.model.train()
+    loader.batch_sampler.epoch = epoch
+    groups, total = groups_of(loader, config.gradient_accumulation_steps), first.engine.total_steps // config.epochs
+    layer = "" if config.layers == "auto" else f", layer {config.vision_layer}"
+    for group in tqdm(groups, f"epoch {epoch + 1}{layer}", total, leave=False, unit="step"):
+        group = [to_device(batch, device) for batch in group]
+        for candidate in candidates:
+            train_head(candidate, group, loader)
 
 
 def train_head(candidate: Candidate, group: list[dict], loader: Any) -> None:
@@ -207,14 +228,14 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
 # -- the result -------------------------------------------------------------------------------------
 
 
-def keep_best(candidates: list[Candidate], loaders: dict[str, Any], started: float) -> None:
+def keep_best(candidates: list[Candidate], started: float) -> None:
     """Prints and writes the table, and makes a run of the first head, the only one that is scored on test."""
     from runs import finish, print_end, write_or_compare
     from train_code import save_epoch, score_best_epoch
 
-    rows = [table_row(candidate, loaders) for candidate in candidates]
+    rows = [table_row(candidate) for candidate in candidates]
     print_table(rows)
-    run, engine = candidates[0].run, candidates[0].engine
+    run, engine, loaders = candidates[0].run, candidates[0].engine, candidates[0].loaders
     print(f"best on val: {candidates[0].name}; its score on val is partly luck, so report the score on test:")
 
     # in the same order as in training; metrics.json comes last and marks the run as finished
@@ -229,19 +250,20 @@ def keep_best(candidates: list[Candidate], loaders: dict[str, Any], started: flo
     print_end(run)
 
 
-def table_row(candidate: Candidate, loaders: dict[str, Any]) -> dict[str, Any]:
+def table_row(candidate: Candidate) -> dict[str, Any]:
     """What the table says about a head, whose model gets the weights of its best epoch; None where it diverged."""
     from checkpoint import WEIGHTS, copy_tensors
     from metrics import with_intervals
     from train_code import evaluate
 
     run = candidate.run
-    row = {name: getattr(run.config, name) for name in ("head", "learning_rate", "weight_decay")}
+    names = ("head", "learning_rate", "weight_decay")
+    row = {name: getattr(run.config, name) for name in (*(["vision_layer"] * (run.config.layers != "auto")), *names)}
     row |= dict.fromkeys(("epoch", "val_loss", "val_accuracy", "low", "high"))
     if candidate.diverged:
         return row
     copy_tensors(run.model, candidate.best, run.folder / WEIGHTS)
-    val = evaluate(run.model, loaders["val"], run.accelerator)
+    val = evaluate(run.model, candidate.loaders["val"], run.accelerator)
     right = val["ranked"][:, 0] == val["truth"]  # (n,)
     groups = [sample.recording for sample in run.splits.val]
     scores = with_intervals(lambda indices: {"accuracy": float(right[indices].mean())}, len(right), groups)
@@ -251,13 +273,17 @@ def table_row(candidate: Candidate, loaders: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'head':<10}{'learning rate':>14}{'weight decay':>14}{'epoch':>7}{'val loss':>10}   val accuracy (95 %)")
+    layer = f"{'layer':<7}" if "vision_layer" in rows[0] else ""
+    print(
+        f"{layer}{'head':<10}{'learning rate':>14}{'weight decay':>14}{'epoch':>7}{'val loss':>10}   val accuracy (95 %)"
+    )
     for row in rows:
-        head, rate, decay, epoch, loss, accuracy, low, high = row.values()
+        *number, head, rate, decay, epoch, loss, accuracy, low, high = row.values()
+        layer = "".join(f"{value:<7}" for value in number)
         scores = "   diverged"
         if epoch is not None:
             scores = f"{epoch:>7}{loss:>10.3f}   {100 * accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-        print(f"{head:<10}{rate:>14g}{decay:>14g}{scores}")
+        print(f"{layer}{head:<10}{rate:>14g}{decay:>14g}{scores}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ time, height and width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -126,6 +126,14 @@ def resize_grid(grid: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
         return grid.clone()
     grid = F.interpolate(grid.permute(0, 4, 1, 2, 3), size=size, mode="trilinear", align_corners=False)
     return grid.permute(0, 2, 3, 4, 1)
+
+
+def layer_lists(backbone: nn.Module) -> list[nn.ModuleList]:
+    """The lists of a backbone's layers in the order of forward: one, or VideoPrism's two, over space and over time."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    lists = (module for module in backbone.modules() if isinstance(module, nn.ModuleList))
+    return [layers for layers in lists if layers and isinstance(layers[0], GradientCheckpointingLayer)]
 
 
 class VideoPrismPooler(nn.Module):
@@ -288,6 +296,7 @@ class VisionEncoder(nn.Module):
         self.fc_norm = getattr(classifier, "fc_norm", None)
         self.pooler = self.family.pooler(classifier) if self.pooling == "attentive" else None
         self.frozen = False
+        self.layer = self.depth = sum(map(len, layer_lists(backbone)))  # the layer that is read, and the last
 
     @property
     def config(self) -> Any:
@@ -302,6 +311,25 @@ class VisionEncoder(nn.Module):
     def num_times(self) -> int:
         """Time steps of the tokens: one per tubelet, that is, frames / tubelet size."""
         return self.num_frames // patch_shape(self.config)[0]
+
+    def read_layer(self, layer: int) -> None:
+        """Removes the layers above this one; 1 is the first. The final norm stays, as in DINOv2 (arXiv:2304.07193), and the
+        mean replaces a published pooler, which knows the last layer only.
+
+        Raises UserError if the backbone has no such layer, or it sees single frames only.
+        """
+        *before, layers = layer_lists(self.backbone)
+        first = sum(map(len, before))  # VideoPrism's layers over space come first
+        if not first < layer <= self.depth:
+            note = f", of which the first {first} see single frames and cannot be read" if first else ""
+            raise UserError(f"there is no layer {layer} to read: this backbone has {self.depth} layers{note}")
+        if layer == self.depth:
+            return
+        del layers[layer - first :]
+        self.layer = self.config.num_hidden_layers = layer
+        if self.pooling == "attentive" or getattr(self.backbone, "use_head", False):
+            self.pooling, self.pooler = "mean", None
+            self.backbone.use_head, self.backbone.head = False, None  # SigLIP's pooler
 
     def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 (B, T, C, H, W) -> pooled (B, D) before the norm that follows mean pooling, and patches
@@ -329,6 +357,7 @@ class VisionEncoder(nn.Module):
     def fill_auto(self, config: Config) -> Config:
         """The options with every `auto` that depends on the model filled in."""
         _, side = grid_shape(self.config)
+        config = replace(config, vision_layer=self.layer)
         return fill_auto(config, self.num_frames, self.preprocessing.image_size, side, self.family.stride)
 
     def num_tokens(self, grid: int) -> int:
@@ -387,9 +416,9 @@ def vision_preprocessor(source: Source, hf_config: Any) -> dict[str, Any]:
 
 
 def load_vision(source: Source, config: Config) -> VisionEncoder:
-    """Loads the vision encoder of a source and fits it to the frames and image size in `config`.
+    """Loads the vision encoder of a source and fits it to the frames, image size and layer in `config`.
 
-    Raises UserError if it cannot be loaded, or is not a backbone of one of FAMILIES.
+    Raises UserError if it cannot be loaded, is not a backbone of one of FAMILIES, or does not have that layer.
     """
     from transformers import AutoModel, AutoModelForVideoClassification
 
@@ -415,10 +444,12 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
     except ValueError as error:
         raise UserError(f"{source.path}: preprocessor_config.json: {error}") from None
 
-    # the fingerprint is taken first: it must not depend on the frames and size of this run
+    # the fingerprint is taken first: it must not depend on the frames, size and layer of this run
     encoder = VisionEncoder(backbone, classifier, preprocessing, num_frames)
     if source.weights:
         source.fingerprint = fingerprint(nn.ModuleList([backbone, encoder.pooler]) if encoder.pooler else backbone)
+    if config.vision_layer != "auto":
+        encoder.read_layer(config.vision_layer)
     fit_embeddings(backbone, num_frames, image_size)
     fuse_attention(backbone)
     return encoder

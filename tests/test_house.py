@@ -23,7 +23,7 @@ LAYERS = [
     {"feature_cache", "checkpoint"},
     {"extras.frame_store"},
     {"scan", "extras.export", "train_code", "figures", "answers"},
-    {"extras.controls", "extras.ray_extract"},
+    {"extras.controls", "extras.layers", "extras.ray_extract"},
     {"runs"},
     {"main", "sweep_heads", "inference", "extract", "score", "doctor", "preview", "plan"},
     {"create_dummy", "extras.annotations"},
