@@ -852,6 +852,7 @@ def save_epoch(model: VideoModel, row: dict[str, Any], log: list[dict[str, Any]]
 
 def evaluate_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config) -> dict[str, Any]:
     """Evaluates on val and adds a row to the log. Returns the row; its `best` says whether no epoch was better."""
+    engine.read_reports()
     progress = engine.progress
     val = evaluate(model, loaders["val"], engine.accelerator)
     train_loss = progress.loss / progress.count
