@@ -31,7 +31,8 @@ def provide(row: Row, folder: Path, data_dir: Path) -> int:
 
     # no path of this machine is shipped, and the run's name follows from its flags again
     config, metadata = read_run(run_dir)
-    config = replace(config, run_name=None, output_dir=Config().output_dir, data_dir=Config().data_dir, controls=False)
+    folders = {name: getattr(Config(), name) for name in ("data_dir", "output_dir", "cache_dir")}
+    config = replace(config, run_name=None, controls=False, **folders)
     write_yaml(asdict(config), target / CONFIG_YAML)
     write_json(metadata, target / METADATA)
 
