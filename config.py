@@ -283,7 +283,7 @@ class Config:
     these for real videos)"""
     vision_layer: int | str = option("auto", auto_or(number(int, 1, 1000)), "model", TRAIN_ANY)
     """read the output of this layer of the video backbone, 1 being the first; the layers above are left out. Intermediate
-    layers of self-supervised backbones often classify better than the last: compare them with sweep_heads.py --layers.
+    layers of self-supervised backbones can be better than the last: compare them with sweep_heads.py --layers.
     auto: the last"""
     token_grid: int | str = option("auto", auto_or(number(int, 1, 32)), "model", TRAIN, in_feature_key=True)
     """pool the video tokens of each time step to N x N for the language model or the attentive head; a larger N keeps
@@ -405,7 +405,7 @@ class Config:
     in order; takes longer"""
     layers: str = option("auto", auto_or(several(number(int, 1, 1000))), "sweep", "sweep_heads", several=True)
     """layers of the video backbone to train each head on, for example 6 9 12; 1 is the first. Their features are computed
-    in one pass. Intermediate layers of self-supervised backbones often classify better than the last. auto: the last"""
+    in one pass. Intermediate layers of self-supervised backbones can be better than the last. auto: the last"""
     learning_rates: str = option(
         "0.0001 0.0003 0.001 0.003 0.01", several(number(float, 0, above=True)), "sweep", "sweep_heads", several=True
     )

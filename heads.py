@@ -129,25 +129,27 @@ class AttentiveProjector(StepReader):
 
 
 class WordLoss:
-    """How badly a captioner's video tokens tell which words describe the video, in whatever order.
+    """Penalises a captioner whose mean video token does not predict the words in the captions of its clip.
 
-    In the loss of a caption, the few words that say what happens drown among those that follow from grammar, and in the
-    choice between synonyms. With a self-supervised encoder the projector then learns colours, and no motion. So the
-    mean video token also has to predict the words of all captions of its clip, weighted by their rarity, as in
-    SuperClass (arXiv:2411.03313). It is compared with whitened word embeddings, for the same reason as in TextQuery:
-    the loss has no parameters of its own.
+    In the language model's loss, the few words that say what happens drown among those that follow from grammar, and in
+    the choice between synonyms. On a self-supervised encoder, the projector then learns colours and no motions. This
+    loss is about the set of words in all captions of the clip, weighted by their rarity, as in SuperClass
+    (arXiv:2411.03313). Scores are scaled dot products with whitened word embeddings (why whitened: see TextQuery), so it
+    has no parameters.
+
+    Shapes: N tokens for the language model, W their width, V vocabulary, k words that occur in captions.
     """
 
     def __init__(self, model: Any, captions: list[tuple[str, ...]]):
-        """`captions` are all captions of each training clip. The loss is about the last forward pass of `model`."""
+        """`captions` are all captions of each training clip. A hook keeps the tokens of the model's last forward pass."""
         self.codec, self.captions = model.codec(), captions
-        frequency = Counter(word for texts in captions for word in self.words(texts))
-        self.column = {word: column for column, word in enumerate(sorted(frequency))}
-        counts = torch.tensor([frequency[word] for word in self.column])
+        clips_with = Counter(word for texts in captions for word in self.words(texts))
+        self.column = {word: column for column, word in enumerate(sorted(clips_with))}
+        counts = torch.tensor([clips_with[word] for word in self.column])
         embeddings = model.language_model.get_input_embeddings().weight.detach().float()  # (V, W)
-        self.rarity = torch.log((1 + len(captions)) / (1 + counts))  # (n,)
+        self.rarity = torch.log((1 + len(captions)) / (1 + counts))  # (k,)
         with torch.no_grad():
-            self.table = whitening(embeddings)(embeddings[[*self.column]]) / embeddings.shape[1] ** 0.5  # (n, W)
+            self.table = whitening(embeddings)(embeddings[[*self.column]]) / embeddings.shape[1] ** 0.5  # (k, W)
         model.projector.register_forward_hook(self.keep)
 
     def words(self, texts: tuple[str, ...]) -> set[int]:
@@ -162,7 +164,7 @@ class WordLoss:
         for row, index in enumerate(indices):
             columns = [self.column[word] for word in self.words(self.captions[index])]
             wanted[row, columns] = self.rarity[columns]
-        wanted = F.normalize(wanted, p=1, dim=1).to(self.table.device)  # (B, n)
+        wanted = F.normalize(wanted, p=1, dim=1).to(self.table.device)  # (B, k)
 
         tokens = self.tokens.float()
         mean = F.layer_norm(tokens, tokens.shape[-1:]).mean(1)  # (B, W)

@@ -38,7 +38,7 @@ from script import UserError, counted, keep_freed_memory, make_folder, write_row
 from VLoader import SPLITS, ClipDataset, EpochBatches, Sample, Splits, build_loader, distinct
 
 WARMUP = 0.1  # fraction of all steps
-BUCKET = 2**20  # gradients that are summed over the processes in one go
+BUCKET = 2**20  # elements: gradients of small tensors are summed over the processes together, up to so many
 # weight decay is for weight matrices; it would blur CLS, position and time embeddings, and the queries of poolers
 NO_DECAY = re.compile(
     r"\.lora_|cls_token|class_embedding|register_tokens|position|time_embedding|rel_embeddings|\bwpe\b|"
@@ -175,26 +175,25 @@ class GradientSum:
     """Adds up the gradients of all processes, each as soon as the backward pass has finished it.
 
     As in DDP (arXiv:2006.15704), gradients travel in buckets while the backward pass goes on with earlier layers. Unlike
-    DDP, a process whose part of the batch is empty takes part, with zeros, and the sum of a bucket of one tensor needs
-    no copy. Each loss is divided by the number of targets in all processes, so the sum is the gradient of the whole
+    in DDP, a process whose part of the batch is empty adds zeros, and large tensors are summed in place. Each loss is divided by the number of targets in all processes, so the sum is the gradient of the whole
     batch. It is the same in every process bit for bit.
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
-        """`parameters` are those that are trained, in the order in which the model uses them."""
+        """`parameters` are those that are trained, roughly in the order of use; another order costs overlap only."""
         # small tensors share a bucket; the last tensors of the model come first, because their gradients do
         self.buckets: list[list[nn.Parameter]] = [[]]
         for parameter in reversed(parameters):
             if sum(p.numel() for p in self.buckets[-1]) + parameter.numel() > BUCKET and self.buckets[-1]:
                 self.buckets.append([])
             self.buckets[-1].append(parameter)
-        self.home = {parameter: bucket for bucket, ps in enumerate(self.buckets) for parameter in ps}
-        self.start()
+        self.bucket_of = {parameter: bucket for bucket, ps in enumerate(self.buckets) for parameter in ps}
+        self.reset()
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self.on_gradient)
 
-    def start(self) -> None:
-        """Nothing is complete and nothing is sent."""
+    def reset(self) -> None:
+        """Prepares for the next step: nothing is complete, and nothing is sent."""
         self.last_batch = False  # of the optimizer step: only its backward pass completes gradients
         self.missing = [len(bucket) for bucket in self.buckets]  # gradients that are not complete
         self.sent: list[tuple[Any, torch.Tensor]] = []  # (handle, sum) of the first buckets
@@ -202,11 +201,11 @@ class GradientSum:
     def on_gradient(self, parameter: nn.Parameter) -> None:
         """Sends every bucket that is complete. All processes send in the same order, whatever order gradients come in."""
         if self.last_batch:
-            self.missing[self.home[parameter]] -= 1
+            self.missing[self.bucket_of[parameter]] -= 1
             while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] == 0:
-                self.send()
+                self.send_next()
 
-    def send(self) -> None:
+    def send_next(self) -> None:
         """Starts the sum of the next bucket. Tensors that this process did not use add zeros."""
         bucket = self.buckets[len(self.sent)]
         for parameter in bucket:
@@ -217,13 +216,13 @@ class GradientSum:
     def finish(self) -> None:
         """Sends the remaining buckets and waits for all sums, which are then the gradients."""
         while len(self.sent) < len(self.buckets):
-            self.send()
+            self.send_next()
         for bucket, (handle, flat) in zip(self.buckets, self.sent, strict=True):
             handle.wait()
             if len(bucket) > 1:
                 for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                     parameter.grad = part.view_as(parameter)
-        self.start()
+        self.reset()
 
 
 class HostCopy:
@@ -329,16 +328,19 @@ class Engine:
         loss that is not finite, naming step and files."""
         while len(self.reports) > keep:
             report = self.reports.pop(0)
-            loss_total, correct = 0.0, 0.0
+            loss_total, correct, error = 0.0, 0.0, ""
             for copy, files in zip(report.values, report.files, strict=True):
                 loss, right = copy.read().tolist()
                 if not math.isfinite(loss):
-                    raise DivergedError(f"the loss is {loss} at step {report.step}; the batch: {', '.join(files)}")
+                    error = error or f"the loss is {loss} at step {report.step}; the batch: {', '.join(files)}"
                 loss_total += loss
                 correct += right
 
-            # the log covers all processes
-            loss_total, correct, count = summed(self.accelerator, loss_total, correct, sum(report.counts))
+            # the log covers all processes, and all of them stop
+            sums = (loss_total, correct, sum(report.counts), bool(error))
+            loss_total, correct, count, errors = summed(self.accelerator, *sums)
+            if errors:
+                raise DivergedError(error or f"the loss of another process is not finite at step {report.step}")
             self.progress.loss += loss_total
             self.progress.right += int(correct)
             self.progress.count += int(count)
@@ -395,7 +397,8 @@ def groups_of(loader: DataLoader, size: int) -> Iterator[list[dict[str, torch.Te
 
 
 def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoader, engine: Engine) -> bool:
-    """Runs the backward passes of one optimizer step and adds to the epoch's sums. Returns whether there was any target.
+    """Runs the backward passes of one optimizer step, and adds its StepReport to the engine. Returns whether any process
+    had a target.
 
     The loss is the mean over all targets of the step, so accumulated batches equal one large batch.
     """
@@ -404,14 +407,17 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
     counts = [int((model.targets(batch) != -100).sum()) for batch in group]
     indices = [batch["index"].tolist() for batch in group]
     (num_targets,) = summed(accelerator, sum(counts))
+    if not num_targets:
+        return False
 
     # one backward pass per batch; the gradients add up
-    group, values = [engine.augment(to_device(batch, accelerator.device)) for batch in group], []
-    for number, (batch, clips) in enumerate(zip(group, indices, strict=True), 1):
+    batches = [engine.augment(to_device(batch, accelerator.device)) for batch in group]
+    values: list[HostCopy] = []
+    for number, (batch, clips) in enumerate(zip(batches, indices, strict=True), 1):
         with accelerator.autocast():
             loss, logits, targets = loss_sum(model, batch, engine.label_smoothing)
         if engine.gradient_sum:
-            engine.gradient_sum.last_batch = number == len(group)
+            engine.gradient_sum.last_batch = number == len(batches)
         objective = loss
         if engine.word_loss:  # a clip counts as often as it has targets
             objective = loss + WORD_LOSS * (engine.word_loss(clips) * (targets != -100).sum(1)).sum()
@@ -422,7 +428,7 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
         values.append(HostCopy(torch.stack([loss, correct])))
     files = [[str(samples[i].path) for i in clips] for clips in indices]
     engine.reports.append(StepReport(engine.progress.step, counts, files, values))
-    return num_targets > 0
+    return True
 
 
 def loss_sum(
@@ -453,7 +459,7 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
 
 
 def optimizer_step(model: VideoModel, engine: Engine) -> None:
-    """Sums the gradients of all processes, clips them, and steps; the first two steps are checked."""
+    """Waits for the sum of the gradients over all processes, clips them, and steps; the first two steps are checked."""
     if engine.gradient_sum:
         engine.gradient_sum.finish()
     engine.accelerator.clip_grad_norm_(engine.trained, 1.0)
@@ -468,7 +474,8 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
     """Checks the first two optimizer steps: every trained tensor has a gradient, every adapter is live, and no frozen
     tensor changes. Raises UserError naming the tensor.
 
-    lora_B starts at zero, so lora_A gets a gradient in the second step only.
+    lora_B starts at zero, so lora_A gets a gradient in the second step only. With several processes, a tensor without a
+    gradient has zeros instead and is not noticed.
     """
     if step >= 2:
         yield
