@@ -476,6 +476,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_files(dataset, 
     assert all(t.isfinite().all() for t in state.values() if t.is_floating_point())
 
 
+def test_the_bad_loss_of_one_process_stops_the_others(monkeypatch):
+    from train_code import DivergedError, Engine, HostCopy, StepReport
+
+    monkeypatch.setattr("train_code.summed", lambda _, loss, *rest: [math.nan, *rest[:-1], rest[-1] + 1])
+    engine = Engine(None, None, 1, 1)
+    engine.reports.append(StepReport(7, [2], [["a.mp4"]], [HostCopy(torch.tensor([0.5, 1.0]))]))
+    with pytest.raises(DivergedError, match="the loss of another process is not finite at step 7"):
+        engine.read_reports()
+    assert engine.progress.count == 0
+
+
 @pytest.mark.parametrize("options", [[], CAPTIONER])
 def test_uneven_batches_change_no_score_and_a_lost_clip_is_noticed(dataset, options):
     from build_model import build_model
