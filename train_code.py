@@ -301,9 +301,9 @@ class StepReport:
     """What an optimizer step found, in this process."""
 
     step: int
-    counts: list[int]  # of targets, for each batch of the step
-    files: list[list[str]]
-    values: list[HostCopy]  # (summed loss, number of correct predictions)
+    count: int  # of targets
+    files: list[list[str]]  # of each batch
+    values: list[HostCopy]  # of each batch: (summed loss, number of correct predictions)
 
 
 @dataclass
@@ -337,7 +337,7 @@ class Engine:
                 correct += right
 
             # the log covers all processes, and all of them stop
-            sums = (loss_total, correct, sum(report.counts), bool(error))
+            sums = (loss_total, correct, report.count, bool(error))
             loss_total, correct, count, errors = summed(self.accelerator, *sums)
             if errors:
                 raise DivergedError(error or f"the loss of another process is not finite at step {report.step}")
@@ -404,9 +404,9 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
     """
     # count the targets of the whole step first: the mean of the batches' means would weight short captions more
     accelerator, samples = engine.accelerator, loader.dataset.samples
-    counts = [int((model.targets(batch) != -100).sum()) for batch in group]
+    count = sum(int((model.targets(batch) != -100).sum()) for batch in group)
     indices = [batch["index"].tolist() for batch in group]
-    (num_targets,) = summed(accelerator, sum(counts))
+    (num_targets,) = summed(accelerator, count)
     if not num_targets:
         return False
 
@@ -427,7 +427,7 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
         correct = (logits.argmax(-1) == targets).sum() if targets.dtype != torch.bool else loss.new_zeros(())
         values.append(HostCopy(torch.stack([loss, correct])))
     files = [[str(samples[i].path) for i in clips] for clips in indices]
-    engine.reports.append(StepReport(engine.progress.step, counts, files, values))
+    engine.reports.append(StepReport(engine.progress.step, count, files, values))
     return True
 
 

@@ -481,7 +481,7 @@ def test_the_bad_loss_of_one_process_stops_the_others(monkeypatch):
 
     monkeypatch.setattr("train_code.summed", lambda _, loss, *rest: [math.nan, *rest[:-1], rest[-1] + 1])
     engine = Engine(None, None, 1, 1)
-    engine.reports.append(StepReport(7, [2], [["a.mp4"]], [HostCopy(torch.tensor([0.5, 1.0]))]))
+    engine.reports.append(StepReport(7, 2, [["a.mp4"]], [HostCopy(torch.tensor([0.5, 1.0]))]))
     with pytest.raises(DivergedError, match="the loss of another process is not finite at step 7"):
         engine.read_reports()
     assert engine.progress.count == 0

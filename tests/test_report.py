@@ -304,7 +304,7 @@ def all_motions(tmp_path_factory) -> Path:
 def test_a_provided_checkpoint_answers_at_once(run, all_motions, tmp_path, monkeypatch, capsys):
     """With the flags of its README command, in a folder without any trained run. Most of its answers are right, where
     it is told which object is meant or there is only one; guessing is right 1 time in 9. VideoMAE's captioners name
-    all colours in nearly every clip, but all motions only in about half of them (RESULTS.md)."""
+    nearly all colours, but in many clips not all motions (RESULTS.md)."""
     monkeypatch.chdir(tmp_path)
     config, _ = read_run(PROVIDED / run)
     answers = tmp_path / "answers.jsonl"
