@@ -1,5 +1,6 @@
 """One function per picture. `rows` come from predictions_{val,test}.jsonl, `scores` from metrics.json."""
 
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ SHEET_WIDTH = 1600  # largest width of a contact sheet, in pixels
 MOST_NAMES = 30  # with more classes, the confusion matrix has no names, and only the worst classes get a bar
 MOST_CLIPS = 8  # on a contact sheet
 MOST_RECORDINGS = 20  # with their segments in one picture
-LONGEST_LABEL, LONGEST_TITLE = 60, 400  # characters
+LONGEST_LABEL = 60  # characters
 COLOUR, ERROR_COLOUR = "#33638d", "#d1603d"
 
 
@@ -64,8 +65,8 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def plot_clips(clips: list[tuple[Any, str]], path: Path, heading: str = "") -> Path:
-    """Draws a contact sheet: one row per (clip uint8 [T, C, H, W], title), with the frames side by side, below a line
-    with the heading."""
+    """Draws a contact sheet: a line with the heading, then one row per (clip uint8 [T, C, H, W], title), with the title
+    above the frames side by side."""
     from PIL import Image, ImageDraw, ImageFont
 
     # small frames are enlarged, but no more than twice
@@ -73,18 +74,22 @@ def plot_clips(clips: list[tuple[Any, str]], path: Path, heading: str = "") -> P
     scale = min(SHEET_WIDTH / (times * width), 2.0)
     height, width = max(1, int(height * scale)), max(1, int(width * scale))
 
-    # each row is a line of text above a strip of frames
-    font, line = ImageFont.load_default(13), 22
-    first = line if heading else 0
-    sheet = Image.new("RGB", (max(times * (width + 2), 640), first + len(clips) * (height + line)), "white")
+    # titles that are wider than the frames continue on a second line
+    font, line = ImageFont.load_default(13), 17
+    across = max(times * (width + 2), 640)
+    titles = [textwrap.wrap(printable(title), across // 7, max_lines=2, placeholder=" …") for _, title in clips]
+
+    top = 5 + line if heading else 0
+    sheet = Image.new("RGB", (across, top + sum(height + 5 + line * len(lines) for lines in titles)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((2, 3), heading, fill="black", font=font, stroke_width=0.3)
-    for row, (clip, title) in enumerate(clips):
-        top = first + row * (height + line)
-        draw.text((2, top + 3), printable(title)[:LONGEST_TITLE], fill="black", font=font)
+    for (clip, _), lines in zip(clips, titles, strict=True):
+        draw.multiline_text((2, top + 3), "\n".join(lines), fill="black", font=font, spacing=2)
+        top += 5 + line * len(lines)
         for column, frame in enumerate(clip):
             image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
-            sheet.paste(image, (column * (width + 2), top + line))
+            sheet.paste(image, (column * (width + 2), top))
+        top += height
     # run lengths: noisy frames compress no better with anything slower
     replace_file(path, lambda p: sheet.save(p, compress_type=3))
     return path

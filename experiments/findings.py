@@ -384,18 +384,17 @@ def confused(study: Study, names: dict[str, str]) -> str:
 
 
 def learning(study: Study) -> str:
-    """The order of frozen, LoRA and full at each share of the training clips, by vision backbone."""
+    """The accuracy of full, LoRA and frozen at each share of the training clips, by vision backbone."""
     parts = []
     for model, curves in learning_curves(study).items():
         shares = [share for share in (5, 20, 100) if all(share in curve for curve in curves.values())]
         if not curves or not shares:
             continue
-        ranked = []
+        found = []
         for share in shares:
-            means = {mode: mean(curve[share]) for mode, curve in curves.items()}
-            top = max(means, key=lambda mode: means[mode])
-            ranked.append(f"{MODES[top]} at {share} % of the clips ({percent(means[top])})")
-        parts.append(f"with {NAMES[model]}, the best mode is {listed(ranked)}")
+            means = listed([percent(mean(curve[share])) for curve in curves.values()])
+            found.append(f"{means} with {share} % of the clips")
+        parts.append(f"{NAMES[model]} {listed([MODES[mode] for mode in curves])} reaches {'; '.join(found)}")
     return sentence("; ".join(parts)) if parts else NOT_RUN
 
 
