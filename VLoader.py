@@ -177,8 +177,8 @@ def read_folder(folder: Path, answered: bool = False) -> list[Sample]:
 def read_metadata(
     folder: Path, answered: bool = False, videos: Iterable[Path] = ()
 ) -> dict[Path, list[dict[str, Any]]]:
-    """{path: its rows} of a folder's metadata.jsonl, if it has one, and of the descriptions of those `videos` that are in
-    tars. Several rows of one video are segments of it.
+    """{path: its rows} of a folder's metadata.jsonl, if it has one, and of the descriptions of those `videos` that are
+    in tars. Several rows of one video are segments of it.
 
     Raises UserError naming the line.
     """
@@ -340,10 +340,9 @@ def read_splits(
 ) -> Splits:
     """Reads train/, val/ and test/ of a data folder. Without val/, a tenth of each training class is held out.
 
-    The classes are those of train/, unless `class_names` lists them; then train/ is optional. With `questions`, a
-    video has a sample for each of its questions: see by_question(). `group_by` says which clips come from one recording:
-    see grouped().
-    Raises UserError if train/ is required and missing, or if `group_by` does not fit the data.
+    The classes are those of train/, unless `class_names` lists them; then train/ is optional. With `questions`, a video
+    has a sample for each of its questions: see by_question(). `group_by` says which clips come from one recording: see
+    grouped(). Raises UserError if train/ is required and missing, or if `group_by` does not fit the data.
     """
     # only train/ is required: a dataset without test/ can be trained on, and one without train/ can be scored
     if not data_dir.is_dir():
@@ -385,8 +384,8 @@ def hold_out(samples: list[Sample], folder: Path) -> tuple[list[Sample], list[Sa
     def whole(sample: Sample) -> Path | str:
         return sample.path if sample.group is None else sample.group
 
-    # how many samples of each class a video has: one, or its segments; or those of a group. Without any label, the class
-    # is None
+    # how many samples of each class a video has: one, or its segments; or those of a group. Without any label, the
+    # class is None
     samples_of: dict[Path | str, Counter[str | None]] = {}
     for sample in sorted(samples, key=rank):
         samples_of.setdefault(whole(sample), Counter()).update(sample.classes)

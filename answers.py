@@ -108,8 +108,8 @@ def fingerprint_answers(
 def is_right(
     answer: dict[str, Any], sample: "Sample", display_names: dict[str, str], lexicon: Lexicon | None
 ) -> bool | None:
-    """Whether an answer is right. None if the truth is not known, or "none of these" is the answer; for captions, if there
-    is no lexicon."""
+    """Whether an answer is right. None if the truth is not known, or "none of these" is the answer; for captions, if
+    there is no lexicon."""
     # the answer to a question
     if "answer" in answer:
         return bool(exact_matches([answer["answer"]], [sample.captions])[0]) if sample.captions else None

@@ -450,8 +450,8 @@ class VideoCaptioner(ProjectorModel):
     @torch.no_grad()
     def generate(self, video: torch.Tensor, config: Config, questions: list[str] | None = None) -> list[str]:
         """Writes one caption per clip, or the answer to its question unless that is "": greedy, or the best of
-        config.num_beams beams. Raises UserError if the video, the question and config.max_new_tokens exceed the language
-        model's positions."""
+        config.num_beams beams. Raises UserError if the video, the question and config.max_new_tokens exceed the
+        language model's positions."""
         from transformers import GenerationConfig
 
         # the prompt is the video, BOS, and the question

@@ -282,9 +282,9 @@ class Config:
     """weights that the short names load: tiny (in backbones/, for the synthetic dataset only) or hub (published; use
     these for real videos)"""
     vision_layer: int | str = option("auto", auto_or(number(int, 1, 1000)), "model", TRAIN_ANY)
-    """read the output of this layer of the video backbone, 1 being the first; the layers above are left out. Intermediate
-    layers of self-supervised backbones can be better than the last: compare them with sweep_heads.py --layers.
-    auto: the last"""
+    """read the output of this layer of the video backbone, 1 being the first; the layers above are left out.
+    Intermediate layers of self-supervised backbones can be better than the last: compare them with sweep_heads.py
+    --layers. auto: the last"""
     token_grid: int | str = option("auto", auto_or(number(int, 1, 32)), "model", TRAIN, in_feature_key=True)
     """pool the video tokens of each time step to N x N for the language model or the attentive head; a larger N keeps
     finer detail and takes more memory. auto: 8 for the attentive head, or what the backbone has if that is less; else
@@ -296,8 +296,8 @@ class Config:
     """what reads the video. linear: one layer on the pooled token, or on [CLS] of the language model; for captioners,
     an MLP on every token of the grid. attentive: a query, learned or made from the text, attends to each time step, and
     a small transformer reads the results in order; captioners have 16 such queries. Choose attentive if the answer
-    depends on the order of events or on the text. auto: attentive with --use_vlm True and for videomae-tiny and vjepa2-tiny, else
-    linear"""
+    depends on the order of events or on the text. auto: attentive with --use_vlm True and for videomae-tiny and
+    vjepa2-tiny, else linear"""
     dropout: float = option(0.1, number(float, 0, 0.9), "model", TRAIN)
     """dropout before the new head and in the projector; raise it if val falls behind train"""
 
@@ -318,8 +318,8 @@ class Config:
     """LoRA rank, usually 8 to 64; higher for larger datasets. alpha is twice the rank"""
 
     data_dir: str = option("synthetic_dataset", path_value, "data", f"{TRAIN} score", free_at_resume=True)
-    """dataset folder with train/, test/ and optionally val/; each has one folder per class, a metadata.jsonl, or tar files.
-    With tar files also s3://, gs:// or hf://"""
+    """dataset folder with train/, test/ and optionally val/; each has one folder per class, a metadata.jsonl, or tar
+    files. With tar files also s3://, gs:// or hf://"""
     # "auto" means the backbone's own value; fill_auto() replaces it once the backbone is known
     num_frames: int | str = option("auto", auto_or(number(int, 1, 1024)), "data", TRAIN, in_feature_key=True)
     """frames per clip; more show finer motion but take longer. auto: as many as the backbone was trained with, or 8
@@ -368,8 +368,8 @@ class Config:
 
     epochs: int | str = option("auto", auto_or(number(int, 1, 100_000)), "training", "main plan sweep_heads")
     """passes over the training videos; the epoch with the best val accuracy is kept (mAP with several labels), or for
-    captioners the one with the lowest val loss. auto: 1,800 optimizer steps, or 3,600 on cached features; at least 5 and
-    at most 30 epochs"""
+    captioners the one with the lowest val loss. auto: 1,800 optimizer steps, or 3,600 on cached features; at least 5
+    and at most 30 epochs"""
     batch_size: int | str = option(
         "auto", auto_or(number(int, 1, 65_536)), "training", f"main plan sweep_heads preview extract {USE}"
     )
@@ -404,8 +404,8 @@ class Config:
     """heads to train. linear: one layer on the pooled token. attentive: attends to each time step and reads the results
     in order; takes longer"""
     layers: str = option("auto", auto_or(several(number(int, 1, 1000))), "sweep", "sweep_heads", several=True)
-    """layers of the video backbone to train each head on, for example 6 9 12; 1 is the first. Their features are computed
-    in one pass. Intermediate layers of self-supervised backbones can be better than the last. auto: the last"""
+    """layers of the video backbone to train each head on, for example 6 9 12; 1 is the first. Their features are
+    computed in one pass. Intermediate layers of self-supervised backbones are sometimes better. auto: the last"""
     learning_rates: str = option(
         "0.0001 0.0003 0.001 0.003 0.01", several(number(float, 0, above=True)), "sweep", "sweep_heads", several=True
     )
@@ -651,7 +651,7 @@ def build_parser(script: str) -> Parser:
         allow_abbrev=False,
     )
 
-    # no defaults here: the result must contain only the flags that were typed, because only these override the yaml file
+    # no defaults here: the result must contain only the flags that were typed, because only these override the file
     parser.add_argument("--config", metavar="FILE", help=f"yaml file with defaults (default: {CONFIG_FILE.name})")
     groups: dict[str, Any] = {}
     texts = help_texts()

@@ -282,7 +282,7 @@ def draw_backgrounds(rng: np.random.Generator, count: int, size: int) -> np.ndar
 
 
 def draw_masks(distance: Distance, positions: np.ndarray, radius: np.ndarray, size: int) -> np.ndarray:
-    """The fraction of each pixel that a shape covers, at positions (B, T, 2) in pixels with radius (B,): (B, T, H, W)."""
+    """The share of each pixel that a shape covers, at positions (B, T, 2) in pixels with radius (B,): (B, T, H, W)."""
     grid = np.arange(size, dtype=np.float32) + 0.5
     offset = grid - positions.astype(np.float32)[..., None]  # (B, T, 2, size)
     offset = (offset + size / 2) % size - size / 2  # to the nearest copy, since the frame wraps around

@@ -6,8 +6,9 @@
 The key is a hash of the backbone's fingerprint, the layer unless it is the last, the preprocessing, the sampled frames,
 and token_grid. The id of a video is the digest of its content, of a segment combined with its times. So moved or copied
 videos still hit the cache, and a changed video or another backbone never does. Shards are written atomically, so a
-killed extraction resumes after its last shard. Each contains a digest of its ids and features, which is checked before a
-run uses them. Files are only added: several runs may write at the same time, and the folder may be deleted at any time.
+killed extraction resumes after its last shard. Each contains a digest of its ids and features, which is checked before
+a run uses them. Files are only added: several runs may write at the same time, and the folder may be deleted at any
+time.
 
 A row number combines two numbers: shard * 2^32 + the row in that shard.
 
@@ -357,8 +358,8 @@ def compute_missing(
 
 
 def from_all(bad: dict[Key, str], store: ShardStore, accelerator: Any) -> dict[Key, str]:
-    """Waits for the other processes and makes the shards of all of them known to `store`. Returns the unreadable samples
-    of all, {key: error}; each process knows only those of its part."""
+    """Waits for the other processes and makes the shards of all of them known to `store`. Returns the unreadable
+    samples of all, {key: error}; each process knows only those of its part."""
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
@@ -402,8 +403,8 @@ def extract_features(
 def computed_features(
     encoder: VisionEncoder, samples: list[Sample], config: Config, accelerator: Any
 ) -> Iterator[tuple[list[tuple[int, torch.Tensor]], dict[int, str]]]:
-    """Computes features batch by batch: yields ([(index of the sample, its features fp16 [1 + N, D])], {index: error} of
-    the unreadable samples)."""
+    """Computes features batch by batch: yields ([(index of the sample, its features fp16 [1 + N, D])], {index: error}
+    of the unreadable samples)."""
     # for less than a shard of videos, starting worker processes takes longer than decoding
     encoder.to(accelerator.device).eval()
     workers = config.num_workers if len(samples) >= SHARD else 0
@@ -465,8 +466,8 @@ def opened(pack: Path) -> Generator[zipfile.ZipFile]:
 
 
 def shards_of(source: Path) -> Iterator[tuple[str, dict[str, Any], Path]]:
-    """Yields (key, what about.json says, file) for every shard of a cache or a pack. The files of a pack are copied, and
-    removed before the next one."""
+    """Yields (key, what about.json says, file) for every shard of a cache or a pack. The files of a pack are copied,
+    and removed before the next one."""
     if source.is_dir():
         for folder in sorted(path.parent for path in source.glob(f"*/{ABOUT}")):
             about = parse_about((folder / ABOUT).read_bytes(), folder)
@@ -507,8 +508,8 @@ def shape_of(path: Path) -> tuple[int, int, int]:
 
 
 def checked_shards(source: Path, target: Path) -> Iterator[tuple[Any, np.ndarray | None, Path]]:
-    """Yields for every shard of a cache or pack (the store of the same key in `target`, its ids (n, 16) uint8, file). The
-    ids are None if the shard is damaged."""
+    """Yields for every shard of a cache or pack (the store of the same key in `target`, its ids (n, 16) uint8, file).
+    The ids are None if the shard is damaged."""
     stores: dict[str, FeatureStore] = {}
     for key, about, path in shards_of(source):
         n, *shape = shape_of(path)

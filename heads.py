@@ -134,14 +134,14 @@ class WordLoss:
     In the language model's loss, the few words that say what happens drown among those that follow from grammar, and in
     the choice between synonyms. On a self-supervised encoder, the projector then learns colours and no motions. This
     loss is about the set of words in all captions of the clip, weighted by their rarity, as in SuperClass
-    (arXiv:2411.03313). Scores are scaled dot products with whitened word embeddings (why whitened: see TextQuery), so it
-    has no parameters.
+    (arXiv:2411.03313). Scores are scaled dot products with whitened word embeddings (why whitened: see TextQuery), so
+    it has no parameters.
 
     Shapes: N tokens for the language model, W their width, V vocabulary, k words that occur in captions.
     """
 
     def __init__(self, model: Any, captions: list[tuple[str, ...]]):
-        """`captions` are all captions of each training clip. A hook keeps the tokens of the model's last forward pass."""
+        """`captions` are all captions of each training clip. A hook keeps the tokens of the last forward pass."""
         self.codec, self.captions = model.codec(), captions
         clips_with = Counter(word for texts in captions for word in self.words(texts))
         self.column = {word: column for column, word in enumerate(sorted(clips_with))}

@@ -126,7 +126,7 @@ class Predictor:
             loader.close()
 
     def answer(self, batch: dict[str, Any], samples: list["Sample"]) -> list[dict[str, Any]]:
-        """The predictions for a batch of samples, without the file names. Raises UserError if the scores are not finite."""
+        """The predictions for a batch of samples, without file names. Raises UserError if the scores are not finite."""
         import torch
 
         # captioner

@@ -397,8 +397,8 @@ def caption_scores(
 
 def question_scores(right: np.ndarray, kinds: Sequence[str | None], videos: Sequence[str]) -> dict[str, Any]:
     """The fraction of right answers: "accuracy", its "interval", "count", and under "kinds" the same for each kind of
-    question. `right`: (n,) bool. The bootstrap draws `videos`, or the groups that are given as such, because the answers
-    about one video are not independent."""
+    question. `right`: (n,) bool. The bootstrap draws `videos`, or the groups that are given as such, because the
+    answers about one video are not independent."""
 
     def scores_of(mask: np.ndarray) -> dict[str, Any]:
         hits, names = right[mask], np.array(videos)[mask].tolist()
@@ -521,8 +521,8 @@ def match_ids(references: dict[str, Any] | None, predictions: dict[str, Any], pa
 
 
 def answer_text(row: Any, path: Path) -> str:
-    """The caption, answer or label of a prediction, which is a string or a row; the best class of one that was rejected.
-    Raises UserError if it is neither."""
+    """The caption, answer or label of a prediction, which is a string or a row; the best class of one that was
+    rejected. Raises UserError if it is neither."""
     value = row.get("caption", row.get("answer", row.get("label"))) if isinstance(row, dict) else row
     if value is None and isinstance(best := row.get("top_k"), list) and best and isinstance(best[0], dict):
         value = best[0].get("label")  # scores are about all clips, as in metrics.json

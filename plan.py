@@ -57,7 +57,7 @@ class Estimate:
 
 
 def some(samples: list["Sample"], count: int) -> list["Sample"]:
-    """At most `count` of the samples, in random order: folders are sorted by class, and classes may differ in length."""
+    """At most `count` samples, in random order: folders are sorted by class, and classes may differ in length."""
     return random.Random(0).sample(samples, min(count, len(samples)))
 
 
@@ -117,7 +117,7 @@ def try_training(config: Config, started: float) -> Estimate:
 
 
 def time_check(run: "Run", cached: tuple[str, ...], stored: tuple[str, ...]) -> float:
-    """Seconds per video to check that it can be read. A few are checked first, because the workers take time to start."""
+    """Seconds per video to check that it can be read. A few come first, because the workers take time to start."""
     from scan import scan
 
     names = ("train", "val", "test")

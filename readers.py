@@ -425,8 +425,8 @@ def open_stream(path: Path) -> tuple[Any, Any]:
     """(container, video stream) of a file. Raises ReadError if it has no video that can be decoded."""
     import av
 
-    # the prefix keeps FFmpeg from taking a path for a URL: a folder may be named "http:". A video in a tar must not make
-    # it open anything else either
+    # the prefix keeps FFmpeg from taking a path for a URL: a folder may be named "http:". A video in a tar must not
+    # make it open anything else either
     member = find_member(path)
     source, options = (f"file:{path}", {}) if member is None else (open_member(member), {"protocol_whitelist": "none"})
     container = av.open(source, options=options, metadata_errors="replace")
@@ -584,8 +584,8 @@ def find_videos(folder: Path) -> list[Path]:
 def survey(folder: Path) -> tuple[list[Path], list[str]]:
     """(the videos at or below `folder`, the ignored entries, each with the reason). Hidden files are not mentioned.
 
-    A video is a video file or a .pt file, which may be in a tar, or a folder of frames. A folder of frames contains images, and no videos or
-    folders. Every other folder is entered once, whatever links lead to it. Raises ReadError.
+    A video is a video file or a .pt file, which may be in a tar, or a folder of frames. A folder of frames contains
+    images, and no videos or folders. Every other folder is entered once, whatever links lead to it. Raises ReadError.
     """
     # a single file is its own survey
     if folder.suffix == ".tar" and folder.is_file():

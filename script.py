@@ -183,8 +183,8 @@ def collector_off() -> Generator[None]:
 
 
 def freeze_objects() -> None:
-    """Exempts all objects made so far from garbage collection until the script ends. Imports and the model make nearly a
-    million, which stay alive anyway, and later passes of the collector would visit them again and again."""
+    """Exempts all objects made so far from garbage collection until the script ends. Imports and the model make nearly
+    a million, which stay alive anyway, and later passes of the collector would visit them again and again."""
     gc.freeze()
 
 

@@ -87,14 +87,14 @@ def sweep_options(config: Config, typed_flags: set[str]) -> Config:
 
 
 def build_candidates(config: Config, folder: Path) -> list[Candidate]:
-    """Every combination of layer, head, learning rate and weight decay, as main.py starts it. Computes missing features."""
+    """All combinations of layer, head, learning rate and weight decay, as main.py starts them. Caches features."""
     from extras.layers import cache_layers, share_layers
     from runs import prepare, print_backbones, print_data, print_hints
     from scan import prepare_data
     from train_code import build_accelerator, build_engine, hold_frozen
 
-    # the highest layer first: computing it computes the others. attentive first: what is cached for it includes the pooled
-    # token, which is all that the linear head reads
+    # the highest layer first: computing it computes the others. attentive first: what is cached for it includes the
+    # pooled token, which is all that the linear head reads
     candidates: list[Candidate] = []
     rates, decays = ([float(value) for value in text.split()] for text in (config.learning_rates, config.weight_decays))
     layers = ["auto"] if config.layers == "auto" else sorted(map(int, config.layers.split()), reverse=True)

@@ -174,9 +174,10 @@ def gathered(accelerator: Any, rows: list[Any]) -> list[Any]:
 class GradientSum:
     """Adds up the gradients of all processes, each as soon as the backward pass has finished it.
 
-    As in DDP (arXiv:2006.15704), gradients travel in buckets while the backward pass goes on with earlier layers. Unlike
-    in DDP, a process whose part of the batch is empty adds zeros, and large tensors are summed in place. Each loss is divided by the number of targets in all processes, so the sum is the gradient of the whole
-    batch. It is the same in every process bit for bit.
+    As in DDP (arXiv:2006.15704), gradients travel in buckets while the backward pass goes on with earlier layers.
+    Unlike in DDP, a process whose part of the batch is empty adds zeros, and large tensors are summed in place. Each
+    loss is divided by the number of targets in all processes, so the sum is the gradient of the whole batch. It is the
+    same in every process bit for bit.
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
@@ -199,7 +200,7 @@ class GradientSum:
         self.sent: list[tuple[Any, torch.Tensor]] = []  # (handle, sum) of the first buckets
 
     def on_gradient(self, parameter: nn.Parameter) -> None:
-        """Sends every bucket that is complete. All processes send in the same order, whatever order gradients come in."""
+        """Sends every bucket that is complete. All processes send in one order, whatever order gradients come in."""
         if self.last_batch:
             self.missing[self.bucket_of[parameter]] -= 1
             while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] == 0:
@@ -397,8 +398,8 @@ def groups_of(loader: DataLoader, size: int) -> Iterator[list[dict[str, torch.Te
 
 
 def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoader, engine: Engine) -> bool:
-    """Runs the backward passes of one optimizer step, and adds its StepReport to the engine. Returns whether any process
-    had a target.
+    """Runs the backward passes of one optimizer step, and adds its StepReport to the engine. Returns whether any
+    process had a target.
 
     The loss is the mean over all targets of the step, so accumulated batches equal one large batch.
     """
@@ -681,8 +682,8 @@ def build_loaders(
     frames: dict[str, Any] | None = None,
 ) -> dict[str, DataLoader]:
     """A loader for every split that has samples. `features` holds the cached features of some splits, `frames` the
-    stored frames of some; the videos of the others are decoded. With an `accelerator` of several processes, each process gets its part of every batch. `config` has
-    no `auto`."""
+    stored frames of some; the videos of the others are decoded. With an `accelerator` of several processes, each
+    process gets its part of every batch. `config` has no `auto`."""
     # only test is seen in several views: val is evaluated after every epoch
     loaders, features, frames = {}, features or {}, frames or {}
     for name in (n for n in SPLITS if getattr(splits, n)):

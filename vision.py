@@ -85,8 +85,8 @@ def fit_nothing(backbone: nn.Module, times: int, side: int) -> None:
 
 
 def fit_rotary(backbone: nn.Module, times: int, side: int) -> None:
-    """Gives V-JEPA 2's layers the new grid. Their positions are rotary, but each layer computes a token's row and column
-    from the grid it was built with. At another size it would be wrong without an error."""
+    """Gives V-JEPA 2's layers the new grid. Their positions are rotary, but each layer computes a token's row and
+    column from the grid it was built with. At another size it would be wrong without an error."""
     for module in backbone.modules():
         if hasattr(module, "grid_size"):
             module.grid_size, module.grid_depth = side, times
@@ -313,8 +313,8 @@ class VisionEncoder(nn.Module):
         return self.num_frames // patch_shape(self.config)[0]
 
     def read_layer(self, layer: int) -> None:
-        """Removes the layers above this one; 1 is the first. The final norm stays, as in DINOv2 (arXiv:2304.07193), and the
-        mean replaces a published pooler, which knows the last layer only.
+        """Removes the layers above this one; 1 is the first. The final norm stays, as in DINOv2 (arXiv:2304.07193), and
+        the mean replaces a published pooler, which knows the last layer only.
 
         Raises UserError if the backbone has no such layer, or it sees single frames only.
         """

@@ -348,7 +348,7 @@ def reconstruction_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 
 class Jepa(nn.Module):
     """V-JEPA's objective (Bardes et al. 2024): predict the features that the teacher, an exponential moving average of
-    the encoder, computes for the hidden tokens. The teacher sees the whole clip, the encoder only the visible tokens."""
+    the encoder, computes for the hidden tokens. The teacher sees the whole clip, the encoder the visible tokens."""
 
     def __init__(self, model: nn.Module, momentum: float = 0.998):
         super().__init__()
@@ -392,8 +392,8 @@ def draw_hidden_tokens(rng: np.random.Generator, count: int) -> dict[str, torch.
     """Indices of the visible and the hidden tokens of vjepa2-tiny, `visible` (B, n) and `hidden` (B, m).
 
     In half of the batches, the later time steps are hidden. The published recipe does not do this; here it makes the
-    model predict motion. In the other batches, the same blocks are hidden in every frame: 8 small or 2 large ones, of the
-    published sizes. Unlike there, exactly a quarter of the cells is visible, and all others are predicted.
+    model predict motion. In the other batches, the same blocks are hidden in every frame: 8 small or 2 large ones, of
+    the published sizes. Unlike there, exactly a quarter of the cells is visible, and all others are predicted.
     """
     times, side = NUM_FRAMES // TUBELET, IMAGE_SIZE // PATCH
     if rng.random() < 0.5:

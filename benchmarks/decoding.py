@@ -182,8 +182,8 @@ def table_row(name: str, times: dict[str, float], note: str) -> str:
 
 
 def draw_videos(folder: Path) -> None:
-    """Draws H.264 videos of 600 frames in four sizes, with a keyframe every 12, 60, 250 and 600 frames: squares that move
-    on a moving gradient, with noise."""
+    """Draws H.264 videos of 600 frames in four sizes, with a keyframe every 12, 60, 250 and 600 frames: squares that
+    move on a moving gradient, with noise."""
     import av
 
     make_folder(folder)

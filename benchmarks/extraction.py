@@ -3,9 +3,9 @@
     python -m benchmarks.extraction --videos DIR --clips 300
 
 The parts are, in CPU seconds per clip, the digest of the file, decoding it, and its share of a batch through the tiny
-TimeSformer; and once, starting a process on a few clips. Then extract.py runs on copies of the videos in DIR that can be
-read, and its user and system time is compared with the sum. Also decodes one video in several sizes. Everything has one
-thread, and CPU time hardly depends on what else the machine does.
+TimeSformer; and once, starting a process on a few clips. Then extract.py runs on copies of the videos in DIR that can
+be read, and its user and system time is compared with the sum. Also decodes one video in several sizes. Everything has
+one thread, and CPU time hardly depends on what else the machine does.
 """
 
 import argparse

@@ -3,11 +3,11 @@
     make gpu                                the tests that need a GPU, then this
     python -m benchmarks.gpu --minutes 6    only this; writes benchmarks/GPU.md, again after every cell
 
-Weights are random, made from transformers' configurations. Each cell is timed for a few seconds after warm-up steps, all
-in one process besides the loader's workers. Columns of the tables:
+Weights are random, made from transformers' configurations. Each cell is timed for a few seconds after warm-up steps,
+all in one process besides the loader's workers. Columns of the tables:
     vidtune              main.py's training step, or the computation of features, on clips from its loader
     synthetic            the same, on one batch that is on the GPU already
-    Trainer, tuned       bf16, worker processes, clips normalised batch by batch, fused attention where transformers has it
+    Trainer, tuned       bf16, worker processes, clips normalised batch by batch, fused attention if there is one
     Trainer, documented  fp32, and the image processor on every clip in the main process, as in its guide
 Without a GPU the same code runs with tiny models on the CPU, and all figures of the GPU are "not measured".
 """

@@ -3,8 +3,8 @@
     python -m benchmarks.loading --data_dir DIR [training flags]
     python -m benchmarks.loading --data_dir DIR --codecs [training flags]    ways to compress stored frames
 
-The loader yields batches as in training, and they are thrown away: first from videos, then from stored frames. The model
-trains and predicts on one batch that is already in memory. Rounds alternate. Prints medians and ranges.
+The loader yields batches as in training, and they are thrown away: first from videos, then from stored frames. The
+model trains and predicts on one batch that is already in memory. Rounds alternate. Prints medians and ranges.
 """
 
 import argparse

@@ -6,8 +6,8 @@ Ways:
     vidtune   GradientSum: buckets are summed while the backward pass goes on; no copy of large tensors
     DDP       torch's DistributedDataParallel as recommended, with gradients that are views of its buckets
     copy      all gradients are copied into one tensor after the backward pass, which is then summed
-Each run starts new processes, and the ways alternate. Prints medians: seconds per step, and the peak memory of the first
-process beyond that of `alone`, which sums nothing.
+Each run starts new processes, and the ways alternate. Prints medians: seconds per step, and the peak memory of the
+first process beyond that of `alone`, which sums nothing.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Which score tells clips of an unknown class from known ones? Trains without one class, and rejects clips by each score.
+"""Which score tells clips of an unknown class from known ones? Trains without one class, then rejects by each.
 
     python dummy_data.py
     python -m benchmarks.rejection --leave_out class_1 class_4 class_7
 
-For each score: how many clips of the class that was left out are rejected by the threshold that rejects 10 % of the test
-clips of the others, the area under the ROC curve of known against unknown clips (AUROC), and the area under the
+For each score: how many clips of the class that was left out are rejected by the threshold that rejects 10 % of the
+test clips of the others, the area under the ROC curve of known against unknown clips (AUROC), and the area under the
 risk-coverage curve of the known ones (AURC). The run is TimeSformer + BERT, frozen, with texts.
 """
 

@@ -1,5 +1,5 @@
-"""Every sentence of the report that states a result. Each is made from the numbers, or asserted: numbers that contradict
-an asserted sentence stop the build."""
+"""Every sentence of the report that states a result. Each is made from the numbers, or asserted: numbers that
+contradict an asserted sentence stop the build."""
 
 from collections.abc import Callable, Sequence
 from statistics import mean

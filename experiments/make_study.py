@@ -129,7 +129,7 @@ def chosen_rows(rows: list[dict[str, Any]], share: int) -> list[dict[str, Any]]:
 
 
 def epochs_for(config: Config, share: int) -> dict[str, Any]:
-    """More epochs for fewer clips, because a small share would hardly be trained otherwise. `auto` already does this."""
+    """More epochs for few clips, because a small share would hardly be trained otherwise. `auto` already does this."""
     if share == 100 or not isinstance(config.epochs, int):
         return {}
     return {"epochs": round(config.epochs * min(100 / share, MOST_EPOCHS))}

@@ -35,8 +35,8 @@ def read(path: str | Path) -> torch.Tensor:
 
 
 def predict(path: str | Path) -> dict[str, float]:
-    """{label: probability}, the best of which may be too low to count: see answer. Raises ValueError or av.FFmpegError if
-    the video cannot be read."""
+    """{label: probability}, the best of which may be too low to count: see answer. Raises ValueError or av.FFmpegError
+    if the video cannot be read."""
     clip, side, size = read(path), RULES["crop_size"]["height"], RULES["size"]
     if RULES["do_resize"]:
         edge, shape = size.get("shortest_edge"), clip.shape[-2:]  # shortest_edge keeps the proportions

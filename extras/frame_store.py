@@ -4,8 +4,8 @@
                              about.json            what the key stands for
 
 Where training would take a random frame of each segment of a video, or a random window, it takes one of three here. For
-val, which is evaluated after every epoch, only the centred frames are kept. Every epoch reads what is stored, the first one
-too, so that results do not depend on what the store held before. Augmentation comes later, on the device.
+val, which is evaluated after every epoch, only the centred frames are kept. Every epoch reads what is stored, the first
+one too, so that results do not depend on what the store held before. Augmentation comes later, on the device.
 
 Final scores, and thresholds chosen on val, are about the videos as inference sees them, so for these val is decoded
 again. test is decoded only for the final scores, and never stored.

@@ -1,5 +1,5 @@
-"""Which clips come from one recording, and what depends on it: --group_by, recordings in two splits, guesses from names,
-near copies.
+"""Which clips come from one recording, and what depends on it: --group_by, recordings in two splits, guesses from
+names, near copies.
 
 Clips of one recording show the same people, objects and background. If they are in two splits, scores are too good; if
 an interval takes them as independent, it is too narrow. `samples` are those of VLoader.
@@ -23,8 +23,8 @@ from script import UserError, counted, shown
 # names of clips that contain the name of their recording: v_Archery_g07_c02, <id>_000010_000020, match3_clip12. The
 # first group of each pattern is the recording
 NAMES = (r"(.+_g\d+)_c\d+", r"(.+)_\d+_\d+(\.\w+)?$", r"(.+)[ _-][a-z]*\d+(\.\w+)?$")
-# the similarity from which clips count as near copies. Chosen on half of a set of real clips, where anything from 0.6 to
-# 0.75 tells copies from other clips; the higher, because some other clips are very similar too
+# the similarity from which clips count as near copies. Chosen on half of a set of real clips, where anything from 0.6
+# to 0.75 tells copies from other clips; the higher, because some other clips are very similar too
 COPY = 0.75
 COMPONENTS = 128  # of whitened features, at most
 PER_COMPONENT = 5  # clips: with fewer, the variance of a component is not known
@@ -163,8 +163,8 @@ def whitened(rows: torch.Tensor) -> torch.Tensor:
 
 
 def near_copies(first: torch.Tensor, second: torch.Tensor) -> Iterator[tuple[int, int, float]]:
-    """For each of the whitened `second` (m, k) that has a near copy in `first` (n, k): (its index, the index of the most
-    similar one, the similarity). In blocks, because all similarities at once could be huge."""
+    """For each of the whitened `second` (m, k) that has a near copy in `first` (n, k): (its index, the index of the
+    most similar one, the similarity). In blocks, because all similarities at once could be huge."""
     size = max(1, 2**24 // max(1, len(first)))
     for start in range(0, len(second) if len(first) else 0, size):
         best = (second[start : start + size] @ first.T).max(1)

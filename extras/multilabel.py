@@ -1,7 +1,7 @@
 """Clips that show several classes at once, or none: their labels, loss, thresholds and scores.
 
-With --multi_label True each class is a yes or no of its own. The probability of a class is the sigmoid of its logit, and
-an answer names the classes whose probability reaches their threshold. `samples` and `splits` are those of VLoader.
+With --multi_label True each class is a yes or no of its own. The probability of a class is the sigmoid of its logit,
+and an answer names the classes whose probability reaches their threshold. `samples` and `splits` are those of VLoader.
 
 Shapes: B clips of a batch, n clips of a split, K classes.
 """

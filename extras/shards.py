@@ -2,9 +2,9 @@
 
     <data_dir>/train/000000.tar      jumping/a.mp4, and what describes it: jumping/a.json, jumping/a.cls, jumping/a.txt
 
-All other modules call this video <data_dir>/train/000000.tar/jumping/a.mp4. Only this module opens tars: it indexes their
-headers once, and then reads videos by offset, in any order. Nothing is extracted, names of members are never opened as
-paths, and links are not followed.
+All other modules call this video <data_dir>/train/000000.tar/jumping/a.mp4. Only this module opens tars: it indexes
+their headers once, and then reads videos by offset, in any order. Nothing is extracted, names of members are never
+opened as paths, and links are not followed.
 
 A data folder at s3://, gs:// or hf:// is read in the same way if the user typed its URL. Nothing else is: no URL from
 metadata or from a tar. Its tars are copied to a local folder as sparse files, with the headers and descriptions but not
@@ -49,7 +49,7 @@ INDEXES: dict[tuple[str, int, int], tuple[dict[str, tuple[int, int]], list[str]]
 
 
 def headers(file: BinaryIO, size: int) -> Iterator[tuple[TarInfo, int]]:
-    """Yields (header, offset of the content) of the members of a tar of `size` bytes. Raises ValueError if it is damaged.
+    """Yields (header, offset of the content) of each member of a tar of `size` bytes. Raises ValueError if damaged.
 
     tarfile itself only parses the blocks: it would keep all headers in memory, and hostile sizes make it run forever.
     """

@@ -1,5 +1,5 @@
-"""A GPU gives the results of the CPU: losses, logits, answers, features and resumed runs. Skipped unless VIDTUNE_TEST_GPU
-is set and there is a GPU."""
+"""A GPU gives the results of the CPU: losses, logits, answers, features and resumed runs. Skipped unless
+VIDTUNE_TEST_GPU is set and there is a GPU."""
 
 import json
 import shutil

@@ -370,8 +370,8 @@ def test_frozen_weights_in_bf16_change_neither_loss_nor_gradients(dataset, optio
 
 
 def test_an_epoch_with_frozen_weights_in_bf16_ends_at_the_loss_of_fp32(dataset, tmp_path):
-    # the epoch has three steps, so at higher rates the loss depends on the rounding of each; in an epoch of the synthetic
-    # dataset (180 steps at 1e-3) losses differ by 0.3 to 0.5 %
+    # the epoch has three steps, so at higher rates the loss depends on the rounding of each; in an epoch of the
+    # synthetic dataset (180 steps at 1e-3) losses differ by 0.3 to 0.5 %
     options = CAPTIONER | {"use_lora_llm": True, "epochs": 1, "batch_size": 3, "learning_rate": 3e-4, "num_workers": 0}
     options |= {"data_dir": dataset, "output_dir": tmp_path, "device": "cpu"}
     argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]

@@ -1,4 +1,4 @@
-"""Videos in tar files: the same samples, pixels, scores and answers as from folders, and nothing else is ever opened."""
+"""Videos in tar files: the same samples, pixels, scores and answers as from folders, and nothing else is opened."""
 
 import io
 import json

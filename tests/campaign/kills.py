@@ -1,7 +1,7 @@
 """SIGKILL at random moments of training, then --resume: the result must equal that of an uninterrupted run.
 
-Seven configurations; a sixth of the runs are real `python main.py` processes, the others are forks. Every run is killed one
-to three times, and resumed each time by its name and folder alone.
+Seven configurations; a sixth of the runs are real `python main.py` processes, the others are forks. Every run is killed
+one to three times, and resumed each time by its name and folder alone.
 """
 
 import random
