@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from checkpoint import STATE, load_state, load_weights, save_state, save_weights
 from config import Config, default_rates
 from extras.augment import Augment
 from extras.multilabel import binary_losses, choose_thresholds, multi_label_result, multi_label_scores
+from extras.processes import GradientSum, gathered, summed
 from extras.reject import Rule
 from heads import WORD_LOSS, WordLoss
 from metrics import attribute_summary, caption_scores, exact_matches, label_scores, question_scores, with_intervals
@@ -38,7 +38,6 @@ from script import UserError, counted, keep_freed_memory, make_folder, write_row
 from VLoader import SPLITS, ClipDataset, EpochBatches, Sample, Splits, build_loader, distinct
 
 WARMUP = 0.1  # fraction of all steps
-BUCKET = 2**20  # elements: gradients of small tensors are summed over the processes together, up to so many
 # weight decay is for weight matrices; it would blur CLS, position and time embeddings, and the queries of poolers
 NO_DECAY = re.compile(
     r"\.lora_|cls_token|class_embedding|register_tokens|position|time_embedding|rel_embeddings|\bwpe\b|"
@@ -95,7 +94,7 @@ def build_optimizer(model: VideoModel, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(param_groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
-# -- device and processes: each process takes a part of every batch; sums and gradients are added up --------
+# -- device -----------------------------------------------------------------------------------------
 
 
 def build_accelerator(config: Config) -> Any:
@@ -145,85 +144,6 @@ def hold_frozen(model: VideoModel, config: Config, accelerator: Any) -> None:
         weights = (m.weight for m in backbone.modules() if isinstance(m, (nn.Linear, Conv1D, nn.Conv2d, nn.Conv3d)))
         for weight in (w for w in weights if not w.requires_grad and id(w) not in shared):
             weight.data = weight.data.bfloat16()
-
-
-def summed(accelerator: Any, *values: float) -> list[float]:
-    """The sum of each value over all processes."""
-    if accelerator.num_processes == 1:
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64)
-    torch.distributed.all_reduce(total, group=cpu_group())
-    return total.tolist()
-
-
-@cache
-def cpu_group() -> Any:
-    """All processes, connected through their CPUs. A sum on the GPU would wait for all work that is queued there."""
-    return torch.distributed.new_group(backend="gloo")
-
-
-def gathered(accelerator: Any, rows: list[Any]) -> list[Any]:
-    """The rows of all processes."""
-    if accelerator.num_processes == 1:
-        return rows
-    from accelerate.utils import gather_object
-
-    return gather_object(rows)
-
-
-class GradientSum:
-    """Adds up the gradients of all processes, each as soon as the backward pass has finished it.
-
-    As in DDP (arXiv:2006.15704), gradients travel in buckets while the backward pass goes on with earlier layers.
-    Unlike in DDP, a process whose part of the batch is empty adds zeros, and large tensors are summed in place. Each
-    loss is divided by the number of targets in all processes, so the sum is the gradient of the whole batch. It is the
-    same in every process bit for bit.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter]):
-        """`parameters` are those that are trained, roughly in the order of use; another order costs overlap only."""
-        # small tensors share a bucket; the last tensors of the model come first, because their gradients do
-        self.buckets: list[list[nn.Parameter]] = [[]]
-        for parameter in reversed(parameters):
-            if sum(p.numel() for p in self.buckets[-1]) + parameter.numel() > BUCKET and self.buckets[-1]:
-                self.buckets.append([])
-            self.buckets[-1].append(parameter)
-        self.bucket_of = {parameter: bucket for bucket, ps in enumerate(self.buckets) for parameter in ps}
-        self.reset()
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self.on_gradient)
-
-    def reset(self) -> None:
-        """Prepares for the next step: nothing is complete, and nothing is sent."""
-        self.last_batch = False  # of the optimizer step: only its backward pass completes gradients
-        self.missing = [len(bucket) for bucket in self.buckets]  # gradients that are not complete
-        self.sent: list[tuple[Any, torch.Tensor]] = []  # (handle, sum) of the first buckets
-
-    def on_gradient(self, parameter: nn.Parameter) -> None:
-        """Sends every bucket that is complete. All processes send in one order, whatever order gradients come in."""
-        if self.last_batch:
-            self.missing[self.bucket_of[parameter]] -= 1
-            while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] == 0:
-                self.send_next()
-
-    def send_next(self) -> None:
-        """Starts the sum of the next bucket. Tensors that this process did not use add zeros."""
-        bucket = self.buckets[len(self.sent)]
-        for parameter in bucket:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        flat = bucket[0].grad if len(bucket) == 1 else torch.cat([p.grad.flatten() for p in bucket])
-        self.sent.append((torch.distributed.all_reduce(flat, async_op=True), flat))
-
-    def finish(self) -> None:
-        """Sends the remaining buckets and waits for all sums, which are then the gradients."""
-        while len(self.sent) < len(self.buckets):
-            self.send_next()
-        for bucket, (handle, flat) in zip(self.buckets, self.sent, strict=True):
-            handle.wait()
-            if len(bucket) > 1:
-                for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                    parameter.grad = part.view_as(parameter)
-        self.reset()
 
 
 class HostCopy:

@@ -43,7 +43,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     """Trains on random clips in this process, one of several. Returns seconds per step and peak memory in MB."""
     from build_model import build_model, trained_tensors
     from config import parse
-    from train_code import GradientSum
+    from extras.processes import GradientSum
 
     # the same model in every process, with clips of its own
     dist.init_process_group("gloo")
