@@ -1,18 +1,19 @@
 """Every sentence of the report that states a result. Each is made from the numbers, or asserted: numbers that
 contradict an asserted sentence stop the build."""
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import mean
-from typing import Any
 
 import numpy as np
 
+from config import default_rates
 from experiments.epochs import compared_rules
 from experiments.grid import MODES, NAMES, NOT_RUN, TASKS, Row
 from experiments.intervals import Estimate, difference, estimate
 from experiments.scores import Study
 from experiments.tables import control_value, show
-from experiments.trials import learning_curves, sweep_curves
+from experiments.trials import SWEEP_SHARE, learning_curves, sweep_curves
 from metrics import wilson
 from script import UserError
 
@@ -406,7 +407,7 @@ def sweep(study: Study, option: str) -> str:
         best_and_worst = f"best with {top} ({percent(curve[top])}) and worst with {low} ({percent(curve[low])})"
         parts.append(f"{rows[name].title} is {best_and_worst}")
     what = {"lora_r": "rank", "token_grid": "grid"}[option]
-    return f"By {what}: {'; '.join(parts)}." if parts else NOT_RUN
+    return f"By {what}, with {SWEEP_SHARE} % of the training clips: {'; '.join(parts)}." if parts else NOT_RUN
 
 
 def pareto(study: Study) -> str:
@@ -441,19 +442,24 @@ def linear_head(study: Study) -> str:
 
 
 def tuning(study: Study) -> str:
-    """How many learning rates were tried for each row."""
-    rates: dict[str, set[Any]] = {}
-    for trial in study.trials:
-        if [*trial["options"]] == ["learning_rate"] and trial["share"] == 100:
-            rates.setdefault(trial["row"], set()).add(trial["options"]["learning_rate"])
-    if not rates:
+    """In how many rows the default learning rate is as good on val as the others that were tried."""
+    curves = sweep_curves(study.trials, "learning_rate")
+    if not curves:
         return "Learning rates are the program's defaults, which were chosen on val with one seed."
-    counts = sorted({len(values) for values in rates.values()})
-    every = f"all {len(rates)} rows" if len(rates) == len(study.rows) else f"{len(rates)} of {len(study.rows)} rows"
-    return (
-        f"The learning rate was chosen on val for {every}, from {' or '.join(map(str, counts))} values for each, "
-        "with one seed."
-    )
+    clips = next(result.metrics["val"]["count"] for row in study.rows for result in row.results.values())
+    worse = []
+    for row in (row for row in study.rows if row.name in curves):
+        # a difference of less than one standard error says nothing
+        curve, default = curves[row.name], default_rates(row.config)[0]
+        best = max(curve.values())
+        error = math.sqrt(best * (1 - best) / clips)
+        if curve[min(curve, key=lambda rate: abs(rate - default))] < best - error:
+            worse.append(row.title)
+    counts = sorted({len(curve) for curve in curves.values()})
+    tried = f"{' or '.join(map(str, counts))} learning rates were tried for {len(curves)} of {len(study.rows)} rows"
+    near = f"the default is the best on val, or within one standard error of it, in {len(curves) - len(worse)}"
+    but = f", but not for {listed(worse)}" if worse else ""
+    return f"With {SWEEP_SHARE} % of the training clips and one seed, {tried}: {near}{but}."
 
 
 def epoch_choice(study: Study) -> str:

@@ -2,6 +2,7 @@
 
 python -m experiments.make_study                                    the whole plan: `make study`
 python -m experiments.make_study --sweep learning_rate=x0.3,x1,x3 --rows gpt2     tune an option of some rows
+                                 --train_share 20                                   the same with a fifth of the clips
 python -m experiments.make_study --train_share 5,20 --rows '^videomae' --seeds 3  learning curves
 
 Every finished trial is added to experiments/study.json at once, and is never trained again: stop with Ctrl-C and give
@@ -22,15 +23,15 @@ from config import FIELDS, Config, default_rates, training_mode
 from experiments.grid import EXPERIMENTS, Row, in_parallel, read_grid, train_run
 from experiments.make_report import PREDICTIONS, draw_dataset_once
 from experiments.results import KEPT, read_clips
-from experiments.trials import STUDY, Trial, add_trial, read_trials
+from experiments.trials import STUDY, SWEEP_SHARE, Trial, add_trial, read_trials
 from script import UserError, make_folder, script, write_rows
 
 MOST_EPOCHS = 4  # a small share of the clips is trained for at most this many times the row's epochs
 # (rows, --sweep, --train_share, --seeds): the same three rates for every row, then the sweeps of the report
 PLAN = (
-    ("", "learning_rate=x0.3,x1,x3", "", 1),
-    ("loravision", "lora_r=2,4,8,16,32,64", "", 1),
-    ("(text|gpt2_caption)_fvbb_lorallm", "token_grid=1,2,4", "", 1),
+    ("", "learning_rate=x0.3,x1,x3", str(SWEEP_SHARE), 1),
+    ("loravision", "lora_r=2,4,8,16,32,64", str(SWEEP_SHARE), 1),
+    ("(text|gpt2_caption)_fvbb_lorallm", "token_grid=1,2,4", str(SWEEP_SHARE), 1),
     ("^(timesformer|videomae|vjepa2)(_loravision|_fvbb)?$", "head=linear,attentive", "", 1),
     ("^(timesformer|videomae|vjepa2)(_loravision|_fvbb)?$", "", "5,20", 3),
 )
@@ -69,13 +70,16 @@ def matters(option: str, row: Row) -> bool:
 
 
 def planned(rows: Sequence[Row], sweep: str, shares: Sequence[int], seeds: int) -> list[Trial]:
-    """The trials of a sweep, or of a learning curve, for these rows. Raises UserError if there are none."""
-    trials = []
-    for row in rows:
-        if sweep and matters(sweep.partition("=")[0], row):
-            trials += [Trial(row.name, o, 100, seed) for o in swept_values(sweep, row) for seed in range(seeds)]
-        # the final runs are those with all clips
-        trials += [Trial(row.name, {}, share, seed) for share in shares if share < 100 for seed in range(seeds)]
+    """The trials of a sweep, by default with all clips, or without one of learning curves, for these rows.
+
+    Raises UserError if there are none.
+    """
+    if sweep:
+        rows = [row for row in rows if matters(sweep.partition("=")[0], row)]
+        cases = [(row, o, share) for row in rows for o in swept_values(sweep, row) for share in shares or [100]]
+    else:  # the final runs are those with all clips
+        cases = [(row, {}, share) for row in rows for share in shares if share < 100]
+    trials = [Trial(row.name, options, share, seed) for row, options, share in cases for seed in range(seeds)]
     if not trials:
         raise UserError("nothing to train: no row matches --rows, or the option changes nothing in those that do")
     return trials

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from experiments.scores import Study
 
 STUDY = EXPERIMENTS / "study.json"
+SWEEP_SHARE = 20  # percent of the training clips: with all of them, the sweeps would take days
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def learning_curves(study: "Study") -> dict[str, dict[str, dict[int, list[float]
 
 
 def sweep_curves(trials: list[dict[str, Any]], option: str) -> dict[str, dict[Any, float]]:
-    """{row: {value of the option: score on val}}"""
+    """{row: {value of the option: score on val, with SWEEP_SHARE percent of the training clips}}"""
     curves: dict[str, dict[Any, float]] = {}
     for trial in trials:
-        if [*trial["options"]] == [option] and trial["share"] == 100:
+        if [*trial["options"]] == [option] and trial["share"] == SWEEP_SHARE:
             curves.setdefault(trial["row"], {})[trial["options"][option]] = trial["val"]
     return {row: dict(sorted(curve.items())) for row, curve in curves.items()}

@@ -11,7 +11,7 @@ import pytest
 import main
 from config import ROOT
 from experiments import epochs, grid, make_study
-from experiments.findings import adapting, gained, linear_head
+from experiments.findings import adapting, gained, linear_head, tuning
 from experiments.intervals import DRAWS, Estimate, bootstrap_means, difference, drawn_clips, estimate, mcnemar_p
 from experiments.make_study import chosen_rows, planned, swept_values, write_share
 from experiments.results import read_clips
@@ -226,6 +226,30 @@ def test_every_row_gets_the_same_number_of_rates(tmp_path):
     assert len(counts) == 27 and {*counts} == {3}
 
 
+def test_a_share_without_a_sweep_is_a_learning_curve(tmp_path):
+    row = row_of("timesformer_fvbb", tmp_path)
+    assert planned([row], "", [5, 100], 2) == [Trial(row.name, {}, 5, 0), Trial(row.name, {}, 5, 1)]
+    assert planned([row], "dropout=0.2", [], 1) == [Trial(row.name, {"dropout": 0.2}, 100, 0)]
+    assert planned([row], "dropout=0.2", [20], 1) == [Trial(row.name, {"dropout": 0.2}, 20, 0)]
+
+
+def test_the_report_names_rows_whose_default_rate_is_not_the_best(tmp_path):
+    """One standard error of 80 % right on 100 clips is 4 points."""
+    rows = [row_of(name, tmp_path) for name in ("timesformer_fvbb", "videomae_fvbb")]
+    for row in rows:
+        row.results[0] = SimpleNamespace(metrics={"val": {"count": 100}})
+    study = SimpleNamespace(rows=rows, trials=[])
+    assert "the program's defaults" in tuning(study)
+    for row, default in zip(rows, (0.77, 0.75), strict=True):
+        values = {3e-3: default, 9e-3: 0.80} if row is rows[0] else {1e-3: default, 3e-4: 0.80}
+        options = [{"learning_rate": rate} for rate in values]
+        study.trials += [
+            {"row": row.name, "options": o, "share": 20, "val": values[o["learning_rate"]]} for o in options
+        ]
+    assert "2 learning rates were tried for 2 of 2 rows" in tuning(study)
+    assert "in 1, but not for VideoMAE frozen." in tuning(study)
+
+
 def test_a_sweep_leaves_out_rows_in_which_nothing_changes(tmp_path):
     rows = grid.read_grid(tmp_path, tmp_path, 1)
     ranked = {trial.row for trial in planned(rows, "lora_r=2,4", [], 1)}
@@ -277,7 +301,16 @@ def test_a_stopped_study_goes_on_where_it_was(dataset, tmp_path, monkeypatch, ca
     monkeypatch.setattr(grid, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(make_study, "MOST_EPOCHS", 1)
     argv = ["--data_dir", str(dataset), "--runs", str(tmp_path / "runs"), "--study", str(tmp_path / "s.json")]
-    argv += ["--sweep", "learning_rate=x0.5,x1", "--train_share", "50", "--rows", "^timesformer_fvbb$", "--jobs", "1"]
+    argv += [
+        "--sweep",
+        "learning_rate=x0.5,x1,x2",
+        "--train_share",
+        "20",
+        "--rows",
+        "^timesformer_fvbb$",
+        "--jobs",
+        "1",
+    ]
     assert make_study.main(argv) == 2
     assert "failed: error: the power failed" in capsys.readouterr().err
     first = read_trials(tmp_path / "s.json")
@@ -287,8 +320,8 @@ def test_a_stopped_study_goes_on_where_it_was(dataset, tmp_path, monkeypatch, ca
     trials = read_trials(tmp_path / "s.json")
     assert trials[: len(first)] == first and len(trials) == 3 and len({*names}) == len(names) == 4
     assert f"{len(first)} trials are in" in capsys.readouterr().out
-    assert len(sweep_curves(trials, "learning_rate")["timesformer_fvbb"]) == 2
-    assert sorted(t["share"] for t in trials) == [50, 100, 100]
+    assert len(sweep_curves(trials, "learning_rate")["timesformer_fvbb"]) == 3
+    assert {t["share"] for t in trials} == {20}
     assert not list((tmp_path / "runs").rglob("model.safetensors"))
     assert make_study.main(argv) == 0 and len(names) == 4
 
