@@ -272,17 +272,18 @@ class Config:
     """language backbone for --use_vlm True: bert for classification; gpt2, smollm2 or qwen3 for captioning; or a folder
     or hub id of a similar model. If not set: bert, or gpt2 with --captioning True"""
     use_vlm: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
-    """connect a language model to the video backbone"""
+    """connect a language model to the vision backbone"""
     captioning: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True)
     """generate captions, or answers to the questions in metadata.jsonl, instead of predicting a class; needs --use_vlm
     True"""
     use_text: bool = option(False, to_bool, "model", NO_SWEEP, names_run=True, needs_vlm=True)
-    """classification: also read the clip's text. Captioning: no effect, because captions are the targets either way"""
+    """classification: also read each clip's `text` from metadata.jsonl. Captioning: no effect, because captions are the
+    targets either way"""
     weights: str = option("tiny", one_of("tiny", "hub"), "model", ALL, names_run=True)
     """weights that the short names load: tiny (in backbones/, for the synthetic dataset only) or hub (published; use
     these for real videos)"""
     vision_layer: int | str = option("auto", auto_or(number(int, 1, 1000)), "model", TRAIN_ANY)
-    """read the output of this layer of the video backbone, 1 being the first; the layers above are left out.
+    """read the output of this layer of the vision backbone, 1 being the first; the layers above are left out.
     Intermediate layers of self-supervised backbones can be better than the last: compare them with sweep_heads.py
     --layers. auto: the last"""
     token_grid: int | str = option("auto", auto_or(number(int, 1, 32)), "model", TRAIN, in_feature_key=True)
@@ -303,13 +304,13 @@ class Config:
 
     # without these flags a backbone is trained in full; LoRA trains adapters only, with or without freezing
     freeze_visionbackbone: bool = option(False, to_bool, "training mode", ALL, names_run=True, mark="fvbb")
-    """do not train the video backbone: fast, uses little memory, good for small datasets"""
+    """do not train the vision backbone: fast, uses little memory, good for small datasets"""
     freeze_llmbackbone: bool = option(
         False, to_bool, "training mode", NO_SWEEP, names_run=True, mark="fllm", needs_vlm=True
     )
     """do not train the language backbone"""
     use_lora_vision: bool = option(False, to_bool, "training mode", NO_SWEEP, names_run=True, mark="loravision")
-    """train low-rank adapters (LoRA) in the video backbone instead of its own weights"""
+    """train low-rank adapters (LoRA) in the vision backbone instead of its own weights"""
     use_lora_llm: bool = option(
         False, to_bool, "training mode", NO_SWEEP, names_run=True, mark="lorallm", needs_vlm=True
     )
@@ -333,20 +334,20 @@ class Config:
     backbones, for image encoders, and if S is unknown"""
     # three values, because auto must not fail where True must: with augmentation or a trained backbone
     cache_features: str = option("auto", one_of("auto", "True", "False"), "data", "main plan score")
-    """compute a frozen video backbone's features once per video and reuse them in every epoch and run; training then
-    always takes the centred frames. auto: True if the video backbone is frozen and clips are not augmented"""
+    """compute a frozen vision backbone's features once per video and reuse them in every epoch and run; training then
+    always takes the centred frames. auto: True if the vision backbone is frozen and clips are not augmented"""
     cache_dir: str = option("auto", path_value, "data", "main sweep_heads score extract", free_at_resume=True)
     """folder of cached features and stored frames; safe to delete. auto: .features in --output_dir"""
     preread: str = option("auto", one_of("auto", "True", "False"), "data", "main plan")
-    """decode each training video once, and keep three candidates for each frame of a clip as JPEG files, of which every
-    epoch draws one.
-    auto: True if training videos are video files, their features are not cached, and there are several epochs"""
+    """decode each training video once, and store three candidates for each frame of a clip as JPEG files; every epoch
+    draws one of the three. auto: True if training videos are video files, their features are not cached, and there are
+    several epochs"""
     background: float = option(0.0, number(float, 0, 10), "data", f"{TRAIN} score", classifiers_only=True)
     """with segments (start and end in metadata.jsonl): add clips from the gaps between them as a class "background".
     0.3 adds 3 for every 10 segments, in train, val and test. Use it for timelines, where most of a video may show none
     of the classes"""
     multi_label: str = option("auto", one_of("auto", "True", "False"), "data", TRAIN)
-    """clips may show several classes at once, or none: each class gets a yes or no of its own, from the `labels` in
+    """clips may show several classes at once, or none: each class is a separate yes or no, from the `labels` in
     metadata.jsonl. auto: True if a row has `labels`"""
     skip_unreadable: bool = option(False, to_bool, "data", "main sweep_heads preview score")
     """skip videos that cannot be read and list them in metrics.json; otherwise they stop the run"""
@@ -354,7 +355,7 @@ class Config:
     """which clips come from one recording: if val is held out, a recording stays on one side, and intervals of scores
     count it as one. auto: those with the same `group` in metadata.jsonl. column: the same, but every clip needs one.
     parent: those in one folder below the class folder. none: only segments of one video. Anything else is a regular
-    expression; what its first group, or all of it, matches in the file name is the name of the recording"""
+    expression: the match of its first group, or of all of it, in the file name is the name of the recording"""
     augment: str = option("none", one_of("none", "light", "strong"), "data", "main plan preview")
     """random changes to training clips, for small datasets; all frames of a clip change alike. light: mild cropping and
     erasing. strong: more cropping, erasing, RandAugment without rotation or flip, colour jitter and, for classifiers
@@ -404,7 +405,7 @@ class Config:
     """heads to train. linear: one layer on the pooled token. attentive: attends to each time step and reads the results
     in order; takes longer"""
     layers: str = option("auto", auto_or(several(number(int, 1, 1000))), "sweep", "sweep_heads", several=True)
-    """layers of the video backbone to train each head on, for example 6 9 12; 1 is the first. Their features are
+    """layers of the vision backbone to train each head on, for example 6 9 12; 1 is the first. Their features are
     computed in one pass. Intermediate layers of self-supervised backbones are sometimes better. auto: the last"""
     learning_rates: str = option(
         "0.0001 0.0003 0.001 0.003 0.01", several(number(float, 0, above=True)), "sweep", "sweep_heads", several=True
@@ -434,15 +435,16 @@ class Config:
     timeline_stride: float = option(
         0.0, number(float, 0), "inference", "inference", changes_answers=True, classifiers_only=True
     )
-    """start a window every this many seconds, at most --timeline; average the windows where they overlap, and add the
-    segments in which the best class stays the same to --output. 0: windows follow one another without overlap, and no
+    """seconds from the start of one window to the next, at most --timeline; windows are averaged where they overlap,
+    and segments with the same best class are added to --output. 0: windows follow one another without overlap, and no
     segments are added"""
     output: str | None = option(None, path_value, "inference", "inference")
     """also write the predictions to this file, one JSON object per line; an unfinished file of the same run is
     continued"""
     shared: bool = option(False, to_bool, "inference", "inference")
     """share --output with other processes that are started with the same flags, on this machine or on others that see
-    the same folders; the last one writes it, as a single process would. Otherwise a second process is refused"""
+    the same folders; the last one to finish writes it, as a single process would. Without this flag a second process is
+    an error"""
     export: str | None = option(None, path_value, "inference", "inference")
     """export the run to this folder for other programs: a classifier as a merged Hugging Face model, adapters in peft
     format"""
@@ -466,8 +468,8 @@ class Config:
     """continue a stopped run from its last saved step, with its original options; the result is bit-for-bit the same as
     without the interruption"""
     save_every: int = option(0, number(int, 0), "run and machine", "main", free_at_resume=True)
-    """save the state that --resume needs every N optimizer steps. It is always saved after each epoch, and on Ctrl-C or
-    SIGTERM"""
+    """every N optimizer steps, save the state that --resume needs. It is always saved after each epoch, and on Ctrl-C
+    or SIGTERM; 0: only then"""
     controls: bool = option(False, to_bool, "run and machine", "main sweep_heads score", free_at_resume=True)
     """also score inputs on which the model should fail (one repeated frame, shuffled or reversed frames, a grey video,
     swapped texts) and two baselines (majority class, nearest neighbour), and draw where the model looks"""
@@ -490,7 +492,7 @@ class Config:
         f"main plan extract sweep_heads {USE}",
         changes_answers=True,
     )
-    """hold the frozen weights of backbones in fp32 or bf16. bf16 takes half the memory and needs --mixed_precision
+    """store the frozen weights of backbones in fp32 or bf16. bf16 takes half the memory and needs --mixed_precision
     bf16, which computes with bf16 copies of them anyway. auto: bf16 on a GPU with --mixed_precision bf16, else fp32"""
     lease: float = option(60.0, number(float, 0.1, 86_400), "run and machine", "inference extract", free_at_resume=True)
     """when several processes share the work: if one shows no sign of life for this many seconds, another takes over its
@@ -623,7 +625,7 @@ ABOUT = {
     "sweep_heads": "Train many heads on cached features of a frozen backbone, and keep the one that is best on val.",
     "plan": "Estimate memory and time of a training with the vision backbone frozen, through LoRA and in full, in about a "
     "minute. Takes the flags of main.py and saves nothing.",
-    "extract": "Compute the features of a frozen video backbone into the feature cache. Takes the flags of main.py. "
+    "extract": "Compute the features of a frozen vision backbone into the feature cache. Takes the flags of main.py. "
     "Start it several times, also on other machines, and the processes share the work.",
     "preview": "Draw the first training clips as the model will see them. Takes the flags of main.py.",
 }

@@ -207,12 +207,12 @@ def signatures_of(run: "Run", samples: list[Any]) -> tuple[Any, str]:
 
     from extras.groups import FEWEST, signatures
     from feature_cache import features_of, stack_clips
-    from train_code import hold_frozen
+    from train_code import cast_frozen
     from VLoader import ClipDataset, EpochBatches, build_loader
 
     # the backbone as published, whatever will be trained, so the features that a frozen run has cached are valid
     model, config = copy.deepcopy(run.model), run.config
-    hold_frozen(model, config, run.accelerator)
+    cast_frozen(model, config, run.accelerator)
     encoder = model.vision_encoder.to(run.accelerator.device).eval()
     rows = cached_signatures(model, config, samples)
     missing = [index for index in range(len(samples)) if index not in rows]

@@ -1,4 +1,4 @@
-"""Computes the features of a frozen video backbone into the feature cache, so that training starts at once.
+"""Computes the features of a frozen vision backbone into the feature cache, so that training starts at once.
 
 python extract.py --data_dir my_clips --vision_model vjepa2 --weights hub --freeze_visionbackbone True
 
@@ -97,12 +97,12 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("start extract.py without torchrun, as often as you like: the processes share the work")
     from feature_cache import open_store, use_cache
     from runs import memory_advice, prepare, print_backbones
-    from train_code import hold_frozen
+    from train_code import cast_frozen
 
     # the same model and options as a run with these flags, or it would not find the features
     run = prepare(config, Path(config.output_dir))
     use_cache(run.model, replace(run.config, cache_features="True"))
-    hold_frozen(run.model, run.config, run.accelerator)
+    cast_frozen(run.model, run.config, run.accelerator)
     print_backbones(run)
     store = open_store(run.model, run.config)
     job, started = Extraction(run, store), time.perf_counter()

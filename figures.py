@@ -39,10 +39,10 @@ def label_text(name: str) -> str:
 
 def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draws loss and, for classifiers, accuracy or mAP over the epochs of log.jsonl."""
-    # a captioner has no accuracy while it trains: captions are generated at the end only
     steps = max(1, log[-1]["step"]) / log[-1]["epoch"]  # per epoch
     epochs = [row["step"] / steps for row in log]
     best = [epoch for epoch, row in zip(epochs, log, strict=True) if row["best"]][-1]
+    # a captioner has no accuracy while it trains: captions are generated at the end only
     panels = ["loss", *(name for name in ("accuracy", "mAP") if f"val_{name}" in log[0])]
 
     # train and val in one panel show where they diverge: overfitting
@@ -98,7 +98,7 @@ def plot_clips(clips: list[tuple[Any, str]], path: Path, heading: str = "") -> P
 # -- what a model predicts --------------------------------------------------------------------------
 
 
-def draw_labels(
+def draw_classifier(
     rows: list[dict],
     scores: dict[str, Any],
     display_names: dict[str, str],
@@ -107,7 +107,7 @@ def draw_labels(
 ) -> list[Path]:
     """Draws all pictures of a classifier on one split. read_clip(index) gives a clip, uint8 [T, C, H, W]."""
     if "mAP" in scores:
-        return draw_several(rows, scores, display_names, read_clip, folder)
+        return draw_multi_label(rows, scores, display_names, read_clip, folder)
     recalls = {n: (c["recall"], c["interval"]) for n, c in scores["classes"].items() if c["count"]}
     title = f"recall per class, 95 % intervals, n = {scores['count']}"
     if len(recalls) > MOST_NAMES:
@@ -126,14 +126,14 @@ def draw_labels(
     return pictures
 
 
-def draw_several(
+def draw_multi_label(
     rows: list[dict],
     scores: dict[str, Any],
     display_names: dict[str, str],
     read_clip: Callable[[int], Any],
     folder: Path,
 ) -> list[Path]:
-    """Draws all pictures of a classifier with several labels per clip: see draw_labels()."""
+    """Draws all pictures of a classifier with several labels per clip: see draw_classifier()."""
     found = {name: c for name, c in scores["classes"].items() if c["count"]}
     kept = sorted(found, key=lambda name: found[name]["average_precision"])[:MOST_NAMES]
     which = "per class" if len(found) <= MOST_NAMES else f"of the {MOST_NAMES} worst classes"
@@ -141,12 +141,12 @@ def draw_several(
     chance = [found[name]["share"] for name in bars]
     title = f"average precision {which}, 95 % intervals, n = {scores['count']}; black: at random"
 
-    # the share of labels that are right, of those that are true or predicted (Jaccard index)
-    def share_right(row: dict) -> float:
+    # clips with the fewest right labels come first
+    def jaccard_index(row: dict) -> float:
         predicted, true = labels_of(row), {*row["truth"]}
         return len(predicted & true) / len(predicted | true) if predicted | true else 1.0
 
-    order = sorted(range(len(rows)), key=lambda index: share_right(rows[index]))[:MOST_CLIPS]
+    order = sorted(range(len(rows)), key=lambda index: jaccard_index(rows[index]))[:MOST_CLIPS]
     sheet = [(read_clip(index), label_title(rows[index], display_names)) for index in order]
     heading = f"worst {len(sheet)} of n = {len(rows)}: the smallest share of right labels"
     return [
@@ -155,7 +155,7 @@ def draw_several(
     ]
 
 
-def draw_captions(
+def draw_captioner(
     rows: list[dict], scores: dict[str, Any], read_clip: Callable[[int], Any], folder: Path
 ) -> list[Path]:
     """Draws all pictures of a captioner on one split: a sheet with the captions that are furthest from their
@@ -258,11 +258,11 @@ def plot_bars(
     """Draws fractions with their intervals, {name: (fraction, [low, high])}: as bars, or with `zoom` as points on an
     axis that starts just below the lowest interval. `marks` are black lines across the bars. Two names may have the
     same display name."""
-    # matplotlib wants the lengths of the intervals' two sides
     positions = range(len(values))
     figure = new_figure(6.5, 1.0 + 0.26 * len(values))
     axis = figure.subplots()
     fractions, intervals = [v for v, _ in values.values()], [interval for _, interval in values.values()]
+    # matplotlib takes the lengths of both sides of an interval
     errors = [
         [max(0.0, v - low) for v, (low, _) in zip(fractions, intervals, strict=True)],
         [max(0.0, high - v) for v, (_, high) in zip(fractions, intervals, strict=True)],
@@ -327,8 +327,8 @@ def plot_risk_coverage(scores: dict[str, Any], count: int, path: Path) -> Path:
 
 
 def plot_occlusion(maps: list[tuple[Any, Any, dict]], display_names: dict[str, str], path: Path) -> Path:
-    """Draws the frames of each clip, and below them, in red, how much the model's confidence in its answer drops when a
-    cell is covered. `maps` come from extras.controls.occlusion_maps."""
+    """Draws the frames of each clip, and below, in red, how much the answer's log odds drop when a cell is covered.
+    `maps` come from extras.controls.occlusion_maps."""
     from torch.nn import functional as F
 
     clips = []
@@ -340,9 +340,8 @@ def plot_occlusion(maps: list[tuple[Any, Any, dict]], display_names: dict[str, s
         alpha = 0.7 * heat[:, None]  # (T, 1, H, W)
         red = clip.new_tensor([255, 0, 0])[:, None, None]  # (C, 1, 1)
         clips.append((clip, caption_title(row) if "references" in row else label_title(row, display_names)))
-        title = (
-            f"red: covering this cell with background lowers the answer's score, by up to {float(drop.max()):.2f} nats"
-        )
+        scores = "caption's log probability" if "references" in row else "answer's log odds"
+        title = f"red: covering this cell with background lowers the {scores}, by up to {float(drop.max()):.2f} nats"
         clips.append(((clip * (1 - alpha) + red * alpha).to(clip.dtype), title))
     return plot_clips(clips, path)
 

@@ -60,7 +60,7 @@ class StepReader(nn.Module):
         """`vision` is the VisionEncoder whose tokens are read."""
         super().__init__()
         width, heads = vision.config.hidden_size, vision.config.num_attention_heads
-        self.times, self.num_cls = vision.num_times, int(vision.has_pooled_token)
+        self.times, self.num_pooled = vision.num_times, int(vision.has_pooled_token)
         self.norm = nn.LayerNorm(width)  # backbones differ in the scale of their tokens
 
         # attention to each time step; tokens need no position embedding, they carry their position from the backbone
@@ -74,19 +74,19 @@ class StepReader(nn.Module):
 
     def read(self, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Queries (B or 1, q, D) and tokens from VisionEncoder.encode_video (B, N, D) -> (B, q, D)."""
-        # CLS belongs to no time step
+        # the pooled token belongs to no time step
         tokens = self.norm(tokens)
-        cls, grid = tokens[:, : self.num_cls], tokens[:, self.num_cls :].unflatten(1, (self.times, -1))
+        pooled, grid = tokens[:, : self.num_pooled], tokens[:, self.num_pooled :].unflatten(1, (self.times, -1))
 
         # the same queries for all time steps; the time embedding tells the steps apart
         steps = self.attention(queries, grid) + self.time_embedding[:, None]  # (B, t, q, D)
 
-        # one row per query. The row includes the query itself, because a text alone may tell something about the class
+        # one sequence per query, which includes the query itself: a text alone may tell something about the class
         batch, count = steps.shape[0], steps.shape[2]
         queries = self.query_norm(queries)[:, :, None].expand(batch, -1, -1, -1)  # (B, q, 1, D)
-        cls = cls[:, None].expand(-1, count, -1, -1)  # (B, q, 0 or 1, D)
-        rows = torch.cat([cls, queries, steps.transpose(1, 2)], dim=2)  # (B, q, [1 +] 1 + t, D)
-        return self.reader(rows.flatten(0, 1)).mean(1).unflatten(0, (batch, count))
+        pooled = pooled[:, None].expand(-1, count, -1, -1)  # (B, q, 0 or 1, D)
+        sequences = torch.cat([pooled, queries, steps.transpose(1, 2)], dim=2)  # (B, q, [1 +] 1 + t, D)
+        return self.reader(sequences.flatten(0, 1)).mean(1).unflatten(0, (batch, count))
 
 
 class AttentiveHead(StepReader):
@@ -131,48 +131,49 @@ class AttentiveProjector(StepReader):
 class WordLoss:
     """Penalises a captioner whose mean video token does not predict the words in the captions of its clip.
 
-    In the language model's loss, the few words that say what happens drown among those that follow from grammar, and in
-    the choice between synonyms. On a self-supervised encoder, the projector then learns colours and no motions. This
+    In the language model's loss, the words that say what happens count little: most words follow from grammar, or are
+    one of several synonyms. On a self-supervised encoder, the projector then learns colours and no motions. This
     loss is about the set of words in all captions of the clip, weighted by their rarity, as in SuperClass
     (arXiv:2411.03313). Scores are scaled dot products with whitened word embeddings (why whitened: see TextQuery), so
     it has no parameters.
 
-    Shapes: N tokens for the language model, W their width, V vocabulary, k words that occur in captions.
+    Shapes: N tokens for the language model, W their width, V vocabulary, k words (the language model's tokens) that
+    occur in captions.
     """
 
     def __init__(self, model: Any, captions: list[tuple[str, ...]]):
         """`captions` are all captions of each training clip. A hook keeps the tokens of the last forward pass."""
         self.codec, self.captions = model.codec(), captions
-        clips_with = Counter(word for texts in captions for word in self.words(texts))
+        clips_with = Counter(word for texts in captions for word in self.token_ids(texts))
         self.column = {word: column for column, word in enumerate(sorted(clips_with))}
         counts = torch.tensor([clips_with[word] for word in self.column])
         embeddings = model.language_model.get_input_embeddings().weight.detach().float()  # (V, W)
-        self.rarity = torch.log((1 + len(captions)) / (1 + counts))  # (k,)
+        self.idf = torch.log((1 + len(captions)) / (1 + counts))  # (k,)
         with torch.no_grad():
             self.table = whitening(embeddings)(embeddings[[*self.column]]) / embeddings.shape[1] ** 0.5  # (k, W)
         model.projector.register_forward_hook(self.keep)
 
-    def words(self, texts: tuple[str, ...]) -> set[int]:
-        return {word for ids in self.codec.tokens([*texts]) for word in ids}
+    def token_ids(self, texts: tuple[str, ...]) -> set[int]:
+        return {token for ids in self.codec.tokens([*texts]) for token in ids}
 
     def keep(self, projector: nn.Module, inputs: tuple, tokens: torch.Tensor) -> None:
         self.tokens = tokens  # (B, N, W)
 
     def __call__(self, indices: list[int]) -> torch.Tensor:
-        """The loss of the last batch, which has the clips with these numbers. (B,)"""
-        wanted = torch.zeros(len(indices), len(self.column))
+        """The loss of each clip of the last batch; `indices` are its clips. (B,)"""
+        target = torch.zeros(len(indices), len(self.column))
         for row, index in enumerate(indices):
-            columns = [self.column[word] for word in self.words(self.captions[index])]
-            wanted[row, columns] = self.rarity[columns]
-        wanted = F.normalize(wanted, p=1, dim=1).to(self.table.device)  # (B, k)
+            columns = [self.column[word] for word in self.token_ids(self.captions[index])]
+            target[row, columns] = self.idf[columns]
+        target = F.normalize(target, p=1, dim=1).to(self.table.device)  # (B, k)
 
         tokens = self.tokens.float()
         mean = F.layer_norm(tokens, tokens.shape[-1:]).mean(1)  # (B, W)
-        return F.cross_entropy(mean @ self.table.T, wanted, reduction="none")
+        return F.cross_entropy(mean @ self.table.T, target, reduction="none")
 
 
 class TextQuery(nn.Module):
-    """A text -> a query (B, D). The language model's outputs decide which words count; their embeddings are the query.
+    """A text -> a query (B, D): the mean of its word embeddings, weighted by what the language model's outputs say.
 
     The outputs themselves make a bad query. They are nearly parallel whatever the text says (arXiv:1909.00512): those
     of "red" and "blue" have cosine 0.997 in BERT-tiny. Training then finds a query that suits all texts, and stays

@@ -44,7 +44,7 @@ class Predictor:
 
     def __init__(self, model: Any, config: Config, metadata: dict[str, Any]):
         from build_model import merge_adapters
-        from train_code import build_accelerator, hold_frozen
+        from train_code import build_accelerator, cast_frozen
 
         # refuse what would give wrong answers silently
         refuse_classifier_options(config)
@@ -62,7 +62,7 @@ class Predictor:
         # merged adapters give the same answers and take less time
         if config.use_lora_vision or config.use_lora_llm:
             merge_adapters(model)
-        hold_frozen(model, config, self.accelerator)
+        cast_frozen(model, config, self.accelerator)
         self.model = model.to(self.accelerator.device).eval()
 
     @classmethod

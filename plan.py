@@ -69,13 +69,13 @@ def try_training(config: Config, started: float) -> Estimate:
     from extras.frame_store import stored_splits
     from runs import memory_advice, prepare
     from scan import prepare_frames
-    from train_code import hold_frozen, peak_memory
+    from train_code import cast_frozen, peak_memory
     from VLoader import SPLITS
 
     data_folder(config.data_dir, config.output_dir)  # a remote one is not copied into the temporary folder
     with tempfile.TemporaryDirectory() as folder, memory_advice():
         run = prepare(replace(config, output_dir=folder, cache_dir=folder), Path(folder))
-        hold_frozen(run.model, run.config, run.accelerator)
+        cast_frozen(run.model, run.config, run.accelerator)
         start = time.time() - started
 
         # before the first epoch

@@ -17,13 +17,13 @@ from config import Config, as_flags, default_rates, fill_epochs, is_non_commerci
 from extras.controls import control_line, control_scores, occlusion_maps
 from extras.groups import shared_recordings
 from extras.multilabel import labels_line, resolve_labels, scores_text
-from extras.reject import breaks_promise, check_val, reject_line
+from extras.reject import check_val, lacks_threshold, reject_line
 from extras.segments import add_background
 from extras.shards import data_folder
 from pretrained import licence_of, warn_of_tiny
 from scan import prepare_data
 from script import UserError, collector_off, counted, freeze_objects, is_main, printable, read_rows
-from train_code import build_accelerator, build_loaders, hold_frozen
+from train_code import build_accelerator, build_loaders, cast_frozen
 from VLoader import SPLITS, Splits, check_samples, distinct, fingerprint_data, read_display_names, read_splits
 
 
@@ -60,7 +60,7 @@ def train_run(config: Config, typed_flags: set[str]) -> int:
     with claimed_run(config, typed_flags, is_main()) as (folder, config):
         run = prepare(config, folder)
         freeze_objects()
-        hold_frozen(run.model, run.config, run.accelerator)
+        cast_frozen(run.model, run.config, run.accelerator)
         print_backbones(run)
         print_hints(run)
 
@@ -135,7 +135,7 @@ def fit(run: Run) -> int:
             loader.close()
         run.accelerator.end_training()
     print_end(run)
-    return int(breaks_promise(metrics))
+    return int(lacks_threshold(metrics))
 
 
 def finish(run: Run, metrics: dict[str, Any]) -> None:
@@ -190,9 +190,9 @@ def draw_pictures(run: Run, metrics: dict[str, Any]) -> None:
         return loader.dataset[(0, index)].get("video", grey)  # [T, C, H, W]
 
     if run.config.captioning:
-        pictures = figures.draw_captions(rows, metrics[split], clip, run.folder)
+        pictures = figures.draw_captioner(rows, metrics[split], clip, run.folder)
     else:
-        pictures = figures.draw_labels(rows, metrics[split], run.display_names, clip, run.folder)
+        pictures = figures.draw_classifier(rows, metrics[split], run.display_names, clip, run.folder)
 
     # 144 forward passes per clip, so only with the controls
     if run.config.controls:

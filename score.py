@@ -97,12 +97,12 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     """
     from checkpoint import METRICS, load_run, load_weights, read_metrics
     from extras.multilabel import resolve_labels
-    from extras.reject import Rule, breaks_promise, check_val
+    from extras.reject import Rule, check_val, lacks_threshold
     from extras.segments import add_background
     from pretrained import warn_of_tiny
     from runs import Run, memory_advice, only, report
     from scan import prepare_data
-    from train_code import build_accelerator, hold_frozen, score_splits
+    from train_code import build_accelerator, cast_frozen, score_splits
     from VLoader import check_samples, read_splits
 
     # the trained model, and data with the same classes
@@ -121,7 +121,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
 
     # as in training: read every video once, and use cached features
     accelerator = build_accelerator(config)
-    hold_frozen(model, config, accelerator)
+    cast_frozen(model, config, accelerator)
     splits, features, _ = prepare_data(splits, replace(config, preread="False"), model, accelerator)
     run = Run(config, model.to(accelerator.device), splits, metadata["display_names"], accelerator, folder, features)
 
@@ -145,7 +145,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     if accelerator.is_main_process:
         write_json(metrics, folder / METRICS)
     print(f"wrote {folder}/{METRICS} and {folder}/predictions_*.jsonl")
-    return int(breaks_promise(metrics))
+    return int(lacks_threshold(metrics))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains many heads at once on the cached features of a frozen video backbone, and keeps the one that is best on val.
+"""Trains many heads at once on the cached features of a frozen vision backbone, and keeps the one that is best on val.
 
 python sweep_heads.py --data_dir my_clips --vision_model vjepa2 --weights hub
 python sweep_heads.py --heads linear --learning_rates 1e-3 3e-3 1e-2 --weight_decays 0.05
@@ -91,7 +91,7 @@ def build_candidates(config: Config, folder: Path) -> list[Candidate]:
     from extras.layers import cache_layers, share_layers
     from runs import prepare, print_backbones, print_data, print_hints
     from scan import prepare_data
-    from train_code import build_accelerator, build_engine, hold_frozen
+    from train_code import build_accelerator, build_engine, cast_frozen
 
     # the highest layer first: computing it computes the others. attentive first: what is cached for it includes the
     # pooled token, which is all that the linear head reads
@@ -102,7 +102,7 @@ def build_candidates(config: Config, folder: Path) -> list[Candidate]:
         run = prepare(replace(config, vision_layer=layer, head=head), folder)
         if run.model.multi_label:
             raise UserError("a sweep is for clips with one label each, and here they may have several; use main.py")
-        hold_frozen(run.model, run.config, run.accelerator)
+        cast_frozen(run.model, run.config, run.accelerator)
         if not candidates:
             print_backbones(run)
             print_hints(run)
@@ -110,7 +110,7 @@ def build_candidates(config: Config, folder: Path) -> list[Candidate]:
                 cache_layers(run.model, run.splits, run.config, run.accelerator, layers[1:])
         run.splits, run.features, _ = prepare_data(run.splits, run.config, run.model, run.accelerator)
         generators = generator_states()
-        filled = ("token_grid", "epochs", "patience")  # depend on the model and the number of videos
+        filled = ("token_grid", "epochs", "patience")  # the same for all heads
         config = replace(config, **{name: getattr(run.config, name) for name in filled})
 
         # the layers of one backbone serve all heads, and the features of a layer all of its heads
@@ -121,7 +121,7 @@ def build_candidates(config: Config, folder: Path) -> list[Candidate]:
                 loaders = candidates[-1].loaders
         run.model.to(run.accelerator.device)
 
-        # heads of one kind start from equal weights; the accelerator has the loss scale of fp16, so each has its own
+        # deepcopy's memo shares the encoder; heads start equal; each has an accelerator, for the loss scale of fp16
         for rate, decay in product(rates, decays):
             options = replace(run.config, learning_rate=rate, weight_decay=decay)
             model, accelerator = deepcopy(run.model, {id(encoder): encoder}), build_accelerator(options)
@@ -238,7 +238,7 @@ def keep_best(candidates: list[Candidate], started: float) -> None:
     run, engine, loaders = candidates[0].run, candidates[0].engine, candidates[0].loaders
     print(f"best on val: {candidates[0].name}; its score on val is partly luck, so report the score on test:")
 
-    # in the same order as in training; metrics.json comes last and marks the run as finished
+    # table_row() loaded the best weights; metrics.json comes last, because it marks the run as finished
     write_or_compare(run)
     best_epoch = next(row for row in reversed(engine.progress.log) if row["best"])
     save_epoch(run.model, best_epoch, engine.progress.log, run.folder)
@@ -251,14 +251,14 @@ def keep_best(candidates: list[Candidate], started: float) -> None:
 
 
 def table_row(candidate: Candidate) -> dict[str, Any]:
-    """What the table says about a head, whose model gets the weights of its best epoch; None where it diverged."""
+    """Loads a head's best weights into its model; returns its row of the table, with None where it diverged."""
     from checkpoint import WEIGHTS, copy_tensors
     from metrics import with_intervals
     from train_code import evaluate
 
     run = candidate.run
-    names = ("head", "learning_rate", "weight_decay")
-    row = {name: getattr(run.config, name) for name in (*(["vision_layer"] * (run.config.layers != "auto")), *names)}
+    layer = ("vision_layer",) if run.config.layers != "auto" else ()
+    row = {name: getattr(run.config, name) for name in (*layer, "head", "learning_rate", "weight_decay")}
     row |= dict.fromkeys(("epoch", "val_loss", "val_accuracy", "low", "high"))
     if candidate.diverged:
         return row

@@ -38,7 +38,7 @@ from script import UserError, counted, keep_freed_memory, make_folder, write_row
 from VLoader import SPLITS, ClipDataset, EpochBatches, Sample, Splits, build_loader, distinct
 
 WARMUP = 0.1  # fraction of all steps
-# weight decay is for weight matrices; it would blur CLS, position and time embeddings, and the queries of poolers
+# weight decay is for weight matrices; it would shrink CLS, position and time embeddings, and the queries of poolers
 NO_DECAY = re.compile(
     r"\.lora_|cls_token|class_embedding|register_tokens|position|time_embedding|rel_embeddings|\bwpe\b|"
     r"query_tokens|attention_query|\.probe"
@@ -123,13 +123,13 @@ def build_accelerator(config: Config) -> Any:
     accelerator = Accelerator(cpu=device == "cpu" or (not on_gpu and "RANK" in os.environ), mixed_precision=precision)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    # the fastest gradient of a convolution differs from run to run, and a resumed run must not differ
+    # cuDNN's fastest convolution gradients are not deterministic, and a resumed run must not differ
     torch.backends.cudnn.deterministic = True
     return accelerator
 
 
-def hold_frozen(model: VideoModel, config: Config, accelerator: Any) -> None:
-    """Holds the frozen weights of linear layers and convolutions in bf16 if --frozen_dtype says so, in place.
+def cast_frozen(model: VideoModel, config: Config, accelerator: Any) -> None:
+    """Casts the frozen weights of linear layers and convolutions to bf16 if --frozen_dtype says so, in place.
 
     Autocast would make bf16 copies of just these at each use, so results are the same bit for bit. All else stays in
     fp32: adapters, norms, biases, and embeddings with the output layers that share their weights.
@@ -236,7 +236,7 @@ class Engine:
     total_steps: int
     accumulate: int  # batches per optimizer step
     progress: Progress = field(default_factory=Progress)
-    trained: list[nn.Parameter] = field(default_factory=list)  # found in the first step: a search in each takes longer
+    trained: list[nn.Parameter] = field(default_factory=list)  # set in the first step, because finding them takes long
     gradient_sum: GradientSum | None = None  # with several processes
     reports: list[StepReport] = field(default_factory=list)  # of steps that are not in `progress` yet
     label_smoothing: float = 0.0
@@ -257,7 +257,7 @@ class Engine:
                 loss_total += loss
                 correct += right
 
-            # the log covers all processes, and all of them stop
+            # summed over all processes: the log covers them, and an error in one stops them all
             sums = (loss_total, correct, report.count, bool(error))
             loss_total, correct, count, errors = summed(self.accelerator, *sums)
             if errors:
@@ -279,7 +279,7 @@ def train_one_epoch(model: VideoModel, loader: DataLoader, engine: Engine) -> No
     loader.batch_sampler.start = progress.groups * engine.accumulate
     clock = time.perf_counter()
     groups = groups_of(loader, engine.accumulate)
-    with tqdm(groups, f"epoch {progress.epoch + 1}", total, False, initial=progress.groups, unit="step") as bar:
+    with tqdm(groups, f"epoch {progress.epoch + 1}", total, leave=False, initial=progress.groups, unit="step") as bar:
         for group in bar:
             train_step(model, group, loader, engine)
 
@@ -340,7 +340,7 @@ def accumulate_gradients(model: VideoModel, group: list[dict], loader: DataLoade
         if engine.gradient_sum:
             engine.gradient_sum.last_batch = number == len(batches)
         objective = loss
-        if engine.word_loss:  # a clip counts as often as it has targets
+        if engine.word_loss:  # clips are weighted by their targets, as in the loss
             objective = loss + WORD_LOSS * (engine.word_loss(clips) * (targets != -100).sum(1)).sum()
         accelerator.backward(objective / num_targets)
 
@@ -441,30 +441,31 @@ def evaluate(model: VideoModel, loader: DataLoader, accelerator: Any, desc: str 
 
     def forward(batch: dict[str, torch.Tensor]) -> tuple[dict, HostCopy, HostCopy | None]:
         with accelerator.autocast():
-            loss, logits, targets = loss_sum(model, to_device(batch, accelerator.device))
-        return batch, HostCopy(loss), HostCopy(logits) if targets.ndim == 1 or targets.dtype == torch.bool else None
+            loss, logits, _ = loss_sum(model, to_device(batch, accelerator.device))
+        # a captioner's logits are large, and only its loss is needed
+        return batch, HostCopy(loss), None if isinstance(model, VideoCaptioner) else HostCopy(logits)
 
     # this process scores its part of every batch; the loss is summed, since a mean of means would weight small batches
-    total, count = 0.0, 0
+    total, num_targets = 0.0, 0
     rows: list[tuple] = []  # index; for classifiers also true class, logits, most likely classes, their probabilities
     with evaluating(model):
         # a small last batch may have nothing for this process
         bar = tqdm(loader, desc=desc, leave=False, unit="batch")
-        for batch, loss, logits in one_late(forward(batch) for batch in bar if batch is not None):
+        for batch, loss, logits in lagged(forward(batch) for batch in bar if batch is not None):
             targets = model.targets(batch)
             total += loss.read().item()
-            count += int((targets != -100).sum())
+            num_targets += int((targets != -100).sum())
             columns = [batch["index"].tolist()]
             if logits is not None:
                 columns += score_columns(targets, logits.read())
             rows += zip(*columns, strict=True)
 
     # every clip must have been scored exactly once, by whichever process
-    total, count = summed(accelerator, total, count)
+    total, num_targets = summed(accelerator, total, num_targets)
     indices, *columns = zip(*sorted(gathered(accelerator, rows)), strict=True)
     if list(indices) != list(range(len(loader.dataset))):
         raise AssertionError(f"{desc}: {len(indices)} clips evaluated, the split has {len(loader.dataset)}")
-    result: dict[str, Any] = {"loss": total / count, "count": len(indices)}
+    result: dict[str, Any] = {"loss": total / num_targets, "count": len(indices)}
     if model.multi_label:
         result |= multi_label_result(*columns)
     elif columns:
@@ -483,8 +484,8 @@ def score_columns(targets: torch.Tensor, logits: torch.Tensor) -> list[list]:
     return [targets.tolist(), [*logits.numpy()], best.indices.tolist(), best.values.tolist()]
 
 
-def one_late(items: Iterable[Any]) -> Iterator[Any]:
-    """Yields each item after the next one was made, so that a GPU has the next batch when the last one is read."""
+def lagged(items: Iterable[Any]) -> Iterator[Any]:
+    """Yields each item after making the next one, so that a GPU works on that one while this one is read."""
     waiting: list[Any] = []
     for item in items:
         waiting.append(item)
@@ -529,9 +530,12 @@ def score_captions(texts: list[str], dataset: ClipDataset) -> dict[str, Any]:
 
 def split_by_question(samples: list[Sample], texts: list[str]) -> tuple[tuple[list, list], tuple[list, list]]:
     """((samples, texts) without a question, (samples, texts) with one)."""
-    pairs = [*zip(samples, texts, strict=True)]
-    captioned, asked = ([pair for pair in pairs if bool(pair[0].question) == with_one] for with_one in (False, True))
-    return ([s for s, _ in captioned], [t for _, t in captioned]), ([s for s, _ in asked], [t for _, t in asked])
+
+    def part(asked: bool) -> tuple[list, list]:
+        pairs = [(s, t) for s, t in zip(samples, texts, strict=True) if bool(s.question) == asked]
+        return [s for s, _ in pairs], [t for _, t in pairs]
+
+    return part(False), part(True)
 
 
 def final_scores(
@@ -571,8 +575,8 @@ def final_scores(
 def score_splits(
     model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, folder: Path, rule: Any = None
 ) -> dict[str, Any]:
-    """The scores on val and, if there is one, on test. Writes predictions_{val,test}.jsonl. With --reject and without a
-    reject.Rule, val decides which clips are answered, and metadata.json of a run says so."""
+    """The scores on val and, if there is one, on test. Writes predictions_{val,test}.jsonl. Without the `rule` of a
+    trained run, --reject chooses one on val, and writes it to a run's metadata.json."""
     metrics: dict[str, Any] = {}
     rule = rule or (Rule(config.reject) if config.reject else None)
     for split in ("val", "test"):
@@ -746,7 +750,7 @@ def build_engine(model: VideoModel, loader: DataLoader, config: Config, accelera
     """The engine of a new run, with its optimizer and the length of its schedule."""
     steps = config.epochs * math.ceil(len(loader) / config.gradient_accumulation_steps)
     optimizer = build_optimizer(model, config)
-    if accelerator.scaler:  # all that accelerate's optimizer adds, and it searches for a package twice in every step
+    if accelerator.scaler:  # accelerate's optimizer adds nothing else, and searches for a package twice a step
         optimizer = accelerator.prepare(optimizer)
     engine = Engine(accelerator, optimizer, steps, config.gradient_accumulation_steps)
     engine.label_smoothing, engine.augment = config.label_smoothing, Augment(config.augment, config.flip)
@@ -779,7 +783,8 @@ def save_epoch(model: VideoModel, row: dict[str, Any], log: list[dict[str, Any]]
 
 
 def evaluate_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config) -> dict[str, Any]:
-    """Evaluates on val and adds a row to the log. Returns the row; its `best` says whether no epoch was better."""
+    """Evaluates on val and adds a row to the log. Returns the row; its `best` says whether it is better than all
+    before."""
     engine.read_reports()
     progress = engine.progress
     val = evaluate(model, loaders["val"], engine.accelerator)

@@ -20,7 +20,7 @@ from pretrained import Source, fingerprint, load_backbone, load_preprocessor, re
 from script import UserError
 from transforms import Preprocessing
 
-# -- families of video backbones --------------------------------------------------------------------
+# -- families of vision backbones --------------------------------------------------------------------
 
 
 def patch_shape(config: Any) -> tuple[int, int]:
@@ -406,12 +406,12 @@ def read_vision_config(source: Source) -> Any:
     hf_config = read_config(source)
     hf_config = getattr(hf_config, "vision_config", hf_config)
     if hf_config.model_type not in FAMILIES:
-        raise UserError(f"{source.path} is a {hf_config.model_type}; video backbones are {', '.join(FAMILIES)}")
+        raise UserError(f"{source.path} is a {hf_config.model_type}; vision backbones are {', '.join(FAMILIES)}")
     return hf_config
 
 
 def vision_preprocessor(source: Source, hf_config: Any) -> dict[str, Any]:
-    """The fields of a video backbone's preprocessor_config.json; without that file those of its family."""
+    """The fields of a vision backbone's preprocessor_config.json; without that file those of its family."""
     return load_preprocessor(source, hf_config.model_type, FAMILIES[hf_config.model_type].preprocessing)
 
 

@@ -48,13 +48,13 @@ def build_vidtune(flags: list[str], num_classes: int) -> tuple[Any, Any, Any]:
     """(options without `auto`, model, accelerator) as main.py makes them. The model is still on the CPU."""
     from build_model import build_model
     from config import parse
-    from train_code import build_accelerator, hold_frozen
+    from train_code import build_accelerator, cast_frozen
 
     config, _ = parse(flags, "main")
     accelerator = build_accelerator(config)
     torch.manual_seed(0)
     model = build_model(config, num_classes)
-    hold_frozen(model, config, accelerator)
+    cast_frozen(model, config, accelerator)
     return model.vision_encoder.fill_auto(config), model, accelerator
 
 

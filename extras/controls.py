@@ -28,7 +28,7 @@ from extras.multilabel import labels_of, mean_average_precision, multi_hot
 from feature_cache import compute_missing, open_store, video_ids
 from metrics import Lexicon, attribute_summary, caption_summary, exact_matches, generated
 from script import UserError
-from train_code import build_loaders, caption_all, evaluate, hold_frozen, loss_sum, split_by_question, to_device
+from train_code import build_loaders, caption_all, cast_frozen, evaluate, loss_sum, split_by_question, to_device
 from transforms import Preprocessing
 from VLoader import Sample, Splits
 
@@ -108,7 +108,7 @@ def nearest_neighbours(splits: Splits, samples: list[Sample], config: Config, ac
         flip=False,
     )
     model = build_model(frozen_config, num_classes=1)
-    hold_frozen(model, config, accelerator)
+    cast_frozen(model, config, accelerator)
 
     # the feature cache may have most of them already
     store = open_store(model, frozen_config)

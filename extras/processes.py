@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-BUCKET = 2**20  # elements: gradients of small tensors are summed together, up to so many
+BUCKET = 2**20  # elements: small gradients share one all-reduce up to this size
 
 
 def summed(accelerator: Any, *values: float) -> list[float]:
@@ -20,7 +20,7 @@ def summed(accelerator: Any, *values: float) -> list[float]:
 
 @cache
 def cpu_group() -> Any:
-    """All processes, connected through their CPUs. A sum on the GPU would wait for all work that is queued there."""
+    """A process group on the CPU. An all-reduce on the GPU would wait for all work that is queued there."""
     return torch.distributed.new_group(backend="gloo")
 
 
@@ -43,7 +43,7 @@ class GradientSum:
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
-        """`parameters` are those that are trained, roughly in the order of use; another order costs overlap only."""
+        """`parameters` are those that are trained, roughly in the order of use; another order is only slower."""
         # small tensors share a bucket; the last tensors of the model come first, because their gradients do
         self.buckets: list[list[nn.Parameter]] = [[]]
         for parameter in reversed(parameters):
@@ -59,10 +59,11 @@ class GradientSum:
         """Prepares for the next step: nothing is complete, and nothing is sent."""
         self.last_batch = False  # of the optimizer step: only its backward pass completes gradients
         self.missing = [len(bucket) for bucket in self.buckets]  # gradients that are not complete
-        self.sent: list[tuple[Any, torch.Tensor]] = []  # (handle, sum) of the first buckets
+        self.sent: list[tuple[Any, torch.Tensor]] = []  # (handle, sum) of each bucket that was sent
 
     def on_gradient(self, parameter: nn.Parameter) -> None:
-        """Sends every bucket that is complete. All processes send in one order, whatever order gradients come in."""
+        """Sends every complete bucket, in the order of the buckets: the all-reduce calls of all processes must
+        match."""
         if self.last_batch:
             self.missing[self.bucket_of[parameter]] -= 1
             while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] == 0:

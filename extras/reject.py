@@ -24,7 +24,7 @@ from metrics import fraction_interval, with_intervals
 from script import UserError, counted
 
 NONE = "none of these"
-RISK = 0.05  # the probability that the fraction of wrong answers is above SHARE after all
+DELTA = 0.05  # the probability that the fraction of wrong answers exceeds SHARE all the same
 MOST_POINTS = 200  # of the curve in metrics.json
 
 
@@ -55,7 +55,7 @@ class Rule:
 
     def apply(self, result: dict[str, Any], split: str, groups: Sequence[str] | None = None) -> None:
         """Scores what evaluate() returns, as `reject`; calibrates its `probabilities`, and adds `answered` (n,). If
-        the rule has no threshold, val decides it first. `groups`: the group of each clip, for intervals."""
+        the rule has no threshold, val decides it first. `groups`: the recording of each clip, for intervals."""
         logits, truth, ranked = (result[name] for name in ("logits", "truth", "ranked"))
         if split == "val" and self.threshold is None:
             self.fit(logits, truth)
@@ -109,13 +109,13 @@ def upper_bound(errors: int, count: int) -> float:
     low, high = errors / count, 1.0
     for _ in range(40):
         share = (low + high) / 2
-        low, high = (low, share) if errors < count and binomial_tail(errors, count, share) <= RISK else (share, high)
+        low, high = (low, share) if errors < count and binomial_tail(errors, count, share) <= DELTA else (share, high)
     return high
 
 
 def least_clips(share: float) -> int:
     """How many clips without any error it takes to show that less than `share` are wrong."""
-    return math.ceil(math.log(RISK) / math.log1p(-share))
+    return math.ceil(math.log(DELTA) / math.log1p(-share))
 
 
 def choose_threshold(scores: np.ndarray, wrong: np.ndarray, share: float) -> float | None:
@@ -127,8 +127,8 @@ def choose_threshold(scores: np.ndarray, wrong: np.ndarray, share: float) -> flo
     5 % (Learn then Test, Angelopoulos 2021). Each test is an exact one for binomial counts. That the thresholds are
     scores of val does no harm: given the next lower score, the clips above it are independent draws.
 
-    The strictest threshold answers half of the clips, but of a large val only four times as many as it takes without an
-    error. Starting with fewer, a single error with a high score would often end the test at once.
+    The strictest threshold answers half of the clips, but at most four times least_clips(). With fewer, a single error
+    with a high score would often end the test at once.
     """
     least = least_clips(share)
     first = max(least, min(len(scores) // 2, 4 * least))
@@ -138,7 +138,7 @@ def choose_threshold(scores: np.ndarray, wrong: np.ndarray, share: float) -> flo
     for count in range(first, len(scores) + 1):
         if count < len(scores) and scores[count] == scores[count - 1]:
             continue  # equal scores are answered together
-        if binomial_tail(int(errors[count - 1]), count, share) > RISK:
+        if binomial_tail(int(errors[count - 1]), count, share) > DELTA:
             break
         threshold = float(scores[count - 1])
     return threshold
@@ -184,13 +184,13 @@ def reject_scores(
     }
 
 
-def breaks_promise(metrics: dict[str, Any]) -> bool:
-    """Whether --reject was asked for, and no threshold keeps it."""
+def lacks_threshold(metrics: dict[str, Any]) -> bool:
+    """Whether --reject was asked for, and no threshold is strict enough."""
     return "reject" in metrics and metrics["reject"]["threshold"] is None
 
 
 def reject_line(metrics: dict[str, Any]) -> str:
-    """What a run prints about its rule; a warning if there is none that keeps the promise."""
+    """What a run prints about its rule; a warning if there is none that is strict enough."""
     rule = metrics["reject"]
     wanted = f"{100 * rule['share']:g} %"
     if rule["threshold"] is None:

@@ -378,7 +378,7 @@ def test_pictures_name_clips_by_folder_answer_and_truth(tmp_path, monkeypatch):
     rows = [
         {"file": f"test/class_{k}/video_6.pt", "caption": f"a {k}", "references": [f"a {k % 2}", "b"]} for k in range(3)
     ]
-    figures.draw_captions(rows, {}, lambda place: None, tmp_path)
+    figures.draw_captioner(rows, {}, lambda place: None, tmp_path)
     assert sorted(titles) == [
         "class_0/video_6.pt: a 0  |  equals a reference",
         "class_1/video_6.pt: a 1  |  equals a reference",

@@ -174,7 +174,7 @@ def test_a_size_that_a_family_cannot_take_is_an_error_that_says_what_it_takes(fo
 
 def test_an_unknown_family_is_an_error_that_lists_the_known_ones(tmp_path):
     transformers.ResNetConfig().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"is a resnet; video backbones are {', '.join(FAMILIES)}"):
+    with pytest.raises(UserError, match=f"is a resnet; vision backbones are {', '.join(FAMILIES)}"):
         load_vision(Source(str(tmp_path)), Config())
 
 

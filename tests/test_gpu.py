@@ -25,7 +25,7 @@ from train_code import (
     build_accelerator,
     build_engine,
     build_loaders,
-    hold_frozen,
+    cast_frozen,
     loss_sum,
     resumed_progress,
     save_progress,
@@ -207,7 +207,7 @@ def test_frozen_weights_in_bf16_take_less_memory_and_give_the_same_gradients(dat
         torch.manual_seed(0)
         model = build_model(config, 3)
         accelerator = build_accelerator(config)
-        hold_frozen(model, config, accelerator)
+        cast_frozen(model, config, accelerator)
         before = torch.cuda.memory_allocated()
         model.to(accelerator.device)
         used[dtype] = torch.cuda.memory_allocated() - before

@@ -60,7 +60,7 @@ def slow_attention(attention: StepAttention, query: torch.Tensor, tokens: torch.
 def slow_read(reader: StepReader, tokens: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """StepReader.read in eval mode for one clip and one query: (N, D), (D,) -> (D,)."""
     tokens = [F.layer_norm(x, x.shape, reader.norm.weight, reader.norm.bias) for x in tokens]
-    cls, grid = tokens[: reader.num_cls], tokens[reader.num_cls :]
+    cls, grid = tokens[: reader.num_pooled], tokens[reader.num_pooled :]
     size, answers = len(grid) // reader.times, []
     for time in range(reader.times):
         step = torch.stack(grid[time * size : (time + 1) * size])

@@ -620,7 +620,7 @@ def test_a_malicious_bin_file_is_not_executed(dataset, tmp_path, monkeypatch, ca
 
 def test_a_backbone_of_another_kind_is_refused(tmp_path, dataset, capsys):
     assert train(dataset, tmp_path, "--vision_model", str(ROOT / "backbones" / "gpt2-tiny")) == 2
-    assert "video backbones are timesformer, videomae, vivit" in capsys.readouterr().err
+    assert "vision backbones are timesformer, videomae, vivit" in capsys.readouterr().err
     bert = str(ROOT / "backbones" / "bert-tiny")
     assert train(dataset, tmp_path, "--use_vlm", "--captioning", "--language_model", bert) == 2
     assert "causal language model" in capsys.readouterr().err

@@ -25,8 +25,8 @@ from train_code import (
     build_accelerator,
     build_loaders,
     build_optimizer,
+    cast_frozen,
     evaluate,
-    hold_frozen,
     layers_above,
     loss_sum,
     out_of_patience,
@@ -334,7 +334,7 @@ def held(dtype: str, **options):
     torch.manual_seed(0)
     model = build_model(config, 3)
     accelerator = build_accelerator(config)
-    hold_frozen(model, config, accelerator)
+    cast_frozen(model, config, accelerator)
     return model, resolved(config, model), accelerator
 
 
