@@ -137,6 +137,9 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     try:
         with memory_advice():
             metrics |= score_splits(model, loaders, config, accelerator, folder, rule)
+            if accelerator.is_main_process:  # the pictures of the old controls and of the old rule
+                for name in ("occlusion.png", "risk.png"):
+                    (folder / name).unlink(missing_ok=True)
             report(run, metrics)
     finally:
         for loader in loaders.values():

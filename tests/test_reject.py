@@ -328,7 +328,9 @@ def test_score_keeps_changes_and_removes_the_rule(run, data, tmp_path, capsys):
 
     # another share, then none at all
     assert scored("--reject", "0.4")["reject"]["share"] == 0.4 == read_run(folder)[1]["reject"]["share"]
+    assert (folder / "risk.png").exists()
     without = scored("--reject", "0")
+    assert not (folder / "risk.png").exists()
     assert "reject" not in without and "reject" not in without["test"] and "reject" not in read_run(folder)[1]
     assert without["test"]["accuracy"] == first["test"]["accuracy"]
 
