@@ -862,6 +862,7 @@ def test_a_name_with_another_folder_is_another_video(tmp_path, capsys):
         ("list", {"train.txt": "gone.mp4 a\n"}, "1 not found in"),
         ("list", {"train.txt": "x.pt 1 2\n"}, "1 refused, first x.pt: several labels"),
         ("list", {"train.csv": "path,label\nx.pt,a,b\n"}, "3 cells for 2 columns: 'x.pt, a, b'; put quotes"),
+        ("list", {"train.csv": "path,label,label\nx.pt,a,b\n"}, "--format list: two columns are named label"),
         ("list", {"train.csv": 'path,label\nx.pt,"a\n'}, "train.csv is not in --format list: line 2: unexpected end"),
         ("list", {"train.csv": "x.pt," + "a" * 200_000}, "line 1: field larger than field limit"),
         ("list", {"train.csv": "x\0.pt,a\n"}, "1 not found in"),
@@ -992,6 +993,7 @@ PUBLISHED = [
     ("msvd", "msvd/msvd_*.txt", {"train": (1200, 0), "val": (100, 0), "test": (670, 0)}),
     ("charades", "Charades_v1_t*.csv", {"train": (49809 - 7, 157), "test": (16691, 157)}),  # 7 end before they start
     ("activitynet", "thumos14.json", {"val": (3007, 20), "test": (3358, 20)}),
+    ("vatex", "vatex_test.csv", {"test": (5336, 0)}),
 ]
 
 
