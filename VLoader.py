@@ -192,7 +192,8 @@ def read_metadata(
         others = rows.setdefault(path, {})
         if segment in others:
             times = f" with start {segment.start:g} and end {segment.end:g}" if segment else ""
-            raise UserError(f"{where}: file_name {shown(row['file_name'])}{times} appears twice")
+            hint = "; write one row with all of its `labels`" * (others[segment].get("label") != row.get("label"))
+            raise UserError(f"{where}: file_name {shown(row['file_name'])}{times} appears twice{hint}")
         if others and None in (segment, *others):
             raise UserError(f"{where}: file_name {shown(row['file_name'])} has rows with start and end and one without")
         if not others and "video_digest" not in row and not exists(path, where):
@@ -244,6 +245,8 @@ def check_row(row: Any, where: str) -> str:
     labels, label = row.get("labels"), row.get("label")
     if labels is not None and not (isinstance(labels, list) and all(map(is_text, labels)) and label is None):
         raise UserError(f"{where}: labels must be a list of strings, and a row with labels has no label")
+    if any(name is not None and not name.strip() for name in labels or [label]):
+        raise UserError(f"{where}: a label must not be empty")
     items = as_list(row.get("attributes", []))
     if not all(isinstance(item, dict) and all(map(is_text, item.values())) for item in items):
         raise UserError(f'{where}: attributes must be {{"name": "value"}}, or a list of these, one for each object')

@@ -321,8 +321,9 @@ def count_overlaps(outcome: Outcome) -> tuple[int, int]:
     from extras.segments import ROUNDING, by_video, times_of
 
     videos = by_video(outcome.samples.values())
-    found = {key for key, sample in outcome.samples.items() if sample.labels and len(sample.labels) > 1}
+    found = set()
     for samples in videos.values():
+        found |= {sample.key for sample in samples if len(sample.classes) > 1}
         ordered = sorted(samples, key=times_of)
         for number, sample in enumerate(ordered):
             end = times_of(sample)[1] - ROUNDING

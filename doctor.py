@@ -286,10 +286,11 @@ def check_segments(splits: "Splits", config: Config) -> Iterator[Finding]:
     for sample in [s for s in distinct([*splits.train, *splits.val, *splits.test]) if s.segment is not None]:
         with suppress(ReadError):  # check_readable reports it
             reader = open_video(sample.path)
-            times, (_, count) = reader.seconds(sample.segment.fps), reader.part(sample.segment)
+            times = reader.seconds(sample.segment.fps)
             # nothing says how long the last frame is shown: half a second more is a rounded time, not a mistake
             if sample.segment.end > times[-1] + 0.5:
                 beyond.append(f"{clip_name(sample)}; the last frame is at {times[-1]:.2f} s")
+            _, count = reader.part(sample.segment)
             if count <= (config.num_frames - 1) * stride:
                 short.append(f"{clip_name(sample)} has {counted(count, 'frame')}")
 

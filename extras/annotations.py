@@ -93,8 +93,10 @@ def cells_of(file: Path, separator: str = ",") -> list[list[str]]:
 
 def table_of(cells: list[list[str]]) -> Iterator[dict[str, str]]:
     """The rows of a table as {column: cell}. The first row is the header; missing cells become "".
-    Raises ValueError for a row with more cells than the header."""
+    Raises ValueError for two columns with the same title, and for a row with more cells than the header."""
     titles = cells[0] if cells else []
+    if twice := [title for number, title in enumerate(titles) if title and title in titles[:number]]:
+        raise ValueError(f"two columns are named {twice[0]}")
     for row in cells[1:]:
         if any(row[len(titles) :]):
             raise ValueError(

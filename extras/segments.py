@@ -409,6 +409,8 @@ def read_recordings(truth_file: Path, answers_file: Path) -> list[Recording]:
     if not truth or not answers:
         raise UserError(f"{truth_file if not truth else answers_file} is empty")
     answers = [row for row in answers if "error" not in row]
+    if not answers:
+        raise UserError(f"{answers_file} has only errors")
 
     # windows that were merged say so, even if no segment came of it; only others count as segments themselves
     merged = any(isinstance(row.get("segment"), bool) for row in answers)

@@ -862,6 +862,7 @@ def test_a_name_with_another_folder_is_another_video(tmp_path, capsys):
         ("list", {"train.txt": "gone.mp4 a\n"}, "1 not found in"),
         ("list", {"train.txt": "x.pt 1 2\n"}, "1 refused, first x.pt: several labels"),
         ("list", {"train.csv": "path,label\nx.pt,a,b\n"}, "3 cells for 2 columns: 'x.pt, a, b'; put quotes"),
+        ("list", {"train.csv": "path,label,label\nx.pt,a,b\n"}, "--format list: two columns are named label"),
         ("list", {"train.csv": 'path,label\nx.pt,"a\n'}, "train.csv is not in --format list: line 2: unexpected end"),
         ("list", {"train.csv": "x.pt," + "a" * 200_000}, "line 1: field larger than field limit"),
         ("list", {"train.csv": "x\0.pt,a\n"}, "1 not found in"),
@@ -992,13 +993,21 @@ PUBLISHED = [
     ("msvd", "msvd/msvd_*.txt", {"train": (1200, 0), "val": (100, 0), "test": (670, 0)}),
     ("charades", "Charades_v1_t*.csv", {"train": (49809 - 7, 157), "test": (16691, 157)}),  # 7 end before they start
     ("activitynet", "thumos14.json", {"val": (3007, 20), "test": (3358, 20)}),
+    ("vatex", "vatex_test.csv", {"test": (5336, 0, 53360)}),
+    # the Italian list has captions for 100 of the 2,990 test videos only
+    ("msrvtt", "msrvtt_it.json", {"train": (6513, 0, 130260), "val": (497, 0, 9940), "test": (100, 0, 2000)}),
+    (
+        "activitynet",
+        "activitynet13.json",
+        {"train": (14850, 200), "val": (7290, 200)},
+    ),  # 12 do not end after they start
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, places, expected", PUBLISHED, ids=[f"{name} {places}" for name, places, _ in PUBLISHED])
 def test_published_lists_have_the_published_counts(real_data, tmp_path, name, places, expected):
-    """Rows with a video and classes of whole lists, all of whose videos exist."""
+    """Rows with a video, classes, and for some the captions, of whole lists, all of whose videos exist."""
     files = sorted((real_data / "lists").glob(places))
     if not files:
         pytest.skip(f"VIDTUNE_TEST_DATA has no lists/{places}")
@@ -1008,6 +1017,7 @@ def test_published_lists_have_the_published_counts(real_data, tmp_path, name, pl
         path.touch()
     argv = ["--format", name, "--annotations", *map(str, files), "--videos", str(tmp_path / "videos")]
     assert convert_dataset.main([*argv, "--output", str(tmp_path / "out"), "--no_scan"]) == 0
-    for split, (found, classes) in expected.items():
+    for split, counts in expected.items():
         report = json.loads((tmp_path / "out" / split / "conversion.json").read_text())
-        assert (report["found"], len(report["classes"])) == (found, classes) and not report["missing"]
+        found = (report["found"], len(report["classes"]), report["captions"])
+        assert found[: len(counts)] == counts and not report["missing"]

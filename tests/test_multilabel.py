@@ -219,6 +219,8 @@ BAD = {
     "a string": ({"labels": "a"}, [], "labels must be a list of strings"),
     "a number": ({"labels": ["a", 1]}, [], "labels must be a list of strings"),
     "an empty string": ({"labels": ""}, [], "labels must be a list of strings"),
+    "an empty label": ({"labels": ["a", " "]}, [], "a label must not be empty"),
+    "one empty label": ({"label": ""}, [], "a label must not be empty"),
     "none and one": ({"labels": [], "label": "a"}, [], "a row with labels has no label"),
     "both": ({"labels": ["a"], "label": "a"}, [], "a row with labels has no label"),
     "several, refused": ({"labels": ["a", "b"]}, ["--multi_label", "False"], "has 2 labels in metadata.jsonl"),
@@ -521,7 +523,8 @@ def test_rows_of_one_video_are_merged(tmp_path, capsys):
     }
     assert convert_dataset.main([*argv, str(tmp_path / "one")]) == 0
     assert [row["label"] for row in read_rows(tmp_path / "one" / "train" / "metadata.jsonl")] == ["run"]
-    assert "several labels (run, jump)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "several labels (run, jump)" in out and "overlaps" not in out  # these are whole videos
 
 
 def test_drawn_labels_are_the_motions_of_all_objects(labels):

@@ -251,6 +251,7 @@ BAD = {
     "other videos": (None, [{"file": "b", "label": "x", "start": 0, "end": 1}], "no video in common"),
     "odd score": (None, [{"file": "a", "label": "x", "start": 0, "end": 1, "score": "high"}], "score must be a number"),
     "no rows": (None, [], "is empty"),
+    "errors": (None, [{"file": "a", "error": "cannot read a"}], "has only errors"),
 }
 
 
