@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     with collector_off():
         from checkpoint import find_run, load_run
         from pretrained import warn_of_tiny
-        from VLoader import by_question, distinct, read_folder
+        from VLoader import by_question, read_folder
 
     # the videos first: finding them takes less time than loading a model
     samples = read_folder(Path(config.video_dir)) if config.video_dir is not None else []
@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     if samples:
         predictor = Predictor(model, config, metadata)
         predictor.check_texts(samples)
-        videos = counted(len(distinct(samples)), "video")
+        videos = counted(len({sample.path for sample in samples}), "video")
         print(printable(f"{run_dir}: {metadata['task']}, {videos} in {config.video_dir}"))
         if note := model.truncation_note([replace(s, captions=()) for s in samples]):  # captions are not read here
             print(note)

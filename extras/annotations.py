@@ -119,14 +119,14 @@ CAPTION_TITLES = ("caption", "sentence", "description")
 
 
 def list_rows(file: Path) -> Iterator[Row]:
-    """`path label`, separated by a tab, comma or spaces; or a table with a header (path, label, caption, text, split,
-    group, start, end)
+    """`path label`, separated by a tab, comma, semicolon or spaces; or a table with a header (path, label, caption,
+    text, split, group, start, end)
 
     Other common column names work too: PATH_TITLES, LABEL_TITLES, CAPTION_TITLES.
     """
     # the first line decides on the separator
     first = next(lines_of(file), "")
-    separator = "\t" if "\t" in first else "," if "," in first else None
+    separator = next((mark for mark in "\t,;" if mark in first), None)
     cells = cells_of(file, separator) if separator else [split_at_path(line) for line in lines_of(file)]
 
     # a header is a first line that names a path column

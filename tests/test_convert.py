@@ -66,8 +66,9 @@ def labels(tmp_path: Path, split: str) -> dict[str, str]:
         "a/x.pt\trun\nb c.mp4\thigh jump\n",
         '\ufeff"b c.mp4","high jump"\na/x,run\n',
         "Path,Label,split\na/x.pt,run,train\nb c.mp4,high jump,\n",
+        "\ufeffpath;label\na/x.pt;run\nb c.mp4;high jump\n",
     ],
-    ids=["spaces", "commas", "tabs", "quotes", "titles"],
+    ids=["spaces", "commas", "tabs", "quotes", "titles", "semicolons"],
 )
 def test_lists(tmp_path, text):
     make_videos(tmp_path / "videos", "a/x", "b c.mp4")
