@@ -103,12 +103,15 @@ def stated_licence(card: Path) -> str | None:
 def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
     """loader.from_pretrained(source, ...), with every exception turned into a UserError that says what to do. `what`
     names the part of the backbone that is loaded."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError
 
     try:
         return loader.from_pretrained(**source.arguments(), **more)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, UnpicklingError, ...
-        cause = " ".join(str(error).split())[:300] or type(error).__name__
+        # transformers' words for what it does not expect, such as a download that breaks off, hide what went wrong
+        known = error.__cause__ is None or not str(error).startswith("Can't load")
+        cause = " ".join(str(error if known else error.__cause__).split())[:300] or type(error).__name__
         if source.local:
             raise UserError(f"cannot load the {what} in {source.path}: {cause}") from None
         advice = "give the path of a folder with a copy of it"
@@ -119,7 +122,8 @@ def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
             ) from None
         if (backbone := known_backbone(source)) and backbone.tiny:
             advice = f"use --weights tiny, or {advice}"
-        raise UserError(f"cannot load the {what} of {source.path} from the hub: {cause} -- {advice}") from None
+        place = "the downloads in HF_HOME, without the hub" if constants.HF_HUB_OFFLINE else "the hub"
+        raise UserError(f"cannot load the {what} of {source.path} from {place}: {cause} -- {advice}") from None
 
 
 @cache
@@ -221,10 +225,16 @@ def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tupl
 
     Raises UserError if a tensor has another shape, or is missing and not part of `new_layers` (prefixes of names).
     """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
+    # no bar for loading, which takes a moment; transformers would also hide that of a download, which takes minutes
+    logging.disable_progress_bar()
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
+
     # override what config.json may ask for: another dtype, or an attention implementation that is code on the hub
-    logging.disable_progress_bar()  # loading takes a moment, not minutes
     more |= {"dtype": torch.float32, "attn_implementation": None}
     if not source.weights:
         try:
