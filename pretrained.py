@@ -42,6 +42,11 @@ class Source:
     def local(self) -> bool:
         return Path(self.path).is_dir()
 
+    @property
+    def remedy(self) -> str:
+        """What to do if one of its files is missing or damaged."""
+        return "copy the folder again" if self.local else "remove it from HF_HOME to download it again"
+
     def arguments(self) -> dict[str, Any]:
         """The arguments of every from_pretrained. Code that comes with a model is never run."""
         pinned = {} if self.local or self.revision is None else {"revision": self.revision}
@@ -259,7 +264,7 @@ def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tupl
     if missing or misfits:
         names = ", ".join((missing + misfits)[:4])
         count = f"{counted(len(missing), 'tensor')} missing, {len(misfits)} of another shape than config.json says"
-        raise UserError(f"{source.path}: {count}: {names}; copy the folder again")
+        raise UserError(f"{source.path}: {count}: {names}; {source.remedy}")
     return model
 
 
@@ -279,7 +284,7 @@ def load_preprocessor(source: Source, model_type: str, usual: dict[str, Any]) ->
             if not isinstance(values, dict):
                 raise ValueError("expected an object with fields")
         except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"{source.path}: {name}: {error}; copy the folder again") from None
+            raise UserError(f"{source.path}: {name}: {error}; {source.remedy}") from None
         if values or (path and name != "processor_config.json"):
             return values
     values = IMAGENET | usual
@@ -331,7 +336,7 @@ def check_tokenizer(source: Source, tokenizer: Any, num_embeddings: int) -> None
     """Raises UserError if a tokenizer cannot be that of a model with so many embeddings."""
     # without its files, transformers makes a tokenizer that knows special tokens only
     if len(tokenizer) <= len({*tokenizer.all_special_ids}):
-        raise UserError(f"{source.path} has no tokenizer (tokenizer.json): copy the folder again")
+        raise UserError(f"{source.path} has no tokenizer (tokenizer.json): {source.remedy}")
 
     # added tokens may lie beyond the embeddings if no text contains them, such as Gemma 3's token for images
     ends = (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)

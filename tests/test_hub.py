@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import main
 from config import BACKBONES, ROOT, build_parser, is_non_commercial
-from pretrained import Source, from_source, licence_of, locate
+from pretrained import Source, check_tokenizer, from_source, licence_of, locate
 from script import UserError
 
 HUB_ONLY = [name for name, backbone in BACKBONES.items() if not backbone.tiny]
@@ -139,6 +139,17 @@ def test_an_error_names_what_went_wrong_and_not_what_transformers_makes_of_it(mo
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     with pytest.raises(UserError, match=f"cannot load the weights of a/b from {place}: peer closed connection -- "):
         from_source(Loader, Source("a/b"), "weights")
+
+
+def test_the_remedy_fits_the_source(tmp_path):
+    """A folder is copied again. What the hub sent is in its cache, and would be read from there for ever."""
+
+    class SpecialTokensOnly(list):
+        all_special_ids = ()
+
+    for source, remedy in ((Source(str(tmp_path)), "copy the folder again"), (Source("a/b"), "remove it from HF_HOME")):
+        with pytest.raises(UserError, match=rf"{source.path} has no tokenizer \(tokenizer.json\): {remedy}"):
+            check_tokenizer(source, SpecialTokensOnly(), 10)
 
 
 # -- downloads --------------------------------------------------------------------------------------
