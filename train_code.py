@@ -482,13 +482,14 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
         return
 
     # before the step: does a gradient reach everything that should learn?
+    half = ("lora_B", "lora_A")[step]
+    gradients = {name: [p.grad for p in getattr(a, half).parameters()] for name, a in adapters(model)}
+    if dead := [name for name, own in gradients.items() if not any(g is not None and g.any() for g in own)]:
+        count = f"{len(dead)} of {len(gradients)} adapters are dead"
+        raise UserError(f"{count}, no gradient reaches {half}: {', '.join(dead)}")
     for name, parameter in trained_tensors(model).items():
         if parameter.grad is None:
             raise UserError(f"{name} should be trained but gets no gradient")
-    half = ("lora_B", "lora_A")[step]
-    alive = {name: any(p.grad.abs().max() > 0 for p in getattr(a, half).parameters()) for name, a in adapters(model)}
-    if dead := [name for name, live in alive.items() if not live]:
-        raise UserError(f"{len(dead)} of {len(alive)} adapters are dead, no gradient reaches {half}: {', '.join(dead)}")
     versions = {n: p._version for n, p in model.named_parameters() if not p.requires_grad}  # counts in-place changes
     yield
 
