@@ -42,6 +42,11 @@ class Source:
     def local(self) -> bool:
         return Path(self.path).is_dir()
 
+    @property
+    def remedy(self) -> str:
+        """What to do if one of its files is missing or damaged."""
+        return "copy the folder again" if self.local else "remove it from HF_HOME to download it again"
+
     def arguments(self) -> dict[str, Any]:
         """The arguments of every from_pretrained. Code that comes with a model is never run."""
         pinned = {} if self.local or self.revision is None else {"revision": self.revision}
@@ -103,12 +108,15 @@ def stated_licence(card: Path) -> str | None:
 def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
     """loader.from_pretrained(source, ...), with every exception turned into a UserError that says what to do. `what`
     names the part of the backbone that is loaded."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError
 
     try:
         return loader.from_pretrained(**source.arguments(), **more)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, UnpicklingError, ...
-        cause = " ".join(str(error).split())[:300] or type(error).__name__
+        # transformers' words for what it does not expect, such as a download that breaks off, hide what went wrong
+        known = error.__cause__ is None or not str(error).startswith("Can't load")
+        cause = " ".join(str(error if known else error.__cause__).split())[:300] or type(error).__name__
         if source.local:
             raise UserError(f"cannot load the {what} in {source.path}: {cause}") from None
         advice = "give the path of a folder with a copy of it"
@@ -119,7 +127,8 @@ def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
             ) from None
         if (backbone := known_backbone(source)) and backbone.tiny:
             advice = f"use --weights tiny, or {advice}"
-        raise UserError(f"cannot load the {what} of {source.path} from the hub: {cause} -- {advice}") from None
+        place = "the downloads in HF_HOME, without the hub" if constants.HF_HUB_OFFLINE else "the hub"
+        raise UserError(f"cannot load the {what} of {source.path} from {place}: {cause} -- {advice}") from None
 
 
 @cache
@@ -221,10 +230,16 @@ def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tupl
 
     Raises UserError if a tensor has another shape, or is missing and not part of `new_layers` (prefixes of names).
     """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
+    # no bar for loading, which takes a moment; transformers would also hide that of a download, which takes minutes
+    logging.disable_progress_bar()
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
+
     # override what config.json may ask for: another dtype, or an attention implementation that is code on the hub
-    logging.disable_progress_bar()  # loading takes a moment, not minutes
     more |= {"dtype": torch.float32, "attn_implementation": None}
     if not source.weights:
         try:
@@ -249,7 +264,7 @@ def load_backbone(auto_class: Any, source: Source, config: Any, new_layers: tupl
     if missing or misfits:
         names = ", ".join((missing + misfits)[:4])
         count = f"{counted(len(missing), 'tensor')} missing, {len(misfits)} of another shape than config.json says"
-        raise UserError(f"{source.path}: {count}: {names}; copy the folder again")
+        raise UserError(f"{source.path}: {count}: {names}; {source.remedy}")
     return model
 
 
@@ -269,7 +284,7 @@ def load_preprocessor(source: Source, model_type: str, usual: dict[str, Any]) ->
             if not isinstance(values, dict):
                 raise ValueError("expected an object with fields")
         except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"{source.path}: {name}: {error}; copy the folder again") from None
+            raise UserError(f"{source.path}: {name}: {error}; {source.remedy}") from None
         if values or (path and name != "processor_config.json"):
             return values
     values = IMAGENET | usual
@@ -321,7 +336,7 @@ def check_tokenizer(source: Source, tokenizer: Any, num_embeddings: int) -> None
     """Raises UserError if a tokenizer cannot be that of a model with so many embeddings."""
     # without its files, transformers makes a tokenizer that knows special tokens only
     if len(tokenizer) <= len({*tokenizer.all_special_ids}):
-        raise UserError(f"{source.path} has no tokenizer (tokenizer.json): copy the folder again")
+        raise UserError(f"{source.path} has no tokenizer (tokenizer.json): {source.remedy}")
 
     # added tokens may lie beyond the embeddings if no text contains them, such as Gemma 3's token for images
     ends = (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)

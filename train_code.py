@@ -393,7 +393,7 @@ def optimizer_step(model: VideoModel, engine: Engine) -> None:
 @contextmanager
 def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
     """Checks the first two optimizer steps: every trained tensor has a gradient, every adapter is live, and no frozen
-    tensor changes. Raises UserError naming the tensor.
+    tensor changes. Raises UserError naming the tensor, or all dead adapters.
 
     lora_B starts at zero, so lora_A gets a gradient in the second step only. With several processes, a tensor without a
     gradient has zeros instead and is not noticed.
@@ -403,13 +403,14 @@ def first_steps_checked(model: VideoModel, step: int) -> Generator[None]:
         return
 
     # before the step: does a gradient reach everything that should learn?
+    half = ("lora_B", "lora_A")[step]
+    gradients = {name: [p.grad for p in getattr(a, half).parameters()] for name, a in adapters(model)}
+    if dead := [name for name, own in gradients.items() if not any(g is not None and g.any() for g in own)]:
+        count = f"{len(dead)} of {len(gradients)} adapters are dead"
+        raise UserError(f"{count}, no gradient reaches {half}: {', '.join(dead)}")
     for name, parameter in trained_tensors(model).items():
         if parameter.grad is None:
             raise UserError(f"{name} should be trained but gets no gradient")
-    half = ("lora_B", "lora_A")[step]
-    for name, adapter in adapters(model):
-        if not any(p.grad.abs().max() > 0 for p in getattr(adapter, half).parameters()):
-            raise UserError(f"the adapter {name} is dead: no gradient reaches its {half}")
     versions = {n: p._version for n, p in model.named_parameters() if not p.requires_grad}  # counts in-place changes
     yield
 

@@ -14,11 +14,13 @@ import matplotlib
 import pytest
 import torch
 from hub_server import Hub
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import main
 from config import BACKBONES, ROOT, build_parser, is_non_commercial
-from pretrained import Source, licence_of, locate
+from pretrained import Source, check_tokenizer, from_source, licence_of, locate
+from script import UserError
 
 HUB_ONLY = [name for name, backbone in BACKBONES.items() if not backbone.tiny]
 
@@ -115,6 +117,39 @@ def test_a_run_prints_and_keeps_the_licences_and_warns(dataset, tmp_path, capsys
         "vision": "cc-by-nc-4.0",
         "language": "Apache-2.0",
     }
+
+
+# -- errors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offline, place", [(False, "the hub"), (True, "the downloads in HF_HOME, without the hub")])
+def test_an_error_names_what_went_wrong_and_not_what_transformers_makes_of_it(monkeypatch, offline, place):
+    """As when a download breaks off again and again. Without the hub, a file that is missing may well exist there."""
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(**arguments):
+            try:
+                raise ConnectionError("peer closed connection")
+            except ConnectionError as error:
+                raise OSError(
+                    "Can't load the model for 'a/b'. Make sure you don't have a folder of that name."
+                ) from error
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(UserError, match=f"cannot load the weights of a/b from {place}: peer closed connection -- "):
+        from_source(Loader, Source("a/b"), "weights")
+
+
+def test_the_remedy_fits_the_source(tmp_path):
+    """A folder is copied again. What the hub sent is in its cache, and would be read from there for ever."""
+
+    class SpecialTokensOnly(list):
+        all_special_ids = ()
+
+    for source, remedy in ((Source(str(tmp_path)), "copy the folder again"), (Source("a/b"), "remove it from HF_HOME")):
+        with pytest.raises(UserError, match=rf"{source.path} has no tokenizer \(tokenizer.json\): {remedy}"):
+            check_tokenizer(source, SpecialTokensOnly(), 10)
 
 
 # -- downloads --------------------------------------------------------------------------------------
@@ -251,14 +286,14 @@ def test_offline_a_cached_backbone_is_used_and_an_absent_one_is_one_line(trained
 
 @slow
 def test_a_download_that_breaks_off_continues_where_it_stopped(hub, user, trained, tmp_path):
-    """The hub's client keeps what it has in pieces of 10 MiB."""
+    """The hub's client keeps what it has in pieces of 10 MiB. A bar shows the download, as on a terminal."""
     folder = shutil.copytree(TINY, tmp_path / "large")
     tensors = load_file(folder / "model.safetensors") | {"unused": torch.zeros(4 * 2**20)}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     hub.repositories[NAME.hub] = {NAME.revision: folder}
     hub.breaks["model.safetensors"] = 11 * 2**20
-    status, _, err = user.train(hub, "r")
-    assert status == 0, err
+    status, _, err = user.train(hub, "r", TQDM_POSITION="-1")
+    assert status == 0 and re.search(r"model.safetensors: 100%\|.*MB/s", err), err
     whole, rest = hub.asked("model.safetensors")
     assert whole.range is None and rest.range == f"bytes={10 * 2**20}-"
     assert user.fingerprint("r") == trained[0].fingerprint("first")
