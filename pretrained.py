@@ -110,6 +110,7 @@ def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
     names the part of the backbone that is loaded."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError
+    from safetensors import SafetensorError
 
     try:
         return loader.from_pretrained(**source.arguments(), **more)
@@ -117,6 +118,8 @@ def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
         # transformers' words for what it does not expect, such as a download that breaks off, hide what went wrong
         known = error.__cause__ is None or not str(error).startswith("Can't load")
         cause = " ".join(str(error if known else error.__cause__).split())[:300] or type(error).__name__
+        if isinstance(error, SafetensorError):
+            raise UserError(f"{source.path}: its weights are damaged: {cause}; {source.remedy}") from None
         if source.local:
             raise UserError(f"cannot load the {what} in {source.path}: {cause}") from None
         advice = "give the path of a folder with a copy of it"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hub_server import Hub
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 import main
 from config import BACKBONES, ROOT, build_parser, is_non_commercial
@@ -144,10 +144,17 @@ def test_an_error_names_what_went_wrong_and_not_what_transformers_makes_of_it(mo
 def test_the_remedy_fits_the_source(tmp_path):
     """A folder is copied again. What the hub sent is in its cache, and would be read from there for ever."""
 
+    class Damaged:
+        @staticmethod
+        def from_pretrained(**arguments):
+            return load(bytes(100))
+
     class SpecialTokensOnly(list):
         all_special_ids = ()
 
     for source, remedy in ((Source(str(tmp_path)), "copy the folder again"), (Source("a/b"), "remove it from HF_HOME")):
+        with pytest.raises(UserError, match=f"its weights are damaged: .*; {remedy}"):
+            from_source(Damaged, source, "weights")
         with pytest.raises(UserError, match=rf"{source.path} has no tokenizer \(tokenizer.json\): {remedy}"):
             check_tokenizer(source, SpecialTokensOnly(), 10)
 
