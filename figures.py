@@ -77,7 +77,7 @@ def plot_clips(clips: list[tuple[Any, str]], path: Path, heading: str = "") -> P
     # titles that are wider than the frames continue on a second line
     font, line = ImageFont.load_default(13), 17
     across = max(times * (width + 2), 640)
-    titles = [textwrap.wrap(printable(title), across // 7, max_lines=2, placeholder=" …") for _, title in clips]
+    titles = [textwrap.wrap(printable(title), int(across / 6.5), max_lines=2, placeholder=" …") for _, title in clips]
 
     top = 5 + line if heading else 0
     sheet = Image.new("RGB", (across, top + sum(height + 5 + line * len(lines) for lines in titles)), "white")
