@@ -395,7 +395,7 @@ def learning(study: Study) -> str:
         for share in shares:
             means = listed([percent(mean(curve[share])) for curve in curves.values()])
             found.append(f"{means} with {share} % of the clips")
-        parts.append(f"{NAMES[model]} {listed([MODES[mode] for mode in curves])} reaches {'; '.join(found)}")
+        parts.append(f"{NAMES[model]} {listed([MODES[mode] for mode in curves])} reach {'; '.join(found)}")
     return sentence("; ".join(parts)) if parts else NOT_RUN
 
 
