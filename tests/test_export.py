@@ -172,9 +172,9 @@ def differences(run: Path, predict, videos: list[Path]) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["timesformer", pytest.param("videomae", marks=slow)])
-def test_predict_answers_as_inference_does_on_real_clips(real_data, tmp_path, name):
-    run = ROOT / "checkpoints" / "provided" / name
+@pytest.mark.parametrize("name", ["timesformer", pytest.param("videomae_lora", marks=slow)])
+def test_predict_answers_as_inference_does_on_real_clips(real_data, train, tmp_path, name):
+    run = train(name)
     clips = sorted(p for p in (real_data / "clips").iterdir() if p.suffix != ".pt")
     found = differences(run, export(run, tmp_path / "out"), clips)
     assert len(found) >= 15 and max(found.values()) < 1e-3, found
