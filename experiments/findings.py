@@ -444,19 +444,19 @@ def linear_head(study: Study) -> str:
 def tuning(study: Study) -> str:
     """In how many rows the default learning rate is as good on val as the others that were tried."""
     curves = sweep_curves(study.trials, "learning_rate")
-    if not curves:
+    counts = [result.metrics["val"]["count"] for row in study.rows for result in row.results.values()]
+    if not curves or not counts:
         return "Learning rates are the program's defaults, which were chosen on val with one seed."
-    clips = next(result.metrics["val"]["count"] for row in study.rows for result in row.results.values())
     worse = []
     for row in (row for row in study.rows if row.name in curves):
         # a difference of less than one standard error says nothing
         curve, default = curves[row.name], default_rates(row.config)[0]
         best = max(curve.values())
-        error = math.sqrt(best * (1 - best) / clips)
+        error = math.sqrt(best * (1 - best) / counts[0])
         if curve[min(curve, key=lambda rate: abs(rate - default))] < best - error:
             worse.append(row.title)
-    counts = sorted({len(curve) for curve in curves.values()})
-    tried = f"{' or '.join(map(str, counts))} learning rates were tried for {len(curves)} of {len(study.rows)} rows"
+    sizes = sorted({len(curve) for curve in curves.values()})
+    tried = f"{' or '.join(map(str, sizes))} learning rates were tried for {len(curves)} of {len(study.rows)} rows"
     near = f"the default is the best on val, or within one standard error of it, in {len(curves) - len(worse)}"
     but = f", but not for {listed(worse)}" if worse else ""
     return f"With {SWEEP_SHARE} % of the training clips and one seed, {tried}: {near}{but}."
