@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from config import Config, training_mode
+from extras.fused import fuse_adapter
 from heads import AttentiveHead, AttentiveProjector, TextQuery
 from pretrained import Source, load_language, locate, takes
 from script import UserError, collector_off
@@ -517,6 +518,8 @@ def add_lora(backbone: nn.Module, rank: int) -> None:
 
     backbone.requires_grad_(False)
     inject_adapter_in_model(lora_config(body_of(backbone), rank), body_of(backbone))
+    for _, layer in adapters(backbone):
+        fuse_adapter(layer)
 
 
 def merge_adapters(model: nn.Module) -> None:

@@ -8,7 +8,6 @@ time, height and width.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from config import Config, fill_auto
+from extras.fused import fuse_backbone
 from pretrained import Source, fingerprint, load_backbone, load_preprocessor, read_config
 from script import UserError
 from transforms import Preprocessing
@@ -264,24 +264,6 @@ def to_grid(tokens: torch.Tensor, config: Any) -> torch.Tensor:
     return patches.unflatten(1, (-1, side, side))
 
 
-def fuse_attention(backbone: nn.Module) -> None:
-    """Makes TimeSformer use torch's fused attention, as transformers already makes the other families do. The weights
-    stay the same, and so do the outputs, up to rounding."""
-    from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention
-
-    for module in backbone.modules():
-        if isinstance(module, TimesformerSelfAttention):
-            module.forward = MethodType(fused_attention, module)
-
-
-def fused_attention(self: Any, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor]:
-    """Replaces TimesformerSelfAttention.forward: (B, N, D) -> ((B, N, D),)."""
-    query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    dropout = self.attn_drop.p if self.training else 0.0
-    context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
-    return (context.transpose(1, 2).flatten(2),)
-
-
 # -- the vision encoder -----------------------------------------------------------------------------
 
 
@@ -451,5 +433,5 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
     if config.vision_layer != "auto":
         encoder.read_layer(config.vision_layer)
     fit_embeddings(backbone, num_frames, image_size)
-    fuse_attention(backbone)
+    fuse_backbone(backbone, layer_lists(backbone))
     return encoder

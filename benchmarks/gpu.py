@@ -42,7 +42,7 @@ from benchmarks.training import FLAGS, build_trainer, build_vidtune, matmul_rate
 from config import ROOT
 from feature_cache import features_of
 from scan import prepare_data
-from script import Parser, UserError, replace_file, script
+from script import Parser, UserError, counted, replace_file, script
 from train_code import build_engine, build_loaders, to_device, train_step
 from vision import own_size
 from VLoader import Splits, read_splits
@@ -330,6 +330,7 @@ def report(bench: Bench, command: str, failed: list[str]) -> str:
         "A cell has clips per second, peak GPU memory in GB, and MFU: the FLOP/s of the model divided by those of a large\n"
         f"matrix product in the same precision ({rates if GPU else MISSING}). Clips are synthetic, as {clip_format()}"
         f"{', and vidtune trains on stored frames of them (`--preread`)' * (clip_format() == 'mp4')}.\n"
+        f"{counted(bench.workers, 'process', 'processes')} of a loader read clips, except in the column Trainer, documented.\n"
         "Weights are random. `python -m benchmarks.gpu --help` says what the columns are."
         f"{'' if GPU else ' The tables of tiny models only show that the code runs.'}",
         bars(bench),

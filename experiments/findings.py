@@ -402,7 +402,7 @@ def learning(study: Study) -> str:
 def sweep(study: Study, option: str) -> str:
     """The best and the worst value of an option in each row of a sweep, on val."""
     rows, parts = {row.name: row for row in study.rows}, []
-    for name, curve in sweep_curves(study.trials, option).items():
+    for name, curve in sweep_curves(study, option).items():
         top, low = max(curve, key=lambda v: curve[v]), min(curve, key=lambda v: curve[v])
         best_and_worst = f"best with {top} ({percent(curve[top])}) and worst with {low} ({percent(curve[low])})"
         parts.append(f"{rows[name].title} is {best_and_worst}")
@@ -443,7 +443,7 @@ def linear_head(study: Study) -> str:
 
 def tuning(study: Study) -> str:
     """In how many rows the default learning rate is as good on val as the others that were tried."""
-    curves = sweep_curves(study.trials, "learning_rate")
+    curves = sweep_curves(study, "learning_rate")
     counts = [result.metrics["val"]["count"] for row in study.rows for result in row.results.values()]
     if not curves or not counts:
         return "Learning rates are the program's defaults, which were chosen on val with one seed."

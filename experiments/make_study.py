@@ -19,20 +19,20 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from config import FIELDS, Config, default_rates, training_mode
+from config import FIELDS, Config
 from experiments.grid import EXPERIMENTS, Row, in_parallel, read_grid, train_run
 from experiments.make_report import PREDICTIONS, draw_dataset_once
 from experiments.results import KEPT, read_clips
-from experiments.trials import STUDY, SWEEP_SHARE, Trial, add_trial, read_trials
+from experiments.trials import STUDY, SWEEP_SHARE, Trial, add_trial, matters, own_value, read_trials
 from script import UserError, make_folder, script, write_rows
 
 MOST_EPOCHS = 4  # a small share of the clips is trained for at most this many times the row's epochs
 # (rows, --sweep, --train_share, --seeds): the same three rates for every row, then the sweeps of the report
 PLAN = (
     ("", "learning_rate=x0.3,x1,x3", str(SWEEP_SHARE), 1),
-    ("loravision", "lora_r=2,4,8,16,32,64", str(SWEEP_SHARE), 1),
+    ("loravision", "lora_r=4,16,64", str(SWEEP_SHARE), 1),
     ("(text|gpt2_caption)_fvbb_lorallm", "token_grid=1,2,4", str(SWEEP_SHARE), 1),
-    ("^(timesformer|videomae|vjepa2)(_loravision|_fvbb)?$", "head=linear,attentive", "", 1),
+    ("^videomae(_loravision)?$|^(timesformer|videomae|vjepa2)_fvbb$", "head=linear,attentive", "", 1),
     ("^(timesformer|videomae|vjepa2)(_loravision|_fvbb)?$", "", "5,20", 3),
 )
 
@@ -49,36 +49,33 @@ def swept_values(text: str, row: Row) -> list[dict[str, Any]]:
     for value in values.split(","):
         try:
             factor = float(value[1:]) if value.startswith("x") else None
-            converted = own_value(option, row.config) * factor if factor else value
+            converted = own_value(option, row) * factor if factor else value
             found.append({option: FIELDS[option].metadata["convert"](f"{converted:g}" if factor else value)})
         except (ValueError, TypeError) as error:
             raise UserError(f"--sweep {text}: {value} is not a value of {option} for {row.name}: {error}") from None
     return found
 
 
-def own_value(option: str, config: Config) -> Any:
-    """The value that a row has without the sweep."""
-    value = getattr(config, option)
-    return default_rates(config)[0] if option == "learning_rate" and value == "auto" else value
-
-
-def matters(option: str, row: Row) -> bool:
-    """Whether an option changes anything in a row: a rank needs adapters, a grid needs tokens that are read."""
-    if option == "lora_r":
-        return "lora" in training_mode(row.config).values()
-    return option != "token_grid" or row.config.use_vlm or row.config.head == "attentive"
+def changes(options: dict[str, Any], row: Row) -> dict[str, Any]:
+    """The options without those that have the row's own value."""
+    return {name: value for name, value in options.items() if value != own_value(name, row)}
 
 
 def planned(rows: Sequence[Row], sweep: str, shares: Sequence[int], seeds: int) -> list[Trial]:
     """The trials of a sweep, by default with all clips, or without one of learning curves, for these rows.
 
-    Raises UserError if there are none.
+    A row's own value is not trained twice: it is the learning curve's trial or, with all clips, the final run. Raises
+    UserError if there are no trials.
     """
     if sweep:
-        rows = [row for row in rows if matters(sweep.partition("=")[0], row)]
-        cases = [(row, o, share) for row in rows for o in swept_values(sweep, row) for share in shares or [100]]
-    else:  # the final runs are those with all clips
-        cases = [(row, {}, share) for row in rows for share in shares if share < 100]
+        option = sweep.partition("=")[0]
+        rows = [row for row in rows if matters(option, row)]
+        cases = [
+            (row, changes(o, row), share) for row in rows for o in swept_values(sweep, row) for share in shares or [100]
+        ]
+    else:
+        cases = [(row, {}, share) for row in rows for share in shares]
+    cases = [(row, options, share) for row, options, share in cases if options or share < 100]
     trials = [Trial(row.name, options, share, seed) for row, options, share in cases for seed in range(seeds)]
     if not trials:
         raise UserError("nothing to train: no row matches --rows, or the option changes nothing in those that do")
@@ -171,7 +168,7 @@ def right(scores: dict[str, Any]) -> float:
 def train_all(trials: Sequence[Trial], rows: dict[str, Row], args: argparse.Namespace) -> None:
     """Trains the trials that are not in the file yet. Raises UserError if one fails."""
     done = {Trial(t["row"], t["options"], t["share"], t["seed"]).name for t in read_trials(args.study)}
-    todo = [trial for name, trial in {t.name: t for t in trials}.items() if name not in done]
+    todo = [trial for trial in trials if trial.name not in done]
     folders = {
         share: write_share(args.data_dir, share, args.runs / f"data_{share}") if share < 100 else args.data_dir
         for share in {trial.share for trial in todo}
@@ -186,16 +183,21 @@ def train_all(trials: Sequence[Trial], rows: dict[str, Row], args: argparse.Name
     in_parallel([call(trial) for trial in todo], args.jobs)
 
 
-def print_best(trials: Sequence[Trial], file: Path) -> None:
-    """For each row and option of these trials the score on val of every value, and the best one."""
-    wanted = {trial.name for trial in trials}
-    table: dict[tuple[str, str], dict[Any, list[float]]] = {}
-    for t in read_trials(file):
-        if t["options"] and Trial(t["row"], t["options"], t["share"], t["seed"]).name in wanted:
-            ((option, value),) = t["options"].items()
-            table.setdefault((t["row"], option), {}).setdefault(value, []).append(t["val"])
-    for (row, option), values in table.items():
-        means = {value: sum(scores) / len(scores) for value, scores in values.items()}
+def print_best(trials: Sequence[Trial], rows: dict[str, Row], file: Path) -> None:
+    """For each row, share and option of these trials the mean score on val of every value, and the best one."""
+    wanted, table = {trial.name for trial in trials}, {}
+    found = [t for t in read_trials(file) if Trial(t["row"], t["options"], t["share"], t["seed"]).name in wanted]
+    for t in found:
+        for option, value in t["options"].items():
+            values = table.setdefault((t["row"], t["share"], option), {})
+            values.setdefault(value, {})[t["seed"]] = t["val"]
+
+    # a trial without changed options has the row's own value of every option
+    for (row, share, option), values in table.items():
+        seeds = {seed for scores in values.values() for seed in scores}
+        own = [t for t in found if (t["row"], t["share"], t["options"]) == (row, share, {}) and t["seed"] in seeds]
+        values |= {own_value(option, rows[row]): {t["seed"]: t["val"] for t in own}} if own else {}
+        means = {value: sum(scores.values()) / len(scores) for value, scores in values.items()}
         shown = ", ".join(f"{value}: {100 * score:.1f} %" for value, score in means.items())
         print(f"{row}: {option} {max(means, key=lambda v: means[v])} is best on val ({shown})")
 
@@ -233,10 +235,11 @@ def main(argv: list[str] | None = None) -> None:
     for only, sweep, shares, seeds in plan:
         chosen = read_grid(args.runs, PREDICTIONS, 1, only)
         trials += planned(chosen, sweep, as_shares(shares), seeds)
+    trials = [*{trial.name: trial for trial in trials}.values()]  # the own value of a row is in several sweeps
     draw_dataset_once(args.data_dir)
     make_folder(args.runs)
     train_all(trials, rows, args)
-    print_best(trials, args.study)
+    print_best(trials, rows, args.study)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def draw_learning(study: Study, path: Path) -> None:
 def draw_sweeps(study: Study, path: Path) -> None:
     """Scores on val over the LoRA rank and over the token grid."""
     sweeps = {"lora_r": "LoRA rank", "token_grid": "token grid (N × N for each time step)"}
-    curves = {option: sweep_curves(study.trials, option) for option in sweeps}
+    curves = {option: sweep_curves(study, option) for option in sweeps}
     curves = {option: found for option, found in curves.items() if found}
     titles = {row.name: row.title for row in study.rows}
     figure, axes = panels(len(curves), 2.1)
@@ -275,7 +275,7 @@ def draw_all(study: Study, names: dict[str, str], data_dir: Path, folder: Path) 
         }
     if learning_curves(study):
         calls["learning.svg"] = lambda path: draw_learning(study, path)
-    if sweep_curves(study.trials, "lora_r") or sweep_curves(study.trials, "token_grid"):
+    if sweep_curves(study, "lora_r") or sweep_curves(study, "token_grid"):
         calls["sweeps.svg"] = lambda path: draw_sweeps(study, path)
     for name, draw in calls.items():
         draw(folder / name)

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.grid import EXPERIMENTS, MODES, TASKS
+from config import default_rates, training_mode
+from experiments.grid import EXPERIMENTS, MODES, TASKS, Row
 from script import UserError, write_json
 
 if TYPE_CHECKING:
@@ -66,10 +67,27 @@ def learning_curves(study: "Study") -> dict[str, dict[str, dict[int, list[float]
     return {model: {mode: modes[mode] for mode in MODES if mode in modes} for model, modes in curves.items()}
 
 
-def sweep_curves(trials: list[dict[str, Any]], option: str) -> dict[str, dict[Any, float]]:
-    """{row: {value of the option: score on val, with SWEEP_SHARE percent of the training clips}}"""
-    curves: dict[str, dict[Any, float]] = {}
-    for trial in trials:
-        if [*trial["options"]] == [option] and trial["share"] == SWEEP_SHARE:
-            curves.setdefault(trial["row"], {})[trial["options"][option]] = trial["val"]
-    return {row: dict(sorted(curve.items())) for row, curve in curves.items()}
+def sweep_curves(study: "Study", option: str) -> dict[str, dict[Any, float]]:
+    """{row: {value of the option: score on val, with SWEEP_SHARE percent of the training clips}}, of one seed. The
+    trial without changed options has the row's own value."""
+    rows, curves = {row.name: row for row in study.rows}, {}
+    for trial in (t for t in study.trials if t["share"] == SWEEP_SHARE and t["seed"] == 0):
+        row, options = rows[trial["row"]], trial["options"]
+        if [*options] == [option] or (not options and matters(option, row)):
+            curve = curves.setdefault(row.name, {})
+            curve[options.get(option, own_value(option, row))] = trial["val"]
+    curves = {row: {value: v for value, v in curve.items() if value != "auto"} for row, curve in curves.items()}
+    return {row: dict(sorted(curve.items())) for row, curve in curves.items() if len(curve) > 1}
+
+
+def own_value(option: str, row: Row) -> Any:
+    """The value that a row has without a sweep."""
+    value = getattr(row.config, option)
+    return default_rates(row.config)[0] if option == "learning_rate" and value == "auto" else value
+
+
+def matters(option: str, row: Row) -> bool:
+    """Whether an option changes anything in a row: a rank needs adapters, a grid needs tokens that are read."""
+    if option == "lora_r":
+        return "lora" in training_mode(row.config).values()
+    return option != "token_grid" or row.config.use_vlm or row.config.head == "attentive"

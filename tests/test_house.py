@@ -14,7 +14,7 @@ from config import ROOT
 LAYERS = [
     {"script", "transforms"},
     {"extras.shards"},
-    {"extras.claims", "extras.processes", "config", "metrics", "readers"},
+    {"extras.claims", "extras.fused", "extras.processes", "config", "metrics", "readers"},
     {"extras.segments", "extras.groups", "extras.reject"},
     {"extras.multilabel"},
     {"dummy_data", "VLoader", "extras.augment", "pretrained", "heads"},

@@ -19,12 +19,13 @@ import inference
 import main
 from build_model import adapters, build_model, trained_tensors
 from config import ROOT, Config, check_options, default_rates
+from extras.fused import fused_attention
 from pretrained import Source, locate
 from runs import rates_line
 from script import UserError
 from train_code import build_accelerator, build_optimizer, first_steps_checked, loss_sum
 from transforms import Preprocessing
-from vision import fit_embeddings, fused_attention, load_vision, patch_shape, to_grid
+from vision import fit_embeddings, load_vision, patch_shape, to_grid
 
 FAMILIES = ("timesformer", "videomae")
 
@@ -217,8 +218,7 @@ def test_fused_attention_equals_transformers_own(tmp_path):
     assert gradients.keys() == fused_gradients.keys()
     for name, gradient in gradients.items():
         assert (fused_gradients[name] - gradient).abs().max() <= 1e-5 * max(float(gradient.abs().max()), 1e-3), name
-    attention = fused.encoder.layer[0].attention.attention
-    assert attention.forward.__func__ is fused_attention
+    assert fused.encoder.layer[0].attention.attention.forward.__func__ is fused_attention
 
 
 @pytest.mark.parametrize("family", FAMILIES)

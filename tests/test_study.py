@@ -1,6 +1,7 @@
 """Statistics of the study against slow references and values by hand, and its trials."""
 
 import json
+import re
 import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from experiments.intervals import DRAWS, Estimate, bootstrap_means, difference, 
 from experiments.make_study import chosen_rows, planned, swept_values, write_share
 from experiments.results import read_clips
 from experiments.scores import Comparison
-from experiments.trials import Trial, learning_curves, read_trials, sweep_curves
+from experiments.trials import Trial, learning_curves, own_value, read_trials, sweep_curves
 from metrics import wilson
 from script import UserError
 from VLoader import read_splits
@@ -214,7 +215,7 @@ def row_of(name: str, tmp_path) -> grid.Row:
 
 def test_relative_values_are_multiples_of_the_rows_own(tmp_path):
     values = swept_values("learning_rate=x0.5,x1,0.01", row_of("timesformer_fvbb", tmp_path))
-    rate = make_study.own_value("learning_rate", row_of("timesformer_fvbb", tmp_path).config)
+    rate = own_value("learning_rate", row_of("timesformer_fvbb", tmp_path))
     assert values == [{"learning_rate": rate / 2}, {"learning_rate": rate}, {"learning_rate": 0.01}]
 
 
@@ -231,6 +232,10 @@ def test_a_share_without_a_sweep_is_a_learning_curve(tmp_path):
     assert planned([row], "", [5, 100], 2) == [Trial(row.name, {}, 5, 0), Trial(row.name, {}, 5, 1)]
     assert planned([row], "dropout=0.2", [], 1) == [Trial(row.name, {"dropout": 0.2}, 100, 0)]
     assert planned([row], "dropout=0.2", [20], 1) == [Trial(row.name, {"dropout": 0.2}, 20, 0)]
+    # the row's own value is the curve's trial or, with all clips, the final run
+    both = f"dropout={row.config.dropout},0.2"
+    assert planned([row], both, [20], 1) == [Trial(row.name, {}, 20, 0), Trial(row.name, {"dropout": 0.2}, 20, 0)]
+    assert planned([row], both, [], 1) == [Trial(row.name, {"dropout": 0.2}, 100, 0)]
 
 
 def test_the_report_names_rows_whose_default_rate_is_not_the_best(tmp_path):
@@ -244,7 +249,7 @@ def test_the_report_names_rows_whose_default_rate_is_not_the_best(tmp_path):
         values = {3e-3: default, 9e-3: 0.80} if row is rows[0] else {1e-3: default, 3e-4: 0.80}
         options = [{"learning_rate": rate} for rate in values]
         study.trials += [
-            {"row": row.name, "options": o, "share": 20, "val": values[o["learning_rate"]]} for o in options
+            {"row": row.name, "options": o, "share": 20, "seed": 0, "val": values[o["learning_rate"]]} for o in options
         ]
     assert "2 learning rates were tried for 2 of 2 rows" in tuning(study)
     assert "in 1, but not for VideoMAE frozen." in tuning(study)
@@ -319,8 +324,11 @@ def test_a_stopped_study_goes_on_where_it_was(dataset, tmp_path, monkeypatch, ca
     assert make_study.main(argv) == 0
     trials = read_trials(tmp_path / "s.json")
     assert trials[: len(first)] == first and len(trials) == 3 and len({*names}) == len(names) == 4
-    assert f"{len(first)} trials are in" in capsys.readouterr().out
-    assert len(sweep_curves(trials, "learning_rate")["timesformer_fvbb"]) == 3
+    output = capsys.readouterr().out
+    assert f"{len(first)} trials are in" in output
+    study = SimpleNamespace(rows=[row_of("timesformer_fvbb", tmp_path)], trials=trials)
+    assert len(sweep_curves(study, "learning_rate")["timesformer_fvbb"]) == 3
+    assert re.search(r"learning_rate \S+ is best on val \(0.0015: .*, 0.006: .*, 0.003: .*\)", output)
     assert {t["share"] for t in trials} == {20}
     assert not list((tmp_path / "runs").rglob("model.safetensors"))
     assert make_study.main(argv) == 0 and len(names) == 4
