@@ -4,7 +4,8 @@
 # make check     only lint and check types
 # make gpu       tests that need an NVIDIA GPU, then speed and memory in benchmarks/GPU.md; 9 minutes at most
 # make campaign  stress tests with thousands of kills, races and damaged inputs; takes hours
-# make report    train the missing runs of experiments/, write report.pdf and RESULTS.md
+# make report    train the missing runs of experiments/ (all of them: 5 hours on two cores), write report.pdf and
+#                RESULTS.md
 # make study     tune and sweep the rows of experiments/; takes hours, and goes on where it was stopped
 # make provided  like make report, then rewrite checkpoints/provided/
 #

@@ -76,11 +76,11 @@ class Figures(NamedTuple):
 
 
 class Window(transformers.TrainerCallback):
-    """Measures steps of `batch` clips for `seconds`. What `workers` have read in advance does not count."""
+    """Measures steps of `batch` clips for `seconds`, after those on batches that a loader may have read `ahead`."""
 
-    def __init__(self, batch: int, seconds: float, workers: int = 0):
+    def __init__(self, batch: int, seconds: float, ahead: int = 0):
         self.batch, self.seconds = batch, seconds
-        self.steps, self.start = -3 - 2 * workers, 0.0  # a loader keeps two batches per worker ready
+        self.steps, self.start = -3 - ahead, 0.0
         self.figures: Figures | None = None
 
     def is_over(self) -> bool:
@@ -158,10 +158,11 @@ class Bench:
         workers = 0 if documented else self.workers
         options = {"per_device_train_batch_size": batch, "dataloader_num_workers": workers, "num_train_epochs": 1000}
         options |= {"bf16": precision(column) == torch.bfloat16, "logging_strategy": "no", "disable_tqdm": True}
+        options |= {"dataloader_prefetch_factor": 1} if workers else {}  # by default 2: twice the steps before a window
         splits = replace(splits, train=splits.train * REPEATS)
         output, weights = str(self.folder / "trainer"), str(self.folder / model)
         trainer = build_trainer(weights, kind, splits, documented, output, **options)
-        window = Window(batch, self.seconds, workers)
+        window = Window(batch, self.seconds, ahead=workers)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(window)
         trainer.train()
@@ -199,7 +200,7 @@ class Bench:
             clips = chain.from_iterable(repeat(loader))
             there = repeat(to_device(next(clips), accelerator.device))
             self.keep(Window(batch, self.seconds).measure(step, there), model, row, COLUMNS[1])
-            self.keep(Window(batch, self.seconds, self.workers).measure(step, clips), model, row, COLUMNS[0])
+            self.keep(Window(batch, self.seconds, ahead=2 * self.workers).measure(step, clips), model, row, COLUMNS[0])
         for row in warm_row:
             loader = build_loaders(network, config, splits, repeated(features))["train"]
             step, clips = training_on(loader), chain.from_iterable(repeat(loader))
