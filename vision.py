@@ -433,5 +433,5 @@ def load_vision(source: Source, config: Config) -> VisionEncoder:
     if config.vision_layer != "auto":
         encoder.read_layer(config.vision_layer)
     fit_embeddings(backbone, num_frames, image_size)
-    fuse_backbone(backbone, layer_lists(backbone))
+    fuse_backbone(backbone, layer_lists(backbone))  # last: V-JEPA 2's tables need the final grid
     return encoder

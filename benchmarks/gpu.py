@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
     start, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
     parser = Parser("python -m benchmarks.gpu", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=6, help="time for all of it (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=5, help="length of a window (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5, help="seconds to time each cell (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "GPU.md", help="default: %(default)s")
     args = parser.parse_args(argv)
     command = shlex.join(["python", "-m", "benchmarks.gpu", *argv])

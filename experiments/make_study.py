@@ -2,7 +2,7 @@
 
 python -m experiments.make_study                                    the whole plan: `make study`
 python -m experiments.make_study --sweep learning_rate=x0.3,x1,x3 --rows gpt2     tune an option of some rows
-                                 --train_share 20                                   the same with a fifth of the clips
+python -m experiments.make_study --sweep dropout=0,0.2 --train_share 20           the same with a fifth of the clips
 python -m experiments.make_study --train_share 5,20 --rows '^videomae' --seeds 3  learning curves
 
 Every finished trial is added to experiments/study.json at once, and is never trained again: stop with Ctrl-C and give
@@ -26,7 +26,7 @@ from experiments.results import KEPT, read_clips
 from experiments.trials import STUDY, SWEEP_SHARE, Trial, add_trial, matters, own_value, read_trials
 from script import UserError, make_folder, script, write_rows
 
-MOST_EPOCHS = 4  # a small share of the clips is trained for at most this many times the row's epochs
+MOST_EPOCHS = 4  # with fewer clips, a run has at most this many times the row's epochs
 # (rows, --sweep, --train_share, --seeds): the same three rates for every row, then the sweeps of the report
 PLAN = (
     ("", "learning_rate=x0.3,x1,x3", str(SWEEP_SHARE), 1),
@@ -49,8 +49,8 @@ def swept_values(text: str, row: Row) -> list[dict[str, Any]]:
     for value in values.split(","):
         try:
             factor = float(value[1:]) if value.startswith("x") else None
-            converted = own_value(option, row) * factor if factor else value
-            found.append({option: FIELDS[option].metadata["convert"](f"{converted:g}" if factor else value)})
+            text = value if factor is None else f"{own_value(option, row) * factor:g}"
+            found.append({option: FIELDS[option].metadata["convert"](text)})
         except (ValueError, TypeError) as error:
             raise UserError(f"--sweep {text}: {value} is not a value of {option} for {row.name}: {error}") from None
     return found
@@ -62,9 +62,10 @@ def changes(options: dict[str, Any], row: Row) -> dict[str, Any]:
 
 
 def planned(rows: Sequence[Row], sweep: str, shares: Sequence[int], seeds: int) -> list[Trial]:
-    """The trials of a sweep, by default with all clips, or without one of learning curves, for these rows.
+    """The trials for these rows: those of the sweep, by default with all clips, or of learning curves if there is no
+    sweep.
 
-    A row's own value is not trained twice: it is the learning curve's trial or, with all clips, the final run. Raises
+    A row's own value is not trained again: it is the learning curve's trial or, with all clips, the final run. Raises
     UserError if there are no trials.
     """
     if sweep:
@@ -78,7 +79,7 @@ def planned(rows: Sequence[Row], sweep: str, shares: Sequence[int], seeds: int) 
     cases = [(row, options, share) for row, options, share in cases if options or share < 100]
     trials = [Trial(row.name, options, share, seed) for row, options, share in cases for seed in range(seeds)]
     if not trials:
-        raise UserError("nothing to train: no row matches --rows, or the option changes nothing in those that do")
+        raise UserError("nothing to train: no row matches --rows, or nothing changes in those that do")
     return trials
 
 
@@ -145,9 +146,9 @@ def train_trial(
     """Trains a trial, adds its scores to the file, removes its weights. Returns a line to print."""
     from checkpoint import read_metrics
 
-    changes = trial.options | epochs_for(row.config, trial.share)
+    options = trial.options | epochs_for(row.config, trial.share)
     flags = ["--config", str(row.file), "--seed", str(trial.seed)]
-    flags += [text for option, value in changes.items() for text in (f"--{option}", str(value))]
+    flags += [text for option, value in options.items() for text in (f"--{option}", str(value))]
     run_dir = runs / trial.name
     line = train_run(run_dir, flags, data_dir, environment, controls=False)
     metrics = read_metrics(run_dir)
@@ -161,7 +162,7 @@ def train_trial(
 
 
 def right(scores: dict[str, Any]) -> float:
-    """The accuracy, or of a captioner the fraction of captions that are wholly right."""
+    """A classifier's accuracy, or the fraction of a captioner's captions that are entirely right."""
     return scores["accuracy"] if "accuracy" in scores else scores["attributes"]["all"]
 
 
@@ -199,7 +200,8 @@ def print_best(trials: Sequence[Trial], rows: dict[str, Row], file: Path) -> Non
         values |= {own_value(option, rows[row]): {t["seed"]: t["val"] for t in own}} if own else {}
         means = {value: sum(scores.values()) / len(scores) for value, scores in values.items()}
         shown = ", ".join(f"{value}: {100 * score:.1f} %" for value, score in means.items())
-        print(f"{row}: {option} {max(means, key=lambda v: means[v])} is best on val ({shown})")
+        best, note = max(means, key=lambda v: means[v]), "" if own else "; the row's own value is not among them"
+        print(f"{row} with {share} % of the clips: {option} {best} is best on val ({shown}{note})")
 
 
 # -- the script -------------------------------------------------------------------------------------
@@ -227,6 +229,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1")
+
+    if (args.rows or args.seeds > 1) and not (args.sweep or args.train_share):
+        raise UserError("--rows and --seeds need --sweep or --train_share")
 
     # without a sweep or shares, all of the plan
     plan = [(args.rows, args.sweep, args.train_share, args.seeds)] if args.sweep or args.train_share else PLAN

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import default_rates, training_mode
+from config import default_rates, head_of, training_mode
 from experiments.grid import EXPERIMENTS, MODES, TASKS, Row
 from script import UserError, write_json
 
@@ -58,7 +58,7 @@ def learning_curves(study: "Study") -> dict[str, dict[str, dict[int, list[float]
     for row in (row for row in study.rows if row.task == TASKS[0]):
         curve: dict[int, list[float]] = {}
         for trial in study.trials:
-            if trial["row"] == row.name and not trial["options"] and trial["test"] is not None:
+            if trial["row"] == row.name and not trial["options"]:
                 curve.setdefault(trial["share"], []).append(trial["test"])
         scores = study.scores[row.name]
         if curve and scores is not None:
@@ -81,13 +81,15 @@ def sweep_curves(study: "Study", option: str) -> dict[str, dict[Any, float]]:
 
 
 def own_value(option: str, row: Row) -> Any:
-    """The value that a row has without a sweep."""
-    value = getattr(row.config, option)
-    return default_rates(row.config)[0] if option == "learning_rate" and value == "auto" else value
+    """The value that a row has without a sweep; "auto" where only the backbone decides what it means."""
+    value, config = getattr(row.config, option), row.config
+    if value == "auto" and option in ("learning_rate", "head"):
+        return default_rates(config)[0] if option == "learning_rate" else head_of(config)
+    return value
 
 
 def matters(option: str, row: Row) -> bool:
     """Whether an option changes anything in a row: a rank needs adapters, a grid needs tokens that are read."""
     if option == "lora_r":
         return "lora" in training_mode(row.config).values()
-    return option != "token_grid" or row.config.use_vlm or row.config.head == "attentive"
+    return option != "token_grid" or row.config.use_vlm or head_of(row.config) == "attentive"

@@ -25,10 +25,11 @@ def fuse_backbone(backbone: nn.Module, layer_lists: list[nn.ModuleList]) -> None
             module.forward = MethodType(fused_attention, module)
         elif name == "VJEPA2RopeAttention":
             add_rotation(module)
+        # no family's patch embedding has padding, groups or dilation
         elif isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.kernel_size == module.stride:
-            module.forward = MethodType(embedded_patches, module)
+            module.forward = MethodType(patch_embedding_forward, module)
 
-    # in these layers, all that reads a norm's output is a linear layer
+    # in these layers only linear layers read a norm's output, and autocast would cast it there
     norms = (m for layers in layer_lists for m in layers.modules() if isinstance(m, nn.LayerNorm))
     for norm in norms:
         norm.register_forward_hook(cast_once)
@@ -37,9 +38,9 @@ def fuse_backbone(backbone: nn.Module, layer_lists: list[nn.ModuleList]) -> None
 def fused_attention(self: Any, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor]:
     """Replaces TimesformerSelfAttention.forward by torch's fused attention: (B, N, D) -> ((B, N, D),).
 
-    Over time a sequence has only the tokens of one place, and a GPU's kernel computes TILE of them at once. So several
-    short sequences become one long sequence, in which a mask keeps them apart. A compiled model would be compiled again
-    for every batch size.
+    In attention over time a sequence is short: it has one token per frame. A GPU's kernel computes TILE tokens at once,
+    so several sequences are packed into one, and a mask keeps them apart. A compiled model does not pack: the number of
+    sequences depends on the batch size, and each new number would compile the model again.
     """
     batch, length, width = hidden_states.shape
     count = 1 if torch.compiler.is_compiling() else gcd(batch, max(1, TILE // length))
@@ -52,12 +53,12 @@ def fused_attention(self: Any, hidden_states: torch.Tensor, output_attentions: b
     return (context.transpose(1, 2).reshape(batch, length, width),)
 
 
-def embedded_patches(self: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Replaces the forward of a convolution whose patches do not overlap; GPUs are slow at these."""
-    return type(self).forward(self, pixels) if pixels.device.type == "cpu" else product_of_patches(self, pixels)
+def patch_embedding_forward(self: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Replaces the forward of a patch embedding, a convolution whose patches do not overlap: GPUs are slow at these."""
+    return type(self).forward(self, pixels) if pixels.device.type == "cpu" else patches_as_matmul(self, pixels)
 
 
-def product_of_patches(layer: nn.Conv2d | nn.Conv3d, pixels: torch.Tensor) -> torch.Tensor:
+def patches_as_matmul(layer: nn.Conv2d | nn.Conv3d, pixels: torch.Tensor) -> torch.Tensor:
     """The convolution as one matrix product: (B, C, H, W) -> (B, D, h, w), or (B, C, T, H, W) -> (B, D, t, h, w)."""
     for number, size in enumerate(layer.kernel_size):
         pixels = pixels.unflatten(2 + 2 * number, (-1, size))
@@ -67,7 +68,8 @@ def product_of_patches(layer: nn.Conv2d | nn.Conv3d, pixels: torch.Tensor) -> to
 
 
 def cast_once(norm: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    """Under autocast a norm gives fp32, and every layer that reads it would make its own copy in 16 bits."""
+    """A forward hook that casts a norm's output to autocast's type. A norm returns fp32 under autocast, so query, key
+    and value would each cast the same tensor."""
     kind = output.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return output
@@ -78,11 +80,11 @@ def cast_once(norm: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Ten
 
 
 def add_rotation(attention: Any) -> None:
-    """Gives VJEPA2RopeAttention the cosines of its angles, and the sines with the signs of the swapped pairs, both
-    (N, D of a head). Its own method computes them in every call, for time, height and width one by one.
+    """Stores the tables of V-JEPA 2's rotary embeddings, (N, D of a head) each: the cosines, and the sines with
+    alternating signs. transformers computes them in every call, separately for time, height and width.
 
-    Like in the published code, the frequencies of a part repeat as a whole, not pair by pair. What is left of D is not
-    rotated.
+    The first three parts of a head encode time, height and width; the rest is not rotated. As in the published code,
+    the list of a part's frequencies is repeated as a whole: f1 f2 f1 f2, not f1 f1 f2 f2.
     """
     side, width = attention.grid_size, attention.attention_head_size
     token = torch.arange(attention.grid_depth * side**2)
@@ -91,15 +93,16 @@ def add_rotation(attention: Any) -> None:
     for size, positions in zip(sizes, (token // side**2, token // side % side, token % side), strict=True):
         frequencies = 1.0 / 10000 ** (torch.arange(size // 2) / (size / 2.0))
         angles.append((positions.unsqueeze(-1) * frequencies).repeat(1, 2))  # (N, size)
-    angle = F.pad(torch.cat(angles, dim=-1), (0, width - sum(sizes)))  # (N, D)
+    angle = F.pad(torch.cat(angles, dim=-1), (0, width - sum(sizes)))  # (N, D of a head)
     signs = torch.tensor([-1.0, 1.0]).repeat(width // 2)
     attention.register_buffer("cos", angle.cos(), persistent=False)
     attention.register_buffer("signed_sin", angle.sin() * signs, persistent=False)
-    attention.apply_rotary_embeddings = MethodType(rotated, attention)
+    attention.apply_rotary_embeddings = MethodType(apply_rotary, attention)
 
 
-def rotated(self: Any, states: torch.Tensor, positions: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Replaces VJEPA2RopeAttention.apply_rotary_embeddings: queries or keys (B, heads, N, D) -> the same shape."""
+def apply_rotary(self: Any, states: torch.Tensor, positions: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Replaces VJEPA2RopeAttention.apply_rotary_embeddings: queries or keys (B, heads, N, D of a head) -> the same
+    shape. It ignores `positions`: the tables are for all N tokens in their order."""
     swapped = states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return states * self.cos.to(states.dtype) + swapped * self.signed_sin.to(states.dtype)
 
@@ -109,12 +112,17 @@ def rotated(self: Any, states: torch.Tensor, positions: tuple[torch.Tensor, ...]
 
 def fuse_adapter(layer: Any) -> None:
     """Replaces the forward of peft's LoRA layer, in place."""
-    layer.forward = MethodType(adapted, layer)
+    layer.forward = MethodType(lora_forward, layer)
 
 
-def adapted(self: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """The layer's output, to which one product adds that of the adapter. peft's own forward has a product, a scaling
-    and an addition, and under autocast it casts its inputs to fp32 and back."""
+def lora_forward(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """Replaces the forward of a peft LoRA layer with one adapter and no dropout: (..., D in) -> (..., D out).
+
+    One product multiplies by B and adds the result. peft multiplies, scales and adds in three steps, and under autocast
+    it casts its inputs to fp32 and back.
+    """
+    if self.disable_adapters and self.merged:
+        self.unmerge()
     output = self.base_layer(inputs)
     if self.merged or self.disable_adapters:
         return output

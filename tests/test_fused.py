@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import VJEPA2Config
+from transformers import TimesformerConfig, VJEPA2Config
+from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention
 from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2RopeAttention
 
 from build_model import adapters, build_model
 from config import Config
-from extras.fused import add_rotation, cast_once, fuse_adapter, product_of_patches
+from extras.fused import add_rotation, cast_once, fuse_adapter, fused_attention, patches_as_matmul
 
 
 def outputs_and_gradients(module: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
-    """What a module makes of its inputs, and the gradients of the inputs and of all trained tensors."""
+    """The output of a module, and the gradients of its inputs and of all trained tensors."""
     inputs = inputs.clone().requires_grad_()
     output = module(inputs)
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -29,17 +30,38 @@ def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor], toleran
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+class Attention(nn.Module):
+    """TimeSformer's attention, of whose outputs only the first is used."""
+
+    def __init__(self):
+        super().__init__()
+        config = TimesformerConfig(hidden_size=48, num_attention_heads=3, attention_probs_dropout_prob=0.0)
+        self.own = TimesformerSelfAttention(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.own(hidden_states)[0]
+
+
+@pytest.mark.parametrize("batch, length", [(16, 8), (12, 8), (3, 5), (2, 70)])
+def test_packed_attention_is_transformers_own(batch, length):
+    """8, 4, 3 sequences in one, and one that is longer than a tile."""
+    attention, inputs = Attention(), torch.randn(batch, length, 48)
+    expected = outputs_and_gradients(attention, inputs)
+    attention.own.forward = MethodType(fused_attention, attention.own)
+    assert_near(outputs_and_gradients(attention, inputs), expected, 1e-5)
+
+
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 8, (4, 2), (4, 2)), nn.Conv3d(2, 8, (2, 4, 3), (2, 4, 3), bias=False)])
-def test_the_product_of_patches_is_the_convolution(layer):
+def test_the_patches_as_matmul_is_the_convolution(layer):
     pixels = torch.randn(2, layer.in_channels, *(3 * size for size in layer.kernel_size))
     expected = outputs_and_gradients(layer, pixels)
-    layer.forward = MethodType(product_of_patches, layer)
+    layer.forward = MethodType(patches_as_matmul, layer)
     assert_near(outputs_and_gradients(layer, pixels), expected, 1e-5)
 
 
 @pytest.mark.parametrize("heads", [2, 3])
 def test_the_rotation_of_vjepa2_is_transformers_own(heads):
-    """Also where the size of a head is not three equal parts: 16 of 48 is three times 4, and 4 are left."""
+    """Also if three parts do not fill a head: of 3 heads, each has a width of 16, three parts of 4 and 4 that stay."""
     config = VJEPA2Config(crop_size=48, patch_size=16, frames_per_clip=4, tubelet_size=2, attention_dropout=0.0)
     attention = VJEPA2RopeAttention(config, hidden_size=48, num_attention_heads=heads).eval()
     query = torch.randn(2, heads, 18, 48 // heads)
@@ -71,8 +93,7 @@ def test_casting_norms_once_changes_no_bit_of_the_output(name):
 def test_an_adapter_gives_what_peft_does(options, dtype, tolerance):
     """A linear layer, and GPT-2's with transposed weights."""
     model = build_model(Config(use_lora_vision=True, **options), 3)
-    layer = dict(adapters(model.backbones()["language" if options else "vision"]))
-    layer = next(iter(layer.values()))
+    _, layer = next(adapters(model.backbones()["language" if options else "vision"]))
     nn.init.normal_(layer.lora_B["default"].weight)
     inputs = torch.randn(2, 5, layer.in_features)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -89,3 +110,5 @@ def test_an_adapter_gives_what_peft_does(options, dtype, tolerance):
     layer.enable_adapters(True)
     layer.merge()
     assert torch.allclose(layer(inputs), expected[0].float(), atol=tolerance * expected[0].abs().max().item())
+    layer.enable_adapters(False)
+    assert torch.allclose(layer(inputs), base, atol=1e-5)

@@ -259,7 +259,8 @@ def test_a_sweep_leaves_out_rows_in_which_nothing_changes(tmp_path):
     rows = grid.read_grid(tmp_path, tmp_path, 1)
     ranked = {trial.row for trial in planned(rows, "lora_r=2,4", [], 1)}
     assert ranked == {row.name for row in rows if "lora" in row.name}
-    assert not any("_bert" not in t.row and "gpt2" not in t.row for t in planned(rows, "token_grid=1", [], 1))
+    gridded = {trial.row for trial in planned(rows, "token_grid=1", [], 1)}  # TimeSformer's own head is linear
+    assert gridded == {row.name for row in rows if not re.fullmatch("timesformer(_loravision|_fvbb)?", row.name)}
 
 
 @pytest.mark.parametrize(
@@ -275,6 +276,7 @@ def test_a_sweep_leaves_out_rows_in_which_nothing_changes(tmp_path):
         (["--train_share", "five"], "expected whole numbers from 1 to 100"),
         (["--train_share", "5", "--rows", "("], "is not a regular expression"),
         (["--train_share", "5", "--jobs", "0"], "must be at least 1"),
+        (["--rows", "^videomae$"], "--rows and --seeds need --sweep or --train_share"),
     ],
 )
 def test_bad_input_is_one_line(argv, message, tmp_path, capsys):
@@ -328,7 +330,9 @@ def test_a_stopped_study_goes_on_where_it_was(dataset, tmp_path, monkeypatch, ca
     assert f"{len(first)} trials are in" in output
     study = SimpleNamespace(rows=[row_of("timesformer_fvbb", tmp_path)], trials=trials)
     assert len(sweep_curves(study, "learning_rate")["timesformer_fvbb"]) == 3
-    assert re.search(r"learning_rate \S+ is best on val \(0.0015: .*, 0.006: .*, 0.003: .*\)", output)
+    assert re.search(
+        r"with 20 % of the clips: learning_rate \S+ is best on val \(0.0015: .*, 0.006: .*, 0.003: .*\)", output
+    )
     assert {t["share"] for t in trials} == {20}
     assert not list((tmp_path / "runs").rglob("model.safetensors"))
     assert make_study.main(argv) == 0 and len(names) == 4
