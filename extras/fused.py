@@ -3,7 +3,6 @@
 Shapes: B batch, N tokens, D width, C channels; t, h and w are the numbers of patches along time, height and width.
 """
 
-from math import gcd
 from types import MethodType
 from typing import Any
 
@@ -19,9 +18,11 @@ def fuse_backbone(backbone: nn.Module, layer_lists: list[nn.ModuleList]) -> None
 
     Classes are compared by name: importing those that are not used would take a second.
     """
-    for module in backbone.modules():
+    for path, module in backbone.named_modules():
         name = type(module).__name__
         if name == "TimesformerSelfAttention":
+            over_time = "temporal_attention" in path
+            module.sequences = (backbone.config.image_size // backbone.config.patch_size) ** 2 if over_time else 1
             module.forward = MethodType(fused_attention, module)
         elif name == "VJEPA2RopeAttention":
             add_rotation(module)
@@ -39,11 +40,10 @@ def fused_attention(self: Any, hidden_states: torch.Tensor, output_attentions: b
     """Replaces TimesformerSelfAttention.forward by torch's fused attention: (B, N, D) -> ((B, N, D),).
 
     In attention over time a sequence is short: it has one token per frame. A GPU's kernel computes TILE tokens at once,
-    so several sequences are packed into one, and a mask keeps them apart. A compiled model does not pack: the number of
-    sequences depends on the batch size, and each new number would compile the model again.
+    so several of a clip's `sequences` are packed into one, and a mask keeps them apart.
     """
     batch, length, width = hidden_states.shape
-    count = 1 if torch.compiler.is_compiling() else gcd(batch, max(1, TILE // length))
+    count = max((n for n in range(1, TILE // length + 1) if self.sequences % n == 0), default=1)
     qkv = self.qkv(hidden_states).view(batch // count, count * length, 3, self.num_heads, -1)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B / count, heads, count x N, D of a head)
     owner = torch.arange(count, device=qkv.device).repeat_interleave(length)
@@ -87,6 +87,8 @@ def add_rotation(attention: Any) -> None:
     the list of a part's frequencies is repeated as a whole: f1 f2 f1 f2, not f1 f1 f2 f2.
     """
     side, width = attention.grid_size, attention.attention_head_size
+    if width % 2:  # it has no pairs; no published head is odd
+        return
     token = torch.arange(attention.grid_depth * side**2)
     sizes = attention.d_dim, attention.h_dim, attention.w_dim
     angles = []

@@ -42,13 +42,18 @@ class Attention(nn.Module):
         return self.own(hidden_states)[0]
 
 
-@pytest.mark.parametrize("batch, length", [(16, 8), (12, 8), (3, 5), (2, 70)])
-def test_packed_attention_is_transformers_own(batch, length):
-    """8, 4, 3 sequences in one, and one that is longer than a tile."""
-    attention, inputs = Attention(), torch.randn(batch, length, 48)
+@pytest.mark.parametrize("sequences, length", [(16, 8), (49, 8), (9, 5), (1, 70)])
+def test_packed_attention_is_transformers_own(sequences, length):
+    """8, 7, 9 sequences in one, and one that is longer than a tile."""
+    attention, inputs = Attention(), torch.randn(2 * sequences, length, 48)
+    attention.own.sequences = sequences
     expected = outputs_and_gradients(attention, inputs)
     attention.own.forward = MethodType(fused_attention, attention.own)
     assert_near(outputs_and_gradients(attention, inputs), expected, 1e-5)
+
+    # clips do not mix, not even if one has overflown
+    inputs[:sequences] = torch.inf
+    assert attention(inputs)[sequences:].isfinite().all()
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 8, (4, 2), (4, 2)), nn.Conv3d(2, 8, (2, 4, 3), (2, 4, 3), bias=False)])
