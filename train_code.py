@@ -129,10 +129,11 @@ def build_accelerator(config: Config) -> Any:
 
 
 def cast_frozen(model: VideoModel, config: Config, accelerator: Any) -> None:
-    """Casts the frozen weights of linear layers and convolutions to bf16 if --frozen_dtype says so, in place.
+    """Casts the frozen weights of linear layers to bf16 if --frozen_dtype says so, in place.
 
     Autocast would make bf16 copies of just these at each use, so results are the same bit for bit. All else stays in
-    fp32: adapters, norms, biases, and embeddings with the output layers that share their weights.
+    fp32: adapters, norms, biases, embeddings with the output layers that share their weights, and the convolution that
+    makes patches, from whose weights DINOv3 takes the type of its positions.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -141,7 +142,7 @@ def cast_frozen(model: VideoModel, config: Config, accelerator: Any) -> None:
         return
     shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for backbone in model.backbones().values():
-        weights = (m.weight for m in backbone.modules() if isinstance(m, (nn.Linear, Conv1D, nn.Conv2d, nn.Conv3d)))
+        weights = (m.weight for m in backbone.modules() if isinstance(m, (nn.Linear, Conv1D)))
         for weight in (w for w in weights if not w.requires_grad and id(w) not in shared):
             weight.data = weight.data.bfloat16()
 

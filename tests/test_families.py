@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from extras.export import export
 from inference import Predictor
 from pretrained import Source
 from script import UserError
-from train_code import build_optimizer, first_steps_checked, loss_sum
+from train_code import build_optimizer, cast_frozen, first_steps_checked, loss_sum
 from vision import FAMILIES, load_vision, patch_shape, read_vision_config
 
 SIDE, FRAMES = 32, 4  # of every tiny model, in patches of 8 pixels
@@ -349,6 +350,21 @@ def test_two_steps_change_what_is_trained_and_every_adapter_is_live(folder_of, k
         loss_sum(model, batch_of(model))[0].backward()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == set(trained_tensors(model))
+
+
+@EVERY
+def test_frozen_weights_in_bf16_change_no_bit(folder_of, key):
+    config = Config(
+        vision_model=str(folder_of(key)), num_frames=FRAMES, frozen_dtype="bf16", freeze_visionbackbone=True
+    )
+    encoder = (model := build_model(config, 3).eval()).vision_encoder
+    features = []
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            features.append(encoder(clips(2)))
+        cast_frozen(model, config, SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16"))
+    assert torch.equal(*features)
+    assert any(parameter.dtype == torch.bfloat16 for parameter in encoder.parameters())
 
 
 # -- caching, resuming, predicting, exporting -------------------------------------------------------
