@@ -395,7 +395,8 @@ def learning(study: Study) -> str:
         for share in shares:
             means = listed([percent(mean(curve[share])) for curve in curves.values()])
             found.append(f"{means} with {share} % of the clips")
-        parts.append(f"{NAMES[model]} {listed([MODES[mode] for mode in curves])} reach {'; '.join(found)}")
+        verb = "reaches" if len(curves) == 1 else "reach"
+        parts.append(f"{NAMES[model]} {listed([MODES[mode] for mode in curves])} {verb} {'; '.join(found)}")
     return sentence("; ".join(parts)) if parts else NOT_RUN
 
 

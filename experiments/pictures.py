@@ -140,7 +140,10 @@ def draw_learning(study: Study, path: Path) -> None:
         axis.set(title=NAMES[model], xlabel="share of the training clips")
     axes[0].set(ylabel="test accuracy %")
     axes[-1].plot([], [], **SEED | {"ms": 4}, label="one seed")
-    axes[-1].legend(frameon=False, fontsize=6.5)
+
+    # not every panel has all modes while the study is unfinished
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines() if line.get_label()[0] != "_"}
+    axes[-1].legend(lines.values(), lines.keys(), frameon=False, fontsize=6.5)
     figures.save(figure, path)
 
 
