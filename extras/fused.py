@@ -46,8 +46,10 @@ def fused_attention(self: Any, hidden_states: torch.Tensor, output_attentions: b
     count = max((n for n in range(1, TILE // length + 1) if self.sequences % n == 0), default=1)
     qkv = self.qkv(hidden_states).view(batch // count, count * length, 3, self.num_heads, -1)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B / count, heads, count x N, D of a head)
-    owner = torch.arange(count, device=qkv.device).repeat_interleave(length)
-    mask = owner == owner[:, None] if count > 1 else None
+    mask = None
+    if count > 1:
+        owner = torch.arange(count, device=qkv.device).repeat_interleave(length)
+        mask = owner == owner[:, None]  # (count x N, count x N)
     dropout = self.attn_drop.p if self.training else 0.0
     context = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=self.scale)
     return (context.transpose(1, 2).reshape(batch, length, width),)
