@@ -1,7 +1,7 @@
 """Reads a data folder into samples, and samples into batches of clips.
 
     <data_dir>/{train,val,test}/<class>/<video>      <video> = x.pt | x.mp4 .avi ... | a folder of frames
-    <data_dir>/{train,val,test}/metadata.jsonl       optional: captions, texts, labels; see README.md
+    <data_dir>/{train,val,test}/metadata.jsonl       optional: captions, texts, labels; see docs/datasets.md
     <data_dir>/{train,val,test}/<name>.tar           or the videos in tars: see extras/shards.py
 
 read_splits() gives the samples of each split, ClipDataset reads their clips, build_loader() makes batches. A video that

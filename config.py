@@ -288,11 +288,11 @@ class Config:
     --layers. auto: the last"""
     token_grid: int | str = option("auto", auto_or(number(int, 1, 32)), "model", TRAIN, in_feature_key=True)
     """pool the video tokens of each time step to N x N for the language model or the attentive head; a larger N keeps
-    finer detail and takes more memory. auto: 8 for the attentive head, or what the backbone has if that is less; else
+    finer detail and takes more memory. auto: 8 for the attentive head, or the backbone's own N if that is smaller; else
     2"""
     max_text_tokens: int = option(128, number(int, 1, 100_000), "model", TRAIN_ANY)
-    """maximum length, in tokens, of a text, of a caption, or of a question with its answer; at most half of it is for
-    the question. Longer ones are cut, and the run says how many. The language model's own maximum also applies"""
+    """maximum length, in tokens, of a text, of a caption, or of a question with its answer; the question gets at most
+    half of it. Longer ones are cut, and the run prints how many. The language model's own maximum also applies"""
     head: str = option("auto", one_of("auto", "linear", "attentive"), "model", NO_SWEEP, names_run=True)
     """what reads the video. linear: one layer on the pooled token, or on [CLS] of the language model; for captioners,
     an MLP on every token of the grid. attentive: a query, learned or made from the text, attends to each time step, and
@@ -352,10 +352,11 @@ class Config:
     skip_unreadable: bool = option(False, to_bool, "data", "main sweep_heads preview score")
     """skip videos that cannot be read and list them in metrics.json; otherwise they stop the run"""
     group_by: str = option("auto", group_rule, "data", f"{TRAIN} score")
-    """which clips come from one recording: if val is held out, a recording stays on one side, and intervals of scores
-    count it as one. auto: those with the same `group` in metadata.jsonl. column: the same, but every clip needs one.
-    parent: those in one folder below the class folder. none: only segments of one video. Anything else is a regular
-    expression: the match of its first group, or of all of it, in the file name is the name of the recording"""
+    """which clips come from one recording. A held-out val shares no recording with train, and intervals of scores
+    resample recordings. auto: clips with the same `group` in metadata.jsonl. column: the same, but every clip needs
+    one. parent: clips in one folder below the class folder. none: only segments of one video. Anything else is a
+    regular expression: what its first group, or else all of it, matches in the file name is the name of the
+    recording"""
     augment: str = option("none", one_of("none", "light", "strong"), "data", "main plan preview")
     """random changes to training clips, for small datasets; all frames of a clip change alike. light: mild cropping and
     erasing. strong: more cropping, erasing, RandAugment without rotation or flip, colour jitter and, for classifiers
@@ -368,8 +369,8 @@ class Config:
     are drawn at random"""
 
     epochs: int | str = option("auto", auto_or(number(int, 1, 100_000)), "training", "main plan sweep_heads")
-    """passes over the training videos; the epoch with the best val accuracy is kept (mAP with several labels), or for
-    captioners the one with the lowest val loss. auto: 1,800 optimizer steps, or 3,600 on cached features; at least 5
+    """passes over the training videos; the epoch with the best val accuracy is kept (with several labels, the best mAP;
+    for captioners, the lowest val loss). auto: 1,800 optimizer steps, or 3,600 on cached features; at least 5
     and at most 30 epochs"""
     batch_size: int | str = option(
         "auto", auto_or(number(int, 1, 65_536)), "training", f"main plan sweep_heads preview extract {USE}"
@@ -452,8 +453,8 @@ class Config:
     """number of training clips to draw"""
 
     checkpoint: str | None = option(None, path_value, "run and machine", USE)
-    """run folder to load; all model options are read from it. inference.py does not need it if the model options are
-    those of training"""
+    """run folder to load; all model options are read from it. Without it, inference.py finds the run by its model
+    options"""
     run_name: str | None = option(
         None, path_value, "run and machine", f"main sweep_heads preview {USE}", free_at_resume=True
     )
@@ -468,8 +469,8 @@ class Config:
     """continue a stopped run from its last saved step, with its original options; the result is bit-for-bit the same as
     without the interruption"""
     save_every: int = option(0, number(int, 0), "run and machine", "main", free_at_resume=True)
-    """every N optimizer steps, save the state that --resume needs. It is always saved after each epoch, and on Ctrl-C
-    or SIGTERM; 0: only then"""
+    """save the state that --resume needs every N optimizer steps, in addition to after each epoch and on Ctrl-C or
+    SIGTERM. 0: no additional saves"""
     controls: bool = option(False, to_bool, "run and machine", "main sweep_heads score", free_at_resume=True)
     """also score inputs on which the model should fail (one repeated frame, shuffled or reversed frames, a grey video,
     swapped texts) and two baselines (majority class, nearest neighbour), and draw where the model looks"""
@@ -496,7 +497,7 @@ class Config:
     bf16, which computes with bf16 copies of them anyway. auto: bf16 on a GPU with --mixed_precision bf16, else fp32"""
     lease: float = option(60.0, number(float, 0.1, 86_400), "run and machine", "inference extract", free_at_resume=True)
     """when several processes share the work: if one shows no sign of life for this many seconds, another takes over its
-    part. Raise it if the shared folder shows changes late"""
+    part. Raise it if changes in the shared folder become visible late"""
     engine: str = option(
         "processes", one_of("processes", "ray"), "run and machine", "extract", free_at_resume=True, package="ray"
     )
@@ -619,14 +620,14 @@ def config_file_text() -> str:
 ABOUT = {
     "main": "Train a video classifier, a video + language classifier or a video captioner.",
     "inference": "Classify or caption videos with a trained run: --checkpoint FOLDER, or the model options of its training.",
-    "score": "Score a trained run again on val and test, on its own or other videos. --segments TRUTH ANSWERS scores "
-    "the segments of a timeline, as inference.py writes them, against those of a metadata.jsonl.",
+    "score": "Score a trained run again on val and test of its own data, or of other data. --segments TRUTH ANSWERS "
+    "scores predicted segments (ANSWERS, an output of inference.py) against a metadata.jsonl (TRUTH).",
     "doctor": "Check data, backbone and options before training. Takes the flags of main.py and saves nothing.",
     "sweep_heads": "Train many heads on cached features of a frozen backbone, and keep the one that is best on val.",
-    "plan": "Estimate memory and time of a training with the vision backbone frozen, through LoRA and in full, in about a "
-    "minute. Takes the flags of main.py and saves nothing.",
+    "plan": "Estimate, in about a minute, the memory and time that training takes with the vision backbone frozen, with "
+    "LoRA and in full. Takes the flags of main.py and saves nothing.",
     "extract": "Compute the features of a frozen vision backbone into the feature cache. Takes the flags of main.py. "
-    "Start it several times, also on other machines, and the processes share the work.",
+    "If you start it several times, on one machine or several, the processes share the work.",
     "preview": "Draw the first training clips as the model will see them. Takes the flags of main.py.",
 }
 # which flag a path without a flag most likely lacks
@@ -648,7 +649,7 @@ def build_parser(script: str) -> Parser:
         prog=f"{script}.py",
         usage="%(prog)s [--flag value ...]",
         description=ABOUT[script],
-        epilog=f"Flags override config_file.yaml. A bare --freeze_visionbackbone means True.\n\n{table_of_names()}",
+        epilog=f"Flags override config_file.yaml. A True/False flag without a value means True.\n\n{table_of_names()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

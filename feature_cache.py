@@ -682,8 +682,8 @@ def info(args: argparse.Namespace) -> int:
 
 @script
 def main(argv: list[str] | None = None) -> int:
-    """Looks into caches, packs them and merges them; returns the exit status."""
-    parser = Parser(prog="feature_cache.py", description="Looks into feature caches, packs them and merges them.")
+    """Inspects, verifies, packs and merges caches; returns the exit status."""
+    parser = Parser(prog="feature_cache.py", description="Inspect, verify, pack and merge feature caches.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, text in ((info, "what is in a cache or pack"), (verify, "check every shard of a cache or pack")):
         sub = commands.add_parser(command.__name__, help=text, description=command.__doc__)

@@ -1,4 +1,4 @@
-"""Estimates what a training will take before it starts: with the vision backbone frozen, through LoRA, and in full.
+"""Estimates what a training will take before it starts: with the vision backbone frozen, with LoRA, and in full.
 
 python plan.py --data_dir my_clips --vision_model vjepa2 --weights hub
 
