@@ -125,14 +125,14 @@ def nearest_neighbours(splits: Splits, samples: list[Sample], config: Config, ac
     # centred, because all features share a large common part; in chunks, because the product of all could be huge
     train = pooled([splits.train[index] for index in readable])  # (n, D)
     centre = train.mean(0)
-    train = unit(train - centre).T  # (D, n)
+    train = F.normalize(train - centre).T  # (D, n)
     groups = {group: number for number, group in enumerate({group_of(s) for s in [*splits.train, *samples]})}
     train_groups = torch.tensor([groups[group_of(splits.train[index])] for index in readable])  # (n,)
     own_groups = torch.tensor([groups[group_of(sample)] for sample in samples])  # (m,)
     nearest = torch.cat(
         [
             (chunk @ train).masked_fill(own[:, None] != train_groups, -2.0).argmax(1)  # less than any cosine
-            for chunk, own in zip(unit(pooled(samples) - centre).split(256), own_groups.split(256), strict=True)
+            for chunk, own in zip(F.normalize(pooled(samples) - centre).split(256), own_groups.split(256), strict=True)
         ]
     )
     return np.array(readable)[nearest.numpy()]
@@ -141,11 +141,6 @@ def nearest_neighbours(splits: Splits, samples: list[Sample], config: Config, ac
 def group_of(sample: Sample) -> tuple[bool, str | None]:
     """Samples whose answers a baseline may exchange: all without a question, or with questions of one kind."""
     return bool(sample.question), sample.kind
-
-
-def unit(features: torch.Tensor) -> torch.Tensor:
-    """Scales each row to length 1."""
-    return features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 # -- where the model looks --------------------------------------------------------------------------
@@ -261,6 +256,15 @@ def caption_row(texts: list[str], samples: list[Sample], lexicon: Lexicon | None
     return row
 
 
+def score(model: VideoModel, loader: Any, config: Config, accelerator: Any, desc: str) -> dict[str, float]:
+    """Accuracy or mAP of a classifier on the clips of a loader; caption_row() of a captioner."""
+    if config.captioning:
+        texts = caption_all(model, loader, accelerator, config)
+        return caption_row(texts, loader.dataset.samples, loader.dataset.lexicon)
+    scores = evaluate(model, loader, accelerator, desc=desc)
+    return {name: scores[name] for name in ("accuracy", "mAP") if name in scores}
+
+
 def control_scores(model: VideoModel, splits: Splits, config: Config, accelerator: Any) -> dict[str, Any]:
     """{"split": ..., "as_it_is": {score: value}, <control>: {score: value}, ...} on test, or without one on val."""
     split = "test" if splits.test else "val"
@@ -271,28 +275,16 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
         only_these = replace(splits, train=[], val=[], test=samples)
         return build_loaders(model, config, only_these, accelerator=accelerator)["test"]
 
-    def score(loader: Any, name: str) -> dict[str, float]:
-        if config.captioning:
-            return caption_row(caption_all(model, loader, accelerator, config), samples, splits.lexicon)
-        scores = evaluate(model, loader, accelerator, desc=name)
-        return {name: scores[name] for name in ("accuracy", "mAP") if name in scores}
-
-    def score_answers(answers: list[Any]) -> dict[str, float]:
-        if config.captioning:
-            return caption_row(answers, samples, splits.lexicon)
-        if model.multi_label:  # a label that is in the answer has the score 1, any other 0
-            found, true = (multi_hot(rows, splits.class_names) for rows in (answers, [s.labels for s in samples]))
-            return {"mAP": mean_average_precision(true, found.astype(float))}
-        return {"accuracy": float(np.mean([a == s.label for a, s in zip(answers, samples, strict=True)]))}
+    def score_changed(samples: list[Sample], desc: str) -> dict[str, float]:
+        loader = loader_of(samples)
+        scores = score(model, loader, config, accelerator, desc)
+        loader.close()
+        return scores
 
     # the model itself, and the two baselines
     loader = loader_of(samples)
-    table: dict[str, Any] = {"split": split, "as_it_is": score(loader, "as it is")}
-    of_class = [s.labels if model.multi_label else str(s.label) for s in splits.train]
-    train_answers = [s.captions[0] for s in splits.train] if config.captioning else of_class
-    table["majority"] = score_answers(majority_answers(splits.train, train_answers, samples))
-    neighbours = nearest_neighbours(splits, samples, config, accelerator)
-    table["nearest_neighbour"] = score_answers([train_answers[i] for i in neighbours])
+    table: dict[str, Any] = {"split": split, "as_it_is": score(model, loader, config, accelerator, "as it is")}
+    table |= baseline_scores(model, splits, samples, config, accelerator)
 
     # changed videos: a model that loses nothing did not use what was taken away
     changes = {
@@ -302,27 +294,40 @@ def control_scores(model: VideoModel, splits: Splits, config: Config, accelerato
         "blank_video": blank(model.vision_encoder.preprocessing),
     }
     for name, change in changes.items():
-        table[name] = score(ChangedLoader(loader, change), name)
+        table[name] = score(model, ChangedLoader(loader, change), config, accelerator, name)
     loader.close()
 
-    # changed texts
+    # changed texts: with that of another object, a model that uses the text names that object, so it is mostly wrong
     if model.text_field == "text":
         table["text_only"] = table["blank_video"]
-        loader = loader_of(with_texts_of_others(samples))
-        table["text_shuffled"] = score(loader, "text shuffled")
-        loader.close()
-        several = [sample for sample in samples if sample.other_text]
-        if several:
-            table |= other_object_scores(several, loader_of, score)
-
-    # changed questions
-    asked = [sample for sample in samples if sample.question]
-    if asked:
-        changed = with_texts_of_others(asked, "question")
-        loader = loader_of(changed)
-        table["question_shuffled"] = caption_row(caption_all(model, loader, accelerator, config), changed, None)
-        loader.close()
+        table["text_shuffled"] = score_changed(with_texts_of_others(samples), "text shuffled")
+        if several := [s for s in samples if s.other_text]:
+            other = [replace(s, text=s.other_text) for s in several]
+            table["several_objects"] = score_changed(several, "several objects") | {"count": len(several)}
+            table["text_other_object"] = score_changed(other, "text other object") | {"count": len(several)}
+    if asked := [s for s in samples if s.question]:
+        table["question_shuffled"] = score_changed(with_texts_of_others(asked, "question"), "question shuffled")
     return table
+
+
+def baseline_scores(
+    model: VideoModel, splits: Splits, samples: list[Sample], config: Config, accelerator: Any
+) -> dict[str, dict[str, float]]:
+    """{"majority": {score: value}, "nearest_neighbour": {score: value}}: the samples with answers of train."""
+
+    def score_answers(answers: list[Any]) -> dict[str, float]:
+        if config.captioning:
+            return caption_row(answers, samples, splits.lexicon)
+        if model.multi_label:  # a label that is in the answer has the score 1, any other 0
+            found, true = (multi_hot(rows, splits.class_names) for rows in (answers, [s.labels for s in samples]))
+            return {"mAP": mean_average_precision(true, found.astype(float))}
+        return {"accuracy": float(np.mean([a == s.label for a, s in zip(answers, samples, strict=True)]))}
+
+    of_class = [s.labels if model.multi_label else str(s.label) for s in splits.train]
+    train_answers = [s.captions[0] for s in splits.train] if config.captioning else of_class
+    majority = score_answers(majority_answers(splits.train, train_answers, samples))
+    neighbours = nearest_neighbours(splits, samples, config, accelerator)
+    return {"majority": majority, "nearest_neighbour": score_answers([train_answers[i] for i in neighbours])}
 
 
 def majority_answers(train: list[Sample], answers: list[Any], samples: list[Sample]) -> list[Any]:
@@ -332,23 +337,6 @@ def majority_answers(train: list[Sample], answers: list[Any], samples: list[Samp
         counts[group_of(sample)][answer] += 1
     most_common = {group: counter.most_common(1)[0][0] for group, counter in counts.items()}
     return [most_common.get(group_of(sample), "") for sample in samples]
-
-
-def other_object_scores(
-    samples: list[Sample],
-    loader_of: Callable[[list[Sample]], DataLoader],
-    score: Callable[[DataLoader, str], dict[str, float]],
-) -> dict[str, dict[str, float]]:
-    """{"several_objects": ..., "text_other_object": ...}: the scores of clips with several objects, as they are and
-    with the text of another object. A model that uses the text then names the class of that object, so it is nearly
-    always wrong."""
-    texts = {"several_objects": samples, "text_other_object": [replace(s, text=s.other_text) for s in samples]}
-    table = {}
-    for name, changed in texts.items():
-        loader = loader_of(changed)
-        table[name] = score(loader, name.replace("_", " ")) | {"count": len(samples)}
-        loader.close()
-    return table
 
 
 def control_line(table: dict[str, Any]) -> str:
