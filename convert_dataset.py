@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from extras.annotations import FORMATS, SPLITS, Row, label_problem, label_studio_tasks, parse_file, read_class_names
-from script import Parser, UserError, counted, make_folder, printable, replace_file, script
+from script import Parser, UserError, counted, make_folder, printable, replace_file, script, write_json
 
 if TYPE_CHECKING:
     from VLoader import Key, Sample
@@ -78,7 +78,7 @@ class VideoIndex:
         matches = same_suffix or matches
         if len(matches) > 1:
             return None, f"{len(matches)} files have this name: {matches[0]}, {matches[1]}"
-        return (matches[0], "") if matches else (None, "")
+        return (matches[0] if matches else None), ""
 
 
 def images_between(folder: Path, frames: tuple[int, int]) -> tuple[list[Path], bool]:
@@ -195,7 +195,7 @@ def find_row(row: Row, index: VideoIndex, output: Path, outcome: Outcome) -> tup
     if not images:
         return None, f"{path} has no images numbered from {first} to {last}"
     if complete:
-        return path, ""  # the folder itself serves: no links needed
+        return path, ""  # the folder itself will do: no links needed
     links = output / "frames" / path.relative_to(index.folder).parent / f"{path.name}_{first}_{last}"
     outcome.links[links] = images
     return links, ""
@@ -269,10 +269,8 @@ def write_rows(outcomes: dict[str, Outcome], output: Path) -> None:
         replace_file(folder / "metadata.jsonl", lambda p, text=text: p.write_text(text, encoding="utf-8"))
 
 
-def report(outcomes: dict[str, Outcome], output: Path) -> dict[str, Any]:
+def report(outcomes: dict[str, Outcome], output: Path) -> None:
     """Prints the counts and writes <split>/conversion.json, which names every video that was left out."""
-    from script import write_json
-
     # the header of the printed table; the same words are the keys of conversion.json
     counts, print_width = {}, 11
     titles = ("rows", "found", "missing", "refused", "unused", "unreadable", "videos", "classes", "captions")
@@ -313,7 +311,6 @@ def report(outcomes: dict[str, Outcome], output: Path) -> dict[str, Any]:
         more = f" and {len(videos) - PRINTED_NAMES} more, all in {REPORT}" if len(videos) > PRINTED_NAMES else ""
         if videos:
             print(f"{name}: {'; '.join(map(brief, videos[:PRINTED_NAMES]))}{more}")
-    return counts
 
 
 def count_overlaps(outcome: Outcome) -> tuple[int, int]:
@@ -354,7 +351,7 @@ def check_outcomes(outcomes: dict[str, Outcome], index: VideoIndex) -> None:
     if not outcomes:
         raise UserError("the annotation files contain no rows")
 
-    # naming the first of each kind mostly shows the mistake: a wrong folder, a wrong column, a wrong suffix
+    # the first of each kind usually shows the mistake: a wrong folder, a wrong column, a wrong suffix
     if not any(o.samples for o in outcomes.values()):
         refused = [text for o in outcomes.values() for text in o.refused]
         missing = [name for o in outcomes.values() for name in o.missing]
@@ -384,9 +381,115 @@ def next_command(outcomes: dict[str, Outcome], output: Path) -> str:
     caption = f"{classify} --use_vlm True --captioning True --use_lora_llm True"
     if not all(s.captions for s in samples):
         return f"next: {classify}"
-    return (
-        f"next: {classify}\nor, for captions: {caption}" if all(any(s.classes) for s in samples) else f"next: {caption}"
+    if not all(any(s.classes) for s in samples):
+        return f"next: {caption}"
+    return f"next: {classify}\nor, for captions: {caption}"
+
+
+# -- the script -------------------------------------------------------------------------------------
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises UserError for values that cannot be used."""
+    if not 0 <= args.num_workers <= MAX_WORKERS:
+        raise UserError(f"--num_workers must be from 0 to {MAX_WORKERS}, not {args.num_workers}")
+    if args.fps is not None and not 0 < args.fps < math.inf:
+        raise UserError(f"--fps must be above 0, not {args.fps:g}")
+    for name in ("fps", "answers"):
+        if getattr(args, name) is not None and args.format != "label_studio":
+            raise UserError(f"--{name} works with --format label_studio only")
+    for file in [*(args.annotations or [args.answers]), *([args.class_names] if args.class_names else [])]:
+        if not file.is_file():
+            raise UserError(f"no such file: {file}")
+    if not args.videos.is_dir():
+        raise UserError(f"--videos: no such folder: {args.videos}")
+
+
+def write_tasks(args: argparse.Namespace) -> int:
+    """Writes the tasks for Label Studio with the answers in --answers as predictions. Returns the exit status."""
+    from extras.segments import read_json_rows
+
+    if args.output.exists() and not args.overwrite:
+        raise UserError(f"{args.output} exists: add --overwrite to replace it")
+    answers = read_json_rows(args.answers)
+    try:
+        tasks = label_studio_tasks(answers, args.videos, args.fps, args.tag)
+    except (KeyError, TypeError, ValueError) as error:
+        cause = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{args.answers} was not written by inference.py --output: {cause}") from None
+    if not tasks:
+        raise UserError(f"{args.answers} has neither labels nor captions")
+    write_json(tasks, args.output)
+    count = sum(len(prediction["result"]) for task in tasks for prediction in task["predictions"])
+    print(printable(f"wrote {args.output}: {counted(len(tasks), 'task')} with {counted(count, 'answer')}"))
+    return 0
+
+
+def format_table() -> str:
+    """The formats, each with the first paragraph of its generator's docstring."""
+    lines = {name: " ".join((f.__doc__ or "").split("\n\n")[0].split()) for name, f in FORMATS.items()}
+    return "\n".join(f"  {name:<12} {line}" for name, line in lines.items())
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = Parser(
+        prog="convert_dataset.py",
+        description="Convert annotation files to metadata.jsonl. Videos are referenced, not copied. Or convert answers of "
+        "inference.py to tasks for Label Studio.",
+        epilog=f"formats:\n{format_table()}\n\nA row's split: its own, else --split, else the one in the file name, else train.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    add = parser.add_argument
+    add("--format", required=True, choices=FORMATS, help="format of the annotation files, see below")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--annotations", type=Path, nargs="+", metavar="FILE", help="one or more annotation files")
+    source.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="with --format label_studio: a file of inference.py --output, to be written to --output as tasks with "
+        "predictions. Label Studio finds the videos if the parent of --videos is its LOCAL_FILES_DOCUMENT_ROOT",
+    )
+    add("--videos", required=True, type=Path, metavar="DIR", help="folder of the videos, searched recursively")
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="data folder to write, for main.py --data_dir; with --answers a file",
+    )
+    add(
+        "--class_names",
+        type=Path,
+        metavar="FILE",
+        help="class names for numeric labels: `3 jumping` lines, one name per line, or json {name: number}",
+    )
+    add(
+        "--fps",
+        type=float,
+        metavar="N",
+        help="frameRate of Label Studio's <Video> tag, because timeline labels have frame numbers (default: each task's "
+        "`fps`)",
+    )
+    add(
+        "--tag",
+        default="label",
+        metavar="NAME",
+        help="with --answers: name of the <Choices>, <TimelineLabels> or <TextArea> tag (default: label)",
+    )
+    add("--split", choices=SPLITS, help="split of all rows that do not name one")
+    add("--num_workers", type=int, default=2, help="processes that check the videos (default: 2)")
+    add("--no_scan", action="store_true", help="do not check that the videos can be read; training checks it anyway")
+    add(
+        "--multi_label",
+        choices=("True", "False"),
+        default="False",
+        help="True: several rows of one video with different labels become its `labels`, instead of being refused",
+    )
+    add("--overwrite", action="store_true", help="replace existing metadata.jsonl files in --output")
+    return parser.parse_args(argv)
 
 
 @script
@@ -412,8 +515,9 @@ def main(argv: list[str] | None = None) -> int:
     existing = [file for split in outcomes if (file := args.output / split / "metadata.jsonl").exists()]
     if existing and not args.overwrite:
         raise UserError(f"{existing[0]} exists: add --overwrite to replace it")
-    for folder, images in {f: i for o in outcomes.values() for f, i in o.links.items()}.items():
-        link_images(folder, images)
+    for outcome in outcomes.values():
+        for folder, images in outcome.links.items():
+            link_images(folder, images)
     if not args.no_scan:
         drop_unreadable(outcomes, args.num_workers)
     write_rows(outcomes, args.output)
@@ -421,110 +525,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"wrote {', '.join(printable(args.output / s / 'metadata.jsonl') for s in SPLITS if s in outcomes)}")
     print(next_command(outcomes, args.output))
     return 0
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Raises UserError for values that cannot be used."""
-    if not 0 <= args.num_workers <= MAX_WORKERS:
-        raise UserError(f"--num_workers must be from 0 to {MAX_WORKERS}, not {args.num_workers}")
-    if args.fps is not None and not 0 < args.fps < math.inf:
-        raise UserError(f"--fps must be above 0, not {args.fps:g}")
-    for name in ("fps", "answers"):
-        if getattr(args, name) is not None and args.format != "label_studio":
-            raise UserError(f"--{name} works with --format label_studio only")
-    for file in [*(args.annotations or [args.answers]), *([args.class_names] if args.class_names else [])]:
-        if not file.is_file():
-            raise UserError(f"no such file: {file}")
-    if not args.videos.is_dir():
-        raise UserError(f"--videos: no such folder: {args.videos}")
-
-
-def write_tasks(args: argparse.Namespace) -> int:
-    """Writes the tasks for Label Studio with the answers in --answers as predictions. Returns the exit status."""
-    from extras.segments import read_json_rows
-    from script import write_json
-
-    if args.output.exists() and not args.overwrite:
-        raise UserError(f"{args.output} exists: add --overwrite to replace it")
-    answers = read_json_rows(args.answers)
-    try:
-        tasks = label_studio_tasks(answers, args.videos, args.fps, args.tag)
-    except (KeyError, TypeError, ValueError) as error:
-        cause = f"no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{args.answers} was not written by inference.py --output: {cause}") from None
-    if not tasks:
-        raise UserError(f"{args.answers} has neither labels nor captions")
-    write_json(tasks, args.output)
-    count = sum(len(prediction["result"]) for task in tasks for prediction in task["predictions"])
-    print(printable(f"wrote {args.output}: {counted(len(tasks), 'task')} with {counted(count, 'answer')}"))
-    return 0
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. The help of each format is the first paragraph of its generator's docstring."""
-    # formats first: the epilog lists them, and a new entry in FORMATS documents itself
-    lines = {name: " ".join((f.__doc__ or "").split("\n\n")[0].split()) for name, f in FORMATS.items()}
-    about = "\n".join(f"  {name:<12} {line}" for name, line in lines.items())
-    parser = Parser(
-        prog="convert_dataset.py",
-        description="Convert annotation files to metadata.jsonl. Videos are referenced, not copied. Or convert answers of "
-        "inference.py to tasks for Label Studio.",
-        epilog=f"formats:\n{about}\n\nA row's split: its own, else --split, else the one in the file name, else train.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--format", required=True, choices=FORMATS, help="format of the annotation files, see below")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--annotations", type=Path, nargs="+", metavar="FILE", help="one or more annotation files")
-    source.add_argument(
-        "--answers",
-        type=Path,
-        metavar="FILE",
-        help="with --format label_studio: a file of inference.py --output, to be written to --output as tasks with "
-        "predictions. Label Studio finds the videos if the parent of --videos is its LOCAL_FILES_DOCUMENT_ROOT",
-    )
-    parser.add_argument(
-        "--videos", required=True, type=Path, metavar="DIR", help="folder of the videos, searched recursively"
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="data folder to write, for main.py --data_dir; with --answers a file",
-    )
-    parser.add_argument(
-        "--class_names",
-        type=Path,
-        metavar="FILE",
-        help="class names for numeric labels: `3 jumping` lines, one name per line, or json {name: number}",
-    )
-    parser.add_argument(
-        "--fps",
-        type=float,
-        metavar="N",
-        help="frameRate of Label Studio's <Video> tag, because timeline labels have frame numbers (default: each task's "
-        "`fps`)",
-    )
-    parser.add_argument(
-        "--tag",
-        default="label",
-        metavar="NAME",
-        help="with --answers: name of the <Choices>, <TimelineLabels> or <TextArea> tag (default: label)",
-    )
-    parser.add_argument("--split", choices=SPLITS, help="split of all rows that do not name one")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that check the videos (default: 2)")
-    parser.add_argument(
-        "--no_scan", action="store_true", help="do not check that the videos can be read; training checks it anyway"
-    )
-    parser.add_argument(
-        "--multi_label",
-        choices=("True", "False"),
-        default="False",
-        help="True: several rows of one video with different labels become its `labels`, instead of being refused",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing metadata.jsonl files in --output")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
