@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import Config, training_mode
 from extras.fused import fuse_adapter
-from heads import AttentiveHead, AttentiveProjector, TextQuery
+from heads import AttentiveHead, AttentiveProjector, TextQuery, classifier_layer
 from pretrained import Source, load_language, locate, takes
 from script import UserError, collector_off
 from vision import VisionEncoder, grid_shape, load_vision
@@ -65,17 +65,17 @@ class TextCodec:
         return [[*self.bos, *ids[: self.max_question], *(line_feed if ids else [])] for ids in rows]
 
     def room_after(self, prompt: list[int]) -> int:
-        """How many tokens of a text are kept."""
+        """How many tokens of a text fit after its prompt."""
         return max(0, len(self.bos) + self.max_tokens - len(prompt))
 
     def __call__(self, texts: list[str], prompts: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
         prompts = prompts or [[*self.bos]] * len(texts)
-        rows = [[*p, *ids[: self.room_after(p)], self.eos] for p, ids in zip(prompts, self.tokens(texts), strict=True)]
-        longest = max(map(len, rows))
+        pairs = zip(prompts, self.tokens(texts), strict=True)
+        rows = [torch.tensor([*p, *ids[: self.room_after(p)], self.eos]) for p, ids in pairs]
         return {
             # any id will do as padding, because the mask hides it; GPT-2 has no padding id
-            "input_ids": torch.tensor([row + [self.eos] * (longest - len(row)) for row in rows]),  # (B, L)
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.eos),  # (B, L)
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),  # (B, L)
         }
 
 
@@ -208,9 +208,7 @@ class VideoClassifier(VideoModel):
     def __init__(self, vision_encoder: VisionEncoder, num_classes: int, dropout: float):
         super().__init__(vision_encoder)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(vision_encoder.config.hidden_size, num_classes)
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = classifier_layer(vision_encoder.config.hidden_size, num_classes)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         """A video -> logits (B, K)."""
@@ -249,7 +247,7 @@ class VisionLanguageModel(VideoModel):
         self.grid, self.max_text_tokens = config.token_grid, config.max_text_tokens
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.language_model.get_input_embeddings()(input_ids)
+        return self.language_model.get_input_embeddings()(input_ids)  # (..., L, D)
 
     def room_for_text(self, taken: int) -> int:
         """How many text tokens fit next to `taken` other positions. Raises UserError if none do."""
@@ -290,8 +288,8 @@ class VisionLanguageModel(VideoModel):
             too_long += [f"{cut} of {texts.total()} {noun} are longer than {codec.max_tokens} tokens"] if cut else []
         if questions:
             counts = zip(questions.values(), codec.tokens([*questions]), strict=True)
-            cut = sum(count for count, ids in counts if len(ids) > codec.max_question)
             most = codec.max_question
+            cut = sum(count for count, ids in counts if len(ids) > most)
             too_long += [f"{cut} of {questions.total()} questions are longer than {most} tokens"] if cut else []
         if not too_long:
             return None
@@ -356,9 +354,7 @@ class VisionLanguageClassifier(ProjectorModel):
         types = getattr(language_model.config, "type_vocab_size", None) or 0
         self.has_types = types > 1 and takes(language_model, "token_type_ids")
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(language_model.config.hidden_size, num_classes)
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = classifier_layer(language_model.config.hidden_size, num_classes)
 
     def forward(
         self, video: torch.Tensor, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
@@ -382,7 +378,7 @@ class VisionLanguageClassifier(ProjectorModel):
         inputs = {"inputs_embeds": torch.cat(embeds, dim=1), "attention_mask": mask}  # (B, N + 2 + L, D)
         if self.has_types:
             inputs["token_type_ids"] = types
-        hidden = self.language_model(**inputs).last_hidden_state
+        hidden = self.language_model(**inputs).last_hidden_state  # (B, N + 2 + L, D)
         return self.head(self.dropout(hidden[:, 0]))
 
 

@@ -26,6 +26,14 @@ NUM_QUERIES = 16  # of a captioner
 WORD_LOSS = 0.3  # weight of the word loss beside the loss of the captions
 
 
+def classifier_layer(width: int, num_classes: int) -> nn.Linear:
+    """A new layer (*, D) -> (*, K). Its weights are small, so that no class is preferred at the start."""
+    layer = nn.Linear(width, num_classes)
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class StepAttention(nn.Module):
     """Multi-head attention of a few queries to the tokens of each time step.
 
@@ -99,9 +107,7 @@ class AttentiveHead(StepReader):
         if text_query is None:
             self.query = nn.Parameter(torch.randn(width))
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(width, num_classes)
-        nn.init.normal_(self.classifier.weight, std=0.02)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = classifier_layer(width, num_classes)
 
     def forward(self, tokens: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
         """Tokens from VisionEncoder.encode_video (B, N, D) and, if there is text, TextQuery's arguments -> (B, K)."""
