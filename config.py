@@ -604,7 +604,7 @@ def write_yaml(values: dict[str, Any], path: Path) -> None:
 def config_file_text() -> str:
     """The content of config_file.yaml: every option with its default and help text."""
     lines = ["# Every option with its default. Change a default here; a flag of the same name overrides it."]
-    # a comment above each group, and the help text behind each value
+    # a comment above each group, and the help text after each value
     group, texts = None, help_texts()
     for name, f in FIELDS.items():
         if f.metadata["group"] != group:
@@ -821,20 +821,17 @@ def head_of(config: Config) -> str:
         return config.head
     if config.use_vlm:
         return "attentive"
-    tiny = config.weights == "tiny" and config.vision_model in BACKBONES
-    return BACKBONES[config.vision_model].tiny_head if tiny else "linear"
+    return BACKBONES[config.vision_model].tiny_head if is_tiny(config, "vision") else "linear"
 
 
-def fill_auto(
-    config: Config, num_frames: int, image_size: int, side: int, stride: int = 0, batch_size: int = 16
-) -> Config:
+def fill_auto(config: Config, num_frames: int, image_size: int, side: int, stride: int = 0) -> Config:
     """Replaces every `auto` that depends on the model. The backbone reads num_frames frames of image_size x image_size
     pixels, in side x side patches; its family was trained with every stride-th frame, or 0.
 
     Options that depend on the machine stay `auto`: device, mixed_precision, frozen_dtype, cache_features, cache_dir,
     preread.
     """
-    values = {"num_frames": num_frames, "image_size": image_size, "batch_size": batch_size}
+    values = {"num_frames": num_frames, "image_size": image_size, "batch_size": 16}
     values["frame_stride"] = 0 if is_tiny(config, "vision") else -stride
     values["learning_rate"] = default_rates(config)[0]
     values["token_grid"] = min(side, 8 if head_of(config) == "attentive" else 2)

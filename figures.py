@@ -251,13 +251,11 @@ def plot_bars(
     values: dict[str, tuple[float, list[float]]],
     title: str,
     path: Path,
-    zoom: bool = False,
     display_names: dict[str, str] | None = None,
     marks: list[float] | None = None,
 ) -> Path:
-    """Draws fractions with their intervals, {name: (fraction, [low, high])}: as bars, or with `zoom` as points on an
-    axis that starts just below the lowest interval. `marks` are black lines across the bars. Two names may have the
-    same display name."""
+    """Draws fractions as bars with their intervals, {name: (fraction, [low, high])}. `marks` are black lines across the
+    bars. Two names may have the same display name."""
     positions = range(len(values))
     figure = new_figure(6.5, 1.0 + 0.26 * len(values))
     axis = figure.subplots()
@@ -267,17 +265,8 @@ def plot_bars(
         [max(0.0, v - low) for v, (low, _) in zip(fractions, intervals, strict=True)],
         [max(0.0, high - v) for v, (_, high) in zip(fractions, intervals, strict=True)],
     ]
-
-    # bars must start at zero to be honest, points need not
-    if zoom:
-        axis.errorbar(fractions, positions, xerr=errors, fmt="o", ms=4, color=COLOUR, ecolor=ERROR_COLOUR, capsize=3)
-        axis.set_xlim(max(0.0, min(low for low, _ in intervals) - 0.02), 1.005)
-        axis.set_ylim(-0.6, len(values) - 0.4)
-        axis.grid(axis="y", color="0.9")
-    else:
-        axis.barh(positions, fractions, xerr=errors, color=COLOUR, ecolor=ERROR_COLOUR, capsize=3, height=0.7)
-        axis.set_xlim(0, 1.02)
-
+    axis.barh(positions, fractions, xerr=errors, color=COLOUR, ecolor=ERROR_COLOUR, capsize=3, height=0.7)
+    axis.set_xlim(0, 1.02)
     if marks:
         axis.scatter(marks, positions, marker="|", s=120, color="black", zorder=3)
 

@@ -30,16 +30,14 @@ Summary = Callable[[np.ndarray], dict[str, float]]  # indices of clips -> {name:
 # -- intervals --------------------------------------------------------------------------------------
 
 
-def resampled(
-    summaries: list[Summary], count: int, seed: int = 0, groups: Sequence[str] | None = None
-) -> list[dict[str, np.ndarray]]:
+def resampled(summaries: list[Summary], count: int, groups: Sequence[str] | None = None) -> list[dict[str, np.ndarray]]:
     """Scores on RESAMPLES draws of `count` clips with replacement: {name: (RESAMPLES,)} for each summary.
 
     All summaries get the same draws, which makes their differences paired. With `groups`, the group of each clip, whole
     groups are drawn, as many as there are: the cluster bootstrap (Davison and Hinkley 1997, section 3.8).
     """
     # a fixed seed, so that the same predictions always get the same intervals
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows: list[list[dict[str, float]]] = [[] for _ in summaries]
     members = members_of(groups)
     for _ in range(RESAMPLES):
