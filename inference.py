@@ -35,8 +35,8 @@ from script import UserError, collector_off, counted, freeze_objects, leave, pri
 if TYPE_CHECKING:
     from VLoader import Sample
 
-FEW = 16  # up to so many videos are read faster without worker processes
-SHOWN = 100  # with --output, up to so many answers are printed too
+FEW = 16  # up to this many videos are read faster without worker processes
+SHOWN = 100  # with --output, up to this many answers are printed too
 
 
 class Predictor:
@@ -187,6 +187,23 @@ def note_ignored_flags(typed_flags: set[str]) -> None:
         print(f"note: ignoring {', '.join(ignored)}; the run's own options are used")
 
 
+def add_texts(
+    samples: list["Sample"], config: Config, text_field: str | None, questions: bool, run_dir: Path
+) -> list["Sample"]:
+    """The samples with the text or the question in --text_input. Without it, a run that was trained with `questions`
+    answers those in metadata.jsonl. Raises UserError if the run can read neither."""
+    from VLoader import by_question
+
+    if config.text_input is None:
+        return by_question(samples) if questions else samples
+    if text_field == "text":
+        return [replace(s, text=config.text_input) for s in samples]
+    if questions:
+        return [replace(s, question=config.text_input or None, captions=(), objects=()) for s in samples]
+    what = "questions" if config.captioning else "a text input"
+    raise UserError(f"--text_input: {run_dir} was trained without {what}; leave this flag out")
+
+
 def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> int:
     """Computes the answers that --output does not have yet; prints and writes them.
 
@@ -265,8 +282,8 @@ def predict_jobs(predictor: Predictor, jobs: list[Job], lexicon: Lexicon | None)
 
 
 def print_summary(rows: list[dict[str, Any]], computed: int, seconds: float, output: Path | None) -> None:
-    """How many answers are right, how fast they came, which videos could not be read, where the answers are. `computed`
-    counts the rows that are new."""
+    """Prints how many answers are right, how fast they came, which videos could not be read, and where the answers are.
+    `computed` counts the rows that are new."""
     judged = [row["right"] for row in rows if "right" in row]
     errors = [row["error"] for row in rows if "error" in row]
     clips = computed - len(errors)  # errors are always new, because they are tried again
@@ -307,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     with collector_off():
         from checkpoint import find_run, load_run
         from pretrained import warn_of_tiny
-        from VLoader import by_question, read_folder
+        from VLoader import read_folder
 
     # the videos first: finding them takes less time than loading a model
     samples = read_folder(Path(config.video_dir)) if config.video_dir is not None else []
@@ -315,16 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     note_ignored_flags(typed_flags)
     model, config, metadata = load_run(run_dir, config, typed_flags)
     freeze_objects()
-    if config.text_input is not None:
-        if model.text_field == "text":
-            samples = [replace(s, text=config.text_input) for s in samples]
-        elif "questions" in metadata:
-            samples = [replace(s, question=config.text_input or None, captions=(), objects=()) for s in samples]
-        else:
-            what = "questions" if config.captioning else "a text input"
-            raise UserError(f"--text_input: {run_dir} was trained without {what}; leave this flag out")
-    elif "questions" in metadata:
-        samples = by_question(samples)
+    samples = add_texts(samples, config, model.text_field, "questions" in metadata, run_dir)
     samples = all_labels(samples) if model.multi_label else samples
     warn_of_tiny(config, find_lexicon(Path(config.video_dir)) if samples else None)
 
