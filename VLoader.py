@@ -132,7 +132,7 @@ def split_into_windows(sample: Sample, seconds: float, stride: float = 0) -> lis
     with as_read_error(sample.path):
         times = reader.seconds()
 
-    # nothing says how long the last frame is shown; assume as long as a typical one
+    # how long the last frame is shown is unknown: assume the median
     end = max(1e-9, float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0)))
     stride = stride or seconds
     if end > MOST_WINDOWS * stride:
@@ -192,7 +192,9 @@ def read_metadata(
         others = rows.setdefault(path, {})
         if segment in others:
             times = f" with start {segment.start:g} and end {segment.end:g}" if segment else ""
-            hint = "; write one row with all of its `labels`" * (others[segment].get("label") != row.get("label"))
+            hint = (
+                "; write one row with all of its `labels`" if others[segment].get("label") != row.get("label") else ""
+            )
             raise UserError(f"{where}: file_name {shown(row['file_name'])}{times} appears twice{hint}")
         if others and None in (segment, *others):
             raise UserError(f"{where}: file_name {shown(row['file_name'])} has rows with start and end and one without")
@@ -297,11 +299,20 @@ def make_sample(path: Path, row: dict[str, Any], folder: Path) -> Sample:
     captions, objects, questions = (tuple(as_list(row.get(key, []))) for key in ("caption", "attributes", "question"))
     answers, kinds = (as_list(row.get(key) or [None] * len(questions)) for key in ("answer", "kind"))
     asked = tuple(zip(questions, answers, kinds, strict=False))  # a kind without a question means nothing
-    # a video that is here says itself what it contains
-    known = row["video_digest"] if "video_digest" in row and not is_there(path) else None
-    texts, facts = (row.get("text"), row.get("other_text")), {"group": row.get("group") or None, "digest": known}
-    sample = Sample(path, label, captions, *texts, objects, segment_of(row), asked, **facts)
-    return sample if labels is None else replace(sample, labels=tuple(dict.fromkeys(labels)))
+    return Sample(
+        path,
+        label,
+        captions,
+        row.get("text"),
+        row.get("other_text"),
+        objects,
+        segment_of(row),
+        asked,
+        group=row.get("group") or None,
+        # a video that is here is hashed when its digest is needed; the row's may be out of date
+        digest=row["video_digest"] if "video_digest" in row and not is_there(path) else None,
+        labels=None if labels is None else tuple(dict.fromkeys(labels)),
+    )
 
 
 def by_question(samples: list[Sample]) -> list[Sample]:
@@ -524,7 +535,7 @@ class ClipDataset(Dataset):
         self.labels: Any = [self.class_index.get(sample.label, -100) for sample in self.samples]  # -100: unknown
         if any(sample.labels is not None for sample in self.samples):
             self.labels = multi_hot((sample.labels or () for sample in self.samples), self.class_names)  # (n, K)
-        self.opened: tuple[Path, Reader] | None = None  # the last video with segments: its others often come next
+        self.opened: tuple[Path, Reader] | None = None  # the last video with segments: more of them often come next
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -541,7 +552,7 @@ class ClipDataset(Dataset):
                 video = self.frames.clip(self, index, rng)  # [T, C, H, W] uint8
             else:
                 video = self.pixels(sample, rng)
-        except ReadError as error:  # ClipLoader raises it; raised here, it would be a traceback of the worker
+        except ReadError as error:  # ClipLoader raises it; raised here, it would end in the worker's traceback
             return {"error": str(error), "index": index}
         caption = self.caption(draw, index) if self.with_captions else ""
         annotations = {"label": self.labels[index], "caption": caption, "text": sample.text or ""}
