@@ -172,8 +172,10 @@ def is_unstarted(run_dir: Path) -> bool:
     """Whether the folder is empty, or was left by a run that was killed before it had written metadata.json."""
     # config.yaml alone is not enough: it is a common name in other people's folders
     names = {p.name for p in run_dir.iterdir() if p.name != LOCK and not is_temporary(p)}
-    if not names or CONFIG_YAML not in names or foreign_files(run_dir):
-        return not names
+    if not names:
+        return True
+    if CONFIG_YAML not in names or foreign_files(run_dir):
+        return False
     with suppress(UserError):
         # a run writes every option; a shorter file is the user's own, perhaps the very one named by --config
         return read_yaml(run_dir / CONFIG_YAML).keys() == FIELDS.keys()
@@ -289,8 +291,7 @@ def save_backbone_files(model: VideoModel, name: str, folder: Path) -> None:
     """Writes what is needed to rebuild a backbone around the checkpoint's tensors: its published configuration, and its
     preprocessor or tokenizer. The backbone itself is then no longer needed."""
     source = model.sources[name]
-    hf_config = read_config(source)
-    hf_config.save_pretrained(folder)
+    read_config(source).save_pretrained(folder)
     if name == "vision":
         write_json(vision_preprocessor(source, read_vision_config(source)), folder / "preprocessor_config.json")
     else:
@@ -507,11 +508,11 @@ def read_run(run_dir: Path) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"{run_dir} is not a vidtune run: there is no such folder")
     try:
         metadata = json.loads((run_dir / METADATA).read_text(encoding="utf-8"))
-        version = metadata["format_version"]
+        format_version = metadata["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{run_dir} is not a vidtune run: {METADATA} is missing or unreadable") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{run_dir} has checkpoint format {shown(version)}; this program reads {FORMAT_VERSION}")
+    if format_version != FORMAT_VERSION:
+        raise UserError(f"{run_dir} has checkpoint format {shown(format_version)}; this program reads {FORMAT_VERSION}")
     values = read_yaml(run_dir / CONFIG_YAML)
     if values.get("head", "auto") == "auto":
         values["head"] = "linear"  # runs of earlier versions, which had no other or did not fill it in

@@ -847,13 +847,17 @@ def resumed_progress(model: VideoModel, engine: Engine, epochs: int, run_dir: Pa
     values = load_state(run_dir, model, engine.optimizer, accelerator.process_index, accelerator.num_processes)
     try:
         progress = Progress(**values)
-        fits = values.keys() == asdict(progress).keys()
         counts = (progress.epoch, progress.step, progress.groups, progress.count, progress.right)
-        fits = fits and progress.epoch <= epochs and progress.step <= engine.total_steps and min(counts) >= 0
-        fits = fits and progress.groups * epochs <= engine.total_steps
         # val was evaluated in every finished epoch, perhaps more than once, and perhaps in the current one
         evaluated = {row["epoch"] for row in progress.log} - {progress.epoch + 1}
-        fits = fits and evaluated == {*range(1, progress.epoch + 1)}
+        fits = (
+            values.keys() == asdict(progress).keys()
+            and progress.epoch <= epochs
+            and progress.step <= engine.total_steps
+            and progress.groups * epochs <= engine.total_steps
+            and min(counts) >= 0
+            and evaluated == {*range(1, progress.epoch + 1)}
+        )
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(progress.scaler)
     except (TypeError, KeyError, RuntimeError):
