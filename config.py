@@ -112,17 +112,15 @@ LEARNING_RATES = {
 # features change fast, the head does not learn what to attend to
 ATTENTIVE_RATE = 1e-3
 ATTENTIVE_VISION_RATES = {"full": 3e-4, "lora": 1e-3, "frozen": math.inf}
+# --epochs auto: optimizer steps, and bounds on the epochs. With cached features an epoch costs seconds
+STEPS = {"cached": 3600, "other": 1800}
+EPOCHS = (5, 30)
 
 
 def is_non_commercial(licence: str) -> bool:
     """Whether the name of a licence, such as CC-BY-NC-4.0, says that it forbids commercial use."""
     words = re.split("[^a-z]+", licence.lower())
     return "nc" in words or "noncommercial" in "".join(words)
-
-
-# --epochs auto: optimizer steps, and bounds on the epochs. With cached features an epoch costs seconds
-STEPS = {"cached": 3600, "other": 1800}
-EPOCHS = (5, 30)
 
 
 # -- converters: str -> value; a ValueError says what is allowed ------------------------------------
@@ -138,7 +136,7 @@ def to_bool(text: str) -> bool:
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
-    """A converter to one of `choices`. It ignores case, and treats yes, on, 1 and true alike, and their opposites."""
+    """A converter to one of `choices`. It ignores case; yes, on, 1 mean true, and no, off, 0 mean false."""
 
     def normalised(text: str) -> str:
         return WORDS.get(text.lower(), text.lower())
@@ -185,7 +183,7 @@ def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def several(convert: Callable[[str], Any]) -> Callable[[str], str]:
-    """A converter for one or more values separated by spaces. Returns them as one text, without repetitions."""
+    """A converter for one or more values separated by spaces. Returns them as one string, without duplicates."""
 
     def convert_all(text: str) -> str:
         try:
@@ -527,7 +525,7 @@ def help_texts() -> dict[str, str]:
 # -- reading values ---------------------------------------------------------------------------------
 
 
-def convert(name: str, text: str | None, where: str) -> Any:
+def read_value(name: str, text: str | None, where: str) -> Any:
     """The value of an option from its text in a flag or yaml file. None stays None if that is the default.
 
     Raises UserError with the text and what is allowed; `where` says where it was read.
@@ -556,7 +554,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: unknown key {shown(key)}; {closest(key, list(FIELDS))}")
         if key in values:
             raise UserError(f"{path}: {key} appears twice; remove one")
-        values[key] = convert(key, value, f"{path}: ")
+        values[key] = read_value(key, value, f"{path}: ")
     return values
 
 
@@ -686,9 +684,7 @@ def parse(argv: list[str] | None, script: str) -> tuple[Config, set[str]]:
     path = flags.pop("config", None)
     file = CONFIG_FILE if path is None else Path(path)
     values = read_yaml(file) if path is not None or file.is_file() else {}
-    typed_flags = {
-        name: convert(name, value if isinstance(value, str) else " ".join(value), "--") for name, value in flags.items()
-    }
+    typed_flags = {n: read_value(n, v if isinstance(v, str) else " ".join(v), "--") for n, v in flags.items()}
     if script in TRAIN:
         refuse_foreign(script, typed_flags)
     config = Config(**(values | typed_flags))
