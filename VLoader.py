@@ -74,7 +74,7 @@ class Sample:
     question: str | None = None  # what a captioner is asked; `captions` then has the answer
     kind: str | None = None  # of the question, for the scores
     group: str | None = None  # the recording that it comes from, if that is known; see extras/groups.py
-    # of the whole video; set by identified(), or before if the video is not here and metadata.jsonl has its digest
+    # of the whole video; set by identified(), or from metadata.jsonl if the video is not here
     digest: str | None = field(default=None, compare=False)
     labels: tuple[str, ...] | None = None  # everything that the clip shows, with --multi_label True
 

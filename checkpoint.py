@@ -279,8 +279,8 @@ def write_run_files(run_dir: Path, model: VideoModel, config: Config, metadata: 
 
 
 def write_rule(run_dir: Path, rule: dict[str, Any] | None) -> None:
-    """Writes to a run's metadata.json when it answers, see reject.Rule; None: always. Does nothing in a folder that
-    only has scores."""
+    """Writes the rule that says when a run answers (reject.Rule; None: always) to its metadata.json. Does nothing in a
+    folder that only has scores."""
     if (run_dir / METADATA).exists():
         metadata = json.loads((run_dir / METADATA).read_text(encoding="utf-8"))
         if metadata.pop("reject", None) != rule:

@@ -220,7 +220,7 @@ class Progress:
 
 @dataclass
 class StepReport:
-    """What an optimizer step found, in this process."""
+    """The losses of one optimizer step, in this process."""
 
     step: int
     count: int  # of targets
