@@ -146,7 +146,7 @@ largest of them.
 ## Controls
 
 The same models on inputs where they should fail, and two baselines. Accuracy in %; for captioners, captions with the
-right motions in %.
+right motions in %. Controls read the videos, other scores cached 16-bit features: "as it is" may differ by a video.
 
 {markdown(HEADS["controls"], tables["controls"] + tables["caption_controls"])}
 
