@@ -7,7 +7,8 @@ from statistics import mean
 
 import numpy as np
 
-from config import default_rates
+from config import default_rates, head_of
+from dummy_data import LEXICON
 from experiments.epochs import compared_rules
 from experiments.grid import MODES, NAMES, NOT_RUN, TASKS, Row
 from experiments.intervals import Estimate, difference, estimate
@@ -15,7 +16,7 @@ from experiments.scores import Study
 from experiments.tables import control_value, show
 from experiments.trials import SWEEP_SHARE, learning_curves, sweep_curves
 from metrics import wilson
-from script import UserError
+from script import UserError, counted
 
 READ = 0.2  # a model whose accuracy falls by more than this with the other object's text has read it
 
@@ -38,7 +39,8 @@ def points(value: Estimate) -> str:
     """`8.1 points [6.0, 10.2]`, without the sign."""
     if value.mean < 0:
         value = Estimate(-value.mean, -value.high, -value.low)
-    return show(value, interval=True).replace(" [", " points [")
+    digits = 2 if f"{100 * value.low:.1f}" == "0.0" else 1  # an interval that excludes zero must not seem to touch it
+    return show(value, digits=digits, interval=True).replace(" [", " points [")
 
 
 def spread(values: Sequence[float], unit: str = " %") -> str:
@@ -92,16 +94,64 @@ def values_of(rows: Sequence[Row], control: str, score: str = "accuracy") -> lis
 # -- which rows are best, and what training gains ---------------------------------------------------
 
 
+def ranked(study: Study, task: str) -> list[Row]:
+    """The finished rows of a task, the best on the test clips first."""
+    rows = [row for row in study.rows if row.task == task and study.scores[row.name] is not None]
+    return sorted(rows, key=lambda row: -study.scores[row.name].right.mean())
+
+
 def best(study: Study) -> str:
     """The best row of each task."""
     parts = []
     for task in TASKS:
-        rows = [row for row in study.rows if row.task == task and study.scores[row.name] is not None]
+        rows = ranked(study, task)
         if not rows:
             return NOT_RUN
-        top = max(rows, key=lambda row: study.scores[row.name].right.mean())
-        parts.append(f"the best {task} is {top.title} ({show(study.scores[top.name].accuracy(), interval=True)} %)")
+        reached = show(study.scores[rows[0].name].accuracy(), interval=True).replace(" [", " % [")
+        right = "wholly right" if rows[0].config.captioning else "right"
+        parts.append(f"the best {task} is {in_words(rows[0].title)} ({reached} {right})")
     return sentence("; ".join(parts))
+
+
+def runner_up(study: Study) -> str:
+    """Whether the best row of each task is measurably ahead of the next one."""
+    parts = []
+    for first, second in (ranked(study, task)[:2] for task in TASKS if len(ranked(study, task)) > 1):
+        gap = difference(study.scores[first.name].right, study.scores[second.name].right)
+        parts.append(compared(gap, in_words(first.title), in_words(second.title)))
+    return f"Of the two best rows of each task, {'; '.join(parts)}." if parts else NOT_RUN
+
+
+def adapting_count(study: Study) -> str:
+    """In how many models training a backbone is measurably better or worse than keeping it frozen, and in full than
+    through LoRA. A language model without a text is left out: what it has learned reaches nothing."""
+    pairs = [c for c in study.comparisons if c.first.mode != c.second.mode]
+    pairs = [c for c in pairs if c.first.task != TASKS[1] or c.first.config.use_text]
+
+    def counts(first: str, second: str) -> str:
+        gaps = [c.columns["all"] for c in pairs if (c.first.mode, c.second.mode) == (first, second)]
+        better, worse = (sum(gap.excludes_zero and (gap.mean > 0) == up for gap in gaps) for up in (True, False))
+        return f"better in {better} of {counted(len(gaps), 'model')} and worse in {worse}"
+
+    if not {("lora", "frozen"), ("full", "frozen"), ("full", "lora")} <= {(c.first.mode, c.second.mode) for c in pairs}:
+        return NOT_RUN
+    return (
+        f"Against the frozen backbone, LoRA is measurably {counts('lora', 'frozen')}, and training in full is measurably "
+        f"{counts('full', 'frozen')}. Against LoRA, training in full is measurably {counts('full', 'lora')}."
+    )
+
+
+def significance(study: Study) -> str:
+    """How many of the differences are measurable, by interval and by p value."""
+    count = len(study.comparisons)
+    if not count:
+        return NOT_RUN
+    apart = sum(c.columns["all"].excludes_zero for c in study.comparisons)
+    small, smaller = (sum(c.p < limit for c in study.comparisons) for limit in (0.05, 0.05 / count))
+    return (
+        f"Of {counted(count, 'difference')} over all clips, {apart} have an interval that excludes zero and {small} "
+        f"have p < 0.05, or {smaller} with Bonferroni's correction."
+    )
 
 
 def sentence(text: str) -> str:
@@ -134,8 +184,7 @@ def adapting(study: Study, task: str) -> str:
             equal.append(f"{in_words(name)} (LoRA {signed(lora[name])}, in full {signed(full[name])})")
     if equal:
         found.append(
-            f"There is no measurable difference between frozen, LoRA and in full for {listed(equal)}, each compared "
-            "with frozen."
+            f"Frozen, LoRA and in full cannot be told apart for {listed(equal)}; the brackets give the gains over frozen."
         )
     return " ".join(found) or NOT_RUN
 
@@ -150,10 +199,8 @@ def neighbour(study: Study) -> str:
             return NOT_RUN
         top = max(rows, key=lambda row: study.scores[row.name].right.mean())
         gap = difference(study.scores[top.name].right, nearest.right)
-        parts.append(
-            compared(gap, f"the best {NAMES[model]} without text", "the nearest neighbour in its frozen features")
-        )
-    return sentence("; ".join(parts))
+        parts.append(f"{signed(gap)} with {NAMES[model]}")
+    return f"The best row without text differs from the nearest neighbour by {listed(parts)}."
 
 
 def pretraining(study: Study) -> str:
@@ -164,8 +211,9 @@ def pretraining(study: Study) -> str:
     features, pixels = rows
     gap = difference(study.scores[features.name].right, study.scores[pixels.name].right)
     return (
-        "V-JEPA 2 and VideoMAE have the same size and patches, and neither has seen a label: one was pretrained to predict "
-        f"the features of hidden tokens, the other their pixels. Both frozen, {compared(gap, 'V-JEPA 2', 'VideoMAE')}."
+        "V-JEPA 2 and VideoMAE have encoders of the same size and the same patches, and neither has seen a label: one "
+        "was pretrained to predict the features of hidden tokens, the other their pixels. Both frozen, "
+        f"{compared(gap, 'V-JEPA 2', 'VideoMAE')}."
     )
 
 
@@ -180,11 +228,11 @@ def text_gain(study: Study) -> str:
     above = [c for c in pairs if c.columns["all"].low > 0]
     gains = spread([c.columns["all"].mean for c in pairs], " points")
     two = spread([c.columns["two"].mean for c in pairs], " points")
-    found = f"The text raises the accuracy in {len(above)} of {len(pairs)} pairs of rows; the differences are {gains}."
-    if len(above) == len(pairs):
-        found = (
-            f"The text raises the accuracy in all {len(pairs)} pairs of rows, by {gains}; with two objects, by {two}."
-        )
+    which = f"all {len(pairs)}" if len(above) == len(pairs) else f"{len(above)} of {len(pairs)}"
+    found = (
+        f"The text measurably raises the accuracy in {which} pairs of models that differ only in reading it; the "
+        f"differences are {gains}, and with two objects {two}."
+    )
 
     # a pair whose heads differ says nothing about the text alone
     heads = [[next(iter(row.results.values())).options["head"] for row in (c.first, c.second)] for c in pairs]
@@ -208,14 +256,13 @@ def text_read(study: Study) -> str:
 
     exchanged, other = costs("as_it_is", "text_shuffled"), costs("several_objects", "text_other_object")
     left = spread(values_of(rows, "text_other_object"))
-    found = (
-        f"The text of another clip costs {spread(exchanged, ' points')}. With two objects, the text of the other "
-        f"object costs {spread(other, ' points')} and leaves {left} right"
-    )
     reading = sum(cost > READ for cost in other)
-    if reading == len(other):
-        return f"{found}: every model reads its text."
-    return f"{found}: {reading} of {len(other)} runs read their text."
+    which = f"all {reading}" if reading == len(other) else f"{reading} of {len(other)}"
+    return (
+        f"In the runs with text, the text of another clip costs {spread(exchanged, ' points')}. In clips with two "
+        f"objects, the text of the other object costs {spread(other, ' points')} and leaves {left} right. We say that "
+        f"a run reads its text if this costs more than {100 * READ:.0f} points: {which} runs do."
+    )
 
 
 def is_above(value: float, limit: float, study: Study) -> bool:
@@ -229,7 +276,7 @@ def ceiling_claim(study: Study) -> str:
     top = study.ceilings["video without text"]
     rows = [row for row in study.finished(captioning=False) if not row.config.use_text]
     holds = all(study.scores[row.name].accuracy().low <= top for row in rows)
-    return asserted(f"No row without text is above the {percent(top)} that are possible without it.", holds)
+    return asserted(f"No row without text is measurably above the {percent(top)} that are possible without it.", holds)
 
 
 def grey_claim(study: Study) -> str:
@@ -240,7 +287,7 @@ def grey_claim(study: Study) -> str:
         return NOT_RUN
     majority = max(values_of(rows, "majority"))
     holds = not any(is_above(value, majority, study) for value in values)
-    return asserted(f"On a grey video every classifier without text is at chance ({spread(values)}).", holds)
+    return asserted(f"On a grey video, no run without text is measurably above chance ({spread(values)}).", holds)
 
 
 def one_frame_claim(study: Study) -> str:
@@ -251,27 +298,27 @@ def one_frame_claim(study: Study) -> str:
         return NOT_RUN
     top = max(study.ceilings["one frame, and text"], 1 / len({*study.clips.labels}))
     holds = not any(is_above(value, top, study) for value in values)
-    return asserted(f"With one frame repeated, no classifier is better than chance ({spread(values)}).", holds)
+    return asserted(f"With one frame repeated, no run is measurably above chance ({spread(values)}).", holds)
 
 
 def order(study: Study) -> str:
     """Frames in another order, against the best observer that does not know the order."""
-    parts, limits, beyond = [], [], []
+    reached, limits, beyond = [], [], []
     for text, name in ((False, "frames in any order, without text"), (True, "frames in any order, and text")):
         rows = [row for row in study.finished(captioning=False) if row.config.use_text == text]
         values, top = values_of(rows, "shuffled"), study.ceilings[name]
         if not values:
             return NOT_RUN
         above = sum(is_above(value, top, study) for value in values)
-        kind = "with" if text else "without"
-        parts.append(f"classifiers {kind} text reach {spread(values)}")
-        limits.append(f"{percent(top)} {kind} text")
-        beyond += [f"{above} of {len(values)} runs {kind} text"] if above else []
-    verdict = f"{listed(beyond)} are measurably above" if beyond else "none is measurably above"
+        kind = "with text" if text else "without text"
+        reached.append(f"{spread(values)} {kind}")
+        limits.append(f"{percent(top)} {kind}")
+        beyond += [f"{above} of {len(values)} runs {kind}"] if above else []
+    verdict = f"{listed(beyond)} are measurably above" if beyond else "no run is measurably above"
     backwards = spread(values_of(study.finished(captioning=False), "reversed"))
     return (
-        f"With shuffled frames, {listed(parts)}; {verdict} what an observer of unordered frames can reach, "
-        f"{listed(limits)}. With reversed frames, classifiers reach {backwards}."
+        f"With shuffled frames, runs reach {listed(reached)}; {verdict} what an ideal observer of unordered frames can "
+        f"reach, {listed(limits)}. With reversed frames, they reach {backwards}."
     )
 
 
@@ -288,26 +335,26 @@ def captions(study: Study) -> str:
         one, two = ([study.scores[row.name].columns[c].mean() for row in rows] for c in ("one", "two"))
         copied = [nearest.columns[column].mean() for column in ("one", "two")]
         parts.append(
-            f"{NAMES[model]}: {spread(one)} of the captions of one object are wholly right and {spread(two)} of those "
-            f"of two; the nearest neighbour's caption is right for {percent(copied[0])} and {percent(copied[1])}."
+            f"With {NAMES[model]}, {spread(one)} of the captions of one object are wholly right, and {spread(two)} of "
+            f"those of two; of the nearest neighbours' captions, {percent(copied[0])} and {percent(copied[1])}."
         )
     return " ".join(parts)
 
 
 def binding(study: Study) -> str:
-    """Which attribute the captions of two objects get wrong."""
-    rows = study.finished(captioning=True)
-    if not rows:
-        return NOT_RUN
-    two = ~study.clips.single
-    named = {n: mean(study.scores[r.name].attributes[n][:, two].mean() for r in rows) for n in ("motion", "colour")}
-    whole = mean(study.scores[row.name].right[:, two].mean() for row in rows)
-    hardest = min(named, key=lambda name: named[name])
-    shown = listed([f"both {name}s in {percent(value)}" for name, value in named.items()])
-    return (
-        f"With two objects, the captions name {shown}, and everything in {percent(whole)} (means of all captioners): "
-        f"{hardest} is the harder of the two."
-    )
+    """Which attributes the captions of two objects get wrong, by vision backbone."""
+    two, parts = ~study.clips.single, []
+    for model in study.nearest[True]:
+        rows = [row for row in study.finished(captioning=True) if row.config.vision_model == model]
+        if not rows:
+            return NOT_RUN
+        named = {n: mean(study.scores[r.name].attributes[n][:, two].mean() for r in rows) for n in LEXICON}
+        whole = mean(study.scores[row.name].right[:, two].mean() for row in rows)
+        shown = listed(
+            [*(f"{name} in {percent(value)}" for name, value in named.items()), f"all of it in {percent(whole)}"]
+        )
+        parts.append(f"the captions with {NAMES[model]} are right about both objects' {shown}")
+    return f"In clips with two objects, {'; '.join(parts)} (means over the rows)."
 
 
 # -- where the errors are ---------------------------------------------------------------------------
@@ -347,38 +394,61 @@ def shown_rows(study: Study) -> list[Row]:
 
 
 def errors(study: Study, name: str) -> str:
-    """Whether the errors of the best rows depend on a property of the clips."""
-    parts = []
+    """Whether the errors of the shown rows depend on a property of the clips."""
+    apart, gaps = [], []
     for row in shown_rows(study):
         scores = {group: estimate(study.scores[row.name].right[:, m]) for group, m in groups_of(study, name).items()}
         low, high = min(scores, key=lambda g: scores[g].mean), max(scores, key=lambda g: scores[g].mean)
-        apart = scores[low].high < scores[high].low
-        verdict = "" if apart else ", intervals overlap"
-        shown = f"{percent(scores[low].mean)} ({low}) to {percent(scores[high].mean)} ({high}){verdict}"
-        parts.append(f"{in_words(row.title)} {shown}")
+        if scores[low].high < scores[high].low:
+            shown = f"{low}: {percent(scores[low].mean)}, {high}: {percent(scores[high].mean)}"
+            apart.append(f"{in_words(row.title)} ({shown})")
+        else:
+            gaps.append(scores[high].mean - scores[low].mean)
+    if not apart and not gaps:
+        return NOT_RUN
+    parts = [f"the intervals do not overlap for {listed(apart)}"] if apart else []
+    if gaps:
+        which = f"{len(gaps)} {'other ' if apart else ''}{'row' if len(gaps) == 1 else 'rows'}"
+        parts.append(f"they overlap for {which}, in which groups differ by up to {100 * max(gaps):.1f} points")
     what = "number of objects" if name == "objects" else name
-    return f"By {what}: {'; '.join(parts)}." if parts else NOT_RUN
+    return f"By {what}, {'; '.join(parts)}.".replace(", they overlap", ", the intervals overlap")
+
+
+def top_classifier(study: Study, text: bool) -> Row | None:
+    """The best classifier with or without text; None if none has run."""
+    rows = [row for row in study.finished(captioning=False) if row.config.use_text == text]
+    return max(rows, key=lambda row: study.scores[row.name].right.mean(), default=None)
 
 
 def confused(study: Study, names: dict[str, str]) -> str:
     """The most frequent error of the best row without text, and of the best one with text."""
     parts = []
     for text in (False, True):
-        rows = [row for row in study.finished(captioning=False) if row.config.use_text == text]
-        if not rows:
+        top = top_classifier(study, text)
+        if top is None:
             return NOT_RUN
-        top = max(rows, key=lambda row: study.scores[row.name].right.mean())
         counts: dict[tuple[str, str], int] = {}
         for result in top.results.values():
             for answer in result.answers(study.clips):
                 pair = (answer["truth"], answer["label"])
                 counts[pair] = counts.get(pair, 0) + (pair[0] != pair[1])
         (truth, answered), count = max(counts.items(), key=lambda item: item[1])
-        wrong = sum(counts.values())
-        share = percent(count / wrong) if wrong else "none"
-        mistake = f"“{names[truth]}” for “{names[answered]}”"
-        parts.append(f"{in_words(top.title)} most often mistakes {mistake} ({share} of its errors)")
-    return sentence("; ".join(parts))
+        mistake = f"“{names[answered]}” where “{names[truth]}” is right"
+        parts.append(f"{in_words(top.title)} is {mistake} ({count} of {sum(counts.values())} errors)")
+    return f"The most frequent error of {'; that of '.join(parts)}."
+
+
+def top_row(study: Study, captioning: bool) -> Row:
+    """The best captioner or classifier, whose answers are shown. Raises ValueError if none has run."""
+    return max(study.finished(captioning), key=lambda row: study.scores[row.name].right.mean())
+
+
+def shown_run(study: Study, captioning: bool) -> str:
+    """`TimeSformer + GPT-2 in full, seed 0`: the run whose answers are shown."""
+    if not study.finished(captioning):
+        return NOT_RUN
+    row = top_row(study, captioning)
+    return f"{in_words(row.title)}, seed {next(iter(row.results))}"
 
 
 # -- sweeps -----------------------------------------------------------------------------------------
@@ -386,18 +456,21 @@ def confused(study: Study, names: dict[str, str]) -> str:
 
 def learning(study: Study) -> str:
     """The accuracy of full, LoRA and frozen at each share of the training clips, by vision backbone."""
-    parts = []
+    parts, seeds = [], set()
     for model, curves in learning_curves(study).items():
-        shares = [share for share in (5, 20, 100) if all(share in curve for curve in curves.values())]
-        if not curves or not shares:
-            continue
         found = []
-        for share in shares:
-            means = listed([percent(mean(curve[share])) for curve in curves.values()])
-            found.append(f"{means} with {share} % of the clips")
-        verb = "reaches" if len(curves) == 1 else "reach"
-        parts.append(f"{NAMES[model]} {listed([MODES[mode] for mode in curves])} {verb} {'; '.join(found)}")
-    return sentence("; ".join(parts)) if parts else NOT_RUN
+        for mode, curve in curves.items():
+            means = [f"{percent(mean(values))} ({share} %)" for share, values in curve.items()]
+            found.append(f"{MODES[mode]} {listed(means)}")
+            seeds |= {len(values) for share, values in curve.items() if share < 100}
+        parts.append(f"{NAMES[model]} {', '.join(found)}")
+    if not seeds:
+        return NOT_RUN
+    many = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
+    return (
+        f"Mean test accuracy by the share of the clips (in brackets): {'; '.join(parts)}. Below 100 %, means are over "
+        f"{many} seed{'' if many == '1' else 's'}."
+    )
 
 
 def sweep(study: Study, option: str) -> str:
@@ -405,10 +478,10 @@ def sweep(study: Study, option: str) -> str:
     rows, parts = {row.name: row for row in study.rows}, []
     for name, curve in sweep_curves(study, option).items():
         top, low = max(curve, key=lambda v: curve[v]), min(curve, key=lambda v: curve[v])
-        best_and_worst = f"best with {top} ({percent(curve[top])}) and worst with {low} ({percent(curve[low])})"
-        parts.append(f"{rows[name].title} is {best_and_worst}")
-    what = {"lora_r": "rank", "token_grid": "grid"}[option]
-    return f"By {what}, with {SWEEP_SHARE} % of the training clips: {'; '.join(parts)}." if parts else NOT_RUN
+        best_and_worst = f"{top} ({percent(curve[top])}) and {low} ({percent(curve[low])})"
+        parts.append(f"{best_and_worst} for {in_words(rows[name].title)}")
+    what = {"lora_r": "ranks", "token_grid": "grids"}[option]
+    return f"The best and the worst of the {what}: {'; '.join(parts)}." if parts else NOT_RUN
 
 
 def pareto(study: Study) -> str:
@@ -423,23 +496,28 @@ def pareto(study: Study) -> str:
         for r in rows
         if not any(seconds[o.name] < seconds[r.name] and accuracy[o.name] >= accuracy[r.name] for o in rows)
     ]
+    front.sort(key=lambda r: seconds[r.name])
     shown = [f"{in_words(r.title)} ({percent(accuracy[r.name])}, {seconds[r.name]:.0f} s)" for r in front]
-    return f"No other classifier is both faster to train and at least as accurate as {listed(shown)}."
+    return f"In order of training time, these classifiers are more accurate than every faster one: {listed(shown)}."
 
 
-def linear_head(study: Study) -> str:
-    """What video classifiers reach with a linear head where the final rows have an attentive one; "" if not tried."""
-    rows, reached = {row.name: row for row in study.rows}, {}
-    for trial in study.trials:
-        row = rows[trial["row"]]
-        if trial["options"] == {"head": "linear"} and trial["share"] == 100 and row.task == TASKS[0]:
-            reached.setdefault(row.config.vision_model, {})[row.mode] = trial["test"]
-    parts = []
-    for model, modes in reached.items():
-        if {*modes} == {*MODES}:
-            shown = [f"{percent(modes[mode])} {'through LoRA' if mode == 'lora' else MODES[mode]}" for mode in MODES]
-            parts.append(f"{NAMES[model]} with a linear head, which mixes all tokens, reaches {listed(shown)}")
-    return f"In one seed, {'; '.join(parts)}." if parts else ""
+def other_head(study: Study) -> str:
+    """What video classifiers reach with another head than that of the final rows; "" if not tried."""
+    articles = {"linear": "a linear", "attentive": "an attentive"}
+    found: dict[str, list[str]] = {}
+    for row in study.rows:
+        for trial in (t for t in study.trials if t["row"] == row.name and t["share"] == 100):
+            own, head = head_of(row.config), trial["options"].get("head", "")
+            if [*trial["options"]] == ["head"] and head != own and trial["seed"] in row.results:
+                reached = row.results[trial["seed"]].metrics["test"]["accuracy"]
+                shown = f"{in_words(row.title)} reaches {percent(trial['test'])} ({percent(reached)})"
+                found.setdefault(f"with {articles[head]} head instead of {articles[own]} one", []).append(shown)
+    parts = [f"{change}, {listed(shown)}" for change, shown in found.items()]
+    if not parts:
+        return ""
+    return (
+        f"{sentence('; '.join(parts))} These are runs of one seed; the brackets give the run with the row's own head."
+    )
 
 
 def tuning(study: Study) -> str:
@@ -447,30 +525,44 @@ def tuning(study: Study) -> str:
     curves = sweep_curves(study, "learning_rate")
     counts = [result.metrics["val"]["count"] for row in study.rows for result in row.results.values()]
     if not curves or not counts:
-        return "Learning rates are the program's defaults, which were chosen on val with one seed."
+        return "Learning rates are the program's defaults, which were chosen on validation clips with one seed."
     worse = []
     for row in (row for row in study.rows if row.name in curves):
         # a difference of less than one standard error says nothing
         curve, default = curves[row.name], default_rates(row.config)[0]
         best = max(curve.values())
         error = math.sqrt(best * (1 - best) / counts[0])
-        if curve[min(curve, key=lambda rate: abs(rate - default))] < best - error:
-            worse.append(row.title)
+        reached = curve[min(curve, key=lambda rate: abs(rate - default))]
+        if reached < best - error:
+            worse.append(f"{in_words(row.title)} ({100 * (best - reached):.1f} points)")
     sizes = sorted({len(curve) for curve in curves.values()})
-    tried = f"{' or '.join(map(str, sizes))} learning rates were tried for {len(curves)} of {len(study.rows)} rows"
-    near = f"the default is the best on val, or within one standard error of it, in {len(curves) - len(worse)}"
-    but = f", but not for {listed(worse)}" if worse else ""
-    return f"With {SWEEP_SHARE} % of the training clips and one seed, {tried}: {near}{but}."
+    near = (
+        f"For {len(curves) - len(worse)} of them, the default is within one standard error of the best validation score"
+    )
+    but = f"; for {len(worse)}, it is further below: {listed(worse)}" if worse else ""
+    return (
+        f"Learning rates are the program's defaults. With {SWEEP_SHARE} % of the training clips and one seed, "
+        f"{' or '.join(map(str, sizes))} learning rates were tried for {len(curves)} of {len(study.rows)} rows. "
+        f"{near}{but}."
+    )
 
 
 def epoch_choice(study: Study) -> str:
-    """What other rules for the best epoch would have chosen in these runs."""
+    """What other rules for the best epoch would have chosen in these runs, and how often the last epoch is the best."""
     results = [r for row in study.finished(captioning=False) for r in row.results.values()]
     if not results:
         return NOT_RUN
     rules = compared_rules([(r.log, r.metrics["val"]["count"]) for r in results])
-    parts = [f"{name}, {percent(v['accuracy'])} and {v['loss']:.3f}" for name, v in rules.items()]
-    return f"Mean val accuracy and loss of the chosen epoch, by rule: {'; '.join(parts)}."
+    kept, lowest, near = (
+        f"{percent(rules[rule]['accuracy'])} and {rules[rule]['loss']:.3f}"
+        for rule in ("best accuracy", "lowest loss", "one standard error")
+    )
+    last = sum(r.metrics["best_epoch"] == r.log[-1]["epoch"] for r in results)
+    return (
+        f"In {counted(len(results), 'run')} of classifiers, the mean validation accuracy and loss are {kept} in the "
+        f"epoch that is kept, {lowest} in the one with the lowest loss, and {near} in the one with the lowest loss "
+        f"among those within one standard error of the best accuracy. In {last} of these runs the last epoch is kept."
+    )
 
 
 def all_findings(study: Study, names: dict[str, str]) -> dict[str, str]:
@@ -479,8 +571,8 @@ def all_findings(study: Study, names: dict[str, str]) -> dict[str, str]:
     Raises UserError, naming the sentence, if the numbers contradict one that is asserted.
     """
     plain: tuple[Callable[[Study], str], ...] = (
-        *(best, neighbour, pretraining, text_gain, text_read, ceiling_claim, grey_claim, one_frame_claim, order),
-        *(captions, binding, learning, linear_head, pareto, tuning, epoch_choice),
+        *(best, runner_up, adapting_count, significance, neighbour, pretraining, text_gain, text_read, ceiling_claim),
+        *(grey_claim, one_frame_claim, order, captions, binding, learning, other_head, pareto, tuning, epoch_choice),
     )
     return (
         {make.__name__: make(study) for make in plain}
@@ -488,4 +580,5 @@ def all_findings(study: Study, names: dict[str, str]) -> dict[str, str]:
         | {f"errors_{name}": errors(study, name) for name in GROUPS}
         | {f"sweep_{option}": sweep(study, option) for option in ("lora_r", "token_grid")}
         | {"confused": confused(study, names)}
+        | {"shown_classifier": shown_run(study, captioning=False), "shown_captioner": shown_run(study, captioning=True)}
     )

@@ -10,21 +10,25 @@ empty folder. Every number is read from the runs. A row that is not trained is s
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from config import BACKBONES, ROOT, Config
-from experiments.findings import all_findings, listed
+from experiments.findings import all_findings, listed, percent
 from experiments.grid import EXPERIMENTS, NAMES, NOT_RUN, read_grid, train_missing
 from experiments.intervals import DRAWS
 from experiments.pictures import draw_all
-from experiments.results import Result, pack
+from experiments.results import Clips, Result, pack, read_clips
 from experiments.scores import Study, read_study
 from experiments.tables import HEADS, all_tables
-from experiments.trials import STUDY, read_trials
+from experiments.trials import STUDY, SWEEP_SHARE, read_trials
+from metrics import BINS
 from script import UserError, counted, replace_file, script
 
 PREDICTIONS = EXPERIMENTS / "predictions"
@@ -55,6 +59,11 @@ def collect(study: Study, seeds: int, data_dir: Path, names: dict[str, str]) -> 
         "dropout": str(Config().dropout),
         "decay": str(Config().weight_decay),
         "level": "95 %",
+        "clip": clip_cells(data_dir, study.clips),
+        "bins": str(BINS),
+        "share": f"{SWEEP_SHARE} %",
+        "val_error": f"{100 * (0.5 / counts['val'] ** 0.5):.1f}",
+        "cost_devices": devices([row.first for row in study.rows if row.results]),
         "shares": listed([f"{share} %" for share in sorted({t["share"] for t in study.trials} - {100})] or [NOT_RUN]),
         "draws": f"{DRAWS:,}",
         "devices": devices(results),
@@ -76,27 +85,41 @@ def devices(results: list[Result]) -> str:
     return listed([f"{counted(n, 'run')} on {device}" for device, n in counts]) if counts else NOT_RUN
 
 
+def clip_cells(data_dir: Path, clips: Clips) -> dict[str, str]:
+    """The size of a clip, and how many of the training clips have no text."""
+    from readers import open_video
+
+    video = open_video(data_dir / "test" / clips.files[0])
+    side = video.frames(np.array([0])).shape[-1]
+    train = read_clips(data_dir, "train").rows
+    textless = sum(not row["text"] for row in train) / len(train)
+    return {"frames": str(len(video)), "side": str(side), "textless": percent(textless)}
+
+
 def backbone_cells(name: str) -> list[str]:
-    """Name, parameters, size, input, and what pretraining saw, which is the second paragraph of the backbone's card."""
+    """Name, parameters, size, input, and what pretraining saw, which is the second paragraph of the backbone's card
+    without the sizes."""
     from safetensors import safe_open
 
     folder = ROOT / "backbones" / f"{name}-tiny"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with safe_open(str(folder / "model.safetensors"), framework="np") as stored:
-        count = sum(stored.get_tensor(key).size for key in stored.keys())  # noqa: SIM118, not a dict
+        # a predictor or a classifier was used by pretraining alone
+        keys = [key for key in stored.keys() if not key.startswith(("predictor.", "classifier."))]  # noqa: SIM118, not a dict
+        count = sum(stored.get_tensor(key).size for key in keys)
 
     def first(*keys: str) -> Any:
         return next((config[key] for key in keys if key in config), None)
 
     width, depth = first("hidden_size", "n_embd"), first("num_hidden_layers", "n_layer")
     heads = first("num_attention_heads", "n_head")
-    reads = f"{config.get('vocab_size')} words"
+    reads = f"vocabulary of {config.get('vocab_size')}"
     if frames := first("num_frames", "frames_per_clip"):
         patch = f"{config['patch_size']} × {config['patch_size']}"
         tubelet = f" × {config['tubelet_size']}" if "tubelet_size" in config else ""
         reads = f"{frames} × {first('image_size', 'crop_size')}² pixels, patch {patch}{tubelet}"
     card = (folder / "CARD.md").read_text(encoding="utf-8").split("\n\n")
-    saw = " ".join(card[2].split())
+    saw = re.sub(r"(Patch|Width) \d[^.]*\. ?", "", " ".join(card[2].split())).strip()
     return [NAMES[name], f"{count / 1e6:.2f} M", f"{width} / {depth} / {heads}", reads, saw]
 
 
@@ -122,41 +145,48 @@ bootstrap over seeds and test videos, Wilson's at 0 and 100 %.
 
 ## Classifiers
 
-Accuracy in %. {data["findings"]["best"]}
+Accuracy in %, and the expected calibration error ({data["bins"]} bins). {data["findings"]["best"]}
 
 {markdown(HEADS["labels"], tables["labels"])}
 
-What is possible with less than video and text, in %:
+What an ideal observer reaches with less than video and text, in %:
 
 {markdown(HEADS["ceilings"], tables["ceilings"])}
 
 ## Captioners
 
-Wholly right: size, colour, shape and motion of every object, in %. The attributes are counted over all clips.
+Right: size, colour, shape and motion of every object, in %. Size to motion: captions that get this attribute of every
+object right, over all clips, in %. CIDEr is from 0 to 10.
 
 {markdown(HEADS["captions"], tables["captions"])}
 
 ## Differences
 
-Paired differences of right answers, in points; n = {sizes["test"]}. p: McNemar's exact test for each pair of seeds, the
-largest of them.
+Paired differences of right answers, in points; n = {sizes["test"]}. p, over all clips: McNemar's exact test for each pair
+of seeds, the largest of them. {data["findings"]["significance"]}
 
 {markdown(HEADS["differences"], tables["differences"])}
 
 ## Controls
 
 The same models on inputs where they should fail, and two baselines. Accuracy in %; for captioners, captions with the
-right motions in %. Controls read the videos, other scores cached 16-bit features: "as it is" may differ by a video.
+right motions in %. "The other's text" has the clips of "two objects", with the text of the other object. Controls read
+the videos, other scores cached 16-bit features: "as it is" may differ by a video.
 
 {markdown(HEADS["controls"], tables["controls"] + tables["caption_controls"])}
 
 ## Options and cost
 
+The best epoch of each seed, peak learning rates, and the tokens of a time step (a grid of N × N):
+
 {markdown(HEADS["options"], tables["options"])}
+
+Trained parameters, checkpoint, memory and time of seed 0. With a frozen vision backbone, the time to compute its features
+is not included.
 
 {markdown(HEADS["cost"], tables["cost"])}
 
-Hardware: {data["devices"]}; costs are those of seed 0. [report.pdf](report.pdf) explains the method and discusses the results.
+Hardware: {data["devices"]}. [report.pdf](report.pdf) explains the method and discusses the results.
 `make report` writes both from the runs or from [experiments/predictions/](experiments/predictions).
 """
 

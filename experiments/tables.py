@@ -27,7 +27,7 @@ HEADS = {
     "captions": ["model", "seeds", "CIDEr [95 %]", "one object right [95 %]", "both objects right [95 %]"],
     "differences": ["difference", "all [95 %]", "one object [95 %]", "two objects [95 %]", "p"],
     "controls": ["model", "as it is", *CONTROLS.values()],
-    "options": ["model", "epochs", "best", "vision rate", "language", "new layers", "grid", "head"],
+    "options": ["model", "epochs", "best epoch", "vision rate", "language", "new layers", "grid", "head"],
     "cost": ["model", "trained", "file MB", "peak MB", "s per epoch", "total s"],
     "ceilings": ["observer", "accuracy"],
 }
@@ -130,7 +130,7 @@ def option_cells(row: Row) -> list[str]:
     rates = {part: config.learning_rate * scale for part, scale in scales.items() if modes.get(part) != "frozen"}
     return [
         *(row.title, str(config.epochs), ", ".join(str(result.metrics["best_epoch"]) for result in results)),
-        *(f"{rates[part]:.1e}" if part in rates else "–" for part in ("vision", "language", "new layers")),
+        *(f"{rates[part]:g}" if part in rates else "–" for part in ("vision", "language", "new layers")),
         str(config.token_grid) if config.use_vlm or config.head == "attentive" else "–",
         "–" if config.captioning else config.head,
     ]

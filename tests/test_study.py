@@ -12,7 +12,7 @@ import pytest
 import main
 from config import ROOT
 from experiments import epochs, grid, make_study
-from experiments.findings import adapting, gained, linear_head, tuning
+from experiments.findings import adapting, adapting_count, errors, gained, other_head, points, significance, tuning
 from experiments.intervals import DRAWS, Estimate, bootstrap_means, difference, drawn_clips, estimate, mcnemar_p
 from experiments.make_study import chosen_rows, planned, swept_values, write_share
 from experiments.results import read_clips
@@ -109,22 +109,30 @@ def test_gains_of_both_modes_share_their_verb():
     assert gained(none, none) == f"does not change measurably through LoRA {equal} or in full {equal}"
 
 
-def test_the_linear_head_is_told_once_all_modes_were_tried(tmp_path):
-    names = {"frozen": "videomae_fvbb", "lora": "videomae_loravision", "full": "videomae"}
-    rows = [row_of(name, tmp_path) for name in (*names.values(), "timesformer")]
-    trials = [
-        {"row": name, "options": {"head": "linear"}, "share": 100, "test": test}
-        for name, test in zip(names.values(), (0.1, 0.2, 0.3), strict=True)
+def test_an_interval_that_excludes_zero_does_not_seem_to_touch_it():
+    assert points(Estimate(0.025, 0.0003, 0.05)) == "2.50 points [0.03, 5.00]"
+    assert points(Estimate(-0.025, -0.05, -0.01)) == "2.5 points [1.0, 5.0]"
+
+
+def test_trials_of_the_other_head_stand_beside_the_run_of_their_seed(tmp_path):
+    rows = [row_of(name, tmp_path) for name in ("timesformer_fvbb", "videomae")]
+    for row, test in zip(rows, (0.5, 0.6), strict=True):
+        row.results[0] = SimpleNamespace(metrics={"test": {"accuracy": test}})
+    found = [
+        {"row": "videomae", "options": {"head": "linear"}, "share": 100, "seed": 0, "test": 0.3},
+        {"row": "timesformer_fvbb", "options": {"head": "attentive"}, "share": 100, "seed": 0, "test": 0.7},
     ]
     others = [
-        trials[0] | {"options": {"lora_r": 2}, "test": 0.9},
-        trials[0] | {"share": 5},
-        trials[0] | {"row": "timesformer"},
+        found[0] | {"options": {"head": "attentive"}},  # the row's own
+        found[0] | {"options": {"lora_r": 2}},
+        found[0] | {"share": 5},
+        found[0] | {"seed": 1},  # there is no final run of this seed
     ]
-    assert linear_head(SimpleNamespace(rows=rows, trials=trials[:2] + others)) == ""
-    assert linear_head(SimpleNamespace(rows=rows, trials=trials + others)) == (
-        "In one seed, VideoMAE with a linear head, which mixes all tokens, reaches 30.0 % in full, 20.0 % through LoRA "
-        "and 10.0 % frozen."
+    assert other_head(SimpleNamespace(rows=rows, trials=others)) == ""
+    assert other_head(SimpleNamespace(rows=rows, trials=found + others)) == (
+        "With an attentive head instead of a linear one, TimeSformer frozen reaches 70.0 % (50.0 %); with a linear head "
+        "instead of an attentive one, VideoMAE in full reaches 30.0 % (60.0 %). These are runs of one seed; the "
+        "brackets give the run with the row's own head."
     )
 
 
@@ -150,10 +158,50 @@ def test_sentences_about_modes_need_all_three(tmp_path):
     found += [comparison("videomae", *modes, Estimate(0.0, -0.01, 0.01)) for modes in list(values)[1:]]
     found[3] = comparison("videomae", "lora", "frozen", Estimate(-0.02, -0.05, 0.01))
     assert adapting(SimpleNamespace(comparisons=found[3:]), grid.TASKS[0]) == (
-        "There is no measurable difference between frozen, LoRA and in full for VideoMAE "
-        "(LoRA −2.0 points [−5.0, +1.0], in full +0.0 points [−1.0, +1.0]), each compared with frozen."
+        "Frozen, LoRA and in full cannot be told apart for VideoMAE (LoRA −2.0 points [−5.0, +1.0], in full +0.0 points "
+        "[−1.0, +1.0]); the brackets give the gains over frozen."
     )
     assert adapting(SimpleNamespace(comparisons=[]), grid.TASKS[0]) == grid.NOT_RUN
+
+
+def test_measurable_differences_are_counted(tmp_path):
+    """LoRA is ahead of frozen in two of three models, and behind in none. BERT without text is left out."""
+    gain, none, loss = Estimate(0.1, 0.05, 0.15), Estimate(0.0, -0.01, 0.01), Estimate(-0.1, -0.15, -0.05)
+    names = {"timesformer": gain, "videomae": gain, "vjepa2": none}
+    pairs = [(f"{name}_loravision", f"{name}_fvbb", value) for name, value in names.items()]
+    pairs += [("timesformer_bert_fvbb_lorallm", "timesformer_bert_fvbb_fllm", gain)]
+    pairs += [("timesformer", "timesformer_fvbb", loss), ("timesformer", "timesformer_loravision", none)]
+    found = [Comparison(row_of(a, tmp_path), row_of(b, tmp_path), {"all": v}, 0.02) for a, b, v in pairs]
+    assert adapting_count(SimpleNamespace(comparisons=found)) == (
+        "Against the frozen backbone, LoRA is measurably better in 2 of 3 models and worse in 0, and training in full is "
+        "measurably better in 0 of 1 model and worse in 1. Against LoRA, training in full is measurably better in 0 of 1 "
+        "model and worse in 0."
+    )
+    assert adapting_count(SimpleNamespace(comparisons=found[:4])) == grid.NOT_RUN
+    found[0] = replace(found[0], p=0.001)
+    assert significance(SimpleNamespace(comparisons=found)) == (
+        "Of 6 differences over all clips, 4 have an interval that excludes zero and 6 have p < 0.05, or 1 with "
+        "Bonferroni's correction."
+    )
+
+
+def test_groups_whose_intervals_overlap_are_only_counted(tmp_path):
+    """One row is right about large objects alone, the other about every second clip."""
+    rows = [row_of(name, tmp_path) for name in ("timesformer_fvbb", "videomae_fvbb")]
+    items = [{"size": "large" if n < 100 else "small"} for n in range(200)]
+    right = [np.arange(200)[None] < 100, np.arange(200)[None] % 2 == 0]
+    study = SimpleNamespace(
+        clips=SimpleNamespace(rows=[{"objects": [item]} for item in items]),
+        scores={row.name: SimpleNamespace(right=values) for row, values in zip(rows, right, strict=True)},
+        finished=lambda captioning: rows,
+    )
+    overlap = "overlap for 1 {}row, in which groups differ by up to 0.0 points."
+    assert errors(study, "size") == (
+        "By size, the intervals do not overlap for TimeSformer frozen (small: 0.0 %, large: 100.0 %); they "
+        + overlap.format("other ")
+    )
+    rows.pop(0)
+    assert errors(study, "size") == "By size, the intervals " + overlap.format("")
 
 
 # -- which epoch ------------------------------------------------------------------------------------
@@ -252,7 +300,8 @@ def test_the_report_names_rows_whose_default_rate_is_not_the_best(tmp_path):
             {"row": row.name, "options": o, "share": 20, "seed": 0, "val": values[o["learning_rate"]]} for o in options
         ]
     assert "2 learning rates were tried for 2 of 2 rows" in tuning(study)
-    assert "in 1, but not for VideoMAE frozen." in tuning(study)
+    assert "For 1 of them, the default is within one standard error of the best" in tuning(study)
+    assert tuning(study).endswith("; for 1, it is further below: VideoMAE frozen (5.0 points).")
 
 
 def test_a_sweep_leaves_out_rows_in_which_nothing_changes(tmp_path):
