@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 import figures
-from experiments.findings import GROUPS, groups_of, shown_rows
+from experiments.findings import GROUPS, groups_of, shown_rows, top_classifier, top_row
 from experiments.grid import MODES, NAMES, Row
 from experiments.intervals import estimate
 from experiments.scores import Study
@@ -16,9 +16,10 @@ from experiments.trials import learning_curves, sweep_curves
 from script import make_folder
 
 COLOURS = {"full": "#b5452c", "lora": "#2f6b9a", "frozen": "#6b8e3d"}
-SHADES = {"timesformer": "#33638d", "videomae": "#d1603d", "vjepa2": "#4f8a4c"}  # of vision backbones
+# of vision backbones: none of them looks like a training mode
+SHADES = {"timesformer": "#6a4c93", "videomae": "#c98a00", "vjepa2": "#1a8a8a"}
 MARKERS = {"timesformer": "o", "videomae": "s", "vjepa2": "^"}
-WIDTH = 6.6  # inches; the report's column
+WIDTH = 6.6  # inches; the report's column, so that letters are printed in their own size
 SHOWN_CLASSES = ("right", "clockwise", "reverses", "stops")  # in the picture of the dataset
 WORST = 3  # clips on a sheet
 # the dot of one seed, on top of means and lines, and small, so that it does not hide them
@@ -41,29 +42,27 @@ def draw_estimate(axis: Any, scores: np.ndarray, y: float, colour: str, proporti
 
 
 def draw_rows(study: Study, captioning: bool, columns: dict[str, str], path: Path) -> None:
-    """Points of all rows, one panel for each {column of scores: title}. Lines: what needs no training, and ceilings."""
-    rows = study.finished(captioning)
-    figure, axes = panels(len(columns), 0.75 + 0.165 * len(rows), sharey=True)
+    """Points of all rows and nearest neighbours, one panel for each {column of scores: title}. Lines: ceilings."""
+    rows, nearest = study.finished(captioning), study.nearest[captioning]
+    lines = [(row.title, study.scores[row.name], COLOURS[row.mode]) for row in rows]
+    lines += [(f"nearest neighbour, {NAMES[model]}", scores, "0.35") for model, scores in nearest.items()]
+    figure, axes = panels(len(columns), 0.95 + 0.145 * len(lines), sharey=True)
     for axis, (column, title) in zip(axes, columns.items(), strict=True):
-        for y, row in enumerate(rows):
-            draw_estimate(axis, study.scores[row.name].columns[column], y, COLOURS[row.mode])
-        for model, nearest in study.nearest[captioning].items():
-            value = 100 * nearest.columns[column].mean()
-            label = f"nearest neighbour, {NAMES[model]}"
-            axis.axvline(value, color=SHADES[model], lw=0.9, ls=":", label=label)
+        for y, (_, scores, colour) in enumerate(lines):
+            draw_estimate(axis, scores.columns[column], y, colour)
         if column == "all" and not captioning:
             for style, name in (("--", "video without text"), ("-.", "frames in any order, without text")):
-                axis.axvline(100 * study.ceilings[name], color="0.45", lw=0.9, ls=style, label=f"best: {name}")
-        axis.set(title=title, xlabel="%", ylim=(len(rows) - 0.4, -0.6))
+                axis.axvline(100 * study.ceilings[name], color="0.45", lw=0.9, ls=style, label=f"ideal: {name}")
+        axis.set(title=title, xlabel="right answers, %", ylim=(len(lines) - 0.4, -0.6))
         axis.grid(axis="y", color="0.93")
-    axes[0].set_yticks(range(len(rows)), [row.title for row in rows])
+    axes[0].set_yticks(range(len(lines)), [title for title, _, _ in lines])
 
     # one legend for all panels
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=COLOURS[mode], marker="o", ms=4, lw=1, label=MODES[mode]) for mode in COLOURS]
     handles += [Line2D([], [], **SEED, label="one seed"), *axes[0].get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=6.5)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=7)
     figures.save(figure, path)
 
 
@@ -83,20 +82,15 @@ def draw_errors(study: Study, path: Path) -> None:
         axis.set_xticks(range(len(groups)), [*groups])
         axis.set(title="number of objects" if name == "objects" else f"{name} of the named object")
         axis.margins(x=0.15)
-    axes[0].set(ylabel="test accuracy %")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=6.5
-    )
+    axes[0].set(ylabel="test accuracy, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     figures.save(figure, path)
 
 
 def draw_confusions(study: Study, names: dict[str, str], path: Path) -> None:
     """Confusion matrices of the best row without text and of the best one with text, all seeds together."""
-    chosen = []
-    for text in (False, True):
-        rows = [row for row in study.finished(captioning=False) if row.config.use_text == text]
-        chosen += [max(rows, key=lambda row: study.scores[row.name].right.mean())] if rows else []
-    figure, axes = panels(len(chosen), 2.9, sharey=True)
+    chosen = [row for row in (top_classifier(study, text) for text in (False, True)) if row is not None]
+    figure, axes = panels(len(chosen), 2.8, sharey=True)
     for axis, row in zip(axes, chosen, strict=True):
         matrix = confusion(study, row, [*names])
         axis.imshow(matrix, vmin=0, vmax=100, cmap="Blues")
@@ -124,7 +118,7 @@ def confusion(study: Study, row: Row, names: list[str]) -> np.ndarray:
 def draw_learning(study: Study, path: Path) -> None:
     """Test accuracy of the video classifiers over the share of training clips: one panel for each vision backbone."""
     curves = learning_curves(study)
-    figure, axes = panels(len(curves), 2.0, sharey=True)
+    figure, axes = panels(len(curves), 1.9, sharey=True)
     for axis, (model, modes) in zip(axes, curves.items(), strict=True):
         for mode, curve in modes.items():
             means = [100 * mean(values) for values in curve.values()]
@@ -138,12 +132,12 @@ def draw_learning(study: Study, path: Path) -> None:
         axis.set_xticks([*next(iter(modes.values()))], [f"{share} %" for share in next(iter(modes.values()))])
         axis.minorticks_off()
         axis.set(title=NAMES[model], xlabel="share of the training clips")
-    axes[0].set(ylabel="test accuracy %")
+    axes[0].set(ylabel="test accuracy, %")
     axes[-1].plot([], [], **SEED | {"ms": 4}, label="one seed")
 
     # not every panel has all modes while the study is unfinished
     lines = {line.get_label(): line for axis in axes for line in axis.get_lines() if line.get_label()[0] != "_"}
-    axes[-1].legend(lines.values(), lines.keys(), frameon=False, fontsize=6.5)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False, fontsize=7)
     figures.save(figure, path)
 
 
@@ -153,7 +147,7 @@ def draw_sweeps(study: Study, path: Path) -> None:
     curves = {option: sweep_curves(study, option) for option in sweeps}
     curves = {option: found for option, found in curves.items() if found}
     titles = {row.name: row.title for row in study.rows}
-    figure, axes = panels(len(curves), 2.1)
+    figure, axes = panels(len(curves), 2.3)
     for axis, (option, found) in zip(axes, curves.items(), strict=True):
         for row, curve in found.items():
             axis.plot([*curve], [100 * v for v in curve.values()], ".-", lw=1, label=titles[row])
@@ -161,8 +155,8 @@ def draw_sweeps(study: Study, path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(values, [str(value) for value in values])
         axis.minorticks_off()
-        axis.set(xlabel=sweeps[option], ylabel="right on val, %")
-        axis.legend(frameon=False, fontsize=6)
+        axis.set(xlabel=sweeps[option], ylabel="right answers on val, %")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False, fontsize=7)
     figures.save(figure, path)
 
 
@@ -173,11 +167,11 @@ def draw_pareto(study: Study, path: Path) -> None:
         "peak memory, MB": lambda r: r.first.metrics["peak_mb"],
         "trained parameters": lambda r: next(iter(r.results.values())).parameters,
     }
-    figure, axes = panels(len(costs), 2.2, sharey=True)
+    figure, axes = panels(len(costs), 2.3, sharey=True)
     for axis, (title, cost) in zip(axes, costs.items(), strict=True):
         for row in study.finished(captioning=False):
             kind = "text" if row.config.use_text else "BERT" if row.config.use_vlm else "video"
-            filled = {"text": COLOURS[row.mode], "BERT": "none", "video": "0.85"}[kind]
+            filled = {"text": COLOURS[row.mode], "BERT": "none", "video": "0.8"}[kind]
             accuracy = 100 * study.scores[row.name].right.mean()
             axis.plot(
                 *(cost(row), accuracy, MARKERS[row.config.vision_model]),
@@ -189,22 +183,22 @@ def draw_pareto(study: Study, path: Path) -> None:
             axis.xaxis.set_minor_formatter(lambda value, _: "")
         axis.set(xlabel=title)
         axis.grid(color="0.94")
-    axes[0].set(ylabel="test accuracy %")
+    axes[0].set(ylabel="test accuracy, %")
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colour, lw=3, label=MODES[mode]) for mode, colour in COLOURS.items()]
     handles += [Line2D([], [], ls="", marker=mark, color="0.4", label=NAMES[m]) for m, mark in MARKERS.items()]
-    fills = {"with text": "0.3", "with BERT, no text": "none", "video classifier": "0.85"}
+    fills = {"with text": "0.3", "with BERT, no text": "none", "video classifier": "0.8"}
     handles += [Line2D([], [], ls="", marker="D", mec="0.3", mfc=fill, label=name) for name, fill in fills.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=6.5)
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=7)
     figures.save(figure, path)
 
 
 # -- frames of videos -------------------------------------------------------------------------------
 
 
-def frames_of(data_dir: Path, file: str, count: int = 8) -> Any:
-    """`count` evenly spaced frames of a test clip, uint8 [T, C, H, W]."""
+def frames_of(data_dir: Path, file: str, count: int = 6) -> Any:
+    """`count` evenly spaced frames of a test clip, uint8 [T, C, H, W]. With more, a sheet's titles are too small."""
     from readers import open_video
 
     video = open_video(data_dir / "test" / file)
@@ -233,7 +227,7 @@ def draw_dataset(study: Study, data_dir: Path, path: Path) -> None:
 
 def draw_worst(study: Study, names: dict[str, str], data_dir: Path, path: Path) -> None:
     """The most confident wrong answers of the first run of the best classifier."""
-    row = max(study.finished(captioning=False), key=lambda row: study.scores[row.name].right.mean())
+    row = top_row(study, captioning=False)
     answers = next(iter(row.results.values())).answers(study.clips)
     clips = []
     for index, title in figures.worst_clips(answers, names)[:WORST]:
@@ -243,8 +237,8 @@ def draw_worst(study: Study, names: dict[str, str], data_dir: Path, path: Path) 
 
 
 def draw_captions(study: Study, data_dir: Path, path: Path) -> None:
-    """Captions of two objects that are wrong, and that are wholly right, of the first run of the best captioner."""
-    row = max(study.finished(captioning=True), key=lambda row: study.scores[row.name].right.mean())
+    """The first wrong and the first wholly right captions of two objects, of the first run of the best captioner."""
+    row = top_row(study, captioning=True)
     seed, result = next(iter(row.results.items()))
     answers, right = result.answers(study.clips), study.scores[row.name].right[[*row.results].index(seed)]
     two = ~study.clips.single
@@ -252,7 +246,7 @@ def draw_captions(study: Study, data_dir: Path, path: Path) -> None:
     clips = []
     for index in (*wrong, *good):
         answer = answers[index] | {"references": sorted(study.clips.rows[index]["caption"], key=len)}
-        title = f"{answer['caption']}  |  reference: {answer['references'][0]}"
+        title = f"{'right' if right[index] else 'wrong'}: {answer['caption']}  |  reference: {answer['references'][0]}"
         clips.append((frames_of(data_dir, answer["file"]), title))
     sheet(clips, path)
 
