@@ -32,7 +32,7 @@ PLAN = (
     ("", "learning_rate=x0.3,x1,x3", str(SWEEP_SHARE), 1),
     ("loravision", "lora_r=4,16,64", str(SWEEP_SHARE), 1),
     ("(text|gpt2_caption)_fvbb_lorallm", "token_grid=1,2,4", str(SWEEP_SHARE), 1),
-    ("^videomae(_loravision)?$|^(timesformer|videomae|vjepa2)_fvbb$", "head=linear,attentive", "", 1),
+    ("^(timesformer|videomae)(_loravision)?$|^(timesformer|videomae|vjepa2)_fvbb$", "head=linear,attentive", "", 1),
     ("^(timesformer|videomae|vjepa2)(_loravision|_fvbb)?$", "", "5,20", 3),
 )
 
