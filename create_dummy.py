@@ -8,8 +8,8 @@ import json
 import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Collection
-from itertools import groupby
 from pathlib import Path
 
 from script import Parser, UserError, counted, make_folder, printable, script
@@ -46,16 +46,17 @@ def main(argv: list[str] | None = None) -> int:
     from readers import open_video
     from VLoader import read_folder
 
-    # the first videos of each class, or if they have several labels of each folder; read_folder() sorts by name, so
-    # classes follow each other
-    samples = read_folder(args.data_dir / "test")
-    by_class = [list(group)[: args.per_class] for _, group in groupby(samples, key=lambda s: s.label or s.path.parent)]
+    # the first videos of each class, or of each folder if videos have several labels
+    by_class = defaultdict(list)
+    for sample in read_folder(args.data_dir / "test"):
+        by_class[sample.label or sample.path.parent].append(sample)
+    samples = [sample for group in by_class.values() for sample in group[: args.per_class]]
     clear_frames(args.output)
 
     # write frames in chunks, because a video may be too long for memory
     rows: dict[str, dict] = {}
     with whole_or_none(args.output):
-        for sample in tqdm([s for group in by_class for s in group], unit="video"):
+        for sample in tqdm(samples, unit="video"):
             name = free_name(f"{sample.label}_{sample.path.stem}" if sample.label else sample.path.stem, rows)
             reader = open_video(sample.path)
             first, count = reader.part(sample.segment)

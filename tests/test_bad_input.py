@@ -283,6 +283,16 @@ def test_frames_stay_in_their_folder_and_apart(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "deep"]
 
 
+def test_frames_of_classes_that_alternate_in_one_folder(tmp_path):
+    rows = [{"file_name": f"{number}.pt", "label": "ab"[number % 2]} for number in range(6)]
+    for row in rows:
+        clip_file(tmp_path / "data" / "test" / row["file_name"])
+    (tmp_path / "data/test/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["--data_dir", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--per_class", "2"]
+    assert create_dummy.main(argv) == 0
+    assert [s.path.name for s in read_folder(tmp_path / "out")] == ["a_0", "a_2", "b_1", "b_3"]
+
+
 def test_a_log_for_tensorboard_on_a_full_disk_is_one_line(tmp_path):
     """In a separate process with a file size limit: its background threads must not print tracebacks either."""
     code = (
