@@ -498,13 +498,15 @@ def match_ids(references: dict[str, Any] | None, predictions: dict[str, Any], pa
 
     `references` gives the truths and the order. Without it the predictions must contain their truths. If references
     have ids and predictions have files, the prediction of a/b.mp4 belongs to the id b.
-    Raises UserError for an id without prediction, or a prediction without truth.
+    Raises UserError for an id without prediction, or a prediction without truth or with several labels.
     """
     # predictions of a run contain the truth
     if references is None:
         for key, row in predictions.items():
             if not isinstance(row, dict) or not row.keys() & {"truth", "references"}:
                 raise UserError(f"{path} has no truth for {shown(key)}: add --references R.json")
+            if "labels" in row:  # its list of true labels would pass for the references of a caption
+                raise UserError(f"{path} has several labels per clip: metrics.json of the run has their scores")
         return [*predictions.values()], [row.get("truth", row.get("references")) for row in predictions.values()]
 
     # match files to ids only if nothing matches otherwise, and no two files have the same name

@@ -278,6 +278,13 @@ def test_files_that_are_not_json_are_one_line(tmp_path, capsys):
     assert "has no truth for 'a': add --references" in capsys.readouterr().err
 
 
+def test_labels_of_a_multi_label_run_are_not_taken_for_captions(tmp_path, capsys):
+    best = {"label": "a", "score": 0.9}
+    row = {"file": "x.pt", "truth": ["a", "b"], "labels": [best], "top_k": [best]}
+    assert metrics.main(["--predictions", write(tmp_path / "p.json", row)]) == 2
+    assert "several labels per clip" in capsys.readouterr().err
+
+
 def test_a_reader_that_stops_early_gets_no_traceback(tmp_path):
     answers = {str(i): "a" for i in range(20)}
     argv = ["--references", write(tmp_path / "r.json", answers), "--predictions", write(tmp_path / "p.json", answers)]
