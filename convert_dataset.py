@@ -52,10 +52,10 @@ class VideoIndex:
     @staticmethod
     def parts(name: str) -> tuple[str, ...]:
         """The parts of a path, the last one without its video suffix."""
-        from readers import VIDEO_SUFFIXES
+        from readers import FILE_SUFFIXES
 
         path = PurePosixPath(name.replace("\\", "/"))
-        plain = path.with_suffix("") if path.suffix.lower() in {*VIDEO_SUFFIXES, ".pt"} else path
+        plain = path.with_suffix("") if path.suffix.lower() in FILE_SUFFIXES else path
         return tuple(p for p in plain.parts if p not in (".", "/"))
 
     def find(self, name: str) -> tuple[Path | None, str]:

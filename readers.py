@@ -35,6 +35,7 @@ VIDEO_SUFFIXES = {
     f".{name}"
     for name in ["mp4", "avi", "mkv", "webm", "mov", "gif", "m4v", "mpg", "mpeg", "wmv", "flv", "ts", "3gp", "ogv"]
 }
+FILE_SUFFIXES = {*VIDEO_SUFFIXES, ".pt"}  # of every file that is a video
 IMAGE_SUFFIXES = {f".{name}" for name in ["png", "jpg", "jpeg", "bmp", "webp", "tif", "tiff", "ppm"]}
 # folders that operating systems and NAS devices create among the user's own, in lower case
 SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
@@ -566,7 +567,7 @@ def kind_of(entry: os.DirEntry) -> str:
         if error.errno == errno.ELOOP:
             return "a link to itself"
     suffix = os.path.splitext(entry.name)[1].lower()
-    if suffix in {*VIDEO_SUFFIXES, ".pt"}:
+    if suffix in FILE_SUFFIXES:
         return "video"
     return "image" if suffix in IMAGE_SUFFIXES else "tar" if entry.name.endswith(".tar") else "file"
 
@@ -591,7 +592,7 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
     if folder.suffix == ".tar" and folder.is_file():
         return survey_tar(folder)
     if not folder.is_dir():
-        return [folder] * (folder.suffix.lower() in {*VIDEO_SUFFIXES, ".pt"}), []
+        return [folder] * (folder.suffix.lower() in FILE_SUFFIXES), []
 
     # links may lead back up or in circles, so remember which folders were entered
     videos: list[Path] = []
@@ -626,7 +627,7 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
 def survey_tar(shard: Path) -> tuple[list[Path], list[str]]:
     """(the videos in a tar, the ignored entries, each with the reason). Raises ReadError."""
     with as_read_error(shard):
-        videos, ignored = list_videos(shard, {*VIDEO_SUFFIXES, ".pt"})
+        videos, ignored = list_videos(shard, FILE_SUFFIXES)
     return sorted(videos, key=natural_key), ignored
 
 

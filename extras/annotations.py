@@ -150,7 +150,9 @@ def split_at_path(line: str) -> list[str]:
 
     Without a video suffix the path ends at the first space. Several numbers after the path stay separate cells,
     so that list_rows can report them as several labels."""
-    match = re.match(r"(.*?\.(?:mp4|avi|mkv|webm|mov|gif|m4v|mpe?g|wmv|flv|3gp|ogv|pt))\s+(.*)", line, re.IGNORECASE)
+    from readers import FILE_SUFFIXES
+
+    match = re.match(rf"(.*?(?:{'|'.join(map(re.escape, FILE_SUFFIXES))}))\s+(.*)", line, re.IGNORECASE)
     path, rest = match.groups() if match else [*line.split(maxsplit=1), ""][:2]
     numbers = rest.split()
     return [path, *numbers] if all(n.lstrip("-").isdigit() for n in numbers) else [path, rest]
@@ -398,10 +400,10 @@ def label_studio_rows(file: Path, fps: float | None = None) -> Iterator[Row]:
 
 def task_video(data: dict[str, Any]) -> str:
     """The video of a task: the first of its fields that ends with the suffix of a video file; "" if there is none."""
-    from readers import VIDEO_SUFFIXES
+    from readers import FILE_SUFFIXES
 
     names = [plain_name(value) for value in data.values() if isinstance(value, str)]
-    return next((name for name in names if PurePosixPath(name).suffix.lower() in {*VIDEO_SUFFIXES, ".pt"}), "")
+    return next((name for name in names if PurePosixPath(name).suffix.lower() in FILE_SUFFIXES), "")
 
 
 def plain_name(value: str) -> str:

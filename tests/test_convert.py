@@ -16,7 +16,7 @@ from PIL import Image
 
 import convert_dataset
 from extras import annotations
-from readers import Segment, open_video
+from readers import FILE_SUFFIXES, Segment, open_video
 from script import UNSAFE
 from VLoader import Sample, read_folder, read_splits
 
@@ -74,6 +74,11 @@ def test_lists(tmp_path, text):
     make_videos(tmp_path / "videos", "a/x", "b c.mp4")
     assert convert(tmp_path, "list", {"train.txt": text}) == 0
     assert labels(tmp_path, "train") == {"a/x.pt": "run", "b c.mp4": "high jump"}
+
+
+def test_a_path_with_spaces_ends_at_every_video_suffix():
+    for suffix in FILE_SUFFIXES:
+        assert annotations.split_at_path(f"b c{suffix} high jump") == [f"b c{suffix}", "high jump"]
 
 
 @pytest.mark.parametrize(
