@@ -73,9 +73,7 @@ CONTENT = (*COUNTS, "classes.json", "lexicon.json")  # what a dataset's folder m
 # the range of each number on the command line
 LIMITS = {
     "classes": (2, len(MOTIONS)),
-    "videos_per_class": (1, 100_000),
-    "val_per_class": (1, 100_000),
-    "test_per_class": (1, 100_000),
+    **{flag: (1, 100_000) for flag, _ in COUNTS.values()},
     "frames": (8, 10_000),
     "size": (16, 2048),
     "seed": (0, 2**63 - 1),
@@ -355,7 +353,7 @@ def ceilings(folder: Path) -> dict[str, float]:
             right += (motion in best) / len(best)
         return right / len(truths)
 
-    def counted(features: Any) -> float:
+    def bayes_accuracy(features: Any) -> float:
         """Accuracy of naive Bayes on the features of a row."""
         motions = [row["objects"][0]["motion"] for row in train]
         return accuracy(naive_bayes([features(row) for row in train], motions, [features(row) for row in test]))
@@ -365,8 +363,8 @@ def ceilings(folder: Path) -> dict[str, float]:
         "video without text": accuracy([votes(row["objects"], classes) for row in test]),
         "frames in any order, and text": accuracy([votes(row["objects"][:1], classes, ordered=False) for row in test]),
         "frames in any order, without text": accuracy([votes(row["objects"], classes, ordered=False) for row in test]),
-        "one frame, and text": counted(lambda row: looks(row["objects"][0])),
-        "text alone": counted(lambda row: row["text"].split()),
+        "one frame, and text": bayes_accuracy(lambda row: looks(row["objects"][0])),
+        "text alone": bayes_accuracy(lambda row: row["text"].split()),
     }
 
 
@@ -393,16 +391,16 @@ def votes(items: list[dict[str, Any]], classes: set[str], ordered: bool = True) 
     return result
 
 
-def looks(item: dict[str, Any], cells: int = 4) -> list[Hashable]:
-    """What the first frame alone shows of an object: its attributes, and where it is on a coarse grid."""
-    place = [(axis, int(position * cells)) for axis, position in zip("xy", item["start"], strict=True)]
+def looks(item: dict[str, Any]) -> list[Hashable]:
+    """What the first frame alone shows of an object: its attributes, and where it is on a grid of 4 x 4 cells."""
+    place = [(axis, int(4 * position)) for axis, position in zip("xy", item["start"], strict=True)]
     return [item["size"], item["colour"], item["shape"], *place]
 
 
 def naive_bayes(
-    features: list[list[Hashable]], classes: list[str], questions: list[list[Hashable]]
+    features: list[list[Hashable]], classes: list[str], queries: list[list[Hashable]]
 ) -> list[dict[str, float]]:
-    """The log probability of each class for each of the questions, from the counts of features in each class."""
+    """The log probability of each class for each of the queries, from the counts of features in each class."""
     counts: dict[str, Counter] = defaultdict(Counter)
     for row, name in zip(features, classes, strict=True):
         counts[name].update({*row})
@@ -414,13 +412,13 @@ def naive_bayes(
         odds = [np.log((counts[name][f] + 1) / (total[name] + 2)) for f in dict.fromkeys(row)]
         return np.log(total[name]) + sum(odds)
 
-    return [{name: log_probability(row, name) for name in total} for row in questions]
+    return [{name: log_probability(row, name) for name in total} for row in queries]
 
 
 # -- writing ----------------------------------------------------------------------------------------
 
 
-def save_video(video: np.ndarray, path: Path, fps: int = 8) -> Path:
+def save_video(video: np.ndarray, path: Path) -> Path:
     """Saves uint8 [T, C, H, W] as a .pt file, an .mp4 file or, without a suffix, a folder of frames."""
     if path.suffix == ".pt":
         import torch
@@ -429,18 +427,18 @@ def save_video(video: np.ndarray, path: Path, fps: int = 8) -> Path:
         torch.save(torch.from_numpy(video), buffer)
         path.write_bytes(buffer.getbuffer())
     elif path.suffix == ".mp4":
-        save_mp4(video, path, fps)
+        save_mp4(video, path)
     else:
         save_frames(video, path)
     return path
 
 
-def save_mp4(video: np.ndarray, path: Path, fps: int) -> None:
+def save_mp4(video: np.ndarray, path: Path) -> None:
     """Saves uint8 [T, C, H, W] as H.264 in 4:4:4, nearly lossless, so that small shapes keep their colour."""
     import av
 
     with av.open(f"file:{path}", "w") as container:  # a bare path may be taken for a URL
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "4"})
+        stream = container.add_stream("libx264", rate=8, options={"crf": "4"})
         stream.height, stream.width, stream.pix_fmt = *video.shape[2:], "yuv444p"
         for frame in video.transpose(0, 2, 3, 1):  # [T, H, W, C]
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
