@@ -11,8 +11,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from script import Parser, UserError, counted, make_folder, printable, script
+
+if TYPE_CHECKING:
+    from VLoader import Sample
 
 CHUNK = 32  # frames in memory at a time
 
@@ -41,7 +45,6 @@ def main(argv: list[str] | None = None) -> int:
     # imported late, so that --help is fast
     from tqdm import tqdm
 
-    # these import torch
     from dummy_data import save_frames, whole_or_none
     from readers import open_video
     from VLoader import read_folder
@@ -63,11 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             for start in range(0, count, CHUNK):
                 frames = reader.frames(range(first + start, first + min(start + CHUNK, count)))
                 save_frames(frames.numpy(), args.output / name, start)
-            row = {"file_name": name, "label": sample.label, "caption": sample.captions, "text": sample.text}
-            row |= {"other_text": sample.other_text, "attributes": sample.objects, "labels": sample.labels}
-            for key, *values in zip(("question", "answer", "kind"), *sample.questions, strict=True):
-                row[key] = values if values and None not in values else None
-            rows[name] = {k: v for k, v in row.items() if v not in (None, ())}
+            rows[name] = metadata_row(name, sample)
 
         # with labels, captions and lexicon, inference.py can say which of its answers are right
         lines = "".join(json.dumps(row) + "\n" for row in rows.values())
@@ -77,6 +76,15 @@ def main(argv: list[str] | None = None) -> int:
     count = counted(len(rows), "folder of frames", "folders of frames")
     print(f"wrote {count} and a metadata.jsonl to {printable(args.output)}/")
     return 0
+
+
+def metadata_row(name: str, sample: "Sample") -> dict[str, Any]:
+    """The row of metadata.jsonl for the frames of a sample, without what it lacks."""
+    row = {"file_name": name, "label": sample.label, "caption": sample.captions, "text": sample.text}
+    row |= {"other_text": sample.other_text, "attributes": sample.objects, "labels": sample.labels}
+    for key, *values in zip(("question", "answer", "kind"), *sample.questions, strict=True):
+        row[key] = values if values and None not in values else None
+    return {k: v for k, v in row.items() if v not in (None, ())}
 
 
 def free_name(name: str, taken: Collection[str]) -> str:
