@@ -55,7 +55,7 @@ def check_readable(splits: "Splits") -> Finding:
     from readers import corner, open_video
     from VLoader import distinct
 
-    errors = []
+    check, errors = "every frame decodes", []
     samples = distinct([*splits.train, *splits.val, *splits.test])
     for sample in tqdm(samples, desc="decoding all", unit="video", leave=False):
         try:
@@ -67,8 +67,8 @@ def check_readable(splits: "Splits") -> Finding:
             errors.append(str(error))
     if errors:
         result = f"not in {counted(len(errors), 'video')}: {errors[0]}"
-        return Finding("every frame decodes", result, "fix or remove them, or add --skip_unreadable True")
-    return Finding("every frame decodes", counted(len(samples), "video"))
+        return Finding(check, result, "fix or remove them, or add --skip_unreadable True")
+    return Finding(check, counted(len(samples), "video"))
 
 
 def check_classes(splits: "Splits", folder: Path) -> Finding:
@@ -126,17 +126,13 @@ def check_copies(splits: "Splits") -> Iterator[Finding]:
                 copies[known(sample.path)].append(sample)
 
     # copies inflate the scores; one video with two labels cannot be learned
-    leaked, mixed = (
-        [pair for samples in copies.values() if (pair := first_overlap(samples, group))]
-        for group in (lambda s: split_of[id(s)], lambda s: s.label)
-    )
-    for check, groups, advice in (
-        ("val and test share no video with train", leaked, "remove the copies: they make scores too good"),
-        ("no video is in two classes", mixed, "keep each in one class"),
-    ):
-        if groups:
-            pair = " = ".join(clip_name(sample) for sample in groups[0])
-            yield Finding(check, f"{counted(len(groups), 'copied video')}, first {pair}", advice)
+    leaks = "val and test share no video with train", "remove the copies: they make scores too good"
+    mixed = "no video is in two classes", "keep each in one class"
+    for (check, advice), group in ((leaks, lambda s: split_of[id(s)]), (mixed, lambda s: s.label)):
+        pairs = [pair for samples in copies.values() if (pair := first_overlap(samples, group))]
+        if pairs:
+            first = " = ".join(map(clip_name, pairs[0]))
+            yield Finding(check, f"{counted(len(pairs), 'copied video')}, first {first}", advice)
         else:
             yield Finding(check, counted(len(copies), "different video"))
 
@@ -260,14 +256,14 @@ def cached_signatures(model: "VideoModel", config: Config, samples: list[Any]) -
 
 def check_captions(splits: "Splits") -> Finding:
     """Looks for videos without a caption or answer, also in val and test."""
-    samples = [*splits.train, *splits.val, *splits.test]
+    check, samples = "every video has a caption", [*splits.train, *splits.val, *splits.test]
     without = [s for s in samples if not s.captions]
     if without:
         result = f"{counted(len(without), 'video')} without one, first {without[0].path}"
-        return Finding("every video has a caption", result, "add captions to metadata.jsonl")
+        return Finding(check, result, "add captions to metadata.jsonl")
     asked = sum(bool(s.question) for s in samples)
     count = counted(sum(len(s.captions) for s in samples) - asked, "caption")
-    return Finding("every video has a caption", count + (f", {counted(asked, 'answer')}" if asked else ""))
+    return Finding(check, count + (f", {counted(asked, 'answer')}" if asked else ""))
 
 
 def clip_name(sample: Any) -> str:
@@ -312,13 +308,13 @@ def check_preprocessing(model: "VideoModel") -> Finding:
     from transforms import Preprocessing
     from vision import vision_preprocessor
 
-    used = model.vision_encoder.preprocessing
+    check, used = "mean and std are the backbone's", model.vision_encoder.preprocessing
     values = vision_preprocessor(model.sources["vision"], model.vision_encoder.config)
     own = Preprocessing.from_dict(values, used.image_size)
     if (used.mean, used.std, used.rescale_factor) != (own.mean, own.std, own.rescale_factor):
         result = f"mean {used.mean}, std {used.std}; the backbone's file has {own.mean}, {own.std}"
-        return Finding("mean and std are the backbone's", result, "use the backbone's preprocessor_config.json")
-    return Finding("mean and std are the backbone's", f"mean {used.mean}, std {used.std}")
+        return Finding(check, result, "use the backbone's preprocessor_config.json")
+    return Finding(check, f"mean {used.mean}, std {used.std}")
 
 
 def check_frames(model: "VideoModel", config: Config) -> Finding:
@@ -326,9 +322,9 @@ def check_frames(model: "VideoModel", config: Config) -> Finding:
     with any number, and be wrong without an error."""
     from vision import own_frames, read_vision_config
 
-    vision = model.vision_encoder
+    check, vision = "frames fit the backbone", model.vision_encoder
     if vision.family.is_image_encoder:
-        return Finding("frames fit the backbone", f"{counted(vision.num_frames, 'frame')}, encoded one at a time")
+        return Finding(check, f"{counted(vision.num_frames, 'frame')}, encoded one at a time")
     configured = embedded = own_frames(vision.config)
     time_embeddings = getattr(getattr(vision.backbone, "embeddings", None), "time_embeddings", None)
     if time_embeddings is not None:
@@ -336,10 +332,10 @@ def check_frames(model: "VideoModel", config: Config) -> Finding:
     if len({configured, embedded, config.num_frames}) > 1:
         counts = f"clips have {counted(config.num_frames, 'frame')}, the configuration {configured}"
         advice = "these must agree, or the backbone mixes up space and time"
-        return Finding("frames fit the backbone", f"{counts}, the embeddings {embedded}", advice)
+        return Finding(check, f"{counts}, the embeddings {embedded}", advice)
     pretrained = own_frames(read_vision_config(model.sources["vision"]))
     note = "" if pretrained == embedded else f" (pretrained with {pretrained}: its positions in time are adapted)"
-    return Finding("frames fit the backbone", f"{counted(embedded, 'frame')}{note}")
+    return Finding(check, f"{counted(embedded, 'frame')}{note}")
 
 
 def check_first_loss(model: "VideoModel", batch: dict[str, Any], num_classes: int) -> Finding:
@@ -353,9 +349,9 @@ def check_first_loss(model: "VideoModel", batch: dict[str, Any], num_classes: in
     num_classes = 2 if model.multi_label else num_classes  # each class is a yes or no
     mean, expected = loss.item() / targets.numel(), math.log(num_classes)
     result = f"{mean:.3f}, ln {num_classes} = {expected:.3f}"
-    if not abs(mean - expected) < 0.25 * expected:  # also true for NaN
-        return Finding("the first loss is at chance level", result, "check the scale of the inputs: mean, std, weights")
-    return Finding("the first loss is at chance level", result)
+    near = abs(mean - expected) < 0.25 * expected  # False for NaN
+    advice = "" if near else "check the scale of the inputs: mean, std, weights"
+    return Finding("the first loss is at chance level", result, advice)
 
 
 def check_gradients(model: "VideoModel", batch: dict[str, Any]) -> Finding:
@@ -366,7 +362,7 @@ def check_gradients(model: "VideoModel", batch: dict[str, Any]) -> Finding:
     from train_code import first_steps_checked, loss_sum
 
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=1e-4)
-    counts = f"{len(trained_tensors(model))} trained tensors, {len(list(adapters(model)))} adapters"
+    check = "trained tensors get gradients"
     try:
         for step in range(2):
             loss_sum(model.train(), batch)[0].backward()
@@ -374,8 +370,8 @@ def check_gradients(model: "VideoModel", batch: dict[str, Any]) -> Finding:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     except (UserError, RuntimeError) as error:  # torch raises RuntimeError if nothing at all needs a gradient
-        return Finding("trained tensors get gradients", str(error), "this training would not learn; do not start it")
-    return Finding("trained tensors get gradients", counts)
+        return Finding(check, str(error), "this training would not learn; do not start it")
+    return Finding(check, f"{len(trained_tensors(model))} trained tensors, {len([*adapters(model)])} adapters")
 
 
 def check_overfit(model: "VideoModel", batch: dict[str, Any], learning_rate: float) -> Finding:
@@ -397,10 +393,9 @@ def check_overfit(model: "VideoModel", batch: dict[str, Any], learning_rate: flo
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     result = f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {OVERFIT_STEPS} steps at learning rate {learning_rate:g}"
-    if not losses[-1] < OVERFIT_FRACTION * losses[0]:
-        advice = "try another --learning_rate; look at labels and clips"
-        return Finding("a batch of 8 can be overfitted", result, advice)
-    return Finding("a batch of 8 can be overfitted", result)
+    learned = losses[-1] < OVERFIT_FRACTION * losses[0]  # False for NaN
+    advice = "" if learned else "try another --learning_rate; look at labels and clips"
+    return Finding("a batch of 8 can be overfitted", result, advice)
 
 
 # -- all of them ------------------------------------------------------------------------------------
