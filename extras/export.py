@@ -61,7 +61,6 @@ def export(
             f"--export: {run_dir} has an attentive head, for which Hugging Face has no class; train with --head linear "
             "to export the classifier"
         )
-
     if not config.use_vlm and (reason := why_no_class(model.vision_encoder)):
         raise UserError(f"--export: {run_dir} has a linear head on {reason}")
 
@@ -148,9 +147,7 @@ def export_classifier(
     with torch.no_grad():
         expected = model.eval()(clips)  # (2, K)
         logits = model(vision.preprocessing.pixels(frames)[None])  # (1, K)
-        probabilities = (logits.sigmoid().numpy() if model.multi_label else rule.probabilities(logits.numpy()))[
-            0
-        ]  # (K,)
+    scores = logits.sigmoid().numpy() if model.multi_label else rule.probabilities(logits.numpy())  # (1, K)
 
     # predict.py reads the choice of frames from preprocessor_config.json, too, and the thresholds of several labels
     merge_adapters(model)
@@ -169,7 +166,7 @@ def export_classifier(
         logits = reloaded(vision.preprocessing.normalise(clips)).logits.flatten(1)  # VideoPrism's are (B, 1, K)
     logit_difference = float((logits - expected).abs().max())
     predicted = runpy.run_path(str(folder / "predict.py"))["predict"](video)
-    difference = max(abs(a - b) for a, b in zip(predicted.values(), probabilities.tolist(), strict=True))
+    difference = max(abs(a - b) for a, b in zip(predicted.values(), scores[0].tolist(), strict=True))
     video.unlink()
     write_readme(folder, run, config, metadata, logit_difference, difference)
     return logit_difference, difference
@@ -179,8 +176,8 @@ def check_position_table(model: VideoModel) -> None:
     """Raises UserError if transformers' class cannot hold the run's position embeddings."""
     vision = model.vision_encoder
     native = read_vision_config(model.sources["vision"])
-    native_sizes = own_frames(native), own_size(native)
-    if native_sizes == (own_frames(vision.config), own_size(vision.config)):
+    frames, size = own_frames(native), own_size(native)
+    if (frames, size) == (own_frames(vision.config), own_size(vision.config)):
         return
 
     # tables that are parameters can have any length, but VideoMAE computes its table from the configuration; and
@@ -190,7 +187,7 @@ def check_position_table(model: VideoModel) -> None:
     if computed or "interpolate_pos_encoding" in vision.family.arguments:
         raise UserError(
             f"--export: transformers' {vision.config.model_type} cannot load the interpolated position embeddings of "
-            "this run; to export, train with --num_frames {} --image_size {}".format(*native_sizes)
+            f"this run; to export, train with --num_frames {frames} --image_size {size}"
         )
 
 
@@ -206,7 +203,6 @@ def native_model(model: VideoModel, metadata: dict[str, Any]) -> torch.nn.Module
         names = metadata["class_names"]
     hf_config = copy.deepcopy(vision.config)
     hf_config.id2label, hf_config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-
     if model.multi_label:
         hf_config.problem_type = "multi_label_classification"
 
@@ -249,7 +245,7 @@ def write_readme(
 ) -> None:
     """Writes the export's README: its files, how it chooses frames, which videos it rejects, how much its logits and
     probabilities differ, and the licence of its backbone."""
-    adapters, reject, backbone = "", "", metadata["backbones"]["vision"]
+    adapter_row, reject, backbone = "", "", metadata["backbones"]["vision"]
     if rule := metadata.get("reject"):
         reject = (
             f"\nThe best probability must be at least {rule['threshold']:.4g}; otherwise the video is none of these "
@@ -257,18 +253,18 @@ def write_readme(
             f"{rule['temperature']:.4g} first.\n"
         )
     if (folder / "adapter_vision").is_dir():
-        adapters = "| `adapter_vision/` | the adapters alone, for `PeftModel.from_pretrained` |\n"
-    rule = parts = "the middle frames of equally long parts"
+        adapter_row = "| `adapter_vision/` | the adapters alone, for `PeftModel.from_pretrained` |\n"
+    choice = parts = "the middle frames of equally long parts"
     if config.frame_stride:
-        rule = f"one frame in {abs(config.frame_stride)}, from the middle of the video"
+        choice = f"one frame in {abs(config.frame_stride)}, from the middle of the video"
     if config.frame_stride < 0:
-        rule += f", or {parts} if the video is too short for that"
+        choice += f", or {parts} if the video is too short for that"
     text = Template((ROOT / "exported" / "README.md").read_text(encoding="utf-8")).substitute(
         run=printable(run),
-        adapters=adapters,
+        adapters=adapter_row,
         reject=reject,
         frames=counted(config.num_frames, "frame"),
-        rule=rule,
+        rule=choice,
         count=config.num_frames,
         logits=f"{logits:.1e}",
         probabilities=f"{probabilities:.1e}",
