@@ -190,10 +190,11 @@ def is_there(path: Path) -> bool:
 
 def parts_below(path: Path, folder: Path) -> tuple[str, ...]:
     """The parts of a path below a folder, without the tar that it may be in. So a tar can replace its contents."""
-    parts = Path(os.path.relpath(path, folder)).parts
-    place = split_path(path)
-    inside = len(parts) if place is None else place[1].count("/") + 1
-    return parts[: max(0, len(parts) - inside - 1)] + parts[len(parts) - inside :] if place else parts
+    parts, place = Path(os.path.relpath(path, folder)).parts, split_path(path)
+    if place is None:
+        return parts
+    member = len(parts) - place[1].count("/") - 1  # where the parts of its name in the tar start
+    return parts[: max(0, member - 1)] + parts[member:]
 
 
 def list_videos(shard: Path, suffixes: set[str]) -> tuple[list[Path], list[str]]:
