@@ -92,8 +92,8 @@ def erase(video: torch.Tensor) -> torch.Tensor:
     for clip in video:
         if torch.rand(()) >= ERASED_CLIPS:
             continue
-        inside = rectangle(float(uniform(1, 0.02, 0.25)), float(uniform(1, -1, 1).exp()), height, width)
-        clip[..., inside[0], inside[1]] = torch.randint(0, 256, (3, 1, 1), dtype=torch.uint8).to(video.device)
+        rows, columns = rectangle(float(uniform(1, 0.02, 0.25)), float(uniform(1, -1, 1).exp()), height, width)
+        clip[..., rows, columns] = torch.randint(0, 256, (3, 1, 1), dtype=torch.uint8).to(video.device)
     return video
 
 
@@ -190,9 +190,9 @@ def mix(batch: dict[str, Any]) -> dict[str, Any]:
     else:
         mixed, weight = video.clone(), torch.ones(count)
         for index, partner in enumerate(partners.tolist()):
-            inside = rectangle(float(torch.rand(())), 1.0, *video.shape[-2:])
-            mixed[index][..., inside[0], inside[1]] = video[partner][..., inside[0], inside[1]]
-            covered = (inside[0].stop - inside[0].start) * (inside[1].stop - inside[1].start)
+            rows, columns = rectangle(float(torch.rand(())), 1.0, *video.shape[-2:])
+            mixed[index, ..., rows, columns] = video[partner, ..., rows, columns]
+            covered = (rows.stop - rows.start) * (columns.stop - columns.start)
             weight[index] = 1 - covered / math.prod(video.shape[-2:])
 
     # `labels` must name the larger part, because training accuracy is measured against it

@@ -209,14 +209,13 @@ def renewed(claim: int, seconds: float) -> Generator[None]:
     thread = threading.Thread(target=renew, daemon=True)
     write(owner)
     thread.start()
+    failed = True
     try:
         yield
-    except BaseException:
-        ended.set()
-        thread.join()
-        write(RELEASED)
-        raise
+        failed = False
     finally:
         ended.set()
         thread.join()
+        if failed:
+            write(RELEASED)
         os.close(claim)

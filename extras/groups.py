@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as F
 
 from extras.shards import parts_below
 from script import UserError, counted, shown

@@ -111,8 +111,8 @@ def cache_layers(model: VideoModel, splits: Splits, config: Config, accelerator:
         for each in models:
             each.sources = model.sources
         store = LayersStore([open_store(each, config) for each in models])
-        splits, bad = scan(splits, config, cached_splits(config))
         names = cached_splits(config)
+        splits, bad = scan(splits, config, names)
         splits = replace(splits, **{name: [s for s in getattr(splits, name) if s.key not in bad] for name in names})
         compute_missing(store, VideoModel(encoder), splits, config, accelerator)
     finally:
