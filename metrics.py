@@ -220,8 +220,8 @@ def label_scores(
         if row["count"]:
             places = np.flatnonzero(truth == number)
             own = [groups[i] for i in places] if groups else None
-            row |= {"recall": row["predicted"].get(name, 0) / row["count"]}
-            row |= {"interval": fraction_interval(hits[places], own)}
+            row["recall"] = row["predicted"].get(name, 0) / row["count"]
+            row["interval"] = fraction_interval(hits[places], own)
     scores = with_intervals(label_summary(truth, ranked, confidence, len(class_names)), len(truth), groups)
     return scores | {"classes": classes, "calibration": calibration(confidence, hits)}
 
@@ -235,14 +235,8 @@ WORD = re.compile(
     rf"\b(?:[a-z]\.){{2,}}|\b(?:{ABBREVIATIONS})\.(?!\w)|o'clock|\b[dl]'\w+"
     r"|n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-.,/&*:]\w+)*|\S"
 )
-BRACKETS = {
-    "(": "-lrb-",
-    ")": "-rrb-",
-    "{": "-lcb-",
-    "}": "-rcb-",
-    "[": "-lsb-",
-    "]": "-rsb-",
-}  # coco-caption counts these as words
+# coco-caption counts these as words
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}
 PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
 
 
