@@ -309,19 +309,18 @@ def load_language(source: Source, captioning: bool) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    # a file without lm_head is complete if the model shares its weights with the embeddings, as most causal models do
     hf_config = read_config(source)
     if captioning:
         if not is_decoder(hf_config):
             raise UserError(f"captioning needs a causal language model such as gpt2, not {source.path}")
+        # a file may lack lm_head if that shares its weights with the embeddings, as in most causal models
         model = load_backbone(AutoModelForCausalLM, source, hf_config, new_layers=())
         model.generation_config = GenerationConfig()  # captions depend on our options, not on a file of the backbone
-
-    # the head reads [CLS] itself, so BERT's pooler is left out where possible: published checkpoints often lack it
     else:
         if not is_encoder(hf_config):
             kind = f"{source.path} is a {hf_config.model_type}"
             raise UserError(f"{kind}; classification needs a BERT-like encoder; for captions add --captioning True")
+        # the head reads [CLS] itself, so BERT's pooler is left out where possible: published checkpoints often lack it
         optional = "add_pooling_layer" in inspect.signature(model_class(hf_config).__init__).parameters
         without_pooler = {"add_pooling_layer": False} if optional else {}
         model = load_backbone(AutoModel, source, hf_config, new_layers=("pooler.",), **without_pooler)
@@ -370,11 +369,11 @@ def is_encoder(hf_config: Any) -> bool:
 def is_decoder(hf_config: Any) -> bool:
     """Whether this configuration describes a causal language model. transformers has causal versions of BERT-like
     encoders too, but none was pretrained as such."""
-    from transformers.models.auto import modeling_auto as tables
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    masked = hf_config.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    causal = hf_config.model_type in tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return causal and not masked and not hf_config.is_encoder_decoder
+    kind = hf_config.model_type
+    return kind in CAUSAL and kind not in MASKED and not hf_config.is_encoder_decoder
 
 
 def takes(model: Any, argument: str) -> bool:

@@ -66,18 +66,18 @@ def fit_embeddings(backbone: nn.Module, num_frames: int, image_size: int) -> Non
 
     Raises UserError if image_size is not a multiple of the patch size, or num_frames of the tubelet size.
     """
-    # a convolution would silently drop the pixels of an incomplete patch, and the frames of an incomplete tubelet
     config = backbone.config
     family, (tubelet, patch) = FAMILIES[config.model_type], patch_shape(config)
+
+    # a convolution would silently drop the pixels of an incomplete patch, and the frames of an incomplete tubelet
     if image_size % patch:
         raise UserError(f"--image_size {image_size}: this backbone needs a multiple of its patch size, {patch}")
     if num_frames % tubelet:
         raise UserError(f"--num_frames {num_frames}: this backbone needs a multiple of its tubelet size, {tubelet}")
 
-    # TimeSformer's layers take their shapes from the configuration
+    # the embeddings first, because their old grid is that of the configuration; TimeSformer's layers read the new one
     family.fit(backbone, num_frames // tubelet, image_size // patch)
-    sizes = {family.size: image_size} | ({} if family.frames is None else {family.frames: num_frames})
-    config.update(sizes)
+    config.update({family.size: image_size} | ({family.frames: num_frames} if family.frames else {}))
 
 
 def fit_nothing(backbone: nn.Module, times: int, side: int) -> None:
@@ -100,7 +100,7 @@ def fit_space_and_time(backbone: nn.Module, times: int, side: int) -> None:
     embeddings.position_embeddings.data = torch.cat([space[:, :1], grid.flatten(1, 3)], dim=1)
     time = embeddings.time_embeddings.data[:, :, None, None]  # (1, t, 1, 1, D)
     embeddings.time_embeddings.data = resize_grid(time, (times, 1, 1)).flatten(1, 3)
-    tell_size(backbone, side, side**2)
+    set_input_size(backbone, side, side**2)
 
 
 def fit_one_table(backbone: nn.Module, times: int, side: int) -> None:
@@ -110,10 +110,10 @@ def fit_one_table(backbone: nn.Module, times: int, side: int) -> None:
     grid = table[:, first:].unflatten(1, (old_times, old_side, old_side))  # (1, t, h, w, D)
     grid = resize_grid(grid, (times, side, side)).flatten(1, 3)
     embeddings.position_embeddings.data = torch.cat([table[:, :first], grid], dim=1)
-    tell_size(backbone, side, times * side**2)
+    set_input_size(backbone, side, times * side**2)
 
 
-def tell_size(backbone: nn.Module, side: int, num_patches: int) -> None:
+def set_input_size(backbone: nn.Module, side: int, num_patches: int) -> None:
     """Sets the sizes that the embeddings check their input against."""
     embeddings, size = backbone.embeddings, side * patch_shape(backbone.config)[1]
     embeddings.image_size = embeddings.patch_embeddings.image_size = (size, size)
@@ -180,10 +180,10 @@ class Family:
         return self.frames is None
 
 
-# the key is transformers' model_type; to add a family, add a row
 INTERPOLATE = {"interpolate_pos_encoding": True}
 # DINOv2's table has 518 pixels, from the end of its training; its preprocessing has 224
 DINO = Family("cls", starts_with_cls=True, frames=None, auto_size=224, unused=("embeddings.mask_token",))
+# the key is transformers' model_type; to add a family, add a row
 FAMILIES = {
     # stride of the base models: 8 x 32 frames; it is 16 for HR and 4 for L
     "timesformer": Family("cls", starts_with_cls=True, token_order="hwt", fit=fit_space_and_time, stride=32),
