@@ -31,7 +31,7 @@ from feature_cache import (
 from readers import Reader, ReadError, Segment, corner, digest, open_video, stamp
 from script import UserError, counted, is_main, make_folder, printable, remove_leftovers, write_json
 from transforms import view_indices
-from VLoader import Key, Sample, Splits, WorkerLoader, identified
+from VLoader import SPLITS, Key, Sample, Splits, WorkerLoader, identified
 
 LISTED = 20  # unreadable videos that an error message lists
 SCAN_CACHE = ".videos.json"  # in --output_dir
@@ -139,7 +139,7 @@ def without_unreadable(splits: Splits, bad: dict[Key, str], config: Config) -> S
 
 def drop_unreadable(splits: Splits, bad: dict[Key, str]) -> Splits:
     """The splits without the samples in `bad`. Raises UserError if a split or a class loses its last video."""
-    kept = {n: [s for s in getattr(splits, n) if s.key not in bad] for n in ("train", "val", "test")}
+    kept = {name: [s for s in getattr(splits, name) if s.key not in bad] for name in SPLITS}
     for name, samples in kept.items():
         if getattr(splits, name) and not samples:
             raise UserError(f"no video of {name} can be read; the first error: {next(iter(bad.values()))}")
@@ -195,24 +195,16 @@ def scan_videos(
         except ReadError as error:
             bad |= {key_of(path, part): str(error) for part in parts}
             continue
-        record = known.get(os.path.abspath(path), {"stamp": None})
-        if record["stamp"] != current or not needed <= {*record["decoded"]}:
+        record = known.get(os.path.abspath(path))
+        unchanged = record is not None and record["stamp"] == current
+        decoded = {*record["decoded"]} if unchanged else set()
+        if not unchanged or not needed <= decoded:
             to_read.append((path, parts))
-            decoded = record["decoded"] if record["stamp"] == current else []
-            record = {"stamp": current, "decoded": sorted({*decoded, *needed})}
+            record = {"stamp": current, "decoded": sorted(decoded | needed)}
         records[path] = record
 
-    # for a few videos, starting worker processes takes longer than reading
-    workers = num_workers if len(to_read) > 64 else 0
-    dataset = ScanDataset(to_read, num_frames, stride)
-    loader = WorkerLoader(dataset, batch_size=16, num_workers=workers, collate_fn=list)
-    results: list[tuple[list[str], str]] = []
-    with tqdm(total=len(to_read), desc="checking videos", unit="video", leave=False, disable=not to_read) as bar:
-        for batch in loader:
-            results += batch
-            bar.update(len(batch))
-
     # a record is complete only once its video was read
+    results = read_videos(ScanDataset(to_read, num_frames, stride), num_workers)
     for (path, parts), (errors, content) in zip(to_read, results, strict=True):
         failed = {part: error for part, error in zip(parts, errors, strict=True) if error}
         bad |= {key_of(path, part): error for part, error in failed.items()}
@@ -234,6 +226,18 @@ def name_part(part: Part, num_frames: int, stride: int) -> str:
     segment, clips = part
     name = f"{num_frames}/{stride}/{clips}" if clips else "two frames"
     return name if segment is None else f"{name} of {[*segment]}"
+
+
+def read_videos(dataset: "ScanDataset", num_workers: int) -> list[tuple[list[str], str]]:
+    """All items of the dataset, in order."""
+    # for a few videos, starting worker processes takes longer than reading
+    count, results = len(dataset), []
+    loader = WorkerLoader(dataset, batch_size=16, num_workers=num_workers if count > 64 else 0, collate_fn=list)
+    with tqdm(total=count, desc="checking videos", unit="video", leave=False, disable=not count) as bar:
+        for batch in loader:
+            results += batch
+            bar.update(len(batch))
+    return results
 
 
 class ScanDataset(Dataset):
