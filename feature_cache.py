@@ -309,7 +309,7 @@ def key_of(description: dict[str, Any]) -> str:
 
 def cached_splits(config: Config) -> tuple[str, ...]:
     """The splits that use cached features. test does not if it averages several views, because one is cached."""
-    return ("train", "val", "test") if (config.test_clips, config.test_crops) == (1, 1) else ("train", "val")
+    return SPLITS if (config.test_clips, config.test_crops) == (1, 1) else ("train", "val")
 
 
 def read_features(store: FeatureStore, splits: Splits, config: Config) -> dict[str, CachedFeatures]:

@@ -56,7 +56,7 @@ class Estimate:
 # -- one trial --------------------------------------------------------------------------------------
 
 
-def some(samples: list["Sample"], count: int) -> list["Sample"]:
+def subset(samples: list["Sample"], count: int) -> list["Sample"]:
     """At most `count` samples, in random order: folders are sorted by class, and classes may differ in length."""
     return random.Random(0).sample(samples, min(count, len(samples)))
 
@@ -82,13 +82,13 @@ def try_training(config: Config, started: float) -> Estimate:
         sizes = {name: len(getattr(run.splits, name)) for name in SPLITS}
         stored = stored_splits(run.splits, run.model, run.config)
         read, features = time_reading(run, stored)
-        tested = some(run.splits.val, 4 * run.config.batch_size)
+        tested = subset(run.splits.val, 4 * run.config.batch_size)
         if features is not None:
             trained = [s for s in run.splits.train if s.key in features]
             run.splits = replace(run.splits, train=trained, val=tested)
             run.features = {n: [features[s.key] for s in getattr(run.splits, n)] for n in ("train", "val")}
         if stored:
-            run.splits = replace(run.splits, train=some(run.splits.train, 8 * run.config.batch_size), val=tested)
+            run.splits = replace(run.splits, train=subset(run.splits.train, 8 * run.config.batch_size), val=tested)
             clock = time.perf_counter()
             run.splits, run.frames = prepare_frames(run.splits, stored, {}, run.config, run.model, run.accelerator)
             tested = run.splits.val
@@ -119,16 +119,16 @@ def try_training(config: Config, started: float) -> Estimate:
 def time_check(run: "Run", cached: tuple[str, ...], stored: tuple[str, ...]) -> float:
     """Seconds per video to check that it can be read. A few come first, because the workers take time to start."""
     from scan import scan
+    from VLoader import SPLITS
 
-    names = ("train", "val", "test")
-    chosen = {name: some(getattr(run.splits, name), 128) for name in names}
+    chosen = {name: subset(getattr(run.splits, name), 128) for name in SPLITS}
     times, counts = [], []
     for part in (slice(32), slice(32, None)):
-        splits = replace(run.splits, **{name: chosen[name][part] for name in names})
+        splits = replace(run.splits, **{name: chosen[name][part] for name in SPLITS})
         clock = time.perf_counter()
         scan(splits, run.config, cached, stored)
         times.append(time.perf_counter() - clock)
-        counts.append(sum(len(getattr(splits, name)) for name in names))
+        counts.append(sum(len(getattr(splits, name)) for name in SPLITS))
     more = counts[1] - counts[0]
     return max(0.0, times[1] - times[0]) / more if more > 0 else sum(times) / sum(counts)
 
@@ -137,16 +137,16 @@ def time_reading(run: "Run", stored: tuple[str, ...]) -> tuple[float, dict["Key"
     """(Seconds per video to check it before training and, with a frozen backbone, to compute its features; these
     features by the samples' keys, or None). The check decodes no videos of `stored` splits."""
     from feature_cache import computed_features, use_cache
-    from VLoader import distinct
+    from VLoader import SPLITS, distinct
 
-    cached = ("train", "val", "test") if use_cache(run.model, run.config) else ()
+    cached = SPLITS if use_cache(run.model, run.config) else ()
     seconds = time_check(run, cached, stored)
     if not cached:
         return seconds, None
 
     # features, first of val, which needs all of them; the first batch warms up and is not measured
     batch = run.config.batch_size
-    samples = distinct(some(run.splits.val, 4 * batch) + some(run.splits.train, len(run.splits.train)))
+    samples = distinct(subset(run.splits.val, 4 * batch) + subset(run.splits.train, len(run.splits.train)))
     features: dict[Key, Any] = {}
     first = clock = time.perf_counter()
     for computed, _ in computed_features(run.model.vision_encoder, samples, run.config, run.accelerator):
