@@ -73,7 +73,7 @@ from VLoader import (
 
 SHARD = 256  # videos per file
 ABOUT = "about.json"
-#: the files of a pack: those of a cache, and those of a data folder without its videos
+# the files of a pack: those of a cache, and those of a data folder without its videos
 PACKED = re.compile(
     r"features/([0-9a-f]{16})/(about\.json|[\w-]+\.safetensors)|"
     r"data/((train|val|test)/metadata\.jsonl|classes\.json|lexicon\.json)"

@@ -36,7 +36,7 @@ from script import UserError, counted, printable
 from transforms import sample_indices, window_stride
 from VLoader import ClipDataset, Key, Sample, Splits, WorkerLoader, distinct
 
-#: where the stored frames lie in their segments, or the windows in the video; see sample_indices()
+# where the stored frames lie in their segments, or the windows in the video; see sample_indices()
 POSITIONS = {"train": (1 / 6, 1 / 2, 5 / 6), "val": (1 / 2,)}
 # 4:4:4 keeps colours at full resolution: at half of it, 3 dB are lost, and 10 dB in clips with strong colours
 COMPRESSION: dict[str, Any] = {"format": "JPEG", "quality": 90, "subsampling": "4:4:4"}
@@ -214,6 +214,7 @@ def store_missing(
 
     # every process writes shards of its own, then reads those of the others
     part = missing[accelerator.process_index :: accelerator.num_processes]
+    samples, ids = [samples[i] for i in part], ids[part]
     bad: dict[Key, str] = {}
     shard: list[tuple[int, StoredClip]] = []  # (index of the sample, its frames)
 
@@ -225,8 +226,8 @@ def store_missing(
 
     dataset = ClipDataset(samples, model.vision_encoder.preprocessing, config.num_frames, config.frame_stride, [])
     announced = False
-    with tqdm(total=len(part), desc="storing frames", unit="video", leave=False, disable=not len(part)) as bar:
-        for clips, errors in compressed_clips(dataset, part, store.positions, config.num_workers):
+    with tqdm(total=len(samples), desc="storing frames", unit="video", leave=False, disable=not samples) as bar:
+        for clips, errors in compressed_clips(dataset, store.positions, config.num_workers):
             bad |= {samples[index].key: error for index, error in errors.items()}
             shard += clips
             bar.update(len(clips) + len(errors))
@@ -250,13 +251,13 @@ def announce(folder: Path, count: int, size: float) -> None:
 
 
 def compressed_clips(
-    dataset: ClipDataset, indices: np.ndarray, positions: tuple[float, ...], num_workers: int
+    dataset: ClipDataset, positions: tuple[float, ...], num_workers: int
 ) -> Iterator[tuple[list[tuple[int, StoredClip]], dict[int, str]]]:
     """Compresses samples batch by batch: yields ([(index of the sample, its frames)], {index: error} of the unreadable
     ones)."""
     # for a few videos, starting worker processes takes longer than decoding
-    jobs = CompressedClips(dataset, indices.tolist(), positions)
-    workers = num_workers if len(indices) > 64 else 0
+    jobs = CompressedClips(dataset, positions)
+    workers = num_workers if len(jobs) > 64 else 0
     for batch in WorkerLoader(jobs, batch_size=BATCH, num_workers=workers, collate_fn=list):
         errors = {index: clip for index, clip in batch if isinstance(clip, str)}
         yield [item for item in batch if item[0] not in errors], errors
@@ -264,19 +265,17 @@ def compressed_clips(
 
 @dataclass
 class CompressedClips(Dataset):
-    """Item i is (index of the i-th of these samples, its frames or the error)."""
+    """Item i is (i, the frames of sample i or the error)."""
 
     dataset: ClipDataset
-    indices: list[int]
     positions: tuple[float, ...]
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.dataset.samples)
 
     def __getitem__(self, index: int) -> tuple[int, StoredClip | str]:
         # an exception in a worker process would arrive as a traceback, so return the error
-        number = self.indices[index]
         try:
-            return number, compress_clip(self.dataset, self.dataset.samples[number], self.positions)
+            return index, compress_clip(self.dataset, self.dataset.samples[index], self.positions)
         except ReadError as error:
-            return number, str(error)
+            return index, str(error)
