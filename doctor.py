@@ -213,8 +213,8 @@ def signatures_of(run: "Run", samples: list[Any]) -> tuple[Any, str]:
     rows = cached_signatures(model, config, samples)
     missing = [index for index in range(len(samples)) if index not in rows]
 
-    preprocessing, frames = encoder.preprocessing, (config.num_frames, config.frame_stride)
-    dataset = ClipDataset([samples[index] for index in missing], preprocessing, *frames, [])
+    absent = [samples[index] for index in missing]
+    dataset = ClipDataset(absent, encoder.preprocessing, config.num_frames, config.frame_stride, [])
     batches = EpochBatches(dataset, 16)
     loader = build_loader(dataset, stack_clips, config.num_workers if len(missing) > 64 else 0, batches)
     started = 0.0

@@ -140,19 +140,15 @@ class ShardStore:
         self.folder, self.shape = folder, shape
         make_folder(folder)
         remove_leftovers(folder)
-        if not (folder / ABOUT).is_file():
-            self.write_description(description)
+        if not (folder / ABOUT).is_file():  # for people who wonder what a folder is for
+            text = json.dumps(description, indent=1) + "\n"
+            replace_file(folder / ABOUT, lambda p: p.write_text(text, encoding="utf-8"))
         self.index = FeatureIndex()
         self.shards: list[Path] = []
         self.checked: set[int] = set()  # shards whose digest was checked
         self.ignored: dict[Path, None] = {}  # files that are damaged or no shards of this store; a dict keeps the order
         self.handles: dict[int, Any] = {}  # opened on first use, so that each worker process has its own
         self.refresh()
-
-    def write_description(self, description: dict[str, Any]) -> None:
-        """Writes about.json, for people who wonder what a folder is for."""
-        text = json.dumps(description, indent=1) + "\n"
-        replace_file(self.folder / ABOUT, lambda p: p.write_text(text, encoding="utf-8"))
 
     def refresh(self) -> None:
         """Adds the ids of shards that were written since the last call. Files that are no shards are ignored."""

@@ -122,11 +122,11 @@ class AttentiveProjector(StepReader):
     does. Perceiver-like resamplers (arXiv:2204.14198) have queries too, but not one result per time step.
     """
 
-    def __init__(self, vision: Any, width: int, dropout: float, num_tokens: int = NUM_QUERIES):
+    def __init__(self, vision: Any, width: int, dropout: float):
         """`width` is that of the language model's embeddings."""
         super().__init__(vision, dropout)
-        hidden, self.num_tokens = vision.config.hidden_size, num_tokens
-        self.queries = nn.Parameter(torch.randn(num_tokens, hidden))
+        hidden, self.num_tokens = vision.config.hidden_size, NUM_QUERIES
+        self.queries = nn.Parameter(torch.randn(NUM_QUERIES, hidden))
         self.project = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
