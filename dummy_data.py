@@ -192,13 +192,14 @@ def write_questions(items: list[dict[str, Any]], rng: np.random.Generator) -> di
     rows = []
     for kind, templates in QUESTIONS.items():
         item = choose(items, rng)
-        answers = {
+        answer_to = {
             "colour": item["colour"],
             "motion": CLASS_NAMES[item["motion"]],
             "count": ("one", "two")[len(items) - 1],
         }
-        rows.append((fill(choose(templates, rng), item, rng), answers[kind], kind))
-    return dict(zip(("question", "answer", "kind"), map(list, zip(*rows, strict=True)), strict=True))
+        rows.append((fill(choose(templates, rng), item, rng), answer_to[kind], kind))
+    questions, answers, kinds = zip(*rows, strict=True)
+    return {"question": [*questions], "answer": [*answers], "kind": [*kinds]}
 
 
 # -- motion -----------------------------------------------------------------------------------------
@@ -464,7 +465,8 @@ def write_split(folder: Path, count: int, args: argparse.Namespace, bar: Any) ->
         (folder / name).mkdir(parents=True)
         for index, (video, row) in enumerate(draw_rows(label, folder.name, count, args)):
             save_video(video, folder / name / f"video_{index}{suffix}")
-            row |= write_questions(row["objects"], rng) if args.questions else {}
+            if args.questions:
+                row |= write_questions(row["objects"], rng)
             if args.multi_label:
                 row["labels"] = [f"class_{MOTIONS.index(item['motion'])}" for item in row["objects"]]
             rows.append({"file_name": f"{name}/video_{index}{suffix}"} | row)

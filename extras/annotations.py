@@ -317,29 +317,27 @@ def vatex_rows(file: Path) -> Iterator[Row]:
 def frames_rows(file: Path) -> Iterator[Row]:
     """`folder start end label`, where start and end are image numbers; or `folder count label`"""
     for line in lines_of(file):
-        match = re.fullmatch(r"(.+?)\s+(\d+)\s+(\d+)\s+(\S+)", line)
-        if match:
+        if match := re.fullmatch(r"(.+?)\s+(\d+)\s+(\d+)\s+(\S+)", line):
             folder, start, end, label = match.groups()
             yield Row(folder, label=label, frames=(int(start), int(end)))
-            continue
         # the count is not needed: without start and end all images of the folder are used
-        match = re.fullmatch(r"(.+?)\s+(\d+)\s+(\S+)", line)
-        if match is None:
+        elif match := re.fullmatch(r"(.+?)\s+\d+\s+(\S+)", line):
+            yield Row(match[1], label=match[2])
+        else:
             yield Row(line, problem="expected `folder start end label` or `folder count label`")
-            continue
-        yield Row(match[1], label=match[3])
 
 
 def chat_rows(file: Path) -> Iterator[Row]:
     """[{"messages": [user, assistant], "videos": [path]}]: the question is the text, the answer is the caption"""
     for row in json.loads(read_text(file)):
-        name = str(row["videos"][0]) if row.get("videos") else "(none)"
+        videos = row.get("videos", ())
+        name = str(videos[0]) if videos else "(none)"
         # longer conversations have no single caption
         turns = [m for m in row["messages"] if m["role"] != "system"]
         if [m["role"] for m in turns] != ["user", "assistant"]:
             yield Row(name, problem="expected exactly one question and one answer")
-        elif len(row.get("videos", ())) != 1:
-            yield Row(name, problem=f"{len(row.get('videos', ()))} videos in one conversation")
+        elif len(videos) != 1:
+            yield Row(name, problem=f"{len(videos)} videos in one conversation")
         else:
             question, answer = (m["content"].replace("<video>", "").strip() for m in turns)
             yield Row(name, captions=(answer,), text=question or None, problem="" if answer else "no answer")
@@ -417,7 +415,7 @@ def plain_name(value: str) -> str:
 
 
 def values_of(annotation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The `value` of each result of an annotation; of an item of JSON_MIN the same, as far as its fields tell."""
+    """The `value` of each result of an annotation, or the same made of the fields of an item of JSON_MIN."""
     if "result" in annotation:
         values = [result.get("value", {}) for result in annotation["result"] or []]
     else:
