@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # a batch of 8 clips must lose half of its loss in 50 steps
 OVERFIT_STEPS, OVERFIT_FRACTION = 50, 0.5
-LONGEST_SEARCH = 120  # seconds to compute features in, for near copies
+LONGEST_SEARCH = 120  # seconds that computing features may take to find near copies
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def check_near_copies(run: "Run") -> Finding:
     if rows is None:
         return Finding(check, f"not checked: {problem}")
 
-    # zeros are similar to nothing: clips that cannot be read
+    # clips that cannot be read become zeros, which are similar to nothing
     readable = rows.isfinite().all(1)  # (n,)
     white = whitened(rows[readable])  # (readable, k)
     vectors = white.new_zeros(len(rows), white.shape[1])

@@ -4,11 +4,11 @@
                       about.json               what the key stands for
 
 The key is a hash of the backbone's fingerprint, the layer unless it is the last, the preprocessing, the sampled frames,
-and token_grid. The id of a video is the digest of its content, of a segment combined with its times. So moved or copied
-videos still hit the cache, and a changed video or another backbone never does. Shards are written atomically, so a
-killed extraction resumes after its last shard. Each contains a digest of its ids and features, which is checked before
-a run uses them. Files are only added: several runs may write at the same time, and the folder may be deleted at any
-time.
+and token_grid. The id of a video is the digest of its content; that of a segment depends on its times too. So moved or
+copied videos still hit the cache, and a changed video or another backbone never does. Shards are written atomically, so
+a killed extraction resumes after its last shard. Each contains a digest of its ids and features, which is checked
+before a run uses them. Files are only added: several runs may write at the same time, and the folder may be deleted at
+any time.
 
 A row number combines two numbers: shard * 2^32 + the row in that shard.
 

@@ -19,7 +19,7 @@ from script import UserError, counted, shown
 
 # a damaged or hostile configuration beyond these would keep the machine busy for minutes before anything fails
 MOST_LAYERS, MOST_TOKENS, MOST_PARAMETERS = 1000, 10**6, 10**11
-LARGEST_FIELDS = 20_000  # bytes of a model card in which its fields are looked for
+LARGEST_FIELDS = 20_000  # bytes at the start of a model card that may hold its fields
 
 LAYER_FIELDS = tuple(
     f"{kind}_layers" for kind in ["num_hidden", "num_spatial", "num_temporal", "num_pooler", "pred_num_hidden"]

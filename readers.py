@@ -43,7 +43,7 @@ REPEATED = "a link to a folder that was already read"
 
 LARGE = 1280 * 720  # pixels of a frame from which several decoding threads are faster than one
 LARGEST_CLIP = 2**30  # bytes of all frames of a clip
-# of how many files, and frames, the timestamps are remembered, of 8 bytes each; 4 million are 37 hours at 30 per second
+# how many files, and frames in all, have their timestamps (8 bytes each) remembered: 37 hours at 30 frames per second
 INDEXED_FILES, INDEXED_FRAMES = 1000, 4_000_000
 
 # FFmpeg formats that only name other files. What they show may change while their own digest stays the same

@@ -54,6 +54,7 @@ class Augment:
             video = crop(video, least_area=0.5, aspect=4 / 3)
             video = erase(jitter(rand_augment(video)))
         batch = batch | {"video": video}
+        # clips with texts are not mixed: each text is about one of them
         return mix(batch) if self.level == "strong" and "labels" in batch and "input_ids" not in batch else batch
 
 
@@ -147,7 +148,7 @@ def rand_augment(video: torch.Tensor) -> torch.Tensor:
     choices = operations()
     clips = []
     for clip in video:
-        frames = clip.float() / 255
+        frames = clip.float() / 255  # (T, C, H, W)
         for number in torch.randint(len(choices), (OPERATIONS,)).tolist():
             frames = choices[number](frames, float(uniform(1, -1, 1))).clamp(0, 1)
         clips.append(to_uint8(255 * frames))

@@ -225,8 +225,8 @@ def native_model(model: VideoModel, metadata: dict[str, Any]) -> torch.nn.Module
 
 
 def draw_video(path: Path, num_frames: int) -> Path:
-    """Writes a video of noise that gets brighter, wider than high and longer than the model needs: another choice of
-    frames or another crop changes the answer."""
+    """Writes a video of noise that gets brighter, wider than it is high and longer than the model needs, so that
+    another choice of frames or another crop changes the answer."""
     import av
 
     generator = np.random.default_rng(0)

@@ -38,7 +38,7 @@ from VLoader import ClipDataset, Key, Sample, Splits, WorkerLoader, distinct
 
 # where the stored frames lie in their segments, or the windows in the video; see sample_indices()
 POSITIONS = {"train": (1 / 6, 1 / 2, 5 / 6), "val": (1 / 2,)}
-# 4:4:4 keeps colours at full resolution: at half of it, 3 dB are lost, and 10 dB in clips with strong colours
+# 4:4:4 keeps colours at full resolution: half of it would cost 3 dB, and 10 dB in clips with strong colours
 COMPRESSION: dict[str, Any] = {"format": "JPEG", "quality": 90, "subsampling": "4:4:4"}
 BATCH = 16  # videos per batch of a worker process
 

@@ -1,8 +1,8 @@
 """Which clips come from one recording, and what depends on it: --group_by, recordings in two splits, guesses from
 names, near copies.
 
-Clips of one recording show the same people, objects and background. If they are in two splits, scores are too good; if
-an interval takes them as independent, it is too narrow. `samples` are those of VLoader.
+Clips of one recording show the same people, objects and background. If they are in two splits, scores are too good;
+intervals that treat them as independent are too narrow. `samples` are those of VLoader.
 """
 
 import os
@@ -23,12 +23,12 @@ from script import UserError, counted, shown
 # names of clips that contain the name of their recording: v_Archery_g07_c02, <id>_000010_000020, match3_clip12. The
 # first group of each pattern is the recording
 NAMES = (r"(.+_g\d+)_c\d+", r"(.+)_\d+_\d+(\.\w+)?$", r"(.+)[ _-][a-z]*\d+(\.\w+)?$")
-# the similarity from which clips count as near copies. Chosen on half of a set of real clips, where anything from 0.6
-# to 0.75 tells copies from other clips; the higher, because some other clips are very similar too
+# clips at least this similar count as near copies. On half of a set of real clips, anything from 0.6 to 0.75 separates
+# copies from other clips; this is the strictest of these, because some other clips are very similar too
 COPY = 0.75
 COMPONENTS = 128  # of whitened features, at most
-PER_COMPONENT = 5  # clips: with fewer, the variance of a component is not known
-FEWEST = 80  # clips: with fewer components than these give, unrelated clips are often similar
+PER_COMPONENT = 5  # clips that it takes to know the variance of a component
+FEWEST = 80  # clips; fewer give too few components, and unrelated clips then are often similar
 
 
 # -- --group_by -------------------------------------------------------------------------------------
@@ -148,15 +148,15 @@ def signatures(features: torch.Tensor, times: int) -> torch.Tensor:
 def whitened(rows: torch.Tensor) -> torch.Tensor:
     """Signatures (n, d) -> unit vectors (n, k), scaled so that each of the k main components has the same variance.
 
-    What all clips have in common, and what only classes have in common, then weighs no more than what one clip has to
-    itself (Jegou and Chum 2012). Dot products are similarities.
+    What all clips share, or all clips of a class, then weighs no more than what sets a single clip apart (Jegou and
+    Chum 2012). Dot products are similarities.
     """
     sample = rows[:: max(1, len(rows) // 4096)]  # enough to know the components
     count = min(COMPONENTS, len(sample) // PER_COMPONENT, rows.shape[1])
     centre = sample.mean(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for the random start of the decomposition
-        _, scales, components = torch.svd_lowrank(sample - centre, q=count, niter=8)
+        _, scales, components = torch.svd_lowrank(sample - centre, q=count, niter=8)  # (k,), (d, k)
     # no more than the rank: the scale of the others is rounding error
     kept = scales > 1e-4 * scales[0]
     return F.normalize((rows - centre) @ components[:, kept] / scales[kept])

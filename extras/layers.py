@@ -100,7 +100,7 @@ class LayersStore(FeatureStore):
 
 @torch.random.fork_rng(devices=[])
 def cache_layers(model: VideoModel, splits: Splits, config: Config, accelerator: Any, layers: list[int]) -> None:
-    """Computes the missing features of the layer that `model` reads, and of these lower ones. Unreadable videos are
+    """Computes the missing features of the layer that `model` reads, and of the lower `layers`. Unreadable videos are
     left to prepare_data(), which reports them. The random generators stay as they are.
 
     Raises UserError if the backbone has no such layer.

@@ -3,7 +3,7 @@
     piece -> decode(), a task -> batches of clips -> Encoder, an actor -> features -> this process writes the shard
 
 CPUs decode; GPUs encode, or CPUs if this process finds no GPU. Every piece enters as one block, and every batch is one
-row, with the clips that it has in a single process. So the shards are the same, byte for byte on equal machines. A
+row, with the same clips as in a single process. So the shards are the same, byte for byte on equal machines. A
 piece is done when its shard and then its result are written: a new start goes on with those that are not.
 
 Ray repeats what was lost with a machine, unless it is the one where this process runs. All machines need the same
@@ -45,7 +45,7 @@ class Batch:
     features: torch.Tensor | None = None  # fp16 (B, 1 + N, D)
     failure: str = ""  # what the user has to change
     bad: dict[Key, str] = field(default_factory=dict)  # errors of unreadable samples
-    # the same in all batches of a piece: of the samples to compute the ids, and the records of all readable videos
+    # the same in all batches of a piece: the ids of the samples to compute, and the records of all readable videos
     ids: Any = None  # (n, 16) uint8
     records: dict[Path, Record] = field(default_factory=dict)
 

@@ -230,7 +230,7 @@ def read_notes(path: Path) -> list[dict[str, Any]]:
     if not found:
         return []
 
-    # the fields of .json win; file_name and video_digest are not for a tar to say
+    # the fields of .json win; a tar may set neither file_name nor video_digest
     own = {"label": found[".cls"].strip()} if ".cls" in found else {}
     own |= {"caption": found[".txt"].strip()} if found.get(".txt", "").strip() else {}
     try:
