@@ -68,7 +68,7 @@ def try_training(config: Config, started: float) -> Estimate:
     """
     from extras.frame_store import stored_splits
     from runs import memory_advice, prepare
-    from scan import prepare_frames
+    from scan import prepare_frames, without_unreadable
     from train_code import cast_frozen, peak_memory
     from VLoader import SPLITS
 
@@ -81,8 +81,9 @@ def try_training(config: Config, started: float) -> Estimate:
         # before the first epoch
         sizes = {name: len(getattr(run.splits, name)) for name in SPLITS}
         stored = stored_splits(run.splits, run.model, run.config)
-        read, features = time_reading(run, stored)
-        tested = subset(run.splits.val, 4 * run.config.batch_size)
+        read, features, bad = time_reading(run, stored)
+        tested = [s for s in subset(run.splits.val, 4 * run.config.batch_size) if s.key not in bad]
+        run.splits = without_unreadable(run.splits, bad, run.config)
         if features is not None:
             trained = [s for s in run.splits.train if s.key in features]
             run.splits = replace(run.splits, train=trained, val=tested)
@@ -116,47 +117,50 @@ def try_training(config: Config, started: float) -> Estimate:
     )
 
 
-def time_check(run: "Run", cached: tuple[str, ...], stored: tuple[str, ...]) -> float:
-    """Seconds per video to check that it can be read. A few come first, because the workers take time to start."""
+def time_check(run: "Run", cached: tuple[str, ...], stored: tuple[str, ...]) -> tuple[float, dict["Key", str]]:
+    """(Seconds per video to check that it can be read, {key: error} of those that cannot). A few come first, because
+    the workers take time to start."""
     from scan import scan
     from VLoader import SPLITS
 
     chosen = {name: subset(getattr(run.splits, name), 128) for name in SPLITS}
-    times, counts = [], []
+    times, counts, bad = [], [], {}
     for part in (slice(32), slice(32, None)):
         splits = replace(run.splits, **{name: chosen[name][part] for name in SPLITS})
         clock = time.perf_counter()
-        scan(splits, run.config, cached, stored)
+        bad |= scan(splits, run.config, cached, stored)[1]
         times.append(time.perf_counter() - clock)
         counts.append(sum(len(getattr(splits, name)) for name in SPLITS))
     more = counts[1] - counts[0]
-    return max(0.0, times[1] - times[0]) / more if more > 0 else sum(times) / sum(counts)
+    return max(0.0, times[1] - times[0]) / more if more > 0 else sum(times) / sum(counts), bad
 
 
-def time_reading(run: "Run", stored: tuple[str, ...]) -> tuple[float, dict["Key", Any] | None]:
+def time_reading(run: "Run", stored: tuple[str, ...]) -> tuple[float, dict["Key", Any] | None, dict["Key", str]]:
     """(Seconds per video to check it before training and, with a frozen backbone, to compute its features; these
-    features by the samples' keys, or None). The check decodes no videos of `stored` splits."""
+    features by the samples' keys, or None; {key: error} of the unreadable ones). The check decodes no videos of
+    `stored` splits."""
     from feature_cache import computed_features, use_cache
     from VLoader import SPLITS, distinct
 
     cached = SPLITS if use_cache(run.model, run.config) else ()
-    seconds = time_check(run, cached, stored)
+    seconds, bad = time_check(run, cached, stored)
     if not cached:
-        return seconds, None
+        return seconds, None, bad
 
     # features, first of val, which needs all of them; the first batch warms up and is not measured
     batch = run.config.batch_size
     samples = distinct(subset(run.splits.val, 4 * batch) + subset(run.splits.train, len(run.splits.train)))
     features: dict[Key, Any] = {}
     first = clock = time.perf_counter()
-    for computed, _ in computed_features(run.model.vision_encoder, samples, run.config, run.accelerator):
+    for computed, errors in computed_features(run.model.vision_encoder, samples, run.config, run.accelerator):
         features |= {samples[index].key: value for index, value in computed}
+        bad |= {samples[index].key: error for index, error in errors.items()}
         if len(features) <= batch:
             first = time.perf_counter()
         if len(features) >= 8 * batch and time.perf_counter() - clock > TRIAL_SECONDS:
             break
     measured = max(1, len(features) - batch)
-    return seconds + (time.perf_counter() - first) / measured, features
+    return seconds + (time.perf_counter() - first) / measured, features, bad
 
 
 class Enough(Exception):  # noqa: N818, not an error

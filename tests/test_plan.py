@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -40,6 +41,18 @@ def test_a_trial_makes_steps_of_the_real_training_and_leaves_nothing(dataset, tm
     assert found.total == pytest.approx(found.once + 7 * found.epoch + found.scores)
     assert {*sizes} == {4, 1}  # 9 videos
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["frozen", "in full"])
+def test_a_trial_treats_an_unreadable_video_as_a_run_does(dataset, tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(plan, "TRIAL_SECONDS", 0.1)
+    data = shutil.copytree(dataset, tmp_path / "data")
+    damaged = min((data / "val").rglob("*.pt"))
+    damaged.write_bytes(b"damaged")
+    config = replace(Config(data_dir=str(data), batch_size=4, num_workers=0), **plan.MODES[mode])
+    with pytest.raises(UserError, match=damaged.name):
+        plan.try_training(config, time.time())
+    assert plan.try_training(replace(config, skip_unreadable=True), time.time()).videos == "9 train, 3 val, 6 test"
 
 
 def die(config, started, sender):
