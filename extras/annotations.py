@@ -320,8 +320,8 @@ def frames_rows(file: Path) -> Iterator[Row]:
         if match := re.fullmatch(r"(.+?)\s+(\d+)\s+(\d+)\s+(\S+)", line):
             folder, start, end, label = match.groups()
             yield Row(folder, label=label, frames=(int(start), int(end)))
-        # the count is not needed: without start and end all images of the folder are used
         elif match := re.fullmatch(r"(.+?)\s+\d+\s+(\S+)", line):
+            # the count is not needed: without start and end all images of the folder are used
             yield Row(match[1], label=match[2])
         else:
             yield Row(line, problem="expected `folder start end label` or `folder count label`")
