@@ -96,7 +96,11 @@ def values_of(rows: Sequence[Row], control: str, score: str = "accuracy") -> lis
 
 def ranked(study: Study, task: str) -> list[Row]:
     """The finished rows of a task, the best on the test clips first."""
-    rows = [row for row in study.rows if row.task == task and study.scores[row.name] is not None]
+    return by_score(study, [r for r in study.rows if r.task == task and study.scores[r.name] is not None])
+
+
+def by_score(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """Finished rows, the best on the test clips first."""
     return sorted(rows, key=lambda row: -study.scores[row.name].right.mean())
 
 
@@ -197,7 +201,7 @@ def neighbour(study: Study) -> str:
         rows = [row for row in rows if not row.config.use_text]
         if not rows:
             return NOT_RUN
-        top = max(rows, key=lambda row: study.scores[row.name].right.mean())
+        top = by_score(study, rows)[0]
         gap = difference(study.scores[top.name].right, nearest.right)
         parts.append(f"{signed(gap)} with {NAMES[model]}")
     return f"The best row without text differs from the nearest neighbour by {listed(parts)}."
@@ -384,13 +388,7 @@ def shown_rows(study: Study) -> list[Row]:
     """The best classifier of each vision backbone, with and without text: those whose errors are shown."""
     rows = study.finished(captioning=False)
     keys = sorted({(row.config.vision_model, row.config.use_text) for row in rows})
-    return [
-        max(
-            (r for r in rows if (r.config.vision_model, r.config.use_text) == key),
-            key=lambda r: study.scores[r.name].right.mean(),
-        )
-        for key in keys
-    ]
+    return [by_score(study, [r for r in rows if (r.config.vision_model, r.config.use_text) == key])[0] for key in keys]
 
 
 def errors(study: Study, name: str) -> str:
@@ -417,7 +415,7 @@ def errors(study: Study, name: str) -> str:
 def top_classifier(study: Study, text: bool) -> Row | None:
     """The best classifier with or without text; None if none has run."""
     rows = [row for row in study.finished(captioning=False) if row.config.use_text == text]
-    return max(rows, key=lambda row: study.scores[row.name].right.mean(), default=None)
+    return by_score(study, rows)[0] if rows else None
 
 
 def confused(study: Study, names: dict[str, str]) -> str:
@@ -439,8 +437,8 @@ def confused(study: Study, names: dict[str, str]) -> str:
 
 
 def top_row(study: Study, captioning: bool) -> Row:
-    """The best captioner or classifier, whose answers are shown. Raises ValueError if none has run."""
-    return max(study.finished(captioning), key=lambda row: study.scores[row.name].right.mean())
+    """The best captioner or classifier, whose answers are shown. Raises IndexError if none has run."""
+    return by_score(study, study.finished(captioning))[0]
 
 
 def shown_run(study: Study, captioning: bool) -> str:
