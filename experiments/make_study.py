@@ -199,7 +199,8 @@ def print_best(trials: Sequence[Trial], rows: dict[str, Row], file: Path) -> Non
         own = [t for t in found if (t["row"], t["share"], t["options"]) == (row, share, {}) and t["seed"] in seeds]
         values |= {own_value(option, rows[row]): {t["seed"]: t["val"] for t in own}} if own else {}
         means = {value: sum(scores.values()) / len(scores) for value, scores in values.items()}
-        shown = ", ".join(f"{value}: {100 * score:.1f} %" for value, score in means.items())
+        in_order = sorted(means, key=lambda value: (isinstance(value, str), value))  # `auto` after the numbers
+        shown = ", ".join(f"{value}: {100 * means[value]:.1f} %" for value in in_order)
         best, note = max(means, key=lambda v: means[v]), "" if own else "; the row's own value is not among them"
         print(f"{row} with {share} % of the clips: {option} {best} is best on val ({shown}{note})")
 

@@ -380,7 +380,7 @@ def test_a_stopped_study_goes_on_where_it_was(dataset, tmp_path, monkeypatch, ca
     study = SimpleNamespace(rows=[row_of("timesformer_fvbb", tmp_path)], trials=trials)
     assert len(sweep_curves(study, "learning_rate")["timesformer_fvbb"]) == 3
     assert re.search(
-        r"with 20 % of the clips: learning_rate \S+ is best on val \(0.0015: .*, 0.006: .*, 0.003: .*\)", output
+        r"with 20 % of the clips: learning_rate \S+ is best on val \(0.0015: .*, 0.003: .*, 0.006: .*\)", output
     )
     assert {t["share"] for t in trials} == {20}
     assert not list((tmp_path / "runs").rglob("model.safetensors"))
