@@ -246,7 +246,8 @@ def keep_best(candidates: list[Candidate], started: float) -> None:
     lines = [rows[0].keys(), *(row.values() for row in rows)]
     text = "".join(",".join("" if value is None else str(value) for value in line) + "\n" for line in lines)
     replace_file(run.folder / "sweep.csv", lambda path: path.write_text(text, encoding="utf-8"))
-    finish(run, score_best_epoch(run.model, loaders, run.config, engine, run.folder, started))
+    engine.started = started  # the run took as long as the sweep
+    finish(run, score_best_epoch(run.model, loaders, run.config, engine, run.folder))
     print_end(run)
 
 

@@ -207,6 +207,7 @@ class Progress:
     count: int = 0  # of these targets
     right: int = 0  # correct predictions among them
     seconds: float = 0.0  # training time of this epoch
+    run_seconds: float = 0.0  # time of the whole run when it was saved, with evaluation
     best: tuple[float, ...] | None = None  # rank of the best epoch
     skipped: list[str] = field(default_factory=list)  # errors of the videos skipped so far
     scaler: dict[str, Any] = field(default_factory=dict)  # the state of fp16's loss scaling; other precisions have none
@@ -237,6 +238,7 @@ class Engine:
     total_steps: int
     accumulate: int  # batches per optimizer step
     progress: Progress = field(default_factory=Progress)
+    started: float = field(default_factory=time.perf_counter)  # earlier by the time before --resume
     trained: list[nn.Parameter] = field(default_factory=list)  # set in the first step, because finding them takes long
     gradient_sum: GradientSum | None = None  # with several processes
     reports: list[StepReport] = field(default_factory=list)  # of steps that are not in `progress` yet
@@ -683,7 +685,6 @@ def train(
         Stopped: SIGINT or SIGTERM was received; the state is saved.
     """
     # set up: model on the device, optimizer, schedule
-    started = time.perf_counter()
     model.to(accelerator.device)
     if config.compile:
         for backbone in model.backbones().values():
@@ -693,6 +694,7 @@ def train(
     # resume: restore the saved state; there is none if the run was stopped before its first save
     if config.resume and (run_dir / STATE).exists():
         engine.progress = resumed_progress(model, engine, config.epochs, run_dir)
+        engine.started -= engine.progress.run_seconds
         loaders["train"].skipped.update(engine.progress.skipped)
         if accelerator.is_main_process:
             write_rows(engine.progress.log, run_dir / "log.jsonl")
@@ -720,21 +722,21 @@ def train(
 
     # the weights of the best epoch are on disk once the main process has written them
     accelerator.wait_for_everyone()
-    return score_best_epoch(model, loaders, config, engine, run_dir, started)
+    return score_best_epoch(model, loaders, config, engine, run_dir)
 
 
 def score_best_epoch(
-    model: VideoModel, loaders: dict[str, DataLoader], config: Config, engine: Engine, run_dir: Path, started: float
+    model: VideoModel, loaders: dict[str, DataLoader], config: Config, engine: Engine, run_dir: Path
 ) -> dict[str, Any]:
-    """Scores the weights in `run_dir` on val and test, and writes the predictions. `started` is the time.perf_counter()
-    at the start of training. Returns the contents of metrics.json, and the log."""
+    """Scores the weights in `run_dir` on val and test, and writes the predictions. Returns the contents of
+    metrics.json, and the log."""
     accelerator, progress = engine.accelerator, engine.progress
     best_epoch = load_weights(run_dir, model)["epoch"]
     loaders["val"].decode_again()  # scores and thresholds are about the videos as inference sees them
     metrics = {"best_epoch": best_epoch} | score_splits(model, loaders, config, accelerator, run_dir)
     return metrics | {
         "skipped": all_skipped(loaders["train"], accelerator),
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(time.perf_counter() - engine.started, 1),
         "peak_mb": peak_memory(accelerator),
         "device": device_name(accelerator),
         "seconds_per_epoch": seconds_per_epoch(progress.log),
@@ -835,6 +837,7 @@ def save_progress(model: VideoModel, loader: DataLoader, engine: Engine, run_dir
     accelerator, progress = engine.accelerator, engine.progress
     progress.skipped = all_skipped(loader, accelerator)
     progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+    progress.run_seconds = time.perf_counter() - engine.started
     generators = dict(gathered(accelerator, [(accelerator.process_index, torch.get_rng_state())]))
     if accelerator.is_main_process:
         save_state(run_dir, model, engine.optimizer, asdict(progress), generators)

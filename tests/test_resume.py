@@ -1,5 +1,6 @@
 """A resumed run ends like an uninterrupted one, and an interrupted save leaves the old checkpoint intact."""
 
+import itertools
 import json
 import os
 import platform
@@ -103,6 +104,17 @@ def test_resumed_equals_uninterrupted(dataset, tmp_path, monkeypatch, job, worke
     more = [*JOBS[job], "--num_workers", workers, "--save_every", save_every]
     assert_resumed_exactly(dataset, tmp_path, monkeypatch, more, stop_after, 2)
     assert not (tmp_path / "stopped" / "r" / "state").exists()
+
+
+def test_the_time_of_a_resumed_run_includes_that_before_it_stopped(dataset, tmp_path, monkeypatch):
+    argv = flags(dataset, tmp_path, *JOBS["classifier"], "--num_workers", "0")
+    clock = itertools.count(time.perf_counter(), 100.0)  # every look at it takes 100 seconds
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_code.time, "perf_counter", lambda: next(clock))
+        killed_after(patch, 4)  # in the second of four epochs
+        main.main(argv)
+    assert main.main([*argv, "--resume", "True"]) == 0
+    assert json.loads((tmp_path / "r" / "metrics.json").read_text())["seconds"] > 100
 
 
 def test_a_run_may_be_evaluated_within_epochs_too(dataset, tmp_path, monkeypatch):
