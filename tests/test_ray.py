@@ -113,14 +113,16 @@ def test_a_lost_machine_and_a_new_start_change_nothing(data, tmp_path, cluster, 
 
 
 def slow_encoder(encoder: Any, worked: Path) -> type:
-    """An Encoder that takes its time, and notes its machine in `worked`."""
+    """An Encoder that notes its machine in `worked`, and waits until two machines work: otherwise one might do all."""
 
     class Slow(encoder):
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
             import ray
 
             (worked / ray.get_runtime_context().get_node_id()).touch()
-            time.sleep(0.3)
+            deadline = time.monotonic() + 60
+            while len([*worked.iterdir()]) < 2 and time.monotonic() < deadline:
+                time.sleep(0.1)
             return super().__call__(row)
 
     return Slow
