@@ -73,7 +73,7 @@ def test_a_lost_machine_and_a_new_start_change_nothing(data, tmp_path, cluster, 
 
     worked = tmp_path / "worked"
     worked.mkdir()
-    monkeypatch.setattr(ray_extract, "Encoder", slow_encoder(ray_extract.Encoder, worked))
+    monkeypatch.setattr(ray_extract, "Encoder", waiting_encoder(ray_extract.Encoder, worked))
     write, done, lost = ray_extract.write_piece, [], []
 
     def write_and_break(job: Any, name: str, batches: list[Any]) -> None:
@@ -112,10 +112,10 @@ def test_a_lost_machine_and_a_new_start_change_nothing(data, tmp_path, cluster, 
     assert files(tmp_path / "ray") == files(tmp_path / "plain")
 
 
-def slow_encoder(encoder: Any, worked: Path) -> type:
+def waiting_encoder(encoder: Any, worked: Path) -> type:
     """An Encoder that notes its machine in `worked`, and waits until two machines work: otherwise one might do all."""
 
-    class Slow(encoder):
+    class Waiting(encoder):
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
             import ray
 
@@ -125,4 +125,4 @@ def slow_encoder(encoder: Any, worked: Path) -> type:
                 time.sleep(0.1)
             return super().__call__(row)
 
-    return Slow
+    return Waiting
