@@ -246,7 +246,7 @@ def check_row(row: Any, where: str) -> str:
         raise UserError(f"{where}: caption must be a string or a list of strings, none of them empty")
     labels, label = row.get("labels"), row.get("label")
     if labels is not None and not (isinstance(labels, list) and all(map(is_text, labels)) and label is None):
-        raise UserError(f"{where}: labels must be a list of strings, and a row with labels has no label")
+        raise UserError(f"{where}: labels must be a list of strings; a row with labels cannot also have label")
     if any(name is not None and not name.strip() for name in labels or [label]):
         raise UserError(f"{where}: a label must not be empty")
     items = as_list(row.get("attributes", []))

@@ -72,7 +72,7 @@ def claimed_run(config: Config, typed_flags: Set[str], first: bool) -> Generator
     # refuse folders in which no run may be written
     run_dir = Path(config.output_dir) / run_name(config)
     if run_dir.resolve().is_relative_to(PROVIDED.resolve()):
-        raise UserError(f"{PROVIDED} holds the provided checkpoints and is never written; choose another --output_dir")
+        raise UserError(f"{PROVIDED} holds the provided checkpoints and is read-only; choose another --output_dir")
     if config.resume and not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a vidtune run: there is no such folder")
     if not first:
@@ -365,7 +365,7 @@ def load_state(
         generators = {int(n.removeprefix("cpu.")): t for n, t in kinds["rng"].items() if n.startswith("cpu.")}
         if len(generators) != processes:
             stopped = counted(len(generators), "process", "processes")
-            raise UserError(f"{run_dir} was stopped with {stopped}; resume it with as many")
+            raise UserError(f"{run_dir} used {stopped}; resume it with the same number")
         torch.set_rng_state(generators[process])
         if "cuda" in kinds["rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state(kinds["rng"]["cuda"])

@@ -83,7 +83,7 @@ def scores_folder(run_dir: Path, saved: Config, config: Config, typed_flags: set
 
     folder = Path(config.output_dir) / run_dir.resolve().name if "output_dir" in typed_flags else run_dir
     if folder.resolve().is_relative_to(PROVIDED.resolve()):
-        raise UserError(f"{PROVIDED} is never written: add --output_dir <a folder for the scores>")
+        raise UserError(f"{PROVIDED} is read-only: add --output_dir <a folder for the scores>")
     if folder.resolve() != run_dir.resolve() and (folder / METADATA).exists():
         raise UserError(f"{folder} holds another run; choose another --output_dir")
     data_dir = Path(config.data_dir).resolve()

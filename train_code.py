@@ -112,7 +112,7 @@ def build_accelerator(config: Config) -> Any:
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
     if precision == "fp16" and not on_gpu:
-        raise UserError("--mixed_precision fp16 needs an NVIDIA GPU; bf16 or no work everywhere")
+        raise UserError("--mixed_precision fp16 needs an NVIDIA GPU; `bf16` and `no` do not")
     if config.frozen_dtype == "bf16" and precision != "bf16":
         raise UserError("--frozen_dtype bf16 needs --mixed_precision bf16; in 32 bit it would only round the weights")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()

@@ -291,7 +291,7 @@ def test_a_damaged_or_foreign_state_is_refused(stopped, tmp_path, capsys, damage
     capsys.readouterr()
     assert main.main([*stopped, "--resume", "True"]) == 2
     err = capsys.readouterr().err
-    told = {"digest": "do not match its digest", "processes": "was stopped with 2 processes; resume it with as many"}
+    told = {"digest": "do not match its digest", "processes": "used 2 processes; resume it with the same number"}
     assert told.get(damage, "does not hold a state of this run") in err and err.count("\n") == 1
 
 
