@@ -197,7 +197,7 @@ def read_metadata(
             )
             raise UserError(f"{where}: file_name {shown(row['file_name'])}{times} appears twice{hint}")
         if others and None in (segment, *others):
-            raise UserError(f"{where}: file_name {shown(row['file_name'])} has rows with start and end and one without")
+            raise UserError(f"{where}: file_name {shown(row['file_name'])} mixes rows with and without start and end")
         if not others and "video_digest" not in row and not exists(path, where):
             missing.append(path)
         others[segment] = row

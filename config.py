@@ -376,7 +376,7 @@ class Config:
     """clips per batch, over all processes; lower it if you run out of memory. auto: 16, or 8 for inference"""
     learning_rate: float | str = option("auto", auto_or(number(float, 0, above=True)), "training", "main doctor")
     """peak learning rate: linear warmup over 10 % of the steps, then cosine decay to zero. auto: see the table in
-    docs/runs.md. With two backbones it is the rate of the less restricted one (in full, then LoRA, then frozen); the
+    docs/runs.md. With two backbones it is the rate of the one trained most (in full, else LoRA, else frozen); the
     other backbone and the new layers keep their default ratios to it"""
     weight_decay: float = option(0.05, number(float, 0), "training", "main")
     """AdamW weight decay, on weight matrices only: not on biases, norms, adapters, CLS, position or time embeddings"""
@@ -434,9 +434,9 @@ class Config:
     timeline_stride: float = option(
         0.0, number(float, 0), "inference", "inference", changes_answers=True, classifiers_only=True
     )
-    """seconds from the start of one window to the next, at most --timeline; windows are averaged where they overlap,
-    and segments with the same best class are added to --output. 0: windows follow one another without overlap, and no
-    segments are added"""
+    """seconds from the start of one window to the next, at most --timeline; overlapping windows are averaged, and
+    stretches with the same best class are added to --output as segments. 0: windows follow one another without overlap,
+    and no segments are added"""
     output: str | None = option(None, path_value, "inference", "inference")
     """also write the predictions to this file, one JSON object per line; an unfinished file of the same run is
     continued"""
@@ -467,8 +467,8 @@ class Config:
     """continue a stopped run from its last saved step, with its original options; the result is bit-for-bit the same as
     without the interruption"""
     save_every: int = option(0, number(int, 0), "run and machine", "main", free_at_resume=True)
-    """save the state that --resume needs every N optimizer steps, in addition to after each epoch and on Ctrl-C or
-    SIGTERM. 0: no additional saves"""
+    """save the state for --resume every N optimizer steps, not only after each epoch and on Ctrl-C or SIGTERM. 0: no
+    additional saves"""
     controls: bool = option(False, to_bool, "run and machine", "main sweep_heads score", free_at_resume=True)
     """also score inputs on which the model should fail (one repeated frame, shuffled or reversed frames, a grey video,
     swapped texts) and two baselines (majority class, nearest neighbour), and draw where the model looks"""
@@ -634,7 +634,7 @@ INPUT = {"inference": "--video_dir", "score": "--checkpoint"} | dict.fromkeys(TR
 
 def table_of_names() -> str:
     """The short names, what they load with --weights tiny and hub, and the licence of the published weights."""
-    lines = [f"  {'short name':<12} {'tiny':<4} {'model of --weights hub':<41} licence"]
+    lines = [f"  {'short name':<12} {'tiny':<4} {'hub model':<41} licence of the hub model"]
     for name, backbone in BACKBONES.items():
         licence = f"{backbone.licence}{', not for commercial use' if is_non_commercial(backbone.licence) else ''}"
         lines.append(f"  {name:<12} {'yes' if backbone.tiny else 'no':<4} {backbone.hub:<41} {licence}")

@@ -57,7 +57,9 @@ class Predictor:
         self.thresholds = (model.thresholds or dict.fromkeys(self.class_names, 0.5)) if model.multi_label else None
         self.accelerator = build_accelerator(config)
         if self.accelerator.num_processes > 1:
-            raise UserError("inference runs in one process: start several with python, each with --shared True")
+            raise UserError(
+                "inference cannot use torchrun: start several processes with python, each with --shared True"
+            )
 
         # merged adapters give the same answers and take less time
         if config.use_lora_vision or config.use_lora_llm:

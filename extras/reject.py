@@ -217,8 +217,8 @@ def check_val(val: Sequence[Any], share: float) -> None:
     """Raises UserError if val has too few clips for any threshold, which is known before a run trains."""
     if share and len(val) < (least := least_clips(share)):
         raise UserError(
-            f"--reject {share:g} needs at least {least} clips in val, even if none is wrong, and val has {len(val)}: add "
-            "clips to val/, or choose a larger share"
+            f"--reject {share:g} needs at least {least} clips in val even if no answer is wrong, but val has {len(val)}: "
+            "add clips to val/, or choose a larger share"
         )
 
 

@@ -329,7 +329,7 @@ def data_folder(typed: str, output_dir: str) -> Path:
     if typed in mounted():
         return Path(mounted()[typed])
     if typed not in TYPED:
-        raise UserError(f"{typed} is only read if you type it: add --data_dir {typed}")
+        raise UserError(f"{typed} is only read when given as a flag: add --data_dir {typed}")
     folder = Path(output_dir).absolute() / ".shards" / hashlib.sha256(typed.encode()).hexdigest()[:16]
     try:
         copy_remote(typed, folder)

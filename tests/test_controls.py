@@ -324,7 +324,7 @@ def test_score_refuses_other_classes_and_a_missing_run(runs, dataset, tmp_path, 
     provided = sorted((ROOT / "checkpoints" / "provided").glob("*/metadata.json"))
     if provided:
         assert score.main(["--checkpoint", str(provided[0].parent), "--data_dir", str(dataset)]) == 2
-        assert "never written" in capsys.readouterr().err
+        assert "is read-only: add --output_dir" in capsys.readouterr().err
 
 
 def test_tensorboard_gets_the_log(dataset, tmp_path):

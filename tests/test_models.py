@@ -829,7 +829,7 @@ F_TINY, F_HUB, L_TINY, L_HUB, H_TINY, H_HUB = 1e-3, 5e-5, 3e-3, 5e-4, 3e-3, 1e-3
     ],
 )
 def test_every_part_learns_by_its_own_row_of_the_table(tmp_path, vision, language, options, rates):
-    """A folder counts as hub weights. A given rate is for the less restricted backbone; the others keep their ratio."""
+    """A folder counts as hub weights. A given rate is for the part trained most; the others keep their ratio."""
     names = {"vision_model": "timesformer", "language_model": "gpt2"}
     for option, kind in (("vision_model", vision), ("language_model", language)):
         if kind == "hub":

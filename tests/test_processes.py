@@ -104,4 +104,4 @@ def test_inference_refuses_several_processes(dataset, tmp_path):
     ]
     argv = ["--checkpoint", str(tmp_path / "r"), "--video_dir", str(dataset / "test")]
     done = subprocess.run([*command, *argv], capture_output=True, text=True)
-    assert done.returncode != 0 and "inference runs in one process" in done.stderr
+    assert done.returncode != 0 and "inference cannot use torchrun" in done.stderr

@@ -348,7 +348,7 @@ def test_a_small_val_is_refused_before_training(train, data, capsys):
     for program in (main, doctor):
         assert program.main(["--data_dir", str(data), "--reject", "0.04", "--output_dir", "none"]) == 2
         assert (
-            "--reject 0.04 needs at least 74 clips in val, even if none is wrong, and val has 60"
+            "--reject 0.04 needs at least 74 clips in val even if no answer is wrong, but val has 60"
             in capsys.readouterr().err
         )
     status = main.main(["--captioning", "--use_vlm", "--reject", "0.1"])

@@ -174,7 +174,7 @@ def test_rows_of_one_file_are_segments_or_one_whole(tmp_path, long_video):
     ):
         read_folder(write_rows(tmp_path / "b", row | times[0], row | {"start": 0.0, "end": 1.0, "label": "b"}))
     for pair in ([row, row | times[0]], [row | times[0], row]):
-        with pytest.raises(UserError, match=r"line 2: .* has rows with start and end and one without"):
+        with pytest.raises(UserError, match=r"line 2: .* mixes rows with and without start and end"):
             read_folder(write_rows(tmp_path / "c", *pair))
 
 

@@ -459,7 +459,10 @@ def test_only_a_typed_url_is_read(remote, tmp_path, capsys, monkeypatch, clip):
     monkeypatch.setattr(shards, "TYPED", set())
     fetched.clear()
     assert score.main(["--checkpoint", str(tmp_path / "r" / "r")]) == 2
-    assert capsys.readouterr().err == "error: memory://data is only read if you type it: add --data_dir memory://data\n"
+    assert (
+        capsys.readouterr().err
+        == "error: memory://data is only read when given as a flag: add --data_dir memory://data\n"
+    )
     # so may metadata and tars
     for name in (
         "memory://data/train/000000.tar/class_0/video_0.pt",
