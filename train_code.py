@@ -60,15 +60,18 @@ def lr_at(step: int, total: int, peak: float) -> float:
 def layers_above(backbone: nn.Module) -> dict[str, int]:
     """The distance of every tensor of a backbone from its output, in layers (BEiT, arXiv:2106.08254): 0 after the last
     layer, 1 in the last layer, number of layers + 1 in the embeddings."""
-    # every family names its layers differently, but they always are the largest ModuleList
-    lists = [(name, module) for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)]
-    prefix, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    # every family names its layers differently. They are the largest ModuleList, and for VideoPrism, which has layers over
+    # space and over time, also the other list of the same class
+    lists = [(name, part) for name, part in backbone.named_modules() if isinstance(part, nn.ModuleList) and part]
+    _, largest = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    same_class = [(name, part) for name, part in lists if type(part[0]) is type(largest[0])]
+    layers = [f"{name}.{number}." for name, part in same_class for number in range(len(part))]
     above = {}
     for path, module in backbone.named_modules():
         for name, _ in module.named_parameters(path, recurse=False):
-            layer = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
-            embeds = isinstance(module, nn.Embedding) or re.search(r"embed(?!_out)|project_in", name)
-            above[name] = len(layers) - int(layer[1]) if layer else (len(layers) + 1 if embeds else 0)
+            embeds = isinstance(module, nn.Embedding) or re.search(r"embed(?!_out)|project_in|pre_layrnorm", name)
+            outside = len(layers) + 1 if embeds else 0
+            above[name] = next((len(layers) - k for k, layer in enumerate(layers) if name.startswith(layer)), outside)
     return above
 
 

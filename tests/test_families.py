@@ -21,8 +21,8 @@ from extras.export import export
 from inference import Predictor
 from pretrained import Source
 from script import UserError
-from train_code import build_optimizer, cast_frozen, first_steps_checked, loss_sum
-from vision import FAMILIES, load_vision, patch_shape, read_vision_config
+from train_code import build_optimizer, cast_frozen, first_steps_checked, layers_above, loss_sum
+from vision import FAMILIES, layer_lists, load_vision, patch_shape, read_vision_config
 
 SIDE, FRAMES = 32, 4  # of every tiny model, in patches of 8 pixels
 SMALL = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -350,6 +350,28 @@ def test_two_steps_change_what_is_trained_and_every_adapter_is_live(folder_of, k
         loss_sum(model, batch_of(model))[0].backward()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == set(trained_tensors(model))
+
+
+@EVERY
+def test_layer_decay_follows_the_order_in_which_modules_run(folder_of, key):
+    """What runs before the first layer is furthest from the output, and what runs after the last one is nearest."""
+    vision = load_vision(Source(str(folder_of(key))), Config(num_frames=FRAMES)).eval()
+    layers = [layer for part in layer_lists(vision.backbone) for layer in part]
+    started: list[nn.Module] = []
+    for module in vision.modules():
+        module.register_forward_pre_hook(lambda module, args: started.append(module))
+    with torch.no_grad():
+        vision(clips(1))
+    assert [module for module in started if module in layers] == layers  # in the order in which they run
+    first, last = started.index(layers[0]), started.index(layers[-1]) + len([*layers[-1].modules()])
+
+    above, name_of = layers_above(vision), {module: name for name, module in vision.named_modules()}
+    for k, layer in enumerate(layers):
+        found = {above[f"{name_of[layer]}.{name}"] for name, _ in layer.named_parameters()}
+        assert found == {len(layers) - k}
+    for part, distance in ((started[:first], len(layers) + 1), (started[last:], 0)):
+        names = {f"{name_of[m]}.{name}" for m in part for name, _ in m.named_parameters(recurse=False)}
+        assert names and {above[name] for name in names} == {distance}
 
 
 @EVERY
