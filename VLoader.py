@@ -48,7 +48,7 @@ from transforms import Preprocessing, sample_indices, view_indices
 
 SPLITS = ("train", "val", "test")
 VAL_FRACTION, VAL_SALT = 0.1, "val"  # another salt would hold out other videos
-MOST_WINDOWS = 100_000  # per video with --timeline
+MAX_WINDOWS = 100_000  # per video with --timeline
 
 
 # identifies what a sample shows within a dataset: the path of a whole video, or (path, segment)
@@ -135,8 +135,8 @@ def split_into_windows(sample: Sample, seconds: float, stride: float = 0) -> lis
     # how long the last frame is shown is unknown: assume the median
     end = max(1e-9, float(times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0)))
     stride = stride or seconds
-    if end > MOST_WINDOWS * stride:
-        raise ReadError(sample.path, f"{end:g} s would make more than {MOST_WINDOWS} windows of {seconds:g} s")
+    if end > MAX_WINDOWS * stride:
+        raise ReadError(sample.path, f"{end:g} s would make more than {MAX_WINDOWS} windows of {seconds:g} s")
 
     # a window contains the frames with start <= time < start + seconds; empty windows have nothing to predict
     windows = []

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from VLoader import Sample
 
 AnswerKey = tuple[str, float | None, float | None, str | None]  # path, start, end, question
-LONGEST_ANSWER = 1000  # characters of an answer that are printed; the file holds all of it
+MAX_ANSWER = 1000  # characters of an answer that are printed; the file holds all of it
 PIECE = 64  # answers that a process computes at a time with --shared True
 
 # -- what is to be answered -------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def answer_line(name: str, answer: dict[str, Any]) -> str:
         text = f"{answer['name']}  ({text})" if answer.get("name") == NONE else text
     times = f"{answer['start']:.1f}-{answer['end']:.1f} s  " if "start" in answer else ""
     mark = {None: "", True: "  right", False: "  WRONG"}[answer.get("right")]
-    return printable(f"{name}  {times}{text[:LONGEST_ANSWER]}{mark}")
+    return printable(f"{name}  {times}{text[:MAX_ANSWER]}{mark}")
 
 
 # -- the file of answers ----------------------------------------------------------------------------

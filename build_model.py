@@ -36,7 +36,7 @@ from config import Config, training_mode
 from extras.fused import fuse_adapter
 from heads import AttentiveHead, AttentiveProjector, TextQuery, classifier_layer
 from pretrained import Source, load_language, locate, takes
-from script import UserError, collector_off
+from script import UserError, gc_disabled
 from vision import VisionEncoder, grid_shape, load_vision
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -189,8 +189,8 @@ class VideoModel(nn.Module):
         return batch["labels"]
 
     def scores(self, video: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """The logits of a video. For several views of each video, (B, V, T, C, H, W), those of the mean probabilities
-        over the views, (B, K)."""
+        """The logits of a video (B, K). For several views of it, (B, V, T, C, H, W), the logits of the mean of their
+        probabilities."""
         if video.ndim <= 5:
             return self(video=video, **inputs).float()
         # one view at a time: all at once would multiply the memory by their number
@@ -222,7 +222,7 @@ class AttentiveClassifier(VideoModel):
 
     def __init__(self, vision_encoder: VisionEncoder, num_classes: int, config: Config):
         super().__init__(vision_encoder)
-        vision_encoder.fc_norm = None  # only the pooled token passes it, and that is not used here
+        vision_encoder.fc_norm = None  # it normalises VideoMAE's mean token, which is not read
         check_grid(vision_encoder, config.token_grid)
         self.grid = config.token_grid
         self.head = AttentiveHead(vision_encoder, num_classes, config.dropout)
@@ -241,7 +241,7 @@ class VisionLanguageModel(VideoModel):
 
     def __init__(self, vision_encoder: VisionEncoder, language_model: nn.Module, tokenizer: Any, config: Config):
         super().__init__(vision_encoder)
-        vision_encoder.fc_norm = None  # only the pooled token passes it, and that is not used here
+        vision_encoder.fc_norm = None  # it normalises VideoMAE's mean token, which is not read
         check_grid(vision_encoder, config.token_grid)
         self.language_model, self.tokenizer = language_model, tokenizer
         self.grid, self.max_text_tokens = config.token_grid, config.max_text_tokens
@@ -446,7 +446,7 @@ class VideoCaptioner(ProjectorModel):
 
     @torch.no_grad()
     def generate(self, video: torch.Tensor, config: Config, questions: list[str] | None = None) -> list[str]:
-        """Writes one caption per clip, or the answer to its question unless that is "": greedy, or the best of
+        """Writes one caption per clip, or an answer if the clip's question is not "": greedy, or the best of
         config.num_beams beams. Raises UserError if the video, the question and config.max_new_tokens exceed the
         language model's positions."""
         from transformers import GenerationConfig
@@ -581,7 +581,7 @@ def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:
     return rows
 
 
-@collector_off()  # importing transformers' models makes many objects, and the collector would visit them all
+@gc_disabled()  # importing transformers' models makes many objects, and the collector would visit them all
 def build_model(config: Config, num_classes: int, sources: dict[str, Source] | None = None) -> VideoModel:
     """Builds the model that `config` describes, on the CPU, and decides which of its tensors are trained.
 

@@ -127,7 +127,7 @@ def is_non_commercial(licence: str) -> bool:
 
 WORDS = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-LONGEST_NAME = 200  # bytes; file systems allow 255, and names of temporary files are longer
+MAX_NAME = 200  # bytes; file systems allow 255, and names of temporary files are longer
 
 
 def to_bool(text: str) -> bool:
@@ -855,8 +855,8 @@ def run_name(config: Config) -> str:
     name = default_run_name(config) if config.run_name is None else config.run_name
     if name in ("", ".", "..") or re.search(r"[/\\]", name) or CONTROL.search(name):
         problem = "cannot be the name of a folder"
-    elif len(os.fsencode(name)) > LONGEST_NAME:
-        problem = f"is longer than {LONGEST_NAME} bytes"
+    elif len(os.fsencode(name)) > MAX_NAME:
+        problem = f"is longer than {MAX_NAME} bytes"
     else:
         return name
     advice = "add --run_name NAME" if config.run_name is None else "choose another --run_name"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config, parse
 from extras.shards import data_folder
-from script import LONGEST_MESSAGE, UserError, counted, leave, printable, script
+from script import MAX_MESSAGE, UserError, counted, leave, printable, script
 
 if TYPE_CHECKING:
     from build_model import VideoModel
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # a batch of 8 clips must lose half of its loss in 50 steps
 OVERFIT_STEPS, OVERFIT_FRACTION = 50, 0.5
-LONGEST_SEARCH = 120  # seconds that computing features may take to find near copies
+MAX_SEARCH = 120  # seconds that computing features may take to find near copies
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def signatures_of(run: "Run", samples: list[Any]) -> tuple[Any, str]:
             # the first batch takes longer than the others, so it says little about how long all will take
             started = started or time.perf_counter()
             expected = (time.perf_counter() - started) / max(1, number) * len(batches)
-            if expected > LONGEST_SEARCH:
+            if expected > MAX_SEARCH:
                 loader.close()
                 cached = "a run with --freeze_visionbackbone True stores them"
                 return None, f"computing features takes about {expected / 60:.0f} minutes; {cached}"
@@ -452,7 +452,7 @@ def table(findings: list[Finding]) -> str:
     width = max(len(f.check) for f in findings)
     lines = []
     for f in findings:
-        result = printable(f.result)[:LONGEST_MESSAGE]  # it may contain file names
+        result = printable(f.result)[:MAX_MESSAGE]  # it may contain file names
         lines.append(f"{'FAIL' if f.failed else 'WARN' if f.advice else 'ok':<5} {f.check:<{width}}  {result}")
         if f.advice:
             lines.append(f"{'':<5} {'':<{width}}  -> {f.advice}")

@@ -8,17 +8,17 @@ from typing import Any
 
 from extras.multilabel import labels_of
 from metrics import generated, rouge_l, words
-from script import collector_off, printable, replace_file
+from script import gc_disabled, printable, replace_file
 
 SHEET_WIDTH = 1600  # largest width of a contact sheet, in pixels
-MOST_NAMES = 30  # with more classes, the confusion matrix has no names, and only the worst classes get a bar
-MOST_CLIPS = 8  # on a contact sheet
-MOST_RECORDINGS = 20  # with their segments in one picture
-LONGEST_LABEL = 60  # characters
+MAX_NAMES = 30  # with more classes, the confusion matrix has no names, and only the worst classes get a bar
+MAX_CLIPS = 8  # on a contact sheet
+MAX_RECORDINGS = 20  # with their segments in one picture
+MAX_LABEL = 60  # characters
 COLOUR, ERROR_COLOUR = "#33638d", "#d1603d"
 
 
-@collector_off()
+@gc_disabled()
 def new_figure(width: float, height: float) -> Any:
     """An empty matplotlib figure of this size in inches. Not pyplot's, which would keep it until it is closed."""
     # imported late: it takes a third of a second, and not every script draws
@@ -34,7 +34,7 @@ def new_figure(width: float, height: float) -> Any:
 
 def label_text(name: str) -> str:
     """A class name as pictures show it."""
-    return printable(name)[:LONGEST_LABEL]
+    return printable(name)[:MAX_LABEL]
 
 
 def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -47,7 +47,7 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
 
     # train and val in one panel show where they diverge: overfitting
     figure = new_figure(4.2 * len(panels), 3.2)
-    from matplotlib.ticker import MaxNLocator  # now that the collector was off for the rest of matplotlib
+    from matplotlib.ticker import MaxNLocator  # after new_figure(), which loads the rest without garbage collection
 
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, name in zip(axes[0], panels, strict=True):
@@ -90,7 +90,7 @@ def plot_clips(clips: list[tuple[Any, str]], path: Path, heading: str = "") -> P
             image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
             sheet.paste(image, (column * (width + 2), top))
         top += height
-    # run lengths: noisy frames compress no better with anything slower
+    # zlib's run-length strategy is fast, and noisy frames compress no better with a slower one
     replace_file(path, lambda p: sheet.save(p, compress_type=3))
     return path
 
@@ -110,9 +110,9 @@ def draw_classifier(
         return draw_multi_label(rows, scores, display_names, read_clip, folder)
     recalls = {n: (c["recall"], c["interval"]) for n, c in scores["classes"].items() if c["count"]}
     title = f"recall per class, 95 % intervals, n = {scores['count']}"
-    if len(recalls) > MOST_NAMES:
-        title = f"recall of the {MOST_NAMES} worst classes, 95 % intervals, n = {scores['count']}"
-        recalls = dict(sorted(recalls.items(), key=lambda item: item[1][0])[:MOST_NAMES])
+    if len(recalls) > MAX_NAMES:
+        title = f"recall of the {MAX_NAMES} worst classes, 95 % intervals, n = {scores['count']}"
+        recalls = dict(sorted(recalls.items(), key=lambda item: item[1][0])[:MAX_NAMES])
     sheet = [(read_clip(index), text) for index, text in worst_clips(rows, display_names)]
     heading = f"worst {len(sheet)} of n = {len(rows)}: the surest wrong answers, then the least sure right ones"
     pictures = [
@@ -135,8 +135,8 @@ def draw_multi_label(
 ) -> list[Path]:
     """Draws all pictures of a classifier with several labels per clip: see draw_classifier()."""
     found = {name: c for name, c in scores["classes"].items() if c["count"]}
-    kept = sorted(found, key=lambda name: found[name]["average_precision"])[:MOST_NAMES]
-    which = "per class" if len(found) <= MOST_NAMES else f"of the {MOST_NAMES} worst classes"
+    kept = sorted(found, key=lambda name: found[name]["average_precision"])[:MAX_NAMES]
+    which = "per class" if len(found) <= MAX_NAMES else f"of the {MAX_NAMES} worst classes"
     bars = {n: (c["average_precision"], c["interval"]) for n, c in found.items() if n in kept}
     chance = [found[name]["share"] for name in bars]
     title = f"average precision {which}, 95 % intervals, n = {scores['count']}; black: at random"
@@ -146,7 +146,7 @@ def draw_multi_label(
         predicted, true = labels_of(row), {*row["truth"]}
         return len(predicted & true) / len(predicted | true) if predicted | true else 1.0
 
-    order = sorted(range(len(rows)), key=lambda index: jaccard_index(rows[index]))[:MOST_CLIPS]
+    order = sorted(range(len(rows)), key=lambda index: jaccard_index(rows[index]))[:MAX_CLIPS]
     sheet = [(read_clip(index), label_title(rows[index], display_names)) for index in order]
     heading = f"worst {len(sheet)} of n = {len(rows)}: the smallest share of right labels"
     return [
@@ -165,7 +165,7 @@ def draw_captioner(
     order = sorted(range(len(rows)), key=lambda index: overlaps[index])
     exact = [index for index in order if generated(rows[index]) in rows[index]["references"]]
     worst = [index for index in order if generated(rows[index]) not in rows[index]["references"]]
-    chosen = [*worst[: MOST_CLIPS // 2], *exact[: MOST_CLIPS // 2]]
+    chosen = [*worst[: MAX_CLIPS // 2], *exact[: MAX_CLIPS // 2]]
     heading = f"captions furthest from their references (lowest ROUGE-L), then exact ones, n = {len(rows)}"
     sheet = [(read_clip(index), caption_title(rows[index])) for index in chosen]
     pictures = [plot_clips(sheet, folder / "captions.png", heading)]
@@ -187,7 +187,7 @@ def worst_clips(rows: list[dict], display_names: dict[str, str]) -> list[tuple[i
     def wrongness(row: dict) -> float:
         return row["score"] if row["label"] != row["truth"] else -row["score"]
 
-    order = sorted(range(len(rows)), key=lambda index: -wrongness(rows[index]))[:MOST_CLIPS]
+    order = sorted(range(len(rows)), key=lambda index: -wrongness(rows[index]))[:MAX_CLIPS]
     return [(index, label_title(rows[index], display_names)) for index in order]
 
 
@@ -208,8 +208,8 @@ def label_title(row: dict[str, Any], display_names: dict[str, str]) -> str:
 
 
 def caption_title(row: dict[str, Any]) -> str:
-    """The title of a captioned clip: file, question if it has one, caption or answer, and a reference if it equals
-    none."""
+    """The title of a captioned clip: file, question if it has one, caption or answer, and a reference unless
+    it equals one."""
     text, question = generated(row), f"{row['question']} " if "question" in row else ""
     mark = "equals a reference" if text in row["references"] else f"reference: {row['references'][0]}"
     name = clip_name(row["file"], row.get("start"), row.get("end"))
@@ -221,7 +221,7 @@ def plot_confusion(classes: dict[str, Any], display_names: dict[str, str], path:
     # fractions, not counts: rare classes would be invisible
     names = [*classes]
     fractions = [[c["predicted"].get(n, 0) / max(1, c["count"]) for n in names] for c in classes.values()]
-    named = len(names) <= MOST_NAMES
+    named = len(names) <= MAX_NAMES
     side = min(3 + 0.38 * len(names), 12) if named else 8
     figure = new_figure(side + 1, side)
     axis = figure.subplots()
@@ -338,7 +338,7 @@ def plot_occlusion(maps: list[tuple[Any, Any, dict]], display_names: dict[str, s
 def plot_timelines(recordings: list[Any], path: Path) -> Path:
     """Draws the true segments of each recording above the predicted ones, a colour for each label. `recordings` are
     those of extras/segments.py."""
-    shown = recordings[:MOST_RECORDINGS]
+    shown = recordings[:MAX_RECORDINGS]
     labels = sorted({event.label for r in shown for event in r.truth + r.predicted})
     figure = new_figure(9, 1.2 + 0.5 * len(shown))
     axis = figure.subplots()
@@ -353,7 +353,7 @@ def plot_timelines(recordings: list[Any], path: Path) -> Path:
     axis.set_yticks(range(len(shown)), [label_text(Path(r.name).name) for r in shown], fontsize=8)
     axis.set(xlabel="seconds", ylim=(len(shown) - 0.5, -0.5), xlim=(0, max(r.seconds for r in shown)))
     axis.set_title(f"truth above prediction, {len(shown)} of n = {len(recordings)} recordings", fontsize=9)
-    patches = [Patch(color=colours[label], label=label_text(label)) for label in labels[:MOST_NAMES]]
+    patches = [Patch(color=colours[label], label=label_text(label)) for label in labels[:MAX_NAMES]]
     axis.legend(handles=patches, frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return save(figure, path)
 

@@ -179,7 +179,7 @@ class WordLoss:
 
 
 class TextQuery(nn.Module):
-    """A text -> a query (B, D): the mean of its word embeddings, weighted by what the language model's outputs say.
+    """A text -> a query (B, D): the mean of its word embeddings, weighted as the language model's outputs say.
 
     The outputs themselves make a bad query. They are nearly parallel whatever the text says (arXiv:1909.00512): those
     of "red" and "blue" have cosine 0.997 in BERT-tiny. Training then finds a query that suits all texts, and stays
@@ -201,7 +201,7 @@ class TextQuery(nn.Module):
 
 
 def whitening(vectors: torch.Tensor) -> nn.Linear:
-    """A layer that starts as the affine map which gives the vectors (n, D) mean 0 and covariance 1 (ZCA whitening)."""
+    """A linear layer that first gives the vectors (n, D) mean 0 and identity covariance (ZCA whitening)."""
     vectors = vectors.detach().float()
     mean, width = vectors.mean(0), vectors.shape[1]
     variances, axes = torch.linalg.eigh((vectors - mean).T @ (vectors - mean) / len(vectors))

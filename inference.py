@@ -30,7 +30,7 @@ from config import FIELDS, Config, parse, refuse_classifier_options
 from extras.multilabel import all_labels, several_labels
 from extras.reject import NONE, Rule
 from metrics import Lexicon
-from script import UserError, collector_off, counted, freeze_objects, leave, printable, script
+from script import UserError, counted, freeze_objects, gc_disabled, leave, printable, script
 
 if TYPE_CHECKING:
     from VLoader import Sample
@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     config, typed_flags = parse(argv, "inference")
     if config.timeline_stride > config.timeline:
         raise UserError("--timeline_stride must not be above --timeline, or time between the windows would be skipped")
-    with collector_off():
+    with gc_disabled():
         from checkpoint import find_run, load_run
         from pretrained import warn_of_tiny
         from VLoader import read_folder

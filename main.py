@@ -8,14 +8,14 @@ loss_sum -> forward in build_model.py.
 """
 
 from config import parse
-from script import collector_off, leave, script
+from script import gc_disabled, leave, script
 
 
 @script
 def main(argv: list[str] | None = None) -> int:
     """Parses the options and trains; returns the exit status."""
     config, typed_flags = parse(argv, "main")
-    with collector_off():
+    with gc_disabled():
         from runs import train_run  # imports torch; above, it would make --help slow
 
     return train_run(config, typed_flags)

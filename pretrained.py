@@ -18,7 +18,7 @@ from metrics import Lexicon
 from script import UserError, counted, shown
 
 # a damaged or hostile configuration beyond these would keep the machine busy for minutes before anything fails
-MOST_LAYERS, MOST_TOKENS, MOST_PARAMETERS = 1000, 10**6, 10**11
+MAX_LAYERS, MAX_TOKENS, MAX_PARAMETERS = 1000, 10**6, 10**11
 LARGEST_FIELDS = 20_000  # bytes at the start of a model card that may hold its fields
 
 LAYER_FIELDS = tuple(
@@ -214,7 +214,7 @@ def check_sizes(source: Source, hf_config: Any) -> None:
     tokens = frames * (max(size("image_size"), size("crop_size")) // patch) ** 2 + size("num_register_tokens")
     rows = size("vocab_size") + size("max_position_embeddings") + size("type_vocab_size") + tokens
     parameters = layers * layer + rows * width
-    if layers > MOST_LAYERS or tokens > MOST_TOKENS or parameters > MOST_PARAMETERS:
+    if layers > MAX_LAYERS or tokens > MAX_TOKENS or parameters > MAX_PARAMETERS:
         size_text = f"{layers:,} layers of width {width:,}, about {parameters:.1e} parameters"
         raise UserError(f"{source.path}: config.json describes a model that is too large to build: {size_text}")
 

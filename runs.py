@@ -22,7 +22,7 @@ from extras.segments import add_background
 from extras.shards import data_folder
 from pretrained import licence_of, warn_of_tiny
 from scan import prepare_data
-from script import UserError, collector_off, counted, freeze_objects, is_main, printable, read_rows
+from script import UserError, counted, freeze_objects, gc_disabled, is_main, printable, read_rows
 from train_code import build_accelerator, build_loaders, cast_frozen
 from VLoader import SPLITS, Splits, check_samples, distinct, fingerprint_data, read_display_names, read_splits
 
@@ -76,7 +76,7 @@ def train_run(config: Config, typed_flags: set[str]) -> int:
         return fit(run)
 
 
-@collector_off()  # reading many rows makes many objects, and the collector would visit all of torch each time
+@gc_disabled()  # reading many rows makes many objects, and the collector would visit all of torch each time
 def prepare(config: Config, folder: Path) -> Run:
     """Reads what the data folder holds and builds the model. Raises UserError if either cannot be used."""
     # data first: it takes less time than the model, and fails more often

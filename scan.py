@@ -1,6 +1,7 @@
 """Checks before training that every video can be read, and remembers the result until the video changes.
 
-A run calls prepare_data(), which returns the splits without unreadable videos, and cached features if it uses them.
+A run calls prepare_data(), which returns the splits without unreadable videos, with cached features or stored frames if
+the run uses them.
 """
 
 import json
@@ -33,11 +34,11 @@ from script import UserError, counted, is_main, make_folder, printable, remove_l
 from transforms import view_indices
 from VLoader import SPLITS, Key, Sample, Splits, WorkerLoader, identified
 
-LISTED = 20  # unreadable videos that an error message lists
+MAX_LISTED = 20  # unreadable videos that an error message lists
 SCAN_CACHE = ".videos.json"  # in --output_dir
 
-# the result for a readable video: {"stamp": ..., "digest": ..., "decoded": ["frames/stride/clips", ...]}; entries of a
-# segment end with its times
+# the result for a readable video: {"stamp": ..., "digest": ..., "decoded": ["frames/stride/clips", ...]}; for a
+# segment, its times are appended
 Record = dict[str, Any]
 # what to read of a video: (a segment or None for the whole video, the number of clips to decode)
 Part = tuple[Segment | None, int | None]
@@ -49,7 +50,7 @@ Part = tuple[Segment | None, int | None]
 def prepare_data(
     splits: Splits, config: Config, model: VideoModel, accelerator: Any
 ) -> tuple[Splits, dict[str, CachedFeatures] | None, dict[str, StoredFrames] | None]:
-    """Reads every video once. Returns (the splits without unreadable videos, the cached features by split or None, the
+    """Checks every video. Returns (the splits without unreadable videos, the cached features by split or None, the
     stored frames by split or None).
 
     Videos of cached splits are decoded when their features are computed, those of stored splits when their frames are
@@ -94,7 +95,7 @@ def scan(
     splits: Splits, config: Config, cached: Sequence[str] = (), stored: Sequence[str] = ()
 ) -> tuple[Splits, dict[Key, str]]:
     """Returns (the splits with the digest of every video, {key: error} of the unreadable samples)."""
-    # videos that are not here, of which only the features are
+    # videos that are not here, but whose features may be cached
     absent = {s.path: s.digest for name in cached for s in getattr(splits, name) if s.digest}
     if absent and config.controls:
         raise UserError(f"--controls True needs the videos, and {next(iter(absent))} is not here")
@@ -128,7 +129,9 @@ def without_unreadable(splits: Splits, bad: dict[Key, str], config: Config) -> S
     """The splits without the samples in `bad`. Raises UserError with a list of them unless --skip_unreadable True."""
     errors = [*dict.fromkeys(bad.values())]  # the segments of an unreadable file share one
     if bad and not config.skip_unreadable:
-        causes = "; ".join(errors[:LISTED]) + (f"; and {len(errors) - LISTED} more" if len(errors) > LISTED else "")
+        causes = "; ".join(errors[:MAX_LISTED]) + (
+            f"; and {len(errors) - MAX_LISTED} more" if len(errors) > MAX_LISTED else ""
+        )
         raise UserError(f"{causes} -- fix or remove them, or add --skip_unreadable True to skip them")
     if bad:
         splits = drop_unreadable(splits, bad)

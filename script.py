@@ -34,7 +34,7 @@ try:
 except ImportError:  # Windows has no fcntl, so runs are not locked there
     fcntl = None
 
-LONGEST_MESSAGE = 4000  # characters of an error that are printed
+MAX_MESSAGE = 4000  # characters of an error that are printed
 # control characters, line separators, text direction marks, and surrogates (bytes of a file name that are not UTF-8)
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -137,7 +137,7 @@ def silence() -> Generator[None]:
 
 def print_error(message: str, details: Sequence[str] = ()) -> int:
     """Prints the error to stderr. Returns 2, the exit status for it."""
-    print(f"error: {printable(message)[:LONGEST_MESSAGE]}", file=sys.stderr)
+    print(f"error: {printable(message)[:MAX_MESSAGE]}", file=sys.stderr)
     for line in details:
         print(printable(line), file=sys.stderr)
     return 2
@@ -170,7 +170,7 @@ def end_process() -> None:
 
 
 @contextmanager
-def collector_off() -> Generator[None]:
+def gc_disabled() -> Generator[None]:
     """Turns garbage collection off during imports. Imported objects all stay alive, and scanning them again and again
     takes as long as importing torch."""
     was_on = gc.isenabled()

@@ -38,7 +38,7 @@ from script import UserError, counted, keep_freed_memory, make_folder, write_row
 from VLoader import SPLITS, ClipDataset, EpochBatches, Sample, Splits, build_loader, distinct
 
 WARMUP = 0.1  # fraction of all steps
-# weight decay is for weight matrices; it would shrink CLS, position and time embeddings, and the queries of poolers
+# weight decay is for weight matrices; it would shrink CLS, position and time embeddings, and published poolers' queries
 NO_DECAY = re.compile(
     r"\.lora_|cls_token|class_embedding|register_tokens|position|time_embedding|rel_embeddings|\bwpe\b|"
     r"query_tokens|attention_query|\.probe"
@@ -60,8 +60,8 @@ def lr_at(step: int, total: int, peak: float) -> float:
 def layers_above(backbone: nn.Module) -> dict[str, int]:
     """The distance of every tensor of a backbone from its output, in layers (BEiT, arXiv:2106.08254): 0 after the last
     layer, 1 in the last layer, number of layers + 1 in the embeddings."""
-    # every family names its layers differently. They are the largest ModuleList, and for VideoPrism, which has layers over
-    # space and over time, also the other list of the same class
+    # every family names its layers differently, but the largest ModuleList holds them, or for VideoPrism, which has a
+    # second stack over time, the two of the same class
     lists = [(name, part) for name, part in backbone.named_modules() if isinstance(part, nn.ModuleList) and part]
     _, largest = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     same_class = [(name, part) for name, part in lists if type(part[0]) is type(largest[0])]
@@ -136,7 +136,7 @@ def cast_frozen(model: VideoModel, config: Config, accelerator: Any) -> None:
 
     Autocast would make bf16 copies of just these at each use, so results are the same bit for bit. All else stays in
     fp32: adapters, norms, biases, embeddings with the output layers that share their weights, and the convolution that
-    makes patches, from whose weights DINOv3 takes the type of its positions.
+    makes patches, because DINOv3 derives the dtype of its positions from it.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -151,7 +151,7 @@ def cast_frozen(model: VideoModel, config: Config, accelerator: Any) -> None:
 
 
 class HostCopy:
-    """A copy of a tensor in the host's memory. Only read() waits for it, so the GPU can be given more work before."""
+    """A copy of a tensor in the host's memory. Only read() waits for it; until then the GPU can be given more work."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor.detach().to("cpu", non_blocking=tensor.is_cuda)
@@ -241,7 +241,9 @@ class Engine:
     total_steps: int
     accumulate: int  # batches per optimizer step
     progress: Progress = field(default_factory=Progress)
-    started: float = field(default_factory=time.perf_counter)  # earlier by the time before --resume
+    started: float = field(
+        default_factory=time.perf_counter
+    )  # after --resume, shifted back by the time of the earlier parts
     trained: list[nn.Parameter] = field(default_factory=list)  # set in the first step, because finding them takes long
     gradient_sum: GradientSum | None = None  # with several processes
     reports: list[StepReport] = field(default_factory=list)  # of steps that are not in `progress` yet
@@ -580,7 +582,12 @@ def final_scores(
 
 
 def score_splits(
-    model: VideoModel, loaders: dict[str, DataLoader], config: Config, accelerator: Any, folder: Path, rule: Any = None
+    model: VideoModel,
+    loaders: dict[str, DataLoader],
+    config: Config,
+    accelerator: Any,
+    folder: Path,
+    rule: Rule | None = None,
 ) -> dict[str, Any]:
     """The scores on val and, if there is one, on test. Writes predictions_{val,test}.jsonl. Without the `rule` of a
     trained run, --reject chooses one on val, and writes it to a run's metadata.json."""
@@ -615,9 +622,9 @@ def build_loaders(
     """A loader for every split that has samples. `features` holds the cached features of some splits, `frames` the
     stored frames of some; the videos of the others are decoded. With an `accelerator` of several processes, each
     process gets its part of every batch. `config` has no `auto`."""
-    # only test is seen in several views: val is evaluated after every epoch
     loaders, features, frames = {}, features or {}, frames or {}
     for name in (n for n in SPLITS if getattr(splits, n)):
+        # only test is seen in several views: val is evaluated after every epoch
         train = name == "train"
         dataset = ClipDataset(
             getattr(splits, name),
@@ -635,7 +642,7 @@ def build_loaders(
             jitter=name not in features,
         )
 
-        # of n processes each takes every n-th clip of a batch, so that n does not change what is in a batch
+        # each of n processes takes every n-th clip of a batch, so batches do not depend on n
         batches = EpochBatches(dataset, config.batch_size)
         if accelerator is not None:
             batches.rank, batches.world_size = accelerator.process_index, accelerator.num_processes

@@ -26,7 +26,7 @@ from experiments.results import KEPT, read_clips
 from experiments.trials import STUDY, SWEEP_SHARE, Trial, add_trial, matters, own_value, read_trials
 from script import UserError, make_folder, script, write_rows
 
-MOST_EPOCHS = 4  # with fewer clips, a run has at most this many times the row's epochs
+MAX_EPOCHS = 4  # with fewer clips, a run has at most this many times the row's epochs
 # (rows, --sweep, --train_share, --seeds): the same three rates for every row, then the sweeps of the report
 PLAN = (
     ("", "learning_rate=x0.3,x1,x3", str(SWEEP_SHARE), 1),
@@ -134,7 +134,7 @@ def epochs_for(config: Config, share: int) -> dict[str, Any]:
     """More epochs for few clips, because a small share would hardly be trained otherwise. `auto` already does this."""
     if share == 100 or not isinstance(config.epochs, int):
         return {}
-    return {"epochs": round(config.epochs * min(100 / share, MOST_EPOCHS))}
+    return {"epochs": round(config.epochs * min(100 / share, MAX_EPOCHS))}
 
 
 # -- training ---------------------------------------------------------------------------------------

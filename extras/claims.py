@@ -29,7 +29,7 @@ PLAN = "plan"
 END = "end"  # the name of the last piece, which one process does when all others are done
 RELEASED = "released"  # content of a claim that its owner gave up
 RENEWALS = 4  # per lease
-LONGEST_WAIT = 0.5  # seconds between two looks at the claims of others
+MAX_WAIT = 0.5  # seconds between two looks at the claims of others
 
 State = tuple[int, str]  # the number of the last claim of a piece, 0 for none, and what it contains
 
@@ -183,7 +183,7 @@ class Pieces:
             print(
                 f"waiting for {count} of other processes; one that dies is replaced after {self.lease:g} s", flush=True
             )
-        time.sleep(min(LONGEST_WAIT, self.lease / RENEWALS))
+        time.sleep(min(MAX_WAIT, self.lease / RENEWALS))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     <cache_dir>/frames/<key>/<name>.safetensors    a shard: the frames of n videos, resized, cropped, as JPEG files
                              about.json            what the key stands for
 
-Where training would take a random frame of each segment of a video, or a random window, it takes one of three here. For
+Where training would take a random frame of each slice of a video, or a random window, it takes one of three here. For
 val, which is evaluated after every epoch, only the centred frames are kept. Every epoch reads what is stored, the first
 one too, so that results do not depend on what the store held before. Augmentation comes later, on the device.
 
@@ -36,7 +36,7 @@ from script import UserError, counted, printable
 from transforms import sample_indices, window_stride
 from VLoader import ClipDataset, Key, Sample, Splits, WorkerLoader, distinct
 
-# where the stored frames lie in their segments, or the windows in the video; see sample_indices()
+# where the stored frames lie in their slices, or the windows in the video; see sample_indices()
 POSITIONS = {"train": (1 / 6, 1 / 2, 5 / 6), "val": (1 / 2,)}
 # 4:4:4 keeps colours at full resolution: half of it would cost 3 dB, and 10 dB in clips with strong colours
 COMPRESSION: dict[str, Any] = {"format": "JPEG", "quality": 90, "subsampling": "4:4:4"}
@@ -84,8 +84,8 @@ def compress_clip(dataset: ClipDataset, sample: Sample, positions: tuple[float, 
 
 
 def choose(clip: StoredClip, stride: int, rng: np.random.Generator | None) -> np.ndarray:
-    """Which of its P frames to take of each segment; those of a window stay together. Without `rng` the centred ones.
-    [T]"""
+    """Picks one of the P stored positions for each frame; the frames of a window share one. Without `rng` it is the
+    centred one. [T]"""
     positions, num_frames = clip.places.shape[:2]
     if rng is None:
         return np.full(num_frames, positions // 2)

@@ -5,7 +5,7 @@ After training, val decides two numbers, the Rule. A temperature makes the score
 with 95 % confidence; test shows whether it does.
 
 The score is the largest probability after temperature scaling. Three times we trained without one class of
-dummy_data.py, and measured how many of its clips each score rejects where it rejects 10 % of the others
+dummy_data.py, and measured the share of its clips that each score rejects when it rejects 10 % of the others
 (benchmarks/rejection.py): the probability 81, 70 and 52 % (turns clockwise, moves left, stops), entropy 83, 70 and 52,
 the energy of the calibrated logits 82, 83 and 28. The probability is as good as entropy, and it is what users see. The
 Mahalanobis distance of the head's input to the training clips (Lee 2018) gives 70, 91 and 72 %. It is not used: it
@@ -24,8 +24,8 @@ from metrics import fraction_interval, with_intervals
 from script import UserError, counted
 
 NONE = "none of these"
-DELTA = 0.05  # the probability that the fraction of wrong answers exceeds SHARE all the same
-MOST_POINTS = 200  # of the curve in metrics.json
+DELTA = 0.05  # the probability that the fraction of wrong answers exceeds SHARE anyway
+MAX_POINTS = 200  # of the curve in metrics.json
 
 
 @dataclass
@@ -99,7 +99,7 @@ def log_factorials(size: int) -> np.ndarray:
 def binomial_tail(errors: int, count: int, share: float) -> float:
     """The probability of at most `errors` wrong answers among `count` that are each wrong with probability `share`."""
     i = np.arange(errors + 1)
-    factorials = log_factorials(1 << count.bit_length())  # powers of two, since choose_threshold() asks for many counts
+    factorials = log_factorials(1 << count.bit_length())  # rounded up to a power of two, so that the cache is hit
     terms = factorials[count] - factorials[i] - factorials[count - i] + i * math.log(share)
     return float(np.exp(terms + (count - i) * math.log1p(-share)).sum())
 
@@ -113,7 +113,7 @@ def upper_bound(errors: int, count: int) -> float:
     return high
 
 
-def least_clips(share: float) -> int:
+def min_clips(share: float) -> int:
     """How many clips without any error it takes to show that less than `share` are wrong."""
     return math.ceil(math.log(DELTA) / math.log1p(-share))
 
@@ -124,13 +124,13 @@ def choose_threshold(scores: np.ndarray, wrong: np.ndarray, share: float) -> flo
 
     Trying many thresholds and taking the best would be too optimistic (Geifman & El-Yaniv 2017). So they are tested in
     a fixed order, from the strictest one down, up to the first that fails: then the probability of any false pass stays
-    5 % (Learn then Test, Angelopoulos 2021). Each test is an exact one for binomial counts. That the thresholds are
-    scores of val does no harm: given the next lower score, the clips above it are independent draws.
+    5 % (Learn then Test, Angelopoulos 2021). Each test is an exact one for binomial counts. Using
+    scores of val as thresholds is valid: given the next lower score, the clips above it are independent draws.
 
-    The strictest threshold answers half of the clips, but at most four times least_clips(). With fewer, a single error
+    The strictest threshold answers half of the clips, but at most four times min_clips(). With fewer, a single error
     with a high score would often end the test at once.
     """
-    least = least_clips(share)
+    least = min_clips(share)
     first = max(least, min(len(scores) // 2, 4 * least))
     order = np.argsort(-scores, kind="stable")
     scores, errors = scores[order], wrong[order].cumsum()
@@ -171,7 +171,7 @@ def reject_scores(
     if count:
         own = [groups[i] for i in np.flatnonzero(answered)] if groups else None
         intervals["error"] = fraction_interval(wrong[answered], own)
-    points = np.unique(np.linspace(0, total - 1, MOST_POINTS).round().astype(int))
+    points = np.unique(np.linspace(0, total - 1, MAX_POINTS).round().astype(int))
     return {
         "answered": count,
         "wrong": errors,
@@ -215,7 +215,7 @@ def reject_line(metrics: dict[str, Any]) -> str:
 
 def check_val(val: Sequence[Any], share: float) -> None:
     """Raises UserError if val has too few clips for any threshold, which is known before a run trains."""
-    if share and len(val) < (least := least_clips(share)):
+    if share and len(val) < (least := min_clips(share)):
         raise UserError(
             f"--reject {share:g} needs at least {least} clips in val even if no answer is wrong, but val has {len(val)}: "
             "add clips to val/, or choose a larger share"

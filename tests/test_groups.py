@@ -469,7 +469,7 @@ def test_the_doctor_reads_cached_features_and_computes_others(dataset, tmp_path,
     monkeypatch.setattr(groups, "FEWEST", 10)
     result, computed = examined(dataset, tmp_path)
     assert "not checked" not in result and not any(tmp_path.iterdir())
-    monkeypatch.setattr(doctor, "LONGEST_SEARCH", 0)
+    monkeypatch.setattr(doctor, "MAX_SEARCH", 0)
     assert examined(dataset, tmp_path)[0].startswith("not checked: computing features takes about")
 
     # after a run nothing has to be computed

@@ -26,7 +26,7 @@ import VLoader
 from checkpoint import WEIGHTS, load_run, read_tensors, save_tensors
 from config import ROOT
 from readers import open_video
-from script import UserError, collector_off
+from script import UserError, gc_disabled
 from VLoader import Sample, split_into_windows
 
 
@@ -237,13 +237,13 @@ def test_predict_raises_for_an_unreadable_video(run, videos):
 def test_the_garbage_collector_is_off_only_while_a_model_is_built(run, videos, capsys):
     assert inference.main(["--checkpoint", str(run), "--video_dir", str(videos / "0.pt")]) == 0
     assert gc.isenabled() and gc.get_freeze_count() == 0
-    with pytest.raises(UserError), collector_off():
+    with pytest.raises(UserError), gc_disabled():
         assert not gc.isenabled()
         raise UserError("stop")
     assert gc.isenabled()
     gc.disable()  # as a program that uses Predictor might
     try:
-        with collector_off():
+        with gc_disabled():
             pass
         assert not gc.isenabled()
     finally:

@@ -24,7 +24,7 @@ import score
 from answers import answer_line, fingerprint_answers, is_right
 from checkpoint import METADATA, read_run
 from extras import reject
-from extras.reject import NONE, Rule, choose_threshold, fit_temperature, least_clips, risk_coverage, upper_bound
+from extras.reject import NONE, Rule, choose_threshold, fit_temperature, min_clips, risk_coverage, upper_bound
 from extras.segments import merge_windows, read_recordings
 from script import UserError
 from VLoader import Sample
@@ -61,7 +61,7 @@ def test_the_bound_is_that_of_clopper_and_pearson():
         for errors in {0, 1, count // 30, count // 2, count - 1, count}:
             expected = scipy.stats.beta.ppf(0.95, errors + 1, count - errors) if errors < count else 1.0
             assert upper_bound(errors, count) == pytest.approx(expected, abs=1e-9), (errors, count)
-    assert [least_clips(share) for share in (0.5, 0.05, 0.01)] == [5, 59, 299]
+    assert [min_clips(share) for share in (0.5, 0.05, 0.01)] == [5, 59, 299]
     assert upper_bound(0, 59) < 0.05 < upper_bound(0, 58)
 
 

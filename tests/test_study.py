@@ -355,7 +355,7 @@ def test_a_stopped_study_goes_on_where_it_was(dataset, tmp_path, monkeypatch, ca
         return subprocess.CompletedProcess(command, main.main([*command[2:], "--num_workers", "0"]), stderr="")
 
     monkeypatch.setattr(grid, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.setattr(make_study, "MOST_EPOCHS", 1)
+    monkeypatch.setattr(make_study, "MAX_EPOCHS", 1)
     argv = ["--data_dir", str(dataset), "--runs", str(tmp_path / "runs"), "--study", str(tmp_path / "s.json")]
     argv += [
         "--sweep",

@@ -26,7 +26,7 @@ import yaml
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
 ROOT = Path(__file__).resolve().parents[2]
-LONGEST_LINE = 5000  # characters
+MAX_LINE = 5000  # characters
 GOOD = {0, 1, 2, 130, 143}  # exit statuses
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and newline
 BAR = re.compile(r"\r[^\r\n]*\d+/[\d?]+ \[[^\r\n]*\]|\r {4,}\r")  # tqdm's
@@ -151,7 +151,7 @@ def unwanted(status: int | None, out: str, err: str) -> str:
         return "control characters"
     if len(errors) > 1 or (status == 2 and len(errors) != 1):
         return f"{len(errors)} error lines"
-    return "long message" if max(map(len, [*out.splitlines(), *err.splitlines(), ""])) > LONGEST_LINE else ""
+    return "long message" if max(map(len, [*out.splitlines(), *err.splitlines(), ""])) > MAX_LINE else ""
 
 
 # -- many cases, one process ------------------------------------------------------------------------
