@@ -183,10 +183,14 @@ def read_metadata(
     Raises UserError naming the line.
     """
     # check every row before any video is opened, because opening all videos takes long
+    known, real_paths = {*videos}, {}
     rows: dict[Path, dict[Segment | None, dict[str, Any]]] = {}
     missing: list[Path] = []
     for where, row in chain(metadata_rows(folder / "metadata.jsonl"), rows_in_tars(folder, videos)):
         path = folder / check_row(row, where)
+        if path not in known and exists(path, where):  # outside the folder, or another name for one of its videos
+            real_paths = real_paths or {os.path.realpath(video): video for video in known}
+            path = real_paths.get(os.path.realpath(path), path)
         check_questions(row, where, answered)
         segment = segment_of(row)
         others = rows.setdefault(path, {})

@@ -276,6 +276,11 @@ def read_picture(file: Path) -> torch.Tensor:
         with Image.open(file) as image:
             check_picture(file, image.height, image.width)
             ImageOps.exif_transpose(image, in_place=True)
+            if image.mode in ("I", "F"):
+                raise ReadError(file, "32-bit grey values have no fixed range: convert it to 8 or 16 bit")
+            if image.mode.startswith("I;16"):  # convert() would make everything above 255 white
+                grey = (np.asarray(image) >> 8).astype(np.uint8)
+                return torch.from_numpy(np.repeat(grey[..., None], 3, axis=2))
             return torch.from_numpy(np.asarray(image if image.mode == "RGB" else image.convert("RGB")))
 
 
@@ -314,6 +319,10 @@ class VideoFile(Reader):
         """(timestamps of the frames, or None if they are not reliable; those of the keyframes; number of frames)."""
         # keep only these three values per packet: the packets together are the whole file
         packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self.container.demux(self.stream) if p.size]
+        # a recording that starts between two keyframes: decoders return nothing of what is shown before the first one
+        first = next((number for number, (_, is_key, _) in enumerate(packets) if is_key), 0)
+        if first and (start := packets[first][0]) is not None:
+            packets = [packet for packet in packets[first:] if packet[0] is None or packet[0] >= start]
         # a clip that was cut without re-encoding starts with frames that are decoded but never shown
         times = [time for time, _, hidden in packets if not hidden]
         # AVI stores no presentation times, so with B-frames the times of its packets are wrong

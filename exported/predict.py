@@ -19,19 +19,28 @@ def read(path: str | Path) -> torch.Tensor:
     with av.open(url) as packets, av.open(url) as frames:
         if (stream := packets.streams.best("video")) is None:
             raise ValueError("this file has no video")
-        length = sum(packet.size > 0 and not packet.is_discard for packet in packets.demux(stream))
+        length, start = count_frames([packet for packet in packets.demux(stream) if packet.size])
         if stride < 0:  # -S: S, but 0 for a video that is too short for it
             stride = -stride if length > (count - 1) * -stride else 0
         indices = (np.arange(count) * length / count + 0.5 * length / count).astype(int)  # middles of equal parts
         if stride or length < count:  # every stride-th frame in the middle of the video; repeats the last if too short
             steps = np.arange(count) * (stride or 1)
             indices = np.minimum(max(0, length - steps[-1] - 1) // 2 + steps, length - 1)
-        for index, frame in enumerate(frames.decode(frames.streams.best("video"))):
+        decoded = frames.decode(frames.streams.best("video"))
+        for index, frame in enumerate(f for f in decoded if start is None or f.pts is None or f.pts >= start):
             if index in indices:
                 pictures[index] = np.rot90(frame.to_rgb().to_ndarray(), frame.rotation // 90)
             if index == indices[-1]:
                 return torch.from_numpy(np.stack([pictures[i] for i in indices])).permute(0, 3, 1, 2)
     raise ValueError(f"not all of its {length} frames can be decoded")
+
+
+def count_frames(packets: list[av.Packet]) -> tuple[int, int | None]:
+    """(the number of frames from the first keyframe on, without hidden ones; its timestamp if others precede it)."""
+    first = next((number for number, packet in enumerate(packets) if packet.is_keyframe), 0)
+    start = packets[first].pts if first else None
+    shown = [packet for packet in packets[first:] if start is None or packet.pts is None or packet.pts >= start]
+    return sum(not packet.is_discard for packet in shown), start
 
 
 def predict(path: str | Path) -> dict[str, float]:

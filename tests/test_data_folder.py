@@ -375,6 +375,21 @@ def test_bad_display_names_are_one_line(tmp_path, text):
     assert read_display_names(tmp_path, ["a"]) == {"a": "A"}
 
 
+@pytest.mark.parametrize("name", ["absolute", "../train/a/1.pt", "linked/1.pt", "../../elsewhere/1.pt"])
+def test_metadata_may_call_a_video_by_another_name(folder, monkeypatch, name):
+    """It is one sample, not two that could end in train and val."""
+    (folder.parent.parent / "elsewhere").symlink_to(folder / "a")
+    (folder / "linked").symlink_to("a")
+    name = str(folder / "a" / "1.pt") if name == "absolute" else name
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "red"}) + "\n")
+    monkeypatch.chdir(folder.parent)
+    for path in (folder, Path("train")):
+        samples = read_folder(path)
+        assert len({os.path.realpath(s.path) for s in samples}) == len(samples) == 4
+        (sample,) = (s for s in samples if s.text == "red")
+        assert os.path.samefile(sample.path, folder / "a" / "1.pt") and sample.label == "a"
+
+
 def test_the_same_file_in_two_splits_is_left_to_the_doctor(folder):
     (folder.parent / "test" / "a").mkdir(parents=True)
     (folder.parent / "test" / "a" / "1.pt").symlink_to(folder / "a" / "1.pt")

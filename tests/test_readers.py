@@ -124,6 +124,26 @@ def test_a_clip_cut_without_reencoding(tmp_path):
         assert (reader.frames(np.array(indices)).numpy() == reference[indices]).all(), indices
 
 
+@pytest.mark.parametrize(
+    "name, codec, bf", [("v.ts", "libx264", "2"), ("v.mp4", "libx264", "2"), ("v.mkv", "mpeg4", "0")]
+)
+def test_a_recording_that_starts_between_two_keyframes(tmp_path, name, codec, bf):
+    """As when a stream is recorded from its middle: the video starts at the first keyframe. Decoders return nothing of
+    what comes before, or, for mpeg4, damaged frames."""
+    whole = write_video(tmp_path / f"whole_{name}", counting_frames(60), codec, g="20", bf=bf)
+    with av.open(str(whole)) as source, av.open(str(tmp_path / name), "w") as target:
+        copy = target.add_stream_from_template(source.streams.video[0])
+        for packet in [p for p in source.demux(video=0) if p.size][7:]:
+            packet.stream = copy
+            target.mux(packet)
+    reader = open_video(tmp_path / name)
+    reference = full_decode(whole)[-len(reader) :]
+    assert len(reference) in (40, 41)
+    assert codec == "mpeg4" or len(full_decode(tmp_path / name)) == len(reader)
+    for indices in ([0], [len(reference) - 1], [3, 4, 20], list(range(len(reference)))):
+        assert (reader.frames(np.array(indices)).numpy() == reference[indices]).all(), indices
+
+
 @pytest.mark.parametrize("rotation", [90, 180, -90])
 def test_rotation_is_applied(tmp_path, rotation):
     plain = write_video(tmp_path / "plain.mp4", counting_frames(4))
@@ -335,6 +355,18 @@ def test_a_title_need_not_be_text(tmp_path):
         container.mux(stream.encode())
     (tmp_path / "v.mkv").write_bytes((tmp_path / "v.mkv").read_bytes().replace(b"Caf##", b"Caf\xe9s"))
     assert len(open_video(tmp_path / "v.mkv")) == 1
+
+
+def test_grey_pictures_of_16_bit_keep_their_greys_and_32_bit_is_refused(tmp_path):
+    """PIL's own conversion makes every value above 255 white."""
+    grey = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    for name, values in {"a.png": grey, "a.tif": grey, "b.tif": grey.astype(">u2")}.items():
+        Image.fromarray(values).save(tmp_path / name)
+        assert (readers.read_picture(tmp_path / name).numpy() == (grey >> 8)[..., None]).all()
+    for values in (grey.astype(np.int32), grey.astype(np.float32) / 65535):
+        Image.fromarray(values).save(tmp_path / "c.tif")
+        with pytest.raises(ReadError, match=r"c\.tif: 32-bit grey values have no fixed range"):
+            readers.read_picture(tmp_path / "c.tif")
 
 
 def test_the_number_of_windows_is_limited(tmp_path):
