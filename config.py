@@ -481,7 +481,9 @@ class Config:
     """also write TensorBoard logs to the run's folder; needs tensorboardX (requirements-extra.txt)"""
     device: str = option("auto", one_of("auto", "cpu", "cuda", "mps"), "run and machine", ALL, free_at_resume=True)
     """where to compute: cpu, cuda or mps. auto: cuda if available, else mps, else cpu"""
-    mixed_precision: str = option("auto", one_of("auto", "no", "bf16", "fp16"), "run and machine", ALL)
+    mixed_precision: str = option(
+        "auto", one_of("auto", "no", "bf16", "fp16"), "run and machine", ALL, changes_answers=True
+    )
     """compute in 16 bit where that is safe (autocast): bf16 or fp16, or no for 32 bit. auto: bf16 on a GPU that
     supports it, else no"""
     frozen_dtype: str = option(

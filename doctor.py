@@ -210,7 +210,7 @@ def signatures_of(run: "Run", samples: list[Any]) -> tuple[Any, str]:
     model, config = copy.deepcopy(run.model), run.config
     cast_frozen(model, config, run.accelerator)
     encoder = model.vision_encoder.to(run.accelerator.device).eval()
-    rows = cached_signatures(model, config, samples)
+    rows = cached_signatures(model, config, samples, run.accelerator)
     missing = [index for index in range(len(samples)) if index not in rows]
 
     absent = [samples[index] for index in missing]
@@ -237,15 +237,15 @@ def signatures_of(run: "Run", samples: list[Any]) -> tuple[Any, str]:
     return torch.stack([rows.get(index, unknown) for index in range(len(samples))]), ""
 
 
-def cached_signatures(model: "VideoModel", config: Config, samples: list[Any]) -> dict[int, Any]:
+def cached_signatures(model: "VideoModel", config: Config, samples: list[Any], accelerator: Any) -> dict[int, Any]:
     """{index of a sample: its signature (d,)} for those whose features an earlier run has cached."""
     from extras.groups import signatures
     from feature_cache import open_store, place_of_store, video_ids
     from readers import ReadError
 
-    if not place_of_store(model, config)[0].is_dir():
+    if not place_of_store(model, config, accelerator)[0].is_dir():
         return {}
-    store, rows = open_store(model, config), {}
+    store, rows = open_store(model, config, accelerator), {}
     for index, sample in enumerate(samples):
         with suppress(ReadError):
             (number,) = store.find(video_ids([sample]))

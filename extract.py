@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     use_cache(run.model, replace(run.config, cache_features="True"))
     cast_frozen(run.model, run.config, run.accelerator)
     print_backbones(run)
-    store = open_store(run.model, run.config)
+    store = open_store(run.model, run.config, run.accelerator)
     job, started = Extraction(run, store), time.perf_counter()
     with memory_advice():
         join(job.folder, job.plan)

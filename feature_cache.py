@@ -266,15 +266,15 @@ def use_cache(model: VideoModel, config: Config) -> bool:
     return config.cache_features != "False" and cacheable(model, config)
 
 
-def open_store(model: VideoModel, config: Config) -> FeatureStore:
+def open_store(model: VideoModel, config: Config, accelerator: Any) -> FeatureStore:
     """The store of a model's vision backbone, which is made if it does not exist. The options of `config` must be
-    without `auto`."""
+    without `auto`, except those that the accelerator has resolved."""
     encoder = model.vision_encoder
     shape = 1 + encoder.num_tokens(config.token_grid), encoder.config.hidden_size
-    return FeatureStore(*place_of_store(model, config), shape)
+    return FeatureStore(*place_of_store(model, config, accelerator), shape)
 
 
-def place_of_store(model: VideoModel, config: Config) -> tuple[Path, dict[str, Any]]:
+def place_of_store(model: VideoModel, config: Config, accelerator: Any) -> tuple[Path, dict[str, Any]]:
     """(the folder of a model's store, which may not exist; what its about.json says)."""
     description = {
         "backbone": model.sources["vision"].path,
@@ -284,8 +284,8 @@ def place_of_store(model: VideoModel, config: Config) -> tuple[Path, dict[str, A
         "frames": [sample_indices(n, config.num_frames, config.frame_stride).tolist() for n in (10, 1000)],
         "format": 1,  # raise it when the same frames and options give other features
     } | {name: getattr(config, name) for name in options_with("in_feature_key")}
-    if any(p.dtype == torch.bfloat16 for p in model.vision_encoder.parameters()):
-        description["frozen_dtype"] = "bf16"  # not an option's value, which may be auto
+    if accelerator.mixed_precision != "no":
+        description["mixed_precision"] = accelerator.mixed_precision  # not the option's value, which may be auto
     if model.vision_encoder.layer < model.vision_encoder.depth:
         description["vision_layer"] = model.vision_encoder.layer
     return cache_folder(config) / key_of(description), description
@@ -344,7 +344,8 @@ def compute_missing(
     if absent := [samples[i].path for i in missing if not is_there(samples[i].path)]:
         raise UserError(
             f"{counted(len(absent), 'video')} not found, first {absent[0]}, and {store.folder} has no features of them; "
-            f"features depend on backbone, layer, frames and --token_grid: see python feature_cache.py info {store.folder.parent}"
+            f"features depend on backbone, layer, frames, --token_grid and --mixed_precision: see python "
+            f"feature_cache.py info {store.folder.parent}"
         )
 
     # every process writes shards of its own, then reads those of the others
@@ -655,14 +656,16 @@ def info(args: argparse.Namespace) -> int:
     abouts: dict[str, dict[str, Any]] = {}
     for key, about, path in shards_of(Path(args.source)):
         n, tokens, width = shape_of(path)
-        abouts[key] = {"vision_layer": "the last"} | about | {"features": f"{tokens} x {width}"}
+        abouts[key] = (
+            {"vision_layer": "the last", "mixed_precision": "no"} | about | {"features": f"{tokens} x {width}"}
+        )
         counts.setdefault(key, Counter()).update(videos=n, shards=1, bytes=path.stat().st_size)
     for key, about in abouts.items():
         count = counts[key]
         print(
             f"{key}: {counted(count['videos'], 'video')}, {counted(count['shards'], 'shard')}, {count['bytes'] / 1e6:.1f} MB"
         )
-        for name in ("backbone", "vision_layer", "features", *options_with("in_feature_key")):
+        for name in ("backbone", "vision_layer", "features", "mixed_precision", *options_with("in_feature_key")):
             print(printable(f"    {name}: {about.get(name)}"))
     if not abouts:
         print(printable(f"no features in {args.source}"))

@@ -70,7 +70,7 @@ def prepare_data(
 
     # computing features can find more unreadable videos, so the error that lists them comes last
     with accelerator.main_process_first():
-        store = open_store(model, config)
+        store = open_store(model, config, accelerator)
     readable = {name: [s for s in getattr(splits, name) if s.key not in bad] for name in cached}
     bad |= compute_missing(store, model, replace(splits, **readable), config, accelerator)
     splits = without_unreadable(splits, bad, config)

@@ -90,7 +90,7 @@ def compare(argv: list[str], cache: str) -> None:
     config = model.vision_encoder.fill_auto(config)
 
     # fill the feature cache before timing: the warm cache is what every epoch but the first reads
-    store = open_store(model, config)
+    store = open_store(model, config, accelerator)
     compute_missing(store, model, splits, config, accelerator)
     features = read_features(store, splits, config)
 

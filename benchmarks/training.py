@@ -75,7 +75,7 @@ def run_vidtune(row: str, args: argparse.Namespace) -> dict[str, float]:
     # the clock includes feature extraction, which is most of a cold run and nothing of a warm one
     start, features = time.perf_counter(), None
     if row != "vidtune":
-        store = open_store(model, config)
+        store = open_store(model, config, accelerator)
         compute_missing(store, model, splits, config, accelerator)
         features = read_features(store, splits, config)
 

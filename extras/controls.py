@@ -111,7 +111,7 @@ def nearest_neighbours(splits: Splits, samples: list[Sample], config: Config, ac
     cast_frozen(model, config, accelerator)
 
     # the feature cache may have most of them already
-    store = open_store(model, frozen_config)
+    store = open_store(model, frozen_config, accelerator)
     bad = compute_missing(store, model, replace(splits, val=[], test=samples), frozen_config, accelerator)
 
     # training read other frames of these videos, so a damaged one may show up only now

@@ -110,7 +110,7 @@ def cache_layers(model: VideoModel, splits: Splits, config: Config, accelerator:
         models = [VideoModel(each) for each in encoder.encoders]
         for each in models:
             each.sources = model.sources
-        store = LayersStore([open_store(each, config) for each in models])
+        store = LayersStore([open_store(each, config, accelerator) for each in models])
         names = cached_splits(config)
         splits, bad = scan(splits, config, names)
         splits = replace(splits, **{name: [s for s in getattr(splits, name) if s.key not in bad] for name in names})

@@ -119,7 +119,8 @@ def parts(dataset, tmp_path):
     )
     model = build_model(config, 3)
     config = resolved(replace(config, batch_size=4), model)
-    return open_store(model, config), model, read_splits(data), config, build_accelerator(config)
+    accelerator = build_accelerator(config)
+    return open_store(model, config, accelerator), model, read_splits(data), config, accelerator
 
 
 def test_a_changed_video_is_computed_again_and_never_read_stale(parts):
@@ -131,7 +132,7 @@ def test_a_changed_video_is_computed_again_and_never_read_stale(parts):
     torch.save(255 - torch.load(sample.path, weights_only=True), sample.path)  # the same size
     os.utime(sample.path, ns=(info.st_atime_ns, info.st_mtime_ns))
     assert store.index.find(video_ids([sample])).tolist() == [-1]
-    fresh = open_store(model, config)
+    fresh = open_store(model, config, accelerator)
     assert compute_missing(fresh, model, splits, config, accelerator) == {}
     after = read_features(fresh, splits, config)["test"][0]
     assert not torch.allclose(before, after)
@@ -169,24 +170,24 @@ def test_moved_and_copied_videos_hit_the_cache_and_frames_rewritten_in_place_mis
 
 
 def test_another_backbone_has_another_store(parts):
-    store, model, _, config, _ = parts
+    store, model, _, config, accelerator = parts
     with torch.no_grad():
         next(model.vision_encoder.backbone.parameters()).add_(1e-3)
     model.sources["vision"].fingerprint = fingerprint(model.vision_encoder.backbone)
-    assert open_store(model, config).folder != store.folder
-    assert open_store(model, replace(config, token_grid=1)).folder != store.folder
+    assert open_store(model, config, accelerator).folder != store.folder
+    assert open_store(model, replace(config, token_grid=1), accelerator).folder != store.folder
 
 
 @pytest.mark.parametrize("length", [8, 100])
 def test_other_sampled_frames_have_another_store(parts, monkeypatch, length):
     """A change of the sampling itself, even if it concerns only short or only long videos."""
-    store, model, _, config, _ = parts
-    assert open_store(model, config).folder == store.folder
+    store, model, _, config, accelerator = parts
+    assert open_store(model, config, accelerator).folder == store.folder
     original = feature_cache.sample_indices
     monkeypatch.setattr(
         feature_cache, "sample_indices", lambda n, *args: original(n, *args) // (1 + ((n < 50) == (length < 50)))
     )
-    assert open_store(model, config).folder != store.folder
+    assert open_store(model, config, accelerator).folder != store.folder
 
 
 def test_damaged_and_unfinished_shards_are_ignored(parts):
@@ -195,7 +196,7 @@ def test_damaged_and_unfinished_shards_are_ignored(parts):
     shard = next(store.folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:100])
     (store.folder / "1-1.safetensors.tmp").write_bytes(b"half")
-    again = open_store(model, config)
+    again = open_store(model, config, accelerator)
     assert len(again.shards) == 0
     assert compute_missing(again, model, splits, config, accelerator) == {}
     assert (again.index.find(video_ids(splits.train)) >= 0).all()
@@ -253,7 +254,7 @@ def test_changed_shards_are_noticed_and_their_videos_computed_again(parts, capsy
     else:
         name = damage.split()[0]
         save_file(tensors | {name: tensors[name].flip(0).contiguous()}, shard, metadata=header)
-    again = open_store(model, config)
+    again = open_store(model, config, accelerator)
     capsys.readouterr()
     assert compute_missing(again, model, splits, config, accelerator) == {}
     out = capsys.readouterr().out

@@ -22,7 +22,7 @@ from feature_cache import place_of_store
 from inference import Predictor
 from pretrained import Source
 from script import UserError, read_rows
-from train_code import loss_sum
+from train_code import build_accelerator, loss_sum
 from vision import layer_lists, load_vision, to_grid
 
 EVERY = pytest.mark.parametrize("key", MODELS)
@@ -138,7 +138,8 @@ def test_the_last_layer_has_the_key_of_runs_without_the_option(folder_of):
     for layer in ("auto", 2, 1):
         config = check_options(Config(vision_model=str(folder_of("vjepa2")), vision_layer=layer, **MODES["frozen"]))
         model = build_model(config, 3)
-        folder, description = place_of_store(model, model.vision_encoder.fill_auto(config))
+        config = model.vision_encoder.fill_auto(config)
+        folder, description = place_of_store(model, config, build_accelerator(config))
         assert ("vision_layer" in description) == (layer == 1)
         keys.append((folder, description["fingerprint"]))
     assert keys[0] == keys[1] and keys[0][0] != keys[2][0] and keys[0][1] == keys[2][1]

@@ -382,14 +382,17 @@ def test_an_epoch_with_frozen_weights_in_bf16_ends_at_the_loss_of_fp32(dataset, 
     for name in ("train_loss", "val_loss"):
         assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-2)
 
-    # features computed by bf16 weights are kept apart, and the run loads without them
+    # features computed in bf16 are kept apart, and the run loads without them
     about = [json.loads(path.read_text()) for path in (tmp_path / ".features").rglob("about.json")]
-    assert sorted(row.get("frozen_dtype", "fp32") for row in about) == ["bf16", "fp32"]
+    assert sorted(row.get("mixed_precision", "no") for row in about) == ["bf16", "no"]
     run = tmp_path / "b"
     AcceleratorState._reset_state()
     flags = ["--checkpoint", str(run), "--video_dir", str(dataset / "test" / "class_0"), "--num_workers", "0"]
     assert inference.main([*flags, "--device", "cpu"]) == 0
-    assert fingerprint_answers(run, Config(frozen_dtype="bf16")) != fingerprint_answers(run, Config())
+    prints = [
+        fingerprint_answers(run, Config(**o)) for o in ({}, {"frozen_dtype": "bf16"}, {"mixed_precision": "bf16"})
+    ]
+    assert len({*prints}) == 3
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def test_cached_features_are_those_of_each_segment(data, tmp_path):
 
     argv = ["--data_dir", str(data), "--output_dir", str(tmp_path), *FIXED]
     run = prepare(parse(argv, "main")[0], tmp_path)
-    store = open_store(run.model, run.config)
+    store = open_store(run.model, run.config, run.accelerator)
     assert compute_missing(store, run.model, run.splits, run.config, run.accelerator) == {}
     features = read_features(store, run.splits, run.config)
     for name, samples in (("train", run.splits.train), ("test", run.splits.test)):
