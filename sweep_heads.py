@@ -151,7 +151,7 @@ def train_all(candidates: list[Candidate]) -> None:
     from tqdm import tqdm
 
     from build_model import trained_tensors
-    from train_code import evaluate_epoch, out_of_patience
+    from train_code import DivergedError, evaluate_epoch, out_of_patience
 
     config = candidates[0].run.config
     for epoch in range(config.epochs):
@@ -164,7 +164,12 @@ def train_all(candidates: list[Candidate]) -> None:
         # val
         for candidate in (c for c in active if not c.diverged):
             model, engine = candidate.run.model, candidate.engine
-            if evaluate_epoch(model, candidate.loaders, engine, candidate.run.config)["best"]:
+            try:
+                row = evaluate_epoch(model, candidate.loaders, engine, candidate.run.config)
+            except DivergedError as error:
+                candidate.diverged = str(error)
+                continue
+            if row["best"]:
                 candidate.best = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
             engine.progress.next_epoch()
         best = ranked(candidates)[0]

@@ -798,10 +798,12 @@ def save_epoch(model: VideoModel, row: dict[str, Any], log: list[dict[str, Any]]
 
 def evaluate_epoch(model: VideoModel, loaders: dict[str, DataLoader], engine: Engine, config: Config) -> dict[str, Any]:
     """Evaluates on val and adds a row to the log. Returns the row; its `best` says whether it is better than all
-    before."""
+    before. Raises DivergedError for a loss that is not finite."""
     engine.read_reports()
     progress = engine.progress
     val = evaluate(model, loaders["val"], engine.accelerator)
+    if not math.isfinite(val["loss"]):  # the last step may have broken the weights, or overflowed only here
+        raise DivergedError(f"the loss on val is {val['loss']} after step {progress.step}: lower --learning_rate")
     train_loss = progress.loss / progress.count
     row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": train_loss, "val_loss": val["loss"]}
     if "accuracy" in val:

@@ -476,6 +476,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_files(dataset, 
     assert all(t.isfinite().all() for t in state.values() if t.is_floating_point())
 
 
+@pytest.mark.parametrize("options", [[], CAPTIONER])
+def test_weights_that_the_last_step_broke_stop_the_run(dataset, tmp_path, capfd, options):
+    """Only val notices: the losses of training are those before each step."""
+    flags = ["--epochs", "1", "--batch_size", "99", "--learning_rate", "1e25", "--run_name", "r"]
+    assert train(dataset, tmp_path, *options, *flags) == 2
+    assert "error: the loss on val is nan after step 1: lower --learning_rate" in capfd.readouterr().err
+    assert not (tmp_path / "r" / "model.safetensors").exists()
+
+
 def test_the_bad_loss_of_one_process_stops_the_others(monkeypatch):
     from train_code import DivergedError, Engine, HostCopy, StepReport
 
