@@ -36,15 +36,20 @@ State = tuple[int, str]  # the number of the last claim of a piece, 0 for none, 
 
 def join(folder: Path, plan: str) -> None:
     """Makes the folder of a job, or joins the processes that work there. Raises UserError if theirs is another plan."""
-    while True:
-        with suppress(FileNotFoundError):
-            if (folder / PLAN).read_text(encoding="utf-8") == plan:
-                return
+    while (theirs := read_plan(folder)) != plan:
+        if theirs is not None:
             raise UserError(
                 f"{folder} belongs to processes with other videos, weights or options: wait until they have finished, "
                 "or remove the folder if none of them runs"
             )
         make_job(folder, plan)
+
+
+def read_plan(folder: Path) -> str | None:
+    """The plan of the job in a folder, None if there is no job."""
+    with suppress(FileNotFoundError):
+        return (folder / PLAN).read_text(encoding="utf-8")
+    return None
 
 
 def make_job(folder: Path, plan: str) -> None:
@@ -115,7 +120,7 @@ class Pieces:
     """The pieces of one job, as one process sees them."""
 
     def __init__(self, folder: Path, lease: float):
-        self.folder, self.lease = folder, lease
+        self.folder, self.lease, self.plan = folder, lease, read_plan(folder)
         self.watched: dict[str, tuple[State, float]] = {}  # name: (its last state, when that was seen first)
         self.told = False
 
@@ -138,7 +143,11 @@ class Pieces:
 
     def is_done(self, name: str) -> bool:
         """Whether the result of a piece is there, or the job has been finished by others."""
-        return (self.folder / f"{name}.jsonl").exists() or not self.folder.exists()
+        return (self.folder / f"{name}.jsonl").exists() or self.is_over()
+
+    def is_over(self) -> bool:
+        """Whether others have finished the job; another one may have begun in the same folder."""
+        return self.plan is None or read_plan(self.folder) != self.plan
 
     def claim(self, name: str) -> int | None:
         """Claims a piece that nobody holds. Returns the descriptor of the new claim, None if it was not possible."""
@@ -169,10 +178,12 @@ class Pieces:
         """Works on a claimed piece and writes its result."""
         with renewed(claim, self.lease / RENEWALS):
             rows = work(name)
+            if self.is_over():  # this process was so late that others did its piece
+                return
             try:
                 write_rows(rows, self.folder / f"{name}.jsonl")
             except UserError:
-                if self.folder.exists():  # else this process was so late that others finished the job
+                if not self.is_over():
                     raise
 
     def wait(self, left: list[str]) -> None:

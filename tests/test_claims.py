@@ -239,6 +239,19 @@ def test_a_killed_process_is_replaced(tmp_path, trials):
         assert {*check(job)} == {*NAMES}
 
 
+def test_a_process_that_wakes_up_late_leaves_the_next_job_alone(job):
+    """Others have done its piece and finished the job, and the next job with the same pieces is in the same folder."""
+
+    def work(name: str) -> list[dict]:
+        share(job, ["0"], 0, lambda name: [{"from": "the helper"}], lambda: None)
+        join(job, "the next job")
+        return [{"from": "the late process"}]
+
+    late = Pieces(job, 0.01)
+    late.do_one("0", late.claim("0"), work)
+    assert late.is_done("0") and not Pieces(job, 10).is_done("0")
+
+
 def test_another_job_is_refused(job):
     join(job, "plan")
     with pytest.raises(UserError, match="with other videos, weights or options"):
