@@ -328,19 +328,23 @@ def save_state(
     model: VideoModel,
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
-    generators: dict[int, torch.Tensor],
+    generators: dict[str, torch.Tensor],
 ) -> None:
-    """Writes what load_state restores: trained tensors, optimizer state, the random generators of all processes, and,
-    in the file's header, `progress`."""
+    """Writes what load_state restores: trained tensors, optimizer state, the `generators` of all processes as
+    random_states() gives them, and, in the file's header, `progress`."""
     # flat names, <kind>.<rest>, because a safetensors file holds nothing but named tensors
     tensors = {f"model.{name}": p.detach().cpu() for name, p in trained_tensors(model).items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value.detach().cpu() for name, value in slots.items()}
-    tensors |= {f"rng.cpu.{process}": state for process, state in generators.items()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    tensors |= {f"rng.{name}": state for name, state in generators.items()}
     make_folder((run_dir / STATE).parent)
     save_tensors(tensors, progress, run_dir / STATE)
+
+
+def random_states(process: int) -> dict[str, torch.Tensor]:
+    """The random generators of this process, named <device>.<process>."""
+    states = {f"cpu.{process}": torch.get_rng_state()}
+    return states | ({f"cuda.{process}": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def load_state(
@@ -350,7 +354,7 @@ def load_state(
 
     Raises UserError if the file is damaged, belongs to another model, or was written by another number of processes.
     """
-    # sort the tensors by kind: model.*, optimizer.<index>.<slot>, rng.cpu.<process>, rng.cuda
+    # sort the tensors by kind: model.*, optimizer.<index>.<slot>, rng.<device>.<process>
     file = run_dir / STATE
     tensors, progress = read_tensors(file)
     kinds: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
@@ -362,13 +366,12 @@ def load_state(
         load_optimizer(optimizer, kinds["optimizer"])
 
         # every process has its own stream of random numbers and continues it
-        generators = {int(n.removeprefix("cpu.")): t for n, t in kinds["rng"].items() if n.startswith("cpu.")}
-        if len(generators) != processes:
-            stopped = counted(len(generators), "process", "processes")
-            raise UserError(f"{run_dir} used {stopped}; resume it with the same number")
-        torch.set_rng_state(generators[process])
-        if "cuda" in kinds["rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(kinds["rng"]["cuda"])
+        generators = kinds["rng"]
+        if (used := sum(name.startswith("cpu.") for name in generators)) != processes:
+            raise UserError(f"{run_dir} used {counted(used, 'process', 'processes')}; resume it with the same number")
+        torch.set_rng_state(generators[f"cpu.{process}"])
+        if f"cuda.{process}" in generators and torch.cuda.is_available():
+            torch.cuda.set_rng_state(generators[f"cuda.{process}"])
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{file} does not hold a state of this run: {' '.join(str(error).split())}") from None
     return progress

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from build_model import VideoCaptioner, VideoModel, adapters, body_of, trained_tensors
-from checkpoint import STATE, load_state, load_weights, save_state, save_weights, write_rule
+from checkpoint import STATE, load_state, load_weights, random_states, save_state, save_weights, write_rule
 from config import Config, default_rates
 from extras.augment import Augment
 from extras.multilabel import binary_losses, choose_thresholds, multi_label_result, multi_label_scores
@@ -850,7 +850,7 @@ def save_progress(model: VideoModel, loader: DataLoader, engine: Engine, run_dir
     progress.skipped = all_skipped(loader, accelerator)
     progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
     progress.run_seconds = time.perf_counter() - engine.started
-    generators = dict(gathered(accelerator, [(accelerator.process_index, torch.get_rng_state())]))
+    generators = dict(gathered(accelerator, [*random_states(accelerator.process_index).items()]))
     if accelerator.is_main_process:
         save_state(run_dir, model, engine.optimizer, asdict(progress), generators)
 

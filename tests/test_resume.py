@@ -295,6 +295,23 @@ def test_a_damaged_or_foreign_state_is_refused(stopped, tmp_path, capsys, damage
     assert told.get(damage, "does not hold a state of this run") in err and err.count("\n") == 1
 
 
+def test_every_process_continues_its_own_random_numbers_on_its_gpu(tmp_path, monkeypatch):
+    """With a false GPU in each of two processes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    saved = {}
+    for process in range(2):
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda p=process: torch.tensor([p], dtype=torch.uint8))
+        saved |= checkpoint.random_states(process)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.save_state(tmp_path, model, optimizer, {}, saved)
+    for process in range(2):
+        restored = []
+        monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+        checkpoint.load_state(tmp_path, model, optimizer, process, 2)
+        assert [state.tolist() for state in restored] == [[process]]
+
+
 def test_a_state_without_digests_is_accepted(stopped, tmp_path):
     from safetensors.torch import save_file
 
