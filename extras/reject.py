@@ -207,7 +207,11 @@ def reject_line(metrics: dict[str, Any]) -> str:
         if name in scores["intervals"]:
             low, high = scores["intervals"][name]
             parts.append(f"{100 * scores[name]:.1f} % {text} (95 %: {100 * low:.1f} to {100 * high:.1f})")
-    return ", ".join([*parts, f"AURC {scores['AURC']:.4f}"])
+    line = ", ".join([*parts, f"AURC {scores['AURC']:.4f}"])
+    if "recordings" in (val := metrics.get("val", {})):
+        clips = f"{counted(val['count'], 'clip')} of {counted(val['recordings'], 'recording')}"
+        line += f"\nnote: val has {clips}, and the 95 % confidence of --reject is for independent clips"
+    return line
 
 
 # -- checks -----------------------------------------------------------------------------------------

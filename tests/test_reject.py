@@ -24,7 +24,16 @@ import score
 from answers import answer_line, fingerprint_answers, is_right
 from checkpoint import METADATA, read_run
 from extras import reject
-from extras.reject import NONE, Rule, choose_threshold, fit_temperature, min_clips, risk_coverage, upper_bound
+from extras.reject import (
+    NONE,
+    Rule,
+    choose_threshold,
+    fit_temperature,
+    min_clips,
+    reject_line,
+    risk_coverage,
+    upper_bound,
+)
 from extras.segments import merge_windows, read_recordings
 from script import UserError
 from VLoader import Sample
@@ -333,6 +342,16 @@ def test_score_keeps_changes_and_removes_the_rule(run, data, tmp_path, capsys):
     assert not (folder / "risk.png").exists()
     assert "reject" not in without and "reject" not in without["test"] and "reject" not in read_run(folder)[1]
     assert without["test"]["accuracy"] == first["test"]["accuracy"]
+
+
+def test_clips_of_one_recording_are_mentioned(run):
+    """The test of the threshold counts on independent clips."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert "note" not in reject_line(metrics)
+    metrics["val"]["recordings"] = 12
+    assert reject_line(metrics).endswith(
+        "\nnote: val has 60 clips of 12 recordings, and the 95 % confidence of --reject is for independent clips"
+    )
 
 
 def test_a_promise_that_cannot_be_kept_is_a_warning_and_the_run_is_kept(run, tmp_path, capsys):
