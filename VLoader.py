@@ -8,6 +8,7 @@ read_splits() gives the samples of each split, ClipDataset reads their clips, bu
 cannot be read is an error with its name; it is never replaced by another video.
 """
 
+import difflib
 import hashlib
 import json
 import math
@@ -49,6 +50,8 @@ from transforms import Preprocessing, sample_indices, view_indices
 SPLITS = ("train", "val", "test")
 VAL_FRACTION, VAL_SALT = 0.1, "val"  # another salt would hold out other videos
 MAX_WINDOWS = 100_000  # per video with --timeline
+METADATA_FIELDS = {"file_name", "label", "labels", "caption", "text", "other_text", "attributes", "group", "fps"}
+METADATA_FIELDS |= {"question", "answer", "kind", "start", "end", "video_digest"}
 
 
 # identifies what a sample shows within a dataset: the path of a whole video, or (path, segment)
@@ -186,6 +189,7 @@ def read_metadata(
     known, real_paths = {*videos}, {}
     rows: dict[Path, dict[Segment | None, dict[str, Any]]] = {}
     missing: list[Path] = []
+    names: set[str] = set()
     for where, row in chain(metadata_rows(folder / "metadata.jsonl"), rows_in_tars(folder, videos)):
         path = folder / check_row(row, where)
         if path not in known and exists(path, where):  # outside the folder, or another name for one of its videos
@@ -205,6 +209,8 @@ def read_metadata(
         if not others and "video_digest" not in row and not exists(path, where):
             missing.append(path)
         others[segment] = row
+        names |= row.keys()
+    note_misspelt(folder / "metadata.jsonl", names)
 
     # count all of them: many missing files mean that the metadata was written for another folder layout
     if missing:
@@ -260,6 +266,13 @@ def check_row(row: Any, where: str) -> str:
         raise UserError(f"{where}: video_digest must be 32 hex digits, as feature_cache.py writes them")
     check_times(row, where)
     return row["file_name"]
+
+
+def note_misspelt(file: Path, names: set[str]) -> None:
+    """Prints which of the fields in a metadata.jsonl are not read, but look like one that is."""
+    for name in sorted(names - METADATA_FIELDS):
+        if meant := difflib.get_close_matches(name.lower(), METADATA_FIELDS, 1, 0.8):
+            print(printable(f"note: {file}: the field {shown(name)} is not read; did you mean {meant[0]!r}?"))
 
 
 def check_questions(row: dict[str, Any], where: str, answered: bool) -> None:

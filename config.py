@@ -13,6 +13,7 @@ import inspect
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -753,7 +754,7 @@ def refuse_classifier_options(config: Config) -> None:
     """Raises UserError for a captioner with an option that only classifiers have."""
     for name in options_with("classifiers_only"):
         if config.captioning and getattr(config, name) != FIELDS[name].default:
-            raise UserError(f"--{name} works with classifiers only; leave it out or set --captioning False")
+            raise UserError(f"--{name} works with classifiers only, and this is a captioner: leave it out")
 
 
 def check_backbone(config: Config, option_name: str, kind: str) -> None:
@@ -888,7 +889,8 @@ def as_flags(config: Config) -> str:
     if config.head == head_of(replace(config, head="auto")):
         config = replace(config, head="auto")
     pairs = ((name, getattr(config, name)) for name in options_with("names_run"))
-    return " ".join(f"--{name} {value}" for name, value in pairs if value not in (None, FIELDS[name].default))
+    given = ((name, value) for name, value in pairs if value not in (None, FIELDS[name].default))
+    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given)
 
 
 if __name__ == "__main__":

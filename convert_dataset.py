@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -377,7 +378,7 @@ def next_command(outcomes: dict[str, Outcome], output: Path) -> str:
     # with labels and captions both are possible; a classifier is the cheaper first run
     samples = [s for o in outcomes.values() for s in o.samples.values()]
     backbone = "--vision_model vjepa2 --weights hub --freeze_visionbackbone True"
-    classify = f"python main.py --data_dir {printable(output)} {backbone}"
+    classify = f"python main.py --data_dir {shlex.quote(printable(output))} {backbone}"
     caption = f"{classify} --use_vlm True --captioning True --use_lora_llm True"
     if not all(s.captions for s in samples):
         return f"next: {classify}"

@@ -53,6 +53,7 @@ def check_readable(splits: "Splits") -> Finding:
     from tqdm import tqdm
 
     from readers import corner, open_video
+    from scan import listed
     from VLoader import distinct
 
     check, errors = "every frame decodes", []
@@ -66,7 +67,7 @@ def check_readable(splits: "Splits") -> Finding:
         except UserError as error:
             errors.append(str(error))
     if errors:
-        result = f"not in {counted(len(errors), 'video')}: {errors[0]}"
+        result = f"not in {counted(len(errors), 'video')}: {listed(errors)}"
         return Finding(check, result, "fix or remove them, or add --skip_unreadable True")
     return Finding(check, counted(len(samples), "video"))
 
@@ -86,7 +87,9 @@ def check_classes(splits: "Splits", folder: Path) -> Finding:
     # one video cannot be in both train and val
     single = sorted(str(label) for label, count in counts.items() if count == 1)
     problems = [
-        f"{kind}: {', '.join(names)}" for kind, names in (("empty folders", empty), ("one video only", single)) if names
+        f"{kind}: {', '.join(names)}"
+        for kind, names in (("empty folders", empty), ("one training video only", single))
+        if names
     ]
     if problems:
         return Finding(check, "; ".join(problems), "add videos, or remove the class")

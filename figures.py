@@ -67,6 +67,7 @@ def plot_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
 def plot_clips(clips: list[tuple[Any, str]], path: Path, heading: str = "") -> Path:
     """Draws a contact sheet: a line with the heading, then one row per (clip uint8 [T, C, H, W], title), with the title
     above the frames side by side."""
+    import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
     # small frames are enlarged, but no more than twice
@@ -75,9 +76,10 @@ def plot_clips(clips: list[tuple[Any, str]], path: Path, heading: str = "") -> P
     height, width = max(1, int(height * scale)), max(1, int(width * scale))
 
     # titles that are wider than the frames continue on a second line
-    font, line = ImageFont.load_default(13), 17
+    font, line = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 11), 17
     across = max(times * (width + 2), 640)
-    titles = [textwrap.wrap(printable(title), int(across / 6.5), max_lines=2, placeholder=" …") for _, title in clips]
+    letters = int(across / font.getlength("n"))
+    titles = [textwrap.wrap(printable(title), letters, max_lines=2, placeholder=" …") for _, title in clips]
 
     top = 5 + line if heading else 0
     sheet = Image.new("RGB", (across, top + sum(height + 5 + line * len(lines) for lines in titles)), "white")

@@ -176,6 +176,7 @@ def time_steps(run: "Run") -> float:
     started = time.perf_counter()
     ends: list[float] = []  # of the steps of an epoch
     steps: list[float] = []  # seconds of all steps but the first of each epoch, which waits for the loader to start
+    epochs: list[float] = []  # the ends of epochs
 
     def after_step() -> None:
         ends.append(time.perf_counter())
@@ -191,14 +192,16 @@ def time_steps(run: "Run") -> float:
             ends.clear()
             train_one_epoch(run.model, loader, engine)
             engine.progress.next_epoch()
+            epochs.append(time.perf_counter())
     except Enough:
         pass
     finally:
         loader.close()
     videos = min(run.config.batch_size * engine.accumulate, len(loader.dataset))
     warm = steps[len(steps) // 4 :]  # the first steps are slower
-    if not warm:
-        return (time.perf_counter() - started) / engine.progress.epoch / videos
+    if not warm:  # epochs of one step, of which the first is slower
+        first, *others = epochs
+        return ((epochs[-1] - first) / len(others) if others else first - started) / videos
     return sum(warm) / len(warm) / videos
 
 

@@ -1,6 +1,7 @@
 """One run from start to end: data -> model -> folder -> train -> report. Start reading at train_run()."""
 
 import contextlib
+import shlex
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -305,8 +306,18 @@ def print_data(run: Run) -> None:
     for places, recordings in shared_recordings(splits).items():
         count = counted(len(recordings), "recording")
         print(printable(f"warning: {count} in {places}, so these splits are not independent; first: {recordings[0]}"))
+    if run.model.text_field == "text" and (without := texts_missing(splits)):
+        print(f"note: {without} have no text; the model reads an empty one")
     if note := run.model.truncation_note([*splits.train, *splits.val, *splits.test]):
         print(note)
+
+
+def texts_missing(splits: Splits) -> str:
+    """How many videos of each split have no text, or "" if all have one."""
+    counts = {name: [s.text is None for s in distinct(getattr(splits, name))] for name in SPLITS}
+    return ", ".join(
+        f"{sum(missing)} of {len(missing)} {name} videos" for name, missing in counts.items() if any(missing)
+    )
 
 
 def print_settings(run: Run) -> None:
@@ -335,7 +346,7 @@ def rates_line(config: Config) -> str:
 def print_end(run: Run) -> None:
     """Prints where the results are, and the command that uses them."""
     print(f"run: {run.folder}/ (model.safetensors, config.yaml, metadata.json, log.jsonl, metrics.json, predictions)")
-    flags = [as_flags(run.config) if run.config.run_name is None else f"--checkpoint {run.folder}"]
+    flags = [as_flags(run.config) if run.config.run_name is None else f"--checkpoint {shlex.quote(str(run.folder))}"]
     flags += ["--video_dir <video, frame folder, or a folder of them>"]
     reads_text = run.model.text_field == "text" or share_of_questions(run.splits) == "all"
     flags += ["--text_input '...'"] if reads_text else []
@@ -345,6 +356,7 @@ def print_end(run: Run) -> None:
 def resume_command(config: Config) -> str:
     """The command that continues this run; all other options are read from its folder."""
     # the shortest flags that lead to the same folder
-    flags = as_flags(config) if config.run_name is None else f"--run_name {config.run_name}"
-    folder = "" if config.output_dir == Config().output_dir else f"--output_dir {config.output_dir}"
+    flags = as_flags(config) if config.run_name is None else f"--run_name {shlex.quote(config.run_name)}"
+    changed = config.output_dir != Config().output_dir
+    folder = f"--output_dir {shlex.quote(str(config.output_dir))}" if changed else ""
     return " ".join(filter(None, ["python main.py --resume True", flags, folder]))

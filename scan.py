@@ -129,15 +129,18 @@ def without_unreadable(splits: Splits, bad: dict[Key, str], config: Config) -> S
     """The splits without the samples in `bad`. Raises UserError with a list of them unless --skip_unreadable True."""
     errors = [*dict.fromkeys(bad.values())]  # the segments of an unreadable file share one
     if bad and not config.skip_unreadable:
-        causes = "; ".join(errors[:MAX_LISTED]) + (
-            f"; and {len(errors) - MAX_LISTED} more" if len(errors) > MAX_LISTED else ""
-        )
-        raise UserError(f"{causes} -- fix or remove them, or add --skip_unreadable True to skip them")
+        raise UserError(f"{listed(errors)} -- fix or remove them, or add --skip_unreadable True to skip them")
     if bad:
         splits = drop_unreadable(splits, bad)
         first = printable(splits.unreadable[0])
         print(f"skipped {counted(len(splits.unreadable), 'unreadable video')} (listed in metrics.json), first: {first}")
     return splits
+
+
+def listed(errors: list[str]) -> str:
+    """The first errors, and how many more there are."""
+    more = f"; and {len(errors) - MAX_LISTED} more" if len(errors) > MAX_LISTED else ""
+    return "; ".join(errors[:MAX_LISTED]) + more
 
 
 def drop_unreadable(splits: Splits, bad: dict[Key, str]) -> Splits:

@@ -243,7 +243,7 @@ def store_missing(
 def announce(folder: Path, count: int, size: float) -> None:
     """Prints how much disk space `count` videos of about `size` bytes take. Raises UserError if there is less."""
     free = shutil.disk_usage(folder).free
-    tqdm.write(f"frame store: {counted(count, 'more video')}, which take about {count * size / 1e6:.1f} MB")
+    tqdm.write(f"frame store: {counted(count, 'more video')}, about {count * size / 1e6:.1f} MB")
     if count * size > free:
         raise UserError(
             f"only {free / 1e6:.1f} MB are free in {folder}: choose another --cache_dir, or add --preread False"

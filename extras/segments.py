@@ -422,6 +422,10 @@ def read_recordings(truth_file: Path, answers_file: Path) -> list[Recording]:
     if not {*true_names} & {*names.values()}:
         true_names, names = by_file_name(true_names, names, truth_file, answers_file)
 
+    if more := {*names.values()} - {*true_names}:
+        note = f"{counted(len(more), 'video')} of {answers_file} not in {truth_file}: taken as without true segments"
+        print(printable(f"note: {note}; first {min(more)}"), file=sys.stderr)
+
     found: dict[str, Recording] = {}
     for name, row in zip(true_names, truth, strict=True):
         recording = found.setdefault(name, Recording(name))
