@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -264,6 +265,18 @@ def test_flags_of_a_run_make_that_run():
     )
     parsed, _ = parse(given_flags.split(), "main")
     assert as_flags(parsed) == given_flags
+
+
+def test_printed_commands_can_be_pasted():
+    from runs import resume_command
+
+    parsed, _ = parse(["--vision_model", "my models/a", "--output_dir", "my runs"], "main")
+    assert parse(shlex.split(as_flags(parsed)), "main")[0].vision_model == "my models/a"
+    for name in (None, "my run; it's new"):
+        program, script, *flags = shlex.split(resume_command(replace(parsed, run_name=name)))
+        again, _ = parse(flags, "main")
+        assert (program, script) == ("python", "main.py")
+        assert (again.run_name, again.output_dir, again.resume) == (name, parsed.output_dir, True)
 
 
 def test_help_shows_only_what_a_script_reads_and_is_fast():

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ import inference
 import main
 import readers
 from readers import ReadError, digest, find_videos, natural_key, stamp, survey
+from runs import texts_missing
 from scan import read_records, scan_videos, write_records
 from script import UserError
-from VLoader import read_display_names, read_folder, read_metadata, read_splits
+from VLoader import Sample, Splits, read_display_names, read_folder, read_metadata, read_splits
 
 
 def clip(path: Path, shade: int = 0) -> Path:
@@ -373,6 +375,24 @@ def test_bad_display_names_are_one_line(tmp_path, text):
         read_display_names(tmp_path, ["a"])
     (tmp_path / "classes.json").write_text('\ufeff{"a": "A"}', encoding="utf-8")
     assert read_display_names(tmp_path, ["a"]) == {"a": "A"}
+
+
+def test_misspelt_fields_are_mentioned_and_others_are_not(folder, capsys):
+    rows = [{"file_name": "a/1.pt", "Label": "b", "score": 0.5}, {"file_name": "a/2.pt", "grup": "x", "text": "y"}]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read_folder(folder)
+    notes = capsys.readouterr().out.splitlines()
+    assert [note.split(": ", 2)[2] for note in notes] == [
+        "the field 'Label' is not read; did you mean 'label'?",
+        "the field 'grup' is not read; did you mean 'group'?",
+    ]
+
+
+def test_videos_without_a_text_are_counted_once_each():
+    videos = [Sample(Path(str(k)), "a", text=text) for k, text in enumerate(("red", "", None, None))]
+    asked = [replace(videos[3], question=question) for question in ("what?", "where?")]  # one video
+    splits = Splits([*videos, *asked], videos[:2], videos[2:3], ["a"], "")
+    assert texts_missing(splits) == "2 of 4 train videos, 1 of 1 test videos"
 
 
 @pytest.mark.parametrize("name", ["absolute", "../train/a/1.pt", "linked/1.pt", "../../elsewhere/1.pt"])

@@ -130,11 +130,12 @@ def test_each_sabotage_is_found_by_its_check(data, tmp_path, monkeypatch, capsys
 
 
 def test_odd_files_are_rows_of_the_table(data, tmp_path, capsys):
-    (data / "train" / "class_0" / "zz.pt").symlink_to("nowhere.pt")
+    for name in ("zz.pt", "zzz.pt"):
+        (data / "train" / "class_0" / name).symlink_to("nowhere.pt")
     os.mkfifo(data / "test" / "class_0" / "pipe.mp4")
     assert examine(data, tmp_path, *FROZEN) == 1
     out = capsys.readouterr().out
-    assert failed_checks(out) == ["every frame decodes"] and "not in 1 video: cannot read" in out
+    assert failed_checks(out) == ["every frame decodes"] and "not in 2 videos: cannot read" in out and "zzz.pt" in out
     assert "pipe.mp4 (a special file)" in out  # not a video: ignored
 
 

@@ -225,6 +225,14 @@ def test_files_are_matched_by_path_or_name_and_drawn(tmp_path, capsys):
         assert (tmp_path / "answers.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_video_without_truth_is_mentioned(tmp_path, capsys):
+    truth = write(tmp_path / "metadata.jsonl", {"file_name": "a.mp4", "label": "jump", "start": 0, "end": 4})
+    rows = [window(0, 4, jump=0.9) | {"path": str(tmp_path / name)} for name in ("a.mp4", "more.mp4")]
+    read_recordings(truth, write(tmp_path / "answers.jsonl", *rows))
+    err = capsys.readouterr().err
+    assert f"1 video of {tmp_path / 'answers.jsonl'} not in {truth}: taken as without true segments; first " in err
+
+
 def test_windows_alone_count_one_by_one(tmp_path, capsys):
     truth = write(tmp_path / "t.jsonl", {"file_name": "v.mp4", "label": "a", "start": 0, "end": 4})
     answers = write(
