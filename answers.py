@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,12 @@ def answer_line(name: str, answer: dict[str, Any]) -> str:
 # -- the file of answers ----------------------------------------------------------------------------
 
 
+def key_of_answer(row: dict[str, Any], folder: str) -> AnswerKey:
+    """The Job.key of the job that a row answers. Raises KeyError or TypeError if it is no answer."""
+    video = row["path"] if "path" in row else absolute_path(row["file"], folder)
+    return video, row.get("start"), row.get("end"), row.get("question")
+
+
 def read_answers(path: Path, run: str, folder: str, shared: bool = False) -> dict[AnswerKey, dict[str, Any]]:
     """The answers in an unfinished file, by Job.key; {} if there is no such file.
 
@@ -179,8 +186,7 @@ def read_answers(path: Path, run: str, folder: str, shared: bool = False) -> dic
         try:
             row = json.loads(line)
             row_run = row["run"]
-            video = row["path"] if "path" in row else absolute_path(row["file"], folder)
-            key = video, row.get("start"), row.get("end"), row.get("question")
+            key = key_of_answer(row, folder)
             usable = (shared or "error" not in row) and row.get("segment") is not True and key not in answers
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and is_cut_short(line, first=number == 1):
@@ -321,13 +327,17 @@ def share_answers(
         computed.extend(rows)
         return rows
 
-    def finish() -> None:
-        for name, piece in pieces.items():
-            rows = iter(read_rows(parts_of(path) / f"{name}.jsonl"))
-            merged.extend(done[job.key] if job.key in done else next(rows) for job in piece)
-        segments = [row | {"run": run} for row in merge(merged)]
-        text = "".join(map(as_line, merged + segments))
-        replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+    def finish() -> Callable[[], None]:
+        found = dict(done)
+        for row in chain.from_iterable(read_rows(parts_of(path) / f"{name}.jsonl") for name in pieces):
+            found.setdefault(key_of_answer(row, config.video_dir), row)
+
+        # killed processes may have left parts that go with another unfinished file than the present one
+        missing = [job for job in jobs if job.key not in found]
+        found |= {key_of_answer(row, config.video_dir): row | {"run": run} for row in compute(missing)}
+        merged[:] = (found[job.key] for job in jobs)
+        text = "".join(map(as_line, merged + [row | {"run": run} for row in merge(merged)]))
+        return lambda: replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
 
     last = share(parts_of(path), [*pieces], config.lease, work, finish)
     seconds = time.perf_counter() - started

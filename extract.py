@@ -14,7 +14,9 @@ import hashlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +74,9 @@ class Extraction:
         samples = self.pieces[name]
         return [{"error": bad[s.key]} if s.key in bad else {"record": records[s.path]} for s in samples]
 
-    def finish(self) -> None:
-        """Collects the errors of all processes, and keeps the records, so that a run need not read the videos again."""
+    def finish(self) -> Callable[[], None]:
+        """Collects the errors of all processes. Returns a function that keeps the records, so that a run need not read
+        the videos again."""
         from scan import write_records
 
         records: dict[str, Any] = {}
@@ -84,8 +87,8 @@ class Extraction:
                     errors[row["error"]] = None
                 else:
                     records[os.path.abspath(sample.path)] = row["record"]
-        write_records(self.records_file, records)
         self.errors = [*errors]
+        return partial(write_records, self.records_file, records)
 
 
 @script

@@ -129,7 +129,9 @@ def fit(run: Run) -> int:
 
     # Ctrl-C and SIGTERM; shells use 128 + number as exit status
     except train_code.Stopped as stopped:
-        print(f"{stopped}; the state is saved. To continue: {resume_command(run.config)}")
+        print(
+            f"{stopped}; the state is saved. To continue: {resume_command(run.config, run.accelerator.num_processes)}"
+        )
         return 128 + stopped.number
     finally:
         for loader in loaders.values():
@@ -353,10 +355,11 @@ def print_end(run: Run) -> None:
     print("next: python inference.py", *filter(None, flags))
 
 
-def resume_command(config: Config) -> str:
+def resume_command(config: Config, processes: int = 1) -> str:
     """The command that continues this run; all other options are read from its folder."""
     # the shortest flags that lead to the same folder
+    start = "python" if processes == 1 else f"torchrun --standalone --nproc_per_node {processes}"
     flags = as_flags(config) if config.run_name is None else f"--run_name {shlex.quote(config.run_name)}"
     changed = config.output_dir != Config().output_dir
     folder = f"--output_dir {shlex.quote(str(config.output_dir))}" if changed else ""
-    return " ".join(filter(None, ["python main.py --resume True", flags, folder]))
+    return " ".join(filter(None, [start, "main.py --resume True", flags, folder]))

@@ -30,7 +30,7 @@ from checkpoint import STATE, load_state, load_weights, random_states, save_stat
 from config import Config, default_rates
 from extras.augment import Augment
 from extras.multilabel import binary_losses, choose_thresholds, multi_label_result, multi_label_scores
-from extras.processes import GradientSum, gathered, summed
+from extras.processes import PATIENCE, GradientSum, gathered, summed
 from extras.reject import Rule
 from heads import WORD_LOSS, WordLoss
 from metrics import attribute_summary, caption_scores, exact_matches, label_scores, question_scores, with_intervals
@@ -103,6 +103,7 @@ def build_optimizer(model: VideoModel, config: Config) -> torch.optim.AdamW:
 def build_accelerator(config: Config) -> Any:
     """The accelerator for these options. Raises UserError if the device or precision is not available."""
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     # check the device here: accelerate would silently use another one
     device, cuda = config.device, torch.cuda.is_available()
@@ -123,7 +124,9 @@ def build_accelerator(config: Config) -> Any:
         raise UserError(f"{processes} processes need as many GPUs, and this machine has {gpus}; start {gpus}")
 
     # several processes without a GPU: accelerate would look for one
-    accelerator = Accelerator(cpu=device == "cpu" or (not on_gpu and "RANK" in os.environ), mixed_precision=precision)
+    on_cpu = device == "cpu" or (not on_gpu and "RANK" in os.environ)
+    groups = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[groups])
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     # cuDNN's fastest convolution gradients are not deterministic, and a resumed run must not differ

@@ -92,27 +92,32 @@ def share(
     names: Sequence[str],
     lease: float,
     work: Callable[[str], list[dict[str, Any]]],
-    finish: Callable[[], None],
+    finish: Callable[[], Callable[[], None]],
 ) -> bool:
     """Works on a job with all other processes that call this for the same folder; returns when the job is finished.
 
     `work(name)` returns the rows of a piece, which become <folder>/<name>.jsonl. When all pieces are done, one of the
-    processes calls `finish()`, which may read them. Then the folder is removed. Both functions must give the same
-    result whichever process calls them, and may be called again after a process was killed.
+    processes calls `finish()`, which may read them, and returns a function that writes the result. Then the folder is
+    removed. All three must give the same result whichever process calls them, and may be called again after a process
+    was killed.
 
-    `lease` is in seconds. Returns whether this process called `finish()`.
+    `lease` is in seconds. Returns whether this process wrote the result.
     """
     finished = []
 
     def end(_: str) -> list[dict[str, Any]]:
-        finish()
-        finished.append(True)
+        with pieces.unless_over():
+            write = finish()
+            if not pieces.is_over():
+                write()
+                finished.append(True)
         return []
 
     pieces = Pieces(folder, lease)
     pieces.do(names, work)
     pieces.do([END], end)
-    remove_job(folder)
+    if not pieces.is_over():
+        remove_job(folder)
     return bool(finished)
 
 
@@ -178,13 +183,18 @@ class Pieces:
         """Works on a claimed piece and writes its result."""
         with renewed(claim, self.lease / RENEWALS):
             rows = work(name)
-            if self.is_over():  # this process was so late that others did its piece
-                return
-            try:
-                write_rows(rows, self.folder / f"{name}.jsonl")
-            except UserError:
+            with self.unless_over():
                 if not self.is_over():
-                    raise
+                    write_rows(rows, self.folder / f"{name}.jsonl")
+
+    @contextmanager
+    def unless_over(self) -> Generator[None]:
+        """Ignores errors of a process that was so late that others have finished the job and removed its folder."""
+        try:
+            yield
+        except (UserError, OSError):
+            if not self.is_over():
+                raise
 
     def wait(self, left: list[str]) -> None:
         """Waits before the next look at pieces that other processes hold."""

@@ -1,11 +1,14 @@
 """Several processes train one model: each takes a part of every batch, and sums and gradients are added up."""
 
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
+# processes wait for the first one while it checks all videos, for longer than torch's default of 10 or 30 minutes
+PATIENCE = timedelta(days=7)
 BUCKET = 2**20  # elements: small gradients share one all-reduce up to this size
 
 
@@ -21,7 +24,7 @@ def summed(accelerator: Any, *values: float) -> list[float]:
 @cache
 def cpu_group() -> Any:
     """A process group on the CPU. An all-reduce on the GPU would wait for all work that is queued there."""
-    return torch.distributed.new_group(backend="gloo")
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def gathered(accelerator: Any, rows: list[Any]) -> list[Any]:

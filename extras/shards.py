@@ -17,7 +17,16 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from tarfile import GNUTYPE_LONGLINK, GNUTYPE_LONGNAME, GNUTYPE_SPARSE, XGLTYPE, XHDTYPE, HeaderError, TarInfo
+from tarfile import (
+    GNUTYPE_LONGLINK,
+    GNUTYPE_LONGNAME,
+    GNUTYPE_SPARSE,
+    SUPPORTED_TYPES,
+    XGLTYPE,
+    XHDTYPE,
+    HeaderError,
+    TarInfo,
+)
 from typing import Any, BinaryIO, NamedTuple
 
 from script import UserError, cause_of, counted, make_folder, printable, replace_file, shown
@@ -70,7 +79,10 @@ def headers(file: BinaryIO, size: int) -> Iterator[tuple[TarInfo, int]]:
         info.name, info.size = longer.get("path", info.name), longer.get("size", info.size)
         if info.size < 0 or info.type == GNUTYPE_SPARSE:
             raise ValueError(f"damaged or sparse at byte {offset}; sparse tars cannot be read")
-        has_content = info.isreg() or info.type in (XHDTYPE, XGLTYPE, GNUTYPE_LONGNAME, GNUTYPE_LONGLINK)
+        extended = info.type in (XHDTYPE, XGLTYPE, GNUTYPE_LONGNAME, GNUTYPE_LONGLINK)
+        if not extended and info.type not in SUPPORTED_TYPES:  # incremental tars have times in the place of folders
+            raise ValueError(f"an unknown kind of entry at byte {offset}; incremental tars cannot be read")
+        has_content = info.isreg() or extended
         offset = content + (-(-info.size // BLOCK) * BLOCK if has_content else 0)
         if info.type in (XHDTYPE, GNUTYPE_LONGNAME):
             longer |= extension(file, info, content)

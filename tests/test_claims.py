@@ -25,7 +25,7 @@ import main
 from checkpoint import PROVIDED
 from config import ROOT
 from extras import claims
-from extras.claims import Pieces, join, share
+from extras.claims import END, Pieces, join, share
 from script import UserError, read_rows
 
 FORK = multiprocessing.get_context("fork")
@@ -107,9 +107,9 @@ def worker(job: Path, before: Callable[[str], None] = lambda name: None, lease: 
         (done / f"{name}-{os.getpid()}").touch()
         return [{"square": int(name) ** 2}]
 
-    def finish() -> None:
+    def finish() -> Callable[[], object]:
         rows = [row for name in NAMES for row in read_rows(job / f"{name}.jsonl")]
-        (job.parent / "result.json").write_text(json.dumps([row["square"] for row in rows]))
+        return lambda: (job.parent / "result.json").write_text(json.dumps([row["square"] for row in rows]))
 
     return lambda: share(job, NAMES, lease, work, finish) and None
 
@@ -243,13 +243,36 @@ def test_a_process_that_wakes_up_late_leaves_the_next_job_alone(job):
     """Others have done its piece and finished the job, and the next job with the same pieces is in the same folder."""
 
     def work(name: str) -> list[dict]:
-        share(job, ["0"], 0, lambda name: [{"from": "the helper"}], lambda: None)
+        share(job, ["0"], 0, lambda name: [{"from": "the helper"}], lambda: print)
         join(job, "the next job")
         return [{"from": "the late process"}]
 
     late = Pieces(job, 0.01)
     late.do_one("0", late.claim("0"), work)
     assert late.is_done("0") and not Pieces(job, 10).is_done("0")
+
+
+@pytest.mark.parametrize("stage", ["before the result", "after the result"])
+def test_a_process_that_is_late_at_the_end_leaves_the_next_job_alone(job, monkeypatch, stage):
+    """It stops when only writing the result or removing the folder is left."""
+    written = []
+
+    def others() -> None:
+        claims.remove_job(job)
+        join(job, "the next job")
+
+    def finish() -> Callable[[], None]:
+        if stage == "before the result":
+            others()
+        return lambda: written.append(stage)
+
+    if stage == "after the result":
+        original = Pieces.do
+        monkeypatch.setattr(
+            Pieces, "do", lambda self, names, work: (original(self, names, work), names == [END] and others())
+        )
+    assert share(job, ["0"], 10, lambda name: [], finish) == bool(written) == (stage == "after the result")
+    assert Pieces(job, 10).plan == "the next job"
 
 
 def test_another_job_is_refused(job):
@@ -348,6 +371,26 @@ def test_sharing_continues_an_unfinished_file(videos, alone, tmp_path, small_pie
     )
     assert inference.main(flags(videos, output)) == 1
     assert output.read_bytes() == alone and asked == [f"{index}.pt" for index in range(9, 20)]
+
+
+@pytest.mark.parametrize("before, after", [(9, 0), (0, 9)])
+def test_parts_of_killed_processes_may_belong_to_another_unfinished_file(
+    videos, alone, tmp_path, small_pieces, monkeypatch, before, after
+):
+    """The file was removed or put back since: no row is missing or written twice."""
+    output, lines = tmp_path / "out.jsonl", alone.splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:before]))
+
+    def killed(*args) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "replace_file", killed)
+        assert inference.main(flags(videos, output)) == 130
+    assert answers.parts_of(output).exists()
+    output.write_bytes(b"".join(lines[:after]))
+    assert inference.main(flags(videos, output)) == 1
+    assert output.read_bytes() == alone
 
 
 def test_sharing_and_a_single_process_exclude_each_other(videos, tmp_path, capsys):

@@ -277,6 +277,8 @@ def test_printed_commands_can_be_pasted():
         again, _ = parse(flags, "main")
         assert (program, script) == ("python", "main.py")
         assert (again.run_name, again.output_dir, again.resume) == (name, parsed.output_dir, True)
+    words = shlex.split(resume_command(parsed, processes=2))
+    assert words[:5] == ["torchrun", "--standalone", "--nproc_per_node", "2", "main.py"]
 
 
 def test_help_shows_only_what_a_script_reads_and_is_fast():

@@ -301,6 +301,7 @@ HOSTILE = {
     "bad pax": (pax(b"99999999999 path=x\n") + entry("a.pt") + END, "bad extended header"),
     "endless pax": (pax(b"0 path=x\n") + entry("a.pt") + END, "bad extended header"),
     "sparse": (entry("a.pt", type=tarfile.GNUTYPE_SPARSE) + END, "sparse"),
+    "incremental": (entry("a", type=b"D") + END, "incremental tars cannot be read"),
     "sparse in pax": (pax(record("GNU.sparse.major", "1")) + entry("a.pt") + END, "sparse"),
     "damaged": (entry("a.pt") + b"y" * 512 + END, "damaged at byte 512"),
     "outside": (entry("../a.pt") + END, "outside"),
