@@ -178,7 +178,7 @@ def problem_of(row: Row, names: dict[str, str]) -> str:
         return "it names no video"
     if not row.label and not row.captions:
         return "it has neither a label nor a caption"
-    if row.label and names and row.label not in names and re.fullmatch(r"\d+|c\d{3}", row.label):
+    if row.label and names and row.label not in names and re.fullmatch(r"\d+(\.0*)?|c\d{3}", row.label):
         return f"--class_names has no class {row.label}"
     return label_problem(row.label)
 

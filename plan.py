@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -278,8 +279,9 @@ def command(argv: list[str], mode: str) -> str:
             skip = name in MODES[mode]
         if not skip:
             kept.append(word)
-    flags = [text for name, value in MODES[mode].items() if value for text in (f"--{name}", "True")]
-    return shlex.join(["python", "main.py", *kept, *flags])
+    config, _ = parse(kept, "plan")  # config_file.yaml may set a mode too
+    flags = [(f"--{name}", str(value)) for name, value in MODES[mode].items() if getattr(config, name) != value]
+    return shlex.join(["python", "main.py", *kept, *chain.from_iterable(flags)])
 
 
 def duration(seconds: float) -> str:

@@ -98,7 +98,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     from checkpoint import METRICS, load_run, load_weights, read_metrics
     from extras.multilabel import resolve_labels
     from extras.reject import Rule, check_val, lacks_threshold
-    from extras.segments import add_background
+    from extras.segments import BACKGROUND, add_background
     from pretrained import warn_of_tiny
     from runs import Run, memory_advice, only, report
     from scan import prepare_data
@@ -110,6 +110,8 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     data_dir = data_folder(config.data_dir, config.output_dir)
     splits = read_splits(data_dir, metadata["class_names"], "questions" in metadata, config.group_by)
     splits, _ = resolve_labels(splits, config)
+    if config.background and not model.multi_label and BACKGROUND not in metadata["class_names"]:
+        raise UserError(f"--background {config.background:g}: {run_dir} was trained without it and has no such class")
     splits = add_background(splits, config.background)
     check_samples(splits, config.captioning, config.use_text)
     check_val(splits.val, config.reject)
@@ -126,7 +128,7 @@ def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Confi
     run = Run(config, model.to(accelerator.device), splits, metadata["display_names"], accelerator, folder, features)
 
     # keep what training measured, such as time and memory; the old controls belong to the old scores
-    metrics: dict[str, Any] = read_metrics(folder) if folder == run_dir else {}
+    metrics: dict[str, Any] = read_metrics(folder) if folder.resolve() == run_dir.resolve() else {}
     for name in ("controls", "reject"):
         metrics.pop(name, None)
     metrics["best_epoch"] = load_weights(run_dir, model).get("epoch")

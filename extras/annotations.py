@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from script import UserError, counted, shown
+from VLoader import as_list
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
@@ -205,7 +206,7 @@ def videofolder_rows(file: Path) -> Iterator[Row]:
         title = next((t for t in row if t == "file_name" or t.endswith("_file_name")), None)
         if title is None:
             raise ValueError("no column file_name")
-        folders = (file.parent.name, *PurePosixPath(row[title]).parts[:-1])
+        folders = (file.absolute().parent.name, *PurePosixPath(row[title]).parts[:-1])
         split = next((f for f in folders if f.lower() in SPLIT_WORDS), "")
         path = (file.parent / row[title]).as_posix() if row[title] else ""
         row |= {"file_name": path, "split": row.get("split") or split}
@@ -419,10 +420,11 @@ def values_of(annotation: dict[str, Any]) -> list[dict[str, Any]]:
     if "result" in annotation:
         values = [result.get("value", {}) for result in annotation["result"] or []]
     else:
-        values = [v for items in annotation.values() if isinstance(items, list) for v in items if isinstance(v, dict)]
-        # a single choice or text is only its name there
+        values = [v for items in annotation.values() for v in as_list(items) if isinstance(v, dict)]
+        # a single choice is only its name there, and texts are only strings
         fields = [("choices", t) for t in ("choice", *LABEL_TITLES)] + [("text", t) for t in CAPTION_TITLES]
-        values += [{key: [annotation[t]]} for key, t in fields if isinstance(annotation.get(t), str)]
+        named = [(key, [v for v in as_list(annotation.get(t)) if isinstance(v, str)]) for key, t in fields]
+        values += [{key: texts} for key, texts in named if texts]
     return [value for value in values if not RESULT_KEYS.isdisjoint(value)]  # no relations, ratings, ...
 
 

@@ -71,7 +71,8 @@ def group_of(sample: Any, rule: str, folder: Path) -> str | None:
     if rule == "parent":
         # without the class folder, so that one recording may have clips of several classes
         parts = [part for part in parts_below(sample.path, folder)[:-1] if part != os.pardir]
-        below = parts[parts.index(sample.label) + 1 :] if sample.label in parts else parts
+        class_folder = next((number for number, part in enumerate(parts, start=1) if part in sample.classes), 0)
+        below = parts[class_folder:]
         return "/".join(below) or None
     match = re.search(rule, sample.path.name)
     return (match[1] if match.re.groups else match[0]) or None if match else None

@@ -258,6 +258,24 @@ def test_videofolder_takes_the_split_from_the_folder_and_the_video_beside_the_fi
     assert rows(tmp_path, "test") == [{"file_name": "test/a.pt", "caption": ["a cat sleeps"]}]
 
 
+def test_videofolder_takes_the_split_from_the_folder_that_it_is_started_in(tmp_path, monkeypatch):
+    make_videos(tmp_path / "videos", "test/a")
+    (tmp_path / "videos" / "test" / "metadata.csv").write_text("file_name,label\na.pt,cat\n")
+    monkeypatch.chdir(tmp_path / "videos" / "test")
+    argv = [
+        "--format",
+        "videofolder",
+        "--annotations",
+        "metadata.csv",
+        "--videos",
+        ".",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert convert_dataset.main(argv) == 0
+    assert [row["label"] for row in rows(tmp_path, "test")] == ["cat"]
+
+
 def test_videofolder_with_one_file_above_the_splits(tmp_path):
     make_videos(tmp_path / "videos", "train/a", "validation/a")
     text = "file_name,label,text\ntrain/a.pt,cat,indoors\nvalidation/a.pt,dog,\n"
@@ -685,6 +703,21 @@ COUNTED = {
 }
 
 
+def test_items_of_json_min_with_several_choices_or_texts(tmp_path):
+    """A dict of choices, and a list of strings, as Label Studio writes them."""
+    make_videos(tmp_path / "videos", "x", "y", "z")
+    items = [
+        {"id": 1, "video": "x.pt", "choice": {"choices": ["run", "jump"]}, "caption": ["a bike", "two bikes"]},
+        {"id": 2, "video": "y.pt", "choice": "run", "caption": "a horse"},
+        {"id": 3, "video": "z.pt", "choice": ["jump"]},
+    ]
+    files = {"x.json": json.dumps(items)}
+    assert convert(tmp_path, "label_studio", files, "--multi_label", "True", "--split", "train") == 0
+    found = {s.path.name: (sorted(s.labels), s.captions) for s in read_folder(tmp_path / "out" / "train")}
+    assert found["x.pt"] == (["jump", "run"], ("a bike", "two bikes"))
+    assert found["y.pt"] == (["run"], ("a horse",)) and found["z.pt"] == (["jump"], ())
+
+
 @pytest.mark.parametrize("case", COUNTED)
 def test_every_row_is_counted_once(tmp_path, capsys, case):
     files, expected = COUNTED[case]
@@ -810,13 +843,15 @@ def test_odd_names_cannot_control_the_terminal(tmp_path, capsys):
         ({"names.json": "[" * 100_000}, "names.json"),
         ({"names.txt": "0 run\n0 jump\n"}, "a class number is listed twice"),
         ({"names.txt": "run\n"}, "--class_names has no class 1"),
+        ({"names.txt": "run\njump\n"}, "--class_names has no class 1.0"),
     ],
 )
 def test_ambiguous_class_names_are_refused(tmp_path, capsys, names, words):
     make_videos(tmp_path / "videos", "x")
     ((file, text),) = names.items()
     (tmp_path / file).write_text(text)
-    assert convert(tmp_path, "list", {"train.txt": "x.pt 1\n"}, "--class_names", str(tmp_path / file)) == 2
+    number = "1.0" if words.endswith("1.0") else "1"  # pandas writes whole numbers so, if one of a column is missing
+    assert convert(tmp_path, "list", {"train.txt": f"x.pt {number}\n"}, "--class_names", str(tmp_path / file)) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
 

@@ -161,6 +161,15 @@ def test_with_several_labels_the_line_about_val_names_labels(tmp_path):
     assert splits.note.endswith("; none of z: too few recordings, all stay in train")
 
 
+def test_the_class_folder_is_no_recording_of_clips_with_labels(tmp_path):
+    names = [f"train/{c}/day{r}/{k}.pt" for c in "ab" for r in range(5) for k in range(2)]
+    data = make_data(tmp_path, names)
+    rows = [{"file_name": name.removeprefix("train/"), "labels": ["z", name.split("/")[1]]} for name in names]
+    (data / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = read_splits(data, group_by="parent")
+    assert {s.group for s in [*splits.train, *splits.val]} == {f"day{r}" for r in range(5)}
+
+
 def test_val_without_a_recording_still_says_that_they_are_kept_whole(tmp_path):
     names = [f"train/a/clip_{i}.pt" for i in range(4)] + [f"train/z/clip_{i}.pt" for i in range(3)]
     data = make_data(tmp_path, names, {name: "one" for name in names[4:]})

@@ -16,8 +16,11 @@ from config import ROOT, Config, parse, training_mode
 from script import UserError
 
 
-def test_the_commands_train_in_their_mode_with_the_other_flags_as_typed():
+@pytest.mark.parametrize("in_file", ["", "freeze_visionbackbone: true", "use_lora_vision: true"])
+def test_the_commands_train_in_their_mode_with_the_other_flags_as_typed(tmp_path, in_file):
+    (tmp_path / "c.yaml").write_text(in_file)
     argv = ["--data_dir", "my clips", "--use_lora_vision", "True", "--freeze_visionbackbone", "--epochs=3", "--use_vlm"]
+    argv += ["--config", str(tmp_path / "c.yaml")]
     for mode, expected in (("frozen", "frozen"), ("LoRA", "lora"), ("in full", "full")):
         program, script, *flags = shlex.split(plan.command(argv, mode))
         assert (program, script) == ("python", "main.py")

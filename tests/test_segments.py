@@ -439,6 +439,21 @@ def test_times_may_be_rounded(tmp_path):
         refuse_overlaps([parts[0], Sample(tmp_path, "b", segment=Segment(0.299, 1))])
 
 
+def test_scoring_without_a_background_class_refuses_one_and_keeps_what_training_measured(
+    data, tmp_path, capsys, monkeypatch
+):
+    assert train(data, tmp_path, "--run_name", "r", "--epochs", "1") == 0
+    argv = ["--checkpoint", str(tmp_path / "r"), "--num_workers", "0"]
+    assert score.main([*argv, "--background", "1"]) == 2
+    assert f"--background 1: {tmp_path / 'r'} was trained without it and has no such class" in capsys.readouterr().err
+
+    # the same folder, named in two ways
+    before = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert score.main(["--checkpoint", "r", "--num_workers", "0", "--output_dir", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "r" / "metrics.json").read_text()).keys() == before.keys()
+
+
 def test_a_run_learns_the_background_and_finds_segments_again(data, tmp_path, capsys):
     """Seconds 0 and 3 are grey; a timeline gives the bright and the dark seconds as segments, and score.py agrees."""
     argv = ["--background", "0.5", "--run_name", "r", "--learning_rate", "0.01", "--epochs", "60"]
