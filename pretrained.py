@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -118,6 +119,8 @@ def from_source(loader: Any, source: Source, what: str, **more: Any) -> Any:
         # transformers' words for what it does not expect, such as a download that breaks off, hide what went wrong
         known = error.__cause__ is None or not str(error).startswith("Can't load")
         cause = " ".join(str(error if known else error.__cause__).split())[:300] or type(error).__name__
+        if isinstance(error, UnpicklingError):  # torch's words say how to run what is in the file
+            cause = "pytorch_model.bin is damaged or holds more than tensors; use a copy with model.safetensors"
         if isinstance(error, SafetensorError):
             raise UserError(f"{source.path}: its weights are damaged: {cause}; {source.remedy}") from None
         if source.local:
