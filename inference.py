@@ -223,6 +223,8 @@ def answer_all(predictor: Predictor, samples: list["Sample"], run_dir: Path) -> 
         todo = [job for job in jobs if job.key not in done]
         if len(todo) < len(jobs):
             print(printable(f"{output} already has {len(jobs) - len(todo)} of {counted(len(jobs), 'answer')}"))
+        if others := len(done) - (len(jobs) - len(todo)):
+            print(printable(f"{output} also has {counted(others, 'answer')} about other videos, which are kept"))
 
         # append each row at once: whatever ends this, nothing has to be computed twice
         rows = [done[job.key] for job in jobs if job.key in done]

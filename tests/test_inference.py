@@ -98,7 +98,9 @@ def test_an_unfinished_output_is_resumed(run, videos, tmp_path, capsys, monkeypa
     capsys.readouterr()
     assert answer(run, videos, output) == 0 and output.read_bytes() == before
     out = capsys.readouterr().out
-    assert "already has 24 of 24 answers" in out and "wrote" not in out
+    assert "already has 24 of 24 answers" in out and "wrote" not in out and "other videos" not in out
+    assert answer(run, videos / "3.pt", output) == 0 and output.read_bytes() == before
+    assert "also has 23 answers about other videos, which are kept" in capsys.readouterr().out
 
 
 def test_answers_of_another_run_or_with_other_options_are_not_mixed(run, videos, tmp_path, capsys):
