@@ -12,11 +12,15 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config import FIELDS, Config, parse, refuse_classifier_options
 from extras.shards import data_folder
 from script import Parser, UserError, is_main, leave, printable, script, write_json
+
+if TYPE_CHECKING:
+    from build_model import VideoModel
+    from VLoader import Splits
 
 
 @script
@@ -90,36 +94,43 @@ def scores_folder(run_dir: Path, saved: Config, config: Config, typed_flags: set
     return folder if data_dir == Path(saved.data_dir).resolve() else folder / f"evaluation_{data_dir.name}"
 
 
+def read_data(run_dir: Path, model: "VideoModel", metadata: dict[str, Any], config: Config) -> "Splits":
+    """The splits to score, with the classes of the run. Raises UserError if the run or an option does not fit them."""
+    from extras.multilabel import resolve_labels
+    from extras.reject import check_val
+    from extras.segments import BACKGROUND, add_background
+    from runs import only
+    from VLoader import check_samples, read_splits
+
+    if config.background and not model.multi_label and BACKGROUND not in metadata["class_names"]:
+        raise UserError(f"--background {config.background:g}: {run_dir} was trained without it and has no such class")
+    data_dir = data_folder(config.data_dir, config.output_dir)
+    splits = read_splits(data_dir, metadata["class_names"], "questions" in metadata, config.group_by)
+    splits, _ = resolve_labels(splits, config)
+    splits = add_background(splits, config.background)
+    check_samples(splits, config.captioning, config.use_text)
+    check_val(splits.val, config.reject)
+    if config.controls and not splits.train:
+        raise UserError(f"--controls True needs the training videos too, and {config.data_dir} has no train/")
+    return splits if config.controls else only(splits, "val", "test")  # nearest_neighbour reads the training videos
+
+
 def score_run(run_dir: Path, flags: Config, typed_flags: set[str], config: Config, folder: Path) -> int:
     """Scores the run with the options in `config`; metrics, predictions and pictures go to `folder`.
 
     `flags` are the options as typed, which may say where a backbone was moved to. Returns the exit status.
     """
     from checkpoint import METRICS, load_run, load_weights, read_metrics
-    from extras.multilabel import resolve_labels
-    from extras.reject import Rule, check_val, lacks_threshold
-    from extras.segments import BACKGROUND, add_background
+    from extras.reject import Rule, lacks_threshold
     from pretrained import warn_of_tiny
-    from runs import Run, memory_advice, only, report
+    from runs import Run, memory_advice, report
     from scan import prepare_data
     from train_code import build_accelerator, cast_frozen, score_splits
-    from VLoader import check_samples, read_splits
 
     # the trained model, and data with the same classes
     model, _, metadata = load_run(run_dir, flags, typed_flags)
-    data_dir = data_folder(config.data_dir, config.output_dir)
-    splits = read_splits(data_dir, metadata["class_names"], "questions" in metadata, config.group_by)
-    splits, _ = resolve_labels(splits, config)
-    if config.background and not model.multi_label and BACKGROUND not in metadata["class_names"]:
-        raise UserError(f"--background {config.background:g}: {run_dir} was trained without it and has no such class")
-    splits = add_background(splits, config.background)
-    check_samples(splits, config.captioning, config.use_text)
-    check_val(splits.val, config.reject)
+    splits = read_data(run_dir, model, metadata, config)
     warn_of_tiny(config, splits.lexicon)
-    if config.controls and not splits.train:
-        raise UserError(f"--controls True needs the training videos too, and {config.data_dir} has no train/")
-    if not config.controls:  # else nearest_neighbour reads the training videos
-        splits = only(splits, "val", "test")
 
     # as in training: read every video once, and use cached features
     accelerator = build_accelerator(config)

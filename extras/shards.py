@@ -80,7 +80,7 @@ def headers(file: BinaryIO, size: int) -> Iterator[tuple[TarInfo, int]]:
         if info.size < 0 or info.type == GNUTYPE_SPARSE:
             raise ValueError(f"damaged or sparse at byte {offset}; sparse tars cannot be read")
         extended = info.type in (XHDTYPE, XGLTYPE, GNUTYPE_LONGNAME, GNUTYPE_LONGLINK)
-        if not extended and info.type not in SUPPORTED_TYPES:  # incremental tars have times in the place of folders
+        if not extended and info.type not in SUPPORTED_TYPES:  # GNU's incremental tars store times where names belong
             raise ValueError(f"an unknown kind of entry at byte {offset}; incremental tars cannot be read")
         has_content = info.isreg() or extended
         offset = content + (-(-info.size // BLOCK) * BLOCK if has_content else 0)
